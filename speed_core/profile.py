@@ -1,0 +1,258 @@
+"""Sizes: one validated, frozen object that decides a run. Loaded from `profiles/NAME.json`.
+
+A notebook's `parameters` cell names the profile and overrides single values by dotted name,
+for instance {"junior.epochs": 2}. An unknown name, a wrong type or an impossible value is refused
+in one line before anything runs.
+"""
+
+from __future__ import annotations
+
+import difflib
+import json
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from speed_core.artifacts import UserError
+
+FOLDER = Path(__file__).parent / "profiles"
+
+
+class Part(BaseModel):
+    """Frozen, strict (the text "1e-5" is not a number), and closed (unknown names are refused)."""
+
+    model_config = ConfigDict(frozen=True, strict=True, extra="forbid")
+
+
+class Models(Part):
+    """Names that `models.resolve` knows: hub id, local folder or package:NAME."""
+
+    generator: str
+    embedder: str
+    guide: str
+
+
+class Teacher(Part):
+    """Who answers in GPT-4o's place, who judges, and what it may cost."""
+
+    kind: Literal["recorded", "openai"]
+    judge: Literal["rubric", "llm"]
+    model: str = ""
+    base_url: str = ""
+    temperature: float = 1.0
+    top_p: float = 1.0
+    judge_temperature: float = 0.0
+    concurrency: int = Field(8, ge=1)
+    usd_per_million_input: float = Field(0.0, ge=0)
+    usd_per_million_output: float = Field(0.0, ge=0)
+    max_calls: int = Field(1000, ge=0)
+    max_usd: float = Field(1.0, ge=0)
+    max_minutes: float = Field(60.0, gt=0)
+
+
+class Topics(Part):
+    count: int = Field(ge=2)
+    held_out: int = Field(ge=1)
+    max_depth: int = Field(4, ge=1)
+    truncate: bool = True
+    tasks_per_topic: int = Field(1, ge=1)
+
+
+class Prompts(Part):
+    attributes: Literal["paper", "short"]
+    style: Literal["own", "faithful"] = "own"
+    clone: str = ""
+
+
+class Generation(Part):
+    engine: Literal["auto", "vllm", "transformers"] = "auto"
+    temperature: float = Field(1.0, ge=0, le=2)
+    top_p: float = Field(1.0, gt=0, le=1)
+    max_new_tokens: int = Field(ge=16)
+    max_length: int = Field(ge=128)
+    batch_size: int = Field(32, ge=1)
+    constrained: bool = True
+    dtype: Literal["bfloat16", "float16", "float32"] = "bfloat16"
+
+
+class Lora(Part):
+    rank: int = Field(ge=1)
+    alpha: int = Field(ge=1)
+    dropout: float = Field(0.0, ge=0, lt=1)
+    targets: tuple[str, ...] = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+
+
+class Training(Part):
+    """One fine-tuning run. `batch` is the global batch, in examples (pairs for DPO)."""
+
+    examples: int = Field(ge=1)
+    epochs: float = Field(gt=0)
+    lr: float = Field(gt=0)
+    batch: int = Field(ge=1)
+    micro_batch: int = Field(ge=1)
+    max_length: int = Field(ge=32)
+    warmup_ratio: float = Field(0.1, ge=0, lt=1)
+    weight_decay: float = Field(0.0, ge=0)
+    dtype: Literal["bfloat16", "float32"] = "bfloat16"
+    lora: Lora | None
+
+    @model_validator(mode="after")
+    def _split(self) -> Training:
+        if self.batch % self.micro_batch:
+            raise ValueError(f"batch {self.batch} is no multiple of micro_batch {self.micro_batch}; change one of them")
+        return self
+
+
+class Senior(Training):
+    beta: float = Field(0.1, gt=0)
+    prompts: int = Field(ge=1)
+    candidates: int = Field(ge=2)
+
+
+class Synthesis(Part):
+    count: int = Field(ge=4)
+    evaluation_prompts: int = Field(ge=4)
+
+
+class Curate(Part):
+    threshold: float = Field(0.7, gt=0, lt=1)
+    permutations: int = Field(128, ge=16)
+    shingle: int = Field(3, ge=1)
+    overlap_words: int = Field(8, ge=3)
+
+
+class Embedding(Training):
+    """Contrastive fine-tuning. `examples` caps the synthetic records used; seeds name the repetitions."""
+
+    temperature: float = Field(0.02, gt=0)
+    margin: float = 0.0
+    guided: bool = True
+    micro_chunk: int = Field(16, ge=1)
+    seeds: tuple[int, ...] = (0,)
+
+
+class Evaluation(Part):
+    tasks: tuple[str, ...] = ("offline",)
+    size: Literal["smoke", "tiny", "full"] = "tiny"
+    bootstrap: int = Field(1000, ge=100)
+    batch_size: int = Field(32, ge=1)
+    max_length: int = Field(512, ge=16)
+
+
+class Study(Part):
+    """Notebooks 10 and 11: size of each ablation data set, sizes of the scaling points, seeds."""
+
+    ablation_examples: int = Field(ge=4)
+    scaling: tuple[int, ...]
+    seeds: tuple[int, ...] = (0,)
+
+    @model_validator(mode="after")
+    def _sizes(self) -> Study:
+        if len(self.scaling) < 2 or list(self.scaling) != sorted(set(self.scaling)):
+            raise ValueError(f"scaling {list(self.scaling)}: give at least two sizes in rising order")
+        return self
+
+
+class Profile(Part):
+    name: str
+    description: str
+    hardware: str
+    minutes: float | None = None
+    seed: int = 0
+    data_seed: int = 0
+    models: Models
+    teacher: Teacher
+    topics: Topics
+    prompts: Prompts
+    seeds: int = Field(ge=4)
+    generation: Generation
+    junior: Training
+    senior: Senior
+    revisor: Training
+    synthesis: Synthesis
+    curate: Curate
+    embedding: Embedding
+    evaluation: Evaluation
+    study: Study
+    sources: dict[str, str] = {}
+
+    def source(self, name: str) -> str:
+        """Where the value of a dotted name comes from: its own entry, else that of its nearest parent."""
+        while name:
+            if name in self.sources:
+                return self.sources[name]
+            name = name.rpartition(".")[0]
+        return ""
+
+
+def names() -> list[str]:
+    """Profiles that ship with the package."""
+    return sorted(p.stem for p in FOLDER.glob("*.json"))
+
+
+def _raw(name: str) -> dict[str, Any]:
+    path = Path(name) if name.endswith(".json") else FOLDER / f"{name}.json"
+    if not path.is_file():
+        close = difflib.get_close_matches(name, names(), 1)
+        hint = f"; did you mean {close[0]!r}?" if close else ""
+        raise UserError(f"profile {name!r}: unknown{hint} use one of {', '.join(names())} or a path to a .json file")
+    try:
+        data = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise UserError(f"profile {path}: not JSON ({error}); mend the file") from None
+    parent = data.pop("extends", None)
+    return _merge(_raw(parent), data) if parent else data
+
+
+def _merge(base: dict[str, Any], new: dict[str, Any]) -> dict[str, Any]:
+    out = dict(base)
+    for key, value in new.items():
+        both = isinstance(value, dict) and isinstance(out.get(key), dict)
+        out[key] = _merge(out[key], value) if both else value
+    return out
+
+
+def dotted(value: Any, prefix: str = "") -> dict[str, Any]:
+    """Flatten nested values: {"junior": {"lr": 1}} -> {"junior.lr": 1}."""
+    if isinstance(value, BaseModel):
+        value = value.model_dump()
+    if not isinstance(value, dict):
+        return {prefix.rstrip("."): value}
+    out: dict[str, Any] = {}
+    for key, inner in value.items():
+        out |= dotted(inner, f"{prefix}{key}.")
+    return out
+
+
+def load(name: str = "tiny", overrides: dict[str, Any] | None = None) -> Profile:
+    """The profile `name` (or a .json file) with `overrides` by dotted name applied.
+
+    Raises UserError that names the parameter, the rule and what to do.
+    """
+    data = _raw(name)
+    known = dotted(_validate(name, data))
+    for key, value in (overrides or {}).items():
+        if key not in known:
+            close = difflib.get_close_matches(key, known, 1)
+            hint = f"; did you mean {close[0]!r}?" if close else f"; names are {', '.join(list(known)[:6])} ..."
+            raise UserError(f"parameter {key!r}: profile {name!r} has no such value{hint}")
+        part = data
+        *parents, leaf = key.split(".")
+        for step in parents:
+            part = part.setdefault(step, {})
+            if not isinstance(part, dict):
+                raise UserError(f"parameter {key!r}: {step!r} is switched off in profile {name!r}")
+        part[leaf] = value
+    return _validate(name, data)
+
+
+def _validate(name: str, data: dict[str, Any]) -> Profile:
+    try:
+        # JSON mode: lists become tuples, but numbers stay numbers and text stays text.
+        return Profile.model_validate_json(json.dumps(data))
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(str(p) for p in first["loc"]) or "values"
+        got = "" if first["type"] == "missing" else f" (got {first['input']!r})"
+        raise UserError(f"parameter {where!r} of profile {name!r}: {first['msg'].lower()}{got[:120]}; correct it") from None

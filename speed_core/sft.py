@@ -1,0 +1,190 @@
+"""Supervised fine-tuning of the junior generator (SPEED Eq. 1) and the data revisor (Eq. 3).
+
+Both minimise the next-token loss on the completion alone: -log p(sample | prompt). TRL trains,
+PEFT adapts; this module prepares the rows and keeps the facts that the notebooks show.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+import warnings
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from tqdm.auto import tqdm
+
+from speed_core import models
+from speed_core.artifacts import UserError, write_json
+from speed_core.profile import Lora, Training
+
+
+def prompt_text(text: str) -> str:
+    """What a generator reads: the prompt and a line break, the same in training and in use."""
+    return text + "\n"
+
+
+def encode_rows(tokenizer: Any, pairs: Sequence[tuple[str, str]], max_length: int) -> tuple[list[dict[str, Any]], int]:
+    """Token rows {input_ids, completion_mask} for (prompt, completion) pairs, and how many were too long.
+
+    Prompt and completion are tokenised apart and joined, as at generation time, and the completion
+    ends with <eos>: a generator that never saw the end would never stop.
+    """
+    rows, dropped = [], 0
+    for prompt, completion in pairs:
+        head = models.encode_prompt(tokenizer, prompt_text(prompt))
+        tail = [*tokenizer(completion, add_special_tokens=False)["input_ids"], tokenizer.eos_token_id]
+        if len(head) + len(tail) > max_length:
+            dropped += 1
+            continue
+        rows.append({"input_ids": head + tail, "completion_mask": [0] * len(head) + [1] * len(tail)})
+    return rows, dropped
+
+
+def lora_config(lora: Lora, task_type: str = "CAUSAL_LM") -> Any:
+    """PEFT's configuration from a profile's values."""
+    from peft import LoraConfig
+
+    return LoraConfig(
+        r=lora.rank,
+        lora_alpha=lora.alpha,
+        lora_dropout=lora.dropout,
+        target_modules=list(lora.targets),
+        task_type=task_type,
+    )
+
+
+def quiet() -> None:
+    """Silence messages that say nothing about the reader's run; real problems raise."""
+    import datasets
+    import transformers
+
+    warnings.filterwarnings("ignore", message=".*pin_memory.*")
+    warnings.filterwarnings("ignore", message=".*torchao.*")
+    logging.getLogger("httpx").setLevel(logging.WARNING)
+    transformers.utils.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
+    datasets.disable_progress_bars()
+
+
+def bar_callback(label: str) -> Any:
+    """A progress bar on standard output with steps done, total and time left."""
+    from transformers import TrainerCallback
+
+    class Bar(TrainerCallback):
+        def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+            self.bar = progress(state.max_steps, label, "step")
+
+        def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+            self.bar.update()
+
+        def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **_: Any) -> None:
+            loss = (logs or {}).get("loss")
+            if loss is not None and not math.isfinite(float(loss)):
+                control.should_training_stop = True
+
+        def on_train_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+            self.bar.close()
+
+    return Bar()
+
+
+def progress(total: int, label: str, unit: str, initial: int = 0) -> Any:
+    """tqdm on standard output, rarely redrawn: readable in a notebook, a log file and a terminal."""
+    import sys
+
+    return tqdm(total=total, initial=initial, desc=label, unit=unit, mininterval=3, file=sys.stdout, ascii=" #", ncols=90)
+
+
+def trainer_arguments(settings: Training, seed: int, output: Path, **more: Any) -> dict[str, Any]:
+    """Arguments that SFT, DPO and embedding training share. Accumulation is derived from the global batch."""
+    import torch
+
+    cuda = torch.cuda.is_available()
+    world = max(1, torch.cuda.device_count() if cuda else 1)
+    if settings.batch % (settings.micro_batch * world):
+        raise UserError(
+            f"batch {settings.batch}: not micro_batch {settings.micro_batch} x {world} devices x a whole number; "
+            "change batch or micro_batch"
+        )
+    return {
+        "output_dir": str(output),
+        "num_train_epochs": settings.epochs,
+        "learning_rate": settings.lr,
+        "per_device_train_batch_size": settings.micro_batch,
+        "gradient_accumulation_steps": settings.batch // (settings.micro_batch * world),
+        "warmup_steps": settings.warmup_ratio,
+        "weight_decay": settings.weight_decay,
+        "bf16": settings.dtype == "bfloat16" and cuda,
+        "use_cpu": not cuda,
+        "seed": seed,
+        "data_seed": seed,
+        "logging_steps": 1,
+        "save_strategy": "no",
+        "report_to": [],
+        "disable_tqdm": True,
+        "dataloader_pin_memory": False,
+        **more,
+    }
+
+
+def check_history(history: Sequence[dict[str, Any]], what: str) -> list[dict[str, float]]:
+    """Rows {step, loss} of a finished training; a loss that is not a number is an error."""
+    rows = [{"step": h["step"], **{k: float(v) for k, v in h.items() if k != "step"}} for h in history if "loss" in h]
+    for row in rows:
+        if not math.isfinite(row["loss"]):
+            raise UserError(f"{what}: loss is {row['loss']} at step {int(row['step'])}; lower the learning rate")
+    return rows
+
+
+def save_adapter(model: Any, folder: Path, base: str) -> None:
+    """Write the adapter and, beside it, the digest of the weights that it belongs to."""
+    model.save_pretrained(str(folder))
+    write_json(folder / "base.json", {"name": base, "weights": models.weights_id(models.resolve(base))})
+
+
+def train(
+    base: str, pairs: Sequence[tuple[str, str]], settings: Training, *, seed: int, output: Path, label: str = "sft"
+) -> dict[str, Any]:
+    """Fine-tune `base` with LoRA on (prompt, completion) pairs; the adapter lands in `output`.
+
+    Returns {"history": [{step, loss, ...}], "rows", "dropped_too_long", "trainable"}.
+    Raises UserError when no pair fits or the loss is not a number.
+    """
+    import torch
+    from datasets import Dataset
+    from transformers import AutoModelForCausalLM
+    from trl import SFTConfig, SFTTrainer
+
+    quiet()
+    if settings.lora is None:
+        raise UserError(f"{label}.lora: missing; generators are trained with LoRA, give rank and alpha")
+    tokenizer = models.load_tokenizer(base)
+    rows, dropped = encode_rows(tokenizer, pairs[: settings.examples], settings.max_length)
+    if not rows:
+        raise UserError(f"{label}: none of {len(pairs)} examples fits max_length {settings.max_length}; raise it")
+    dtype = getattr(torch, settings.dtype)
+    torch.manual_seed(seed)
+    model = AutoModelForCausalLM.from_pretrained(models.resolve(base), dtype=dtype, attn_implementation="sdpa")
+    trainer = SFTTrainer(
+        model=model,
+        args=SFTConfig(
+            **trainer_arguments(settings, seed, output / "trainer"),
+            max_length=settings.max_length,
+            completion_only_loss=True,
+            gradient_checkpointing=False,
+        ),
+        train_dataset=Dataset.from_list(rows),
+        processing_class=tokenizer,
+        peft_config=lora_config(settings.lora),
+        callbacks=[bar_callback(label)],
+    )
+    trainer.train()
+    history = check_history(trainer.state.log_history, label)
+    save_adapter(trainer.model, output, base)
+    trainable = sum(p.numel() for p in trainer.model.parameters() if p.requires_grad)
+    facts = {"history": history, "rows": len(rows), "dropped_too_long": dropped, "trainable": trainable}
+    (output / "training.json").write_text(json.dumps(facts, indent=1))
+    return facts
