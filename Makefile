@@ -1,0 +1,30 @@
+# The two commands of this project are `make reproduce` and `make test`; `make help` lists the rest.
+PROFILE ?= tiny
+JOBS ?= 1
+PY := .venv/bin/python
+
+help: ## this list
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/'
+
+setup: ## create .venv from the lock
+	@bash scripts/setup.sh
+
+reproduce: setup ## run notebooks 00-12 at PROFILE (tiny, smoke, workshop, paper) and remake figures/
+	@$(PY) -m speed_core run --profile $(PROFILE)
+
+plan: setup ## what would run at PROFILE, and why; time, tokens, cost
+	@$(PY) -m speed_core plan --profile $(PROFILE)
+
+check: setup ## fail when a committed figure and its data disagree
+	@$(PY) -m speed_core check
+
+lint: setup ## ruff and mypy
+	@$(PY) -m ruff check . && $(PY) -m ruff format --check . && $(PY) -m mypy
+
+test: lint ## lint, types, unit tests, and every notebook at smoke size
+	@$(PY) -m pytest
+
+lab: setup ## JupyterLab on the notebooks
+	@$(PY) -m jupyterlab notebooks
+
+.PHONY: help setup reproduce plan check lint test lab
