@@ -122,7 +122,7 @@ def _draw(rng: random.Random, table: str, name: str) -> Any:
     return rng.choices(values, weights)[0]
 
 
-def brainstorm(kind: str, topic: str, *, count: int = 5, seed: int = 0, style: str = "own", clone: str = "") -> Prompt:
+def brainstorm(kind: str, topic: str, *, count: int = 3, seed: int = 0, style: str = "own", clone: str = "") -> Prompt:
     """Ask for about `count` one-sentence tasks of `kind` on `topic`."""
     if kind not in BRAINSTORM_KINDS:
         raise ValueError(f"kind {kind!r}: no brainstorm prompt; use one of {', '.join(BRAINSTORM_KINDS)}")
