@@ -137,6 +137,7 @@ def train(
         callbacks=[sft.bar_callback(label)],
     )
     trainer.data_collator = GuidedCollator(trainer.data_collator, cache if settings.guided else None, bare)
+    sft.remove_printer(trainer)
     trainer.train()
     history = sft.check_history(trainer.state.log_history, label)
     if settings.lora is not None:

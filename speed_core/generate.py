@@ -22,10 +22,9 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
-from tqdm.auto import tqdm
-
 from speed_core import models, records
 from speed_core.artifacts import AppendLog, UserError, digest
+from speed_core.sft import progress
 
 # Measured on 2 cores (gemma-3-270m, 64 requests, short prompts): vLLM starts in 24 s without graph
 # compilation and then writes three times as fast as `generate`; below this many new tokens the
@@ -323,7 +322,7 @@ def run(
                 if isinstance(engine, str)
                 else engine
             )
-            bar = tqdm(total=len(requests), initial=len(requests) - len(todo), desc=f"{label} [{started.name}]", unit="rec", mininterval=2)
+            bar = progress(len(requests), f"{label} [{started.name}]", "rec", len(requests) - len(todo))
             try:
                 for c in started.generate(todo, decoding):
                     request = by_id[c.id]

@@ -14,9 +14,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from tqdm.auto import tqdm
+from tqdm import tqdm
 
-from speed_core import models
+from speed_core import lm_head, models
 from speed_core.artifacts import UserError, write_json
 from speed_core.profile import Lora, Training
 
@@ -91,6 +91,13 @@ def bar_callback(label: str) -> Any:
     return Bar()
 
 
+def remove_printer(trainer: Any) -> None:
+    """Take off the callback that prints every logged step; the progress bar and the kept history replace it."""
+    from transformers.trainer_callback import PrinterCallback
+
+    trainer.remove_callback(PrinterCallback)
+
+
 def progress(total: int, label: str, unit: str, initial: int = 0) -> Any:
     """tqdm on standard output, rarely redrawn: readable in a notebook, a log file and a terminal."""
     import sys
@@ -145,6 +152,22 @@ def save_adapter(model: Any, folder: Path, base: str) -> None:
     write_json(folder / "base.json", {"name": base, "weights": models.weights_id(models.resolve(base))})
 
 
+def _trainer_class() -> Any:
+    """TRL's SFTTrainer with this package's language-model head (see `lm_head`: why, and the measurement)."""
+    from trl import SFTTrainer
+
+    class Trainer(SFTTrainer):
+        def compute_loss(self, model: Any, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None) -> Any:
+            labels = inputs["labels"]
+            scored = labels != -100
+            logp = lm_head.token_log_probs(model, inputs["input_ids"], inputs["attention_mask"], scored)
+            count = scored[:, 1:].sum() if num_items_in_batch is None else num_items_in_batch
+            loss = -logp.sum() / count
+            return (loss, {}) if return_outputs else loss
+
+    return Trainer
+
+
 def train(
     base: str, pairs: Sequence[tuple[str, str]], settings: Training, *, seed: int, output: Path, label: str = "sft"
 ) -> dict[str, Any]:
@@ -156,7 +179,7 @@ def train(
     import torch
     from datasets import Dataset
     from transformers import AutoModelForCausalLM
-    from trl import SFTConfig, SFTTrainer
+    from trl import SFTConfig
 
     quiet()
     if settings.lora is None:
@@ -168,7 +191,7 @@ def train(
     dtype = getattr(torch, settings.dtype)
     torch.manual_seed(seed)
     model = AutoModelForCausalLM.from_pretrained(models.resolve(base), dtype=dtype, attn_implementation="sdpa")
-    trainer = SFTTrainer(
+    trainer = _trainer_class()(
         model=model,
         args=SFTConfig(
             **trainer_arguments(settings, seed, output / "trainer"),
@@ -181,6 +204,7 @@ def train(
         peft_config=lora_config(settings.lora),
         callbacks=[bar_callback(label)],
     )
+    remove_printer(trainer)
     trainer.train()
     history = check_history(trainer.state.log_history, label)
     save_adapter(trainer.model, output, base)

@@ -1,0 +1,108 @@
+"""`python -m speed_core run | plan | check | preflight | execute`."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from speed_core.artifacts import UserError
+
+app = typer.Typer(add_completion=False, no_args_is_help=True, help="SPEED, step by step: run, plan and check the notebooks.")
+ProfileName = Annotated[str, typer.Option(help="smoke, tiny, overnight, workshop, paper, or a .json file")]
+
+
+def _overrides(items: list[str] | None) -> dict[str, Any]:
+    """NAME=VALUE pairs; VALUE is JSON, and text that is no JSON stays text."""
+    out: dict[str, Any] = {}
+    for item in items or []:
+        name, equals, value = item.partition("=")
+        if not equals:
+            raise UserError(f"--set {item!r}: no '='; write NAME=VALUE, for instance junior.epochs=2")
+        try:
+            out[name] = json.loads(value)
+        except ValueError:
+            out[name] = value
+    return out
+
+
+@app.command()
+def run(
+    profile: ProfileName = "tiny",
+    only: Annotated[str, typer.Option(help="notebook numbers, for instance 03,04")] = "",
+    start: Annotated[str, typer.Option("--from", help="first notebook to run")] = "",
+    seed: Annotated[int | None, typer.Option(help="training and sampling seed")] = None,
+    set_: Annotated[list[str] | None, typer.Option("--set", help="NAME=VALUE of the profile, may be repeated")] = None,
+) -> None:
+    """Run the notebooks; exit code 0 only when all of them truly ran."""
+    from speed_core.run import run_all
+
+    numbers = [n.strip() for n in only.split(",") if n.strip()]
+    reports = run_all(profile, overrides=_overrides(set_), seed=seed, only=numbers, start=start)
+    if any(r.status != "ok" for r in reports):
+        raise typer.Exit(1)
+
+
+@app.command()
+def plan(profile: ProfileName = "tiny", set_: Annotated[list[str] | None, typer.Option("--set")] = None) -> None:
+    """Say what a profile would do: models, counts, teacher calls and cost, what is already made."""
+    from speed_core import preflight
+
+    print(preflight.plan_text(profile, _overrides(set_)))
+
+
+@app.command()
+def preflight(profile: ProfileName = "tiny") -> None:
+    """Check this machine for a profile; ends in "ready" or in numbered remedies."""
+    from speed_core import preflight as checks
+
+    problems = checks.report(profile)
+    if problems:
+        raise typer.Exit(2)
+
+
+@app.command()
+def check() -> None:
+    """Fail when a committed figure and its data disagree."""
+    from speed_core import plots
+    from speed_core.run_context import ROOT
+
+    problems = plots.check(ROOT / "figures")
+    for problem in problems:
+        print(problem)
+    print(f"{len(list((ROOT / 'figures').glob('*.svg')))} figures, {len(problems)} problems")
+    if problems:
+        raise typer.Exit(1)
+
+
+@app.command()
+def execute(
+    source: Path,
+    target: Path,
+    parameter: Annotated[list[str] | None, typer.Option("-p", help="name=value, value as JSON")] = None,
+) -> None:
+    """Execute any notebook with the same honesty: typed parameters, true failure, no half-written output."""
+    from speed_core.run import execute as execute_one
+
+    if not source.is_file():
+        raise UserError(f"notebook {source}: no such file; give a path to an .ipynb")
+    report = execute_one(source, target, _overrides(parameter))
+    print(f"{report.name}: {report.status} in {report.seconds:.0f} s {report.detail}")
+    if report.status != "ok":
+        raise typer.Exit(1)
+
+
+def main() -> None:
+    """Entry point: bad input ends in one line and exit code 2."""
+    try:
+        app()
+    except UserError as error:
+        print(error, file=sys.stderr)
+        sys.exit(2)
+
+
+if __name__ == "__main__":
+    main()

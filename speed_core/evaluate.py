@@ -1,0 +1,254 @@
+"""Scores by mteb, named by weight digest, with intervals.
+
+mteb 2.26 names every locally trained model alike and then serves one model's cached scores for
+another; so each model here gets its weight digest as revision and a result cache of its own.
+mteb keeps task means only; per-query and per-pair values for the bootstrap are computed here from the
+same embeddings.
+"""
+
+from __future__ import annotations
+
+import difflib
+import hashlib
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import mteb
+import numpy as np
+from mteb.models.abs_encoder import AbsEncoder
+from mteb.models.model_meta import ModelMeta
+from mteb.types import PromptType
+
+from speed_core import models, sft
+from speed_core.artifacts import UserError
+from speed_core.embed import instruct
+
+CATEGORIES = {
+    "Classification": "Class.",
+    "Clustering": "Clust.",
+    "PairClassification": "Pair",
+    "Reranking": "Rerank",
+    "Retrieval": "Retr.",
+    "STS": "STS",
+    "Summarization": "Summ.",
+}
+
+
+def weights_digest(model: Any) -> str:
+    """Short digest of all weights of a loaded model: two different models never share it."""
+    import torch
+
+    h = hashlib.sha256()
+    for name, value in sorted(model.state_dict().items()):
+        h.update(name.encode())
+        h.update(value.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
+    return h.hexdigest()[:16]
+
+
+class Embedder(AbsEncoder):
+    """A sentence-transformers model as mteb sees it: its own name, its digest as revision, our query template.
+
+    Queries of retrieval and reranking get "Instruct: ...\\nQuery: ..."; documents none. In the symmetric
+    tasks (STS, classification, clustering) every text gets it, as in E5-mistral. Each distinct text is
+    encoded once in the life of this object.
+    """
+
+    def __init__(self, model: Any, name: str, instructed: bool, batch_size: int = 32, max_length: int | None = None):
+        self.model = model
+        self.instructed = instructed
+        self.batch_size = batch_size
+        if max_length:
+            self.model.max_seq_length = max_length
+        self.vectors: dict[str, np.ndarray] = {}
+        self.mteb_model_meta = ModelMeta.create_empty(
+            {"name": f"speed-step-by-step/{name}", "revision": weights_digest(model), "similarity_fn_name": "cosine"}
+        )
+
+    def texts(self, raw: Sequence[str], task: Any, prompt_type: Any) -> list[str]:
+        """Apply the query template where it belongs."""
+        if not self.instructed or prompt_type == PromptType.document:
+            return list(raw)
+        prompt = task.prompt
+        text = prompt.get("query", "") if isinstance(prompt, dict) else prompt
+        return [instruct(text or "Represent the text", t) for t in raw]
+
+    def embed(self, texts: Sequence[str]) -> np.ndarray:
+        """(n, D) unit vectors; new texts are encoded together, longest first."""
+        new = list(dict.fromkeys(t for t in texts if t not in self.vectors))
+        if new:
+            found = self.model.encode(new, batch_size=self.batch_size, normalize_embeddings=True, show_progress_bar=False)
+            self.vectors.update(zip(new, np.asarray(found, np.float32), strict=True))
+        return np.stack([self.vectors[t] for t in texts])
+
+    def encode(self, inputs: Any, *, task_metadata: Any, hf_split: str, hf_subset: str, prompt_type: Any = None, **_: Any) -> Any:
+        raw = [t for batch in inputs for t in batch["text"]]
+        # mteb joins an empty title and the text with a space; the items below are the plain texts.
+        return self.embed(self.texts([t.strip() for t in raw], task_metadata, prompt_type))
+
+
+def load(path: str | Any, name: str, *, instructed: bool, max_length: int | None = None, batch_size: int = 32) -> Embedder:
+    """An Embedder from a saved folder, a hub id, package:NAME, or a loaded SentenceTransformer."""
+    from sentence_transformers import SentenceTransformer
+
+    sft.quiet()
+    model = path
+    if isinstance(path, str):
+        folder = models.resolve(path)
+        if Path(folder).is_dir() and not Path(folder, "modules.json").is_file():
+            from speed_core.embed import build
+
+            model = build(path, max_length or 512)
+        else:
+            model = SentenceTransformer(folder, device=str(models.device()))
+    return Embedder(model, name, instructed, batch_size, max_length)
+
+
+def resolve_tasks(names: Sequence[str], size: str = "tiny") -> list[Any]:
+    """ "offline" gives the offline tasks; other names are offline tasks, MTEB tasks or MTEB benchmarks."""
+    from speed_core import offline_tasks
+
+    offline = {t.metadata.name: t for t in offline_tasks.offline_tasks(size)}
+    out: list[Any] = []
+    for name in names:
+        if name == "offline":
+            out += offline.values()
+        elif name in offline:
+            out.append(offline[name])
+        elif name in (benchmarks := [b.name for b in mteb.get_benchmarks()]):
+            out += list(mteb.get_benchmark(name).tasks)
+        else:
+            known = [t.metadata.name for t in mteb.get_tasks()]
+            if name not in known:
+                close = difflib.get_close_matches(name, [*known, *benchmarks, *offline, "offline"], 3)
+                raise UserError(f"task {name!r}: unknown to mteb {mteb.__version__}; did you mean {', '.join(close) or 'offline'}?")
+            out.append(mteb.get_task(name))
+    return out
+
+
+def evaluate(model: Embedder, tasks: Sequence[Any], cache: Path, label: str = "") -> dict[str, Any]:
+    """Score `model` on `tasks`.
+
+    Returns {"model", "revision", "tasks": {name: {"type", "score", "items"}}} where score is mteb's main
+    score in [0, 1] and items are the values a bootstrap draws from: nDCG@10 (or average precision) per
+    query, [gold, cosine] per STS pair, score per experiment for classification and clustering.
+    """
+    import logging
+
+    from mteb.cache import ResultCache
+
+    logging.getLogger("mteb").setLevel(logging.ERROR)
+    revision = model.mteb_model_meta.revision
+    out: dict[str, Any] = {"model": model.mteb_model_meta.name, "revision": revision, "tasks": {}}
+    bar = sft.progress(len(tasks), f"evaluate {label}".strip(), "task")
+    for task in tasks:
+        results = mteb.evaluate(model, [task], cache=ResultCache(cache / str(revision)), show_progress_bar=False, encode_kwargs={})
+        result = results.task_results[0]
+        split = next(iter(result.scores))
+        detail = result.scores[split][0]
+        out["tasks"][task.metadata.name] = {
+            "type": task.metadata.type,
+            "score": float(result.get_score()),
+            "items": _items(model, task, detail),
+        }
+        bar.update()
+    bar.close()
+    return out
+
+
+def _items(model: Embedder, task: Any, detail: Mapping[str, Any]) -> list[Any]:
+    if task.metadata.type == "STS" and getattr(task, "dataset", None):
+        rows = task.dataset["test"]
+        a, b = (model.embed(model.texts(rows[c], task.metadata, None)) for c in ("sentence1", "sentence2"))
+        return [[float(g), round(float(c), 5)] for g, c in zip(rows["score"], (a * b).sum(1), strict=True)]
+    if task.metadata.type in ("Retrieval", "Reranking") and getattr(task, "dataset", None):
+        return _ranks(model, task)
+    if "scores_per_experiment" in detail:
+        return [float(e[task.metadata.main_score]) for e in detail["scores_per_experiment"]]
+    measures = detail.get("v_measures")
+    if measures:
+        return [float(v) for level in measures.values() for v in level] if isinstance(measures, dict) else [float(v) for v in measures]
+    return []
+
+
+def _ranks(model: Embedder, task: Any) -> list[float]:
+    """nDCG@10 (retrieval) or average precision (reranking) of each query; one relevant document a query."""
+    if set(task.dataset) != {"default"}:
+        return []
+    split = task.dataset["default"]["test"]
+    corpus = dict(zip(split["corpus"]["id"], split["corpus"]["text"], strict=True))
+    documents = list(corpus)
+    vectors = model.embed(model.texts([corpus[d] for d in documents], task.metadata, PromptType.document))
+    position = {d: i for i, d in enumerate(documents)}
+    queries = model.embed(model.texts(split["queries"]["text"], task.metadata, PromptType.query))
+    out = []
+    for qid, q in zip(split["queries"]["id"], queries, strict=True):
+        pool = [position[d] for d in split["top_ranked"][qid]] if split["top_ranked"] else list(range(len(documents)))
+        scores = vectors[pool] @ q
+        wanted = [position[d] for d, s in split["relevant_docs"][qid].items() if s > 0]
+        rank = 1 + int((scores > scores[pool.index(wanted[0])]).sum())
+        out.append(float(1 / np.log2(rank + 1)) if rank <= 10 and not split["top_ranked"] else (1 / rank if split["top_ranked"] else 0.0))
+    return out
+
+
+def category_means(result: Mapping[str, Any]) -> dict[str, float]:
+    """Mean main score per category (names of SPEED Table 1), in [0, 100], and their mean over tasks as Avg."""
+    groups: dict[str, list[float]] = {}
+    for entry in result["tasks"].values():
+        groups.setdefault(CATEGORIES.get(entry["type"], entry["type"]), []).append(100 * entry["score"])
+    means = {k: float(np.mean(v)) for k, v in groups.items()}
+    means["Avg"] = float(np.mean([100 * e["score"] for e in result["tasks"].values()]))
+    return means
+
+
+# --- uncertainty ----------------------------------------------------------------------------------
+
+
+def _spearman(pairs: np.ndarray) -> float:
+    from scipy.stats import rankdata
+
+    x, y = rankdata(pairs[:, 0]), rankdata(pairs[:, 1])
+    sx, sy = x.std(), y.std()
+    return float(((x - x.mean()) * (y - y.mean())).mean() / (sx * sy)) if sx and sy else 0.0
+
+
+def statistic(kind: str) -> Callable[[np.ndarray], float]:
+    """Spearman for STS pairs, the mean for everything else."""
+    return _spearman if kind == "STS" else lambda a: float(np.mean(a))
+
+
+def bootstrap_interval(items: Sequence[Any], kind: str, *, draws: int = 1000, seed: int = 0, level: float = 0.95) -> tuple[float, float]:
+    """Percentile interval of the statistic of `items` under resampling with replacement."""
+    data = np.asarray(items, float)
+    rng, f = np.random.default_rng(seed), statistic(kind)
+    values = [f(data[rng.integers(0, len(data), len(data))]) for _ in range(draws)]
+    tail = (1 - level) / 2
+    return float(np.quantile(values, tail)), float(np.quantile(values, 1 - tail))
+
+
+def mean_difference(
+    a: Mapping[str, Any], b: Mapping[str, Any], *, types: Sequence[str] | None = None, draws: int = 1000, seed: int = 0
+) -> tuple[float, float, float]:
+    """(estimate, low, high) of mean score of `a` minus that of `b` over shared tasks, in points (0-100).
+
+    Paired bootstrap: within each task the same items are drawn for both models.
+    """
+    rng = np.random.default_rng(seed)
+    parts = []
+    for name, ta in a["tasks"].items():
+        tb = b["tasks"].get(name)
+        if tb is None or (types and ta["type"] not in types) or not ta["items"]:
+            continue
+        x, y, f = np.asarray(ta["items"], float), np.asarray(tb["items"], float), statistic(ta["type"])
+        picks = [rng.integers(0, len(x), len(x)) for _ in range(draws)]
+        parts.append(([f(x[i]) - f(y[i]) for i in picks], ta["score"] - tb["score"]))
+    if not parts:
+        raise UserError("difference: the two results share no task with items; evaluate both on the same tasks")
+    means = 100 * np.mean([p[0] for p in parts], axis=0)
+    return float(100 * np.mean([p[1] for p in parts])), float(np.quantile(means, 0.025)), float(np.quantile(means, 0.975))
+
+
+def average_interval(result: Mapping[str, Any], types: Sequence[str] | None = None, draws: int = 1000) -> tuple[float, float, float]:
+    """(mean score, low, high) over the tasks of the given types, in points."""
+    nothing = {"tasks": {n: {**t, "score": 0.0, "items": np.zeros_like(np.asarray(t["items"], float)).tolist()} for n, t in result["tasks"].items()}}
+    return mean_difference(result, nothing, types=types, draws=draws)

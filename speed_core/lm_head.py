@@ -1,0 +1,82 @@
+"""Log-probabilities of chosen tokens without the (tokens x vocabulary) logits: the head of SFT and DPO here.
+
+A 262,144-word vocabulary makes the projection dearer than gemma-3-270m's whole backbone. Two things
+keep it small: only completion tokens are projected, and the gradient is taken in the same pass.
+
+    log p_t = z_t - logsumexp(z),   z = h W^T,   d log p_t / d h = W_t - sum_j p_j W_j
+
+The right-hand side is one row of size H per token, so it is kept instead of the logits, and the
+backward pass is a multiplication. TRL 1.16 on a CPU projects every position in several float32
+passes: 69 s for a step of 16 seed examples on two cores, against 9 s here (see benchmarks).
+The head's own weights are frozen (LoRA does not touch them).
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+CHUNK = 128  # tokens at a time: 64 x 262,144 float32 logits are 67 MB
+
+
+class _TokenLogProbs(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor, softcap: float | None) -> Tensor:
+        want = ctx.needs_input_grad[0]
+        out = torch.empty(len(targets), dtype=torch.float32, device=hidden.device)
+        slope = torch.empty_like(hidden) if want else None
+        rows_max = min(CHUNK, len(targets))
+        # Two buffers for the whole call: fresh 100 MB tensors cost more in page faults than in arithmetic.
+        raw = torch.empty(rows_max, weight.shape[0], dtype=weight.dtype, device=hidden.device)
+        full = torch.empty(raw.shape, dtype=torch.float32, device=hidden.device) if raw.dtype != torch.float32 else raw
+        for start in range(0, len(targets), CHUNK):
+            target = targets[start : start + CHUNK]
+            rows, index = slice(start, start + len(target)), torch.arange(len(target), device=hidden.device)
+            low = torch.mm(hidden[rows], weight.T, out=raw[: len(target)])
+            z = full[: len(target)]
+            if full is not raw:
+                z.copy_(low)
+            if softcap:
+                z.div_(softcap).tanh_().mul_(softcap)
+            bend = 1 - (z / softcap) ** 2 if softcap and slope is not None else None
+            chosen, top = z[index, target], z.amax(1)
+            total = z.sub_(top[:, None]).exp_().sum(1)
+            out[rows] = chosen - top - total.log()
+            if slope is not None:
+                z.mul_(-1 / total[:, None])  # minus the softmax
+                z[index, target] += 1
+                if bend is not None:
+                    z *= bend
+                if full is not raw:
+                    low.copy_(z)
+                torch.mm(low, weight, out=slope[rows])
+        if slope is not None:
+            ctx.save_for_backward(slope)
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, *upstream: Tensor) -> tuple[Tensor | None, ...]:
+        (slope,) = ctx.saved_tensors
+        return (slope * upstream[0][:, None].to(slope.dtype)), None, None, None
+
+
+def causal_model(model: Any) -> Any:
+    """The causal LM inside a PEFT wrapper (or the model itself)."""
+    return model.get_base_model() if hasattr(model, "get_base_model") else model
+
+
+def token_log_probs(model: Any, input_ids: Tensor, attention_mask: Tensor, scored: Tensor) -> Tensor:
+    """float32 (B, T) log-probabilities of `input_ids` given what precedes them, 0 where `scored` is False.
+
+    `scored` (B, T) marks the completion tokens; position 0 can never be scored.
+    """
+    inner = causal_model(model)
+    hidden = inner.base_model(input_ids=input_ids, attention_mask=attention_mask, use_cache=False).last_hidden_state
+    mask = scored[:, 1:].bool()
+    cap = getattr(inner.config.get_text_config(), "final_logit_softcapping", None)
+    found = _TokenLogProbs.apply(hidden[:, :-1][mask], inner.get_output_embeddings().weight, input_ids[:, 1:][mask], cap)
+    out = torch.zeros(scored.shape, dtype=torch.float32, device=found.device)
+    full = torch.zeros_like(mask, dtype=torch.float32).masked_scatter(mask, found)
+    return torch.cat([out[:, :1], full], dim=1)

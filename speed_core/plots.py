@@ -1,0 +1,223 @@
+"""One function a figure. Each writes NAME.svg, NAME.csv (the plotted numbers) and NAME.json (where they come from).
+
+Colours are Okabe and Ito's, told apart in grey by hatching or marker too. A score that is compared is
+drawn with its interval or not at all.
+"""
+
+from __future__ import annotations
+
+import csv
+import json
+import textwrap
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from speed_core.artifacts import Artifact, UserError, code_digest, device_name, file_digest, write_json
+from speed_core.run_context import Run
+
+OURS, SECOND, THIRD, PAPER, GREY = "#0072B2", "#E69F00", "#009E73", "#000000", "#999999"
+STYLE = {
+    "figure.dpi": 110,
+    "font.size": 10,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.titlesize": 11,
+    "axes.titlelocation": "left",
+    "legend.frameon": False,
+    "svg.hashsalt": "speed-step-by-step",
+    "svg.fonttype": "none",
+}
+
+
+def canvas(width: float = 7.0, height: float = 3.4, columns: int = 1) -> tuple[Any, Any]:
+    import matplotlib.pyplot as plt
+
+    plt.rcParams.update(STYLE)
+    return plt.subplots(1, columns, figsize=(width, height), layout="constrained")
+
+
+def save(run: Run, name: str, figure: Any, rows: Sequence[Mapping[str, Any]], inputs: Sequence[Artifact], note: str = "") -> None:
+    """Write the three files. `rows` is what was plotted; `inputs` are the artifacts it was computed from."""
+    folder = run.figures
+    folder.mkdir(parents=True, exist_ok=True)
+    if not rows:
+        raise UserError(f"figure {name}: nothing to plot; run the notebooks before this one")
+    with (folder / f"{name}.csv").open("w", newline="", encoding="utf-8") as f:
+        writer = csv.DictWriter(f, list(dict.fromkeys(k for r in rows for k in r)), lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(rows)
+    figure.savefig(folder / f"{name}.svg", metadata={"Date": None})
+    write_json(
+        folder / f"{name}.json",
+        {
+            "figure": name,
+            "profile": run.profile.name,
+            "seed": run.profile.seed,
+            "inputs": {a.name: a.digest for a in inputs},
+            "data_sha256": file_digest(folder / f"{name}.csv"),
+            "svg_sha256": file_digest(folder / f"{name}.svg"),
+            "device": device_name(),
+            "code": code_digest(),
+            "note": note,
+        },
+    )
+
+
+def check(folder: Path) -> list[str]:
+    """Problems of the figures in a folder: a missing companion, or data and record that disagree."""
+    out = []
+    for svg in sorted(folder.glob("*.svg")):
+        record, data = svg.with_suffix(".json"), svg.with_suffix(".csv")
+        if not record.is_file() or not data.is_file():
+            out.append(f"{svg.name}: no .csv or .json beside it; run its notebook again")
+            continue
+        said = json.loads(record.read_text(encoding="utf-8"))
+        for key, path in (("data_sha256", data), ("svg_sha256", svg)):
+            if said[key] != file_digest(path):
+                out.append(f"{path.name}: changed since {record.name} was written; run its notebook again")
+    return out
+
+
+def waterfall(run: Run, name: str, steps: Sequence[tuple[str, int]], inputs: Sequence[Artifact], title: str) -> None:
+    """Yield waterfall: how many records are left after each step."""
+    figure, ax = canvas(7, 0.5 + 0.45 * len(steps))
+    labels, values = [s[0] for s in steps], [s[1] for s in steps]
+    ax.barh(labels, values, color=OURS, height=0.6)
+    for i, (v, before) in enumerate(zip(values, [values[0], *values[:-1]], strict=True)):
+        lost = f"  (-{before - v})" if before > v else ""
+        ax.text(v, i, f" {v}{lost}", va="center")
+    ax.invert_yaxis()
+    ax.set(title=title, xlabel="records", xlim=(0, max(values) * 1.18))
+    save(run, name, figure, [{"step": a, "records": b} for a, b in steps], inputs)
+
+
+def counts(run: Run, name: str, groups: Mapping[str, Mapping[str, float]], inputs: Sequence[Artifact], title: str, ylabel: str) -> None:
+    """Grouped bars of plain counts (not scores, so no interval): {series: {category: value}}."""
+    figure, ax = canvas()
+    categories = list(dict.fromkeys(k for g in groups.values() for k in g))
+    width = 0.8 / len(groups)
+    for i, (series, values) in enumerate(groups.items()):
+        x = np.arange(len(categories)) + (i - (len(groups) - 1) / 2) * width
+        bars = ax.bar(x, [values.get(c, 0) for c in categories], width * 0.95, label=series, color=(OURS, SECOND, THIRD)[i % 3], hatch=("", "//", "..")[i % 3])
+        ax.bar_label(bars, fmt="%g", fontsize=8)
+    ax.set_xticks(np.arange(len(categories)), [c.replace("_", "-") for c in categories])
+    ax.set(title=title, ylabel=ylabel)
+    if len(groups) > 1:
+        ax.legend()
+    rows = [{"series": s, "category": c, "value": g.get(c, 0)} for s, g in groups.items() for c in categories]
+    save(run, name, figure, rows, inputs)
+
+
+def rates(
+    run: Run, name: str, rows: Sequence[Mapping[str, Any]], inputs: Sequence[Artifact], title: str, xlabel: str,
+    paper: Mapping[str, float] | None = None, zero: bool = False,
+) -> None:  # fmt: skip
+    """Estimates with intervals: rows {label, value, low, high}; the paper's value (same units) as a black diamond."""
+    if any("low" not in r or "high" not in r for r in rows):
+        raise UserError(f"figure {name}: a compared score without an interval; give low and high")
+    figure, ax = canvas(7, 0.9 + 0.42 * len(rows))
+    for i, r in enumerate(rows):
+        error = [[max(0.0, r["value"] - r["low"])], [max(0.0, r["high"] - r["value"])]]
+        ax.errorbar(r["value"], i, xerr=error, fmt="o", color=OURS, capsize=4, label="ours, 95% interval" if i == 0 else None)
+        if paper and r["label"] in paper:
+            shown = not ax.get_legend_handles_labels()[1].count("paper")
+            ax.plot(paper[r["label"]], i, "D", color=PAPER, mfc="none", label="paper" if shown else None)
+    if zero:
+        ax.axvline(0, color=GREY, lw=1, ls="--")
+    ax.set_yticks(range(len(rows)), [r["label"] for r in rows])
+    ax.invert_yaxis()
+    ax.margins(y=0.15)
+    ax.set(title=title, xlabel=xlabel)
+    ax.legend(loc="upper center", bbox_to_anchor=(0.5, -0.55 / (0.9 + 0.42 * len(rows))), ncols=2, fontsize=8)
+    out = [dict(r) | {"paper": (paper or {}).get(r["label"], "")} for r in rows]
+    save(run, name, figure, out, inputs)
+
+
+def curves(run: Run, name: str, series: Mapping[str, Sequence[Mapping[str, float]]], keys: Sequence[str], inputs: Sequence[Artifact], title: str) -> None:
+    """Training curves: one panel a key, one line a series, over steps."""
+    figure, axes = canvas(3.4 * len(keys) + 0.4, 3.0, len(keys))
+    for ax, key in zip(np.atleast_1d(axes), keys, strict=True):
+        for i, (label, history) in enumerate(series.items()):
+            points = [(h["step"], h[key]) for h in history if key in h]
+            ax.plot(*zip(*points, strict=True), color=(OURS, SECOND, THIRD, GREY)[i % 4], ls=("-", "--", ":", "-.")[i % 4], marker="o", ms=3, label=label)
+        ax.set(xlabel="step", title=key.replace("_", " "))
+        if len(series) > 1:
+            ax.legend(fontsize=8)
+    figure.suptitle(title, x=0.01, ha="left", fontsize=11)
+    rows = [{"series": s, **{k: h[k] for k in ("step", *keys) if k in h}} for s, history in series.items() for h in history]
+    save(run, name, figure, rows, inputs)
+
+
+def mask_matrix(run: Run, name: str, view: Any, inputs: Sequence[Artifact], title: str) -> None:
+    """The masking microscope: which in-batch candidates the guide removed, in each block."""
+    import matplotlib.colors as colors
+
+    blocks = [b for b in ("ap", "an", "aa", "pp") if b in view.removed]
+    names = {"ap": "query - positive", "an": "query - negative", "aa": "query - query", "pp": "positive - positive"}
+    figure, axes = canvas(2.6 * len(blocks), 3.1, len(blocks))
+    rows = []
+    for ax, b in zip(np.atleast_1d(axes), blocks, strict=True):
+        gone, similarity = view.removed[b].cpu().numpy(), view.similarity[b].cpu().numpy()
+        image = ax.imshow(similarity, cmap="cividis", norm=colors.Normalize(0, 1), aspect="auto")
+        ys, xs = np.nonzero(gone)
+        ax.scatter(xs, ys, marker="x", color="#D55E00", s=26, lw=1.6)
+        ax.set(title=f"{names[b]}\n{int(gone.sum())} removed", xlabel="candidate", ylabel="row" if b == "ap" else "")
+        rows += [
+            {"block": b, "row": i, "candidate": j, "guide_similarity": round(float(similarity[i, j]), 4), "removed": int(gone[i, j])}
+            for i in range(gone.shape[0]) for j in range(gone.shape[1])
+        ]  # fmt: skip
+    figure.colorbar(image, ax=axes, label="guide similarity", shrink=0.8)
+    figure.suptitle(title, x=0.01, ha="left", fontsize=11)
+    save(run, name, figure, rows, inputs)
+
+
+def precision_recall(run: Run, name: str, rows: Sequence[Mapping[str, Any]], inputs: Sequence[Artifact], title: str) -> None:
+    """Precision and recall of the mask against known labels, over margins; rows {margin, precision, recall, low/high of each}."""
+    figure, ax = canvas(6, 3.4)
+    for key, colour, style in (("precision", OURS, "-"), ("recall", SECOND, "--"), ("removed", GREY, ":")):
+        x, y = [r["margin"] for r in rows], [r[key] for r in rows]
+        ax.plot(x, y, style, color=colour, marker="o", ms=4, label=key if key != "removed" else "share removed")
+        ax.fill_between(x, [r[f"{key}_low"] for r in rows], [r[f"{key}_high"] for r in rows], color=colour, alpha=0.2)
+    ax.set(title=title, xlabel="margin", ylabel="share", ylim=(0, 1))
+    ax.legend()
+    save(run, name, figure, rows, inputs)
+
+
+def scaling(run: Run, name: str, rows: Sequence[Mapping[str, float]], fit: Mapping[str, float], band: Any, inputs: Sequence[Artifact]) -> None:
+    """Fig. 4: score against the number of synthetic records, log-linear fit with its band; the paper's two points beside."""
+    figure, (ax, right) = canvas(8.4, 3.4, 2)
+    x = np.array([r["records"] for r in rows])
+    y = np.array([r["value"] for r in rows])
+    ax.errorbar(x, y, yerr=[y - [r["low"] for r in rows], [r["high"] for r in rows] - y], fmt="o", color=OURS, capsize=4, label="ours, 95% interval")
+    grid = np.geomspace(x.min(), x.max(), 50)
+    ax.plot(grid, fit["intercept"] + fit["slope"] * np.log2(grid), color=OURS, label=f"{fit['slope']:+.2f} points a doubling")
+    ax.fill_between(grid, band[0], band[1], color=OURS, alpha=0.15)
+    ax.set_xscale("log", base=2)
+    ax.set_xticks(x, [str(int(v)) for v in x])
+    ax.set(title="ours", xlabel="synthetic records", ylabel="mean score of the offline tasks")
+    ax.legend(fontsize=8)
+    right.plot([230, 920], [63.2, 63.4], "D-", color=PAPER, mfc="none", label="+0.1 points a doubling")
+    right.set_xscale("log", base=2)
+    right.set_xticks([230, 920], ["230K", "920K"])
+    right.set(title="paper (Tables 1 and 2)", xlabel="synthetic records", ylabel="MTEB average, 56 tasks", ylim=(62.5, 64))
+    right.legend(fontsize=8)
+    paper = [{"records": 230000, "value": 63.2, "source": "paper"}, {"records": 920000, "value": 63.4, "source": "paper"}]
+    save(run, name, figure, [dict(r) | {"source": "ours"} for r in rows] + paper, inputs)
+
+
+def verdicts(run: Run, name: str, rows: Sequence[Mapping[str, Any]], inputs: Sequence[Artifact]) -> None:
+    """The claim map as a picture: one line a claim, its verdict in words and colour."""
+    colours = {"reproduced": THIRD, "smaller scale, same direction": THIRD, "not resolved at this size": GREY, "contradicted": "#D55E00", "not possible here": "#CCCCCC", "not yet tested": "#CCCCCC"}  # fmt: skip
+    figure, ax = canvas(9, 0.6 + 0.3 * len(rows))
+    for i, r in enumerate(rows):
+        ax.barh(i, 1, color=colours.get(r["verdict"], GREY), height=0.85)
+        ax.text(-0.02, i, f"{r['id']}  {textwrap.shorten(r['claim'], 62, placeholder=' ...')}", ha="right", va="center", fontsize=8)
+        ax.text(0.5, i, r["verdict"], ha="center", va="center", fontsize=8, color="white" if r["verdict"] == "contradicted" else "black")
+    ax.invert_yaxis()
+    ax.set(title="verdicts at this size", xticks=[], yticks=[], xlim=(0, 1))
+    for spine in ax.spines.values():
+        spine.set_visible(False)
+    save(run, name, figure, rows, inputs)

@@ -1,0 +1,193 @@
+"""Run notebooks headlessly and tell the truth about it.
+
+papermill 2.7 writes "completed" over cells of a killed kernel, accepts parameters that do not exist and
+empties the last good output before it starts. So: parameters are checked first, the notebook runs in a
+temporary file, success needs an execution count on every code cell and a sentinel after the last, and
+only then does the output take its place. A failure is kept beside it as NAME.failed.ipynb.
+"""
+
+from __future__ import annotations
+
+import ast
+import difflib
+import json
+import os
+import re
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import nbformat
+
+from speed_core.artifacts import UserError
+
+SENTINEL = "speed-core: every cell ran"
+
+
+@dataclass
+class Report:
+    """What happened to one notebook: status is ok or failed; `detail` says where and why."""
+
+    name: str
+    status: str
+    seconds: float
+    detail: str = ""
+
+
+def notebooks(folder: Path) -> list[Path]:
+    """The numbered notebooks, in order."""
+    return sorted(p for p in folder.glob("[0-9][0-9]_*.ipynb"))
+
+
+def parameters_of(path: Path) -> dict[str, Any]:
+    """Names and default values of the cell tagged `parameters`; it may hold literals only."""
+    nb = nbformat.read(path, as_version=4)
+    cells = [c for c in nb.cells if c.cell_type == "code" and "parameters" in c.metadata.get("tags", [])]
+    if len(cells) != 1:
+        raise UserError(f"{path.name}: {len(cells)} cells tagged 'parameters', needs exactly one; tag its parameter cell")
+    out: dict[str, Any] = {}
+    for node in ast.parse(cells[0].source).body:
+        target = node.targets[0] if isinstance(node, ast.Assign) else node.target if isinstance(node, ast.AnnAssign) else None
+        value = node.value if isinstance(node, (ast.Assign, ast.AnnAssign)) else None
+        if not isinstance(target, ast.Name) or value is None:
+            raise UserError(f"{path.name}: line {node.lineno} of the parameters cell is no assignment; keep only NAME = literal")
+        try:
+            out[target.id] = ast.literal_eval(value)
+        except ValueError:
+            raise UserError(f"{path.name}: parameter {target.id!r} is computed, not a literal; move it to the next cell") from None
+    return out
+
+
+def check_parameters(path: Path, given: Mapping[str, Any]) -> None:
+    """Refuse an unknown name (with the nearest known) or a value of another type than the default."""
+    known = parameters_of(path)
+    for name, value in given.items():
+        if name not in known:
+            close = difflib.get_close_matches(name, known, 1)
+            hint = f"did you mean {close[0]!r}?" if close else f"it has {', '.join(known)}"
+            raise UserError(f"parameter {name!r}: {path.name} has none of that name; {hint}")
+        default = known[name]
+        fits = isinstance(value, type(default)) and isinstance(value, bool) == isinstance(default, bool)
+        if not fits and not (isinstance(default, float) and type(value) is int):
+            raise UserError(
+                f"parameter {name!r} of {path.name}: {value!r} is {type(value).__name__}, "
+                f"the default {default!r} is {type(default).__name__}; give that type"
+            )
+
+
+def execute(source: Path, target: Path, parameters: Mapping[str, Any], *, cell_timeout: int = 4 * 3600, show: bool = True) -> Report:
+    """Execute one notebook; `target` changes only if every cell ran."""
+    import papermill
+    from papermill.exceptions import PapermillExecutionError
+
+    check_parameters(source, parameters)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    started, problem = time.time(), ""
+    work = target.with_name(f".{target.stem}.{os.getpid()}.ipynb")
+    staged = target.with_name(f".{target.stem}.{os.getpid()}.in.ipynb")
+    nb = nbformat.read(source, as_version=4)
+    nb.cells.append(nbformat.v4.new_code_cell(f"print({SENTINEL!r})", metadata={"tags": ["sentinel"]}))
+    nbformat.write(nb, staged)
+    try:
+        papermill.execute_notebook(
+            str(staged),
+            str(work),
+            parameters=dict(parameters),
+            cwd=str(source.parent),
+            progress_bar=False,
+            log_output=False,
+            stdout_file=sys.stdout if show else None,
+            kernel_name="python3",
+            execution_timeout=cell_timeout,
+            interrupt_on_timeout=True,
+            coalesce_streams=True,
+        )
+    except PapermillExecutionError as error:
+        problem = f"cell {error.exec_count}: {error.ename}: {_plain(error.evalue)}"
+    except Exception as error:  # a dead kernel, a timeout: papermill raises many types; each is a failed notebook
+        problem = f"{type(error).__name__}: {_plain(str(error))}"
+    finally:
+        staged.unlink(missing_ok=True)
+    if not problem:
+        problem = unfinished(work)
+    seconds = time.time() - started
+    if problem:
+        if work.exists():
+            os.replace(work, target.with_name(f"{target.stem}.failed.ipynb"))
+        return Report(source.stem, "failed", seconds, problem)
+    done = nbformat.read(work, as_version=4)
+    done.cells = [c for c in done.cells if "sentinel" not in c.metadata.get("tags", [])]
+    nbformat.write(done, work)
+    os.replace(work, target)
+    target.with_name(f"{target.stem}.failed.ipynb").unlink(missing_ok=True)
+    return Report(source.stem, "ok", seconds)
+
+
+def _plain(text: str) -> str:
+    return re.sub(r"\x1b\[[0-9;]*m", "", text).strip().split("\n")[-1][:400]
+
+
+def unfinished(path: Path) -> str:
+    """Why an executed notebook does not count as complete; empty when it does."""
+    nb = nbformat.read(path, as_version=4)
+    code = [c for c in nb.cells if c.cell_type == "code" and c.source.strip()]
+    for number, cell in enumerate(code, 1):
+        if cell.get("execution_count") is None:
+            return f"code cell {number} never ran (the kernel stopped before it)"
+    said = "".join(o.get("text", "") for o in code[-1].get("outputs", []))
+    return "" if SENTINEL in said else "the last cell did not print the sentinel"
+
+
+def run_all(
+    profile: str,
+    *,
+    overrides: Mapping[str, Any] | None = None,
+    seed: int | None = None,
+    only: Sequence[str] = (),
+    start: str = "",
+    folder: Path | None = None,
+) -> list[Report]:
+    """Run the numbered notebooks at a profile, in order, stopping at the first failure; prints one table at the end."""
+    from speed_core.run_context import ROOT, open_run
+
+    run = open_run(profile, dict(overrides or {}), seed)  # a bad profile or parameter is refused here
+    folder = folder or ROOT / "notebooks"
+    chosen = [p for p in notebooks(folder) if (not only or p.stem[:2] in only) and p.stem[:2] >= start[:2]]
+    if not chosen:
+        raise UserError(f"--only {','.join(only)}: no such notebook; numbers are {', '.join(p.stem[:2] for p in notebooks(folder))}")
+    given = {"profile": profile, "overrides": dict(overrides or {})} | ({"seed": seed} if seed is not None else {})
+    for path in chosen:
+        check_parameters(path, given)
+    reports: list[Report] = []
+    for number, path in enumerate(chosen, 1):
+        print(f"\n[{number}/{len(chosen)}] {path.stem}", flush=True)
+        report = execute(path, run.folder / "notebooks" / path.name, given)
+        reports.append(report)
+        line = {"notebook": path.stem, "status": report.status, "seconds": round(report.seconds, 1), "detail": report.detail}
+        with (run.folder / "times.jsonl").open("a") as f:
+            f.write(json.dumps(line | {"written": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())}) + "\n")
+        if report.status != "ok":
+            break
+    table(reports, [p.stem for p in chosen], run.figures)
+    return reports
+
+
+def table(reports: Sequence[Report], wanted: Sequence[str], figures: Path) -> None:
+    """One table of notebooks and the list of figures."""
+    from rich.console import Console
+    from rich.table import Table
+
+    t = Table(title="notebooks")
+    for column in ("notebook", "status", "time", "detail"):
+        t.add_column(column)
+    by_name = {r.name: r for r in reports}
+    for name in wanted:
+        r = by_name.get(name, Report(name, "not run", 0.0))
+        t.add_row(name, r.status, f"{r.seconds / 60:.1f} min" if r.seconds else "", r.detail)
+    t.add_row("all", "", f"{sum(r.seconds for r in reports) / 60:.1f} min", "")
+    console = Console(width=110)
+    console.print(t)
+    console.print("figures: " + ", ".join(sorted(p.name for p in figures.glob("*.svg"))), soft_wrap=True)

@@ -1,0 +1,46 @@
+"""What every notebook opens first: the profile, the run folder, the artifact store."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from speed_core import profile as profiles
+from speed_core.artifacts import Store
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+@dataclass(frozen=True)
+class Run:
+    """Profile `profile`, artifacts in `folder/artifacts`, request logs in `folder/log`, figures in `figures`."""
+
+    profile: profiles.Profile
+    folder: Path
+    store: Store
+    figures: Path
+
+    def log(self, name: str) -> Path:
+        return self.folder / "log" / f"{name}.jsonl"
+
+
+def open_run(profile: str = "tiny", overrides: dict[str, Any] | None = None, seed: int | None = None) -> Run:
+    """Open (or begin) the run of a profile.
+
+    The folder is $SPEED_RUNS/PROFILE (default: runs/ in the checkout). Figures of the tiny profile land in
+    figures/, those of other profiles in their run folder, so that a smoke run never overwrites them.
+    """
+    os.environ.setdefault("HF_HUB_OFFLINE", os.environ.get("SPEED_ONLINE", "") == "" and "1" or "0")
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    values = dict(overrides or {})
+    if seed is not None:
+        values.setdefault("seed", seed)
+    p = profiles.load(profile, values)
+    folder = Path(os.environ.get("SPEED_RUNS", ROOT / "runs")) / p.name
+    store = Store(folder / "artifacts", ROOT / "speed_core" / "assets" / "shipped")
+    store.root.mkdir(parents=True, exist_ok=True)
+    store.recover()
+    official = p.name == "tiny" and "SPEED_RUNS" not in os.environ
+    return Run(p, folder, store, ROOT / "figures" if official else folder / "figures")
