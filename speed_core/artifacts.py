@@ -14,12 +14,12 @@ import os
 import platform
 import shutil
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
-from typing import Any, Iterator
+from typing import Any
 
 MANIFEST = "manifest.json"
 
@@ -240,9 +240,7 @@ class Store:
         return changes[0] if changes else ""
 
     @contextmanager
-    def stage(
-        self, name: str, parameters: Mapping[str, Any], parents: Iterable[Artifact] = ()
-    ) -> Iterator[Draft | None]:
+    def stage(self, name: str, parameters: Mapping[str, Any], parents: Iterable[Artifact] = ()) -> Iterator[Draft | None]:
         """Make `name` unless it is current. Yields a Draft to fill, or None when nothing is to be done.
 
         Nothing of an older artifact is touched until the new one is complete.

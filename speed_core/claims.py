@@ -120,7 +120,14 @@ def build(scores: Mapping[str, Any], facts: Mapping[str, Any], digests: Mapping[
     for key, claim, paper, notebook in CLAIMS:
         entry = found.get(
             key,
-            {"ours": "", "low": "", "high": "", "verdict": "not yet tested", "why": "no run of this repository measures it yet", "artifact": ""},
+            {
+                "ours": "",
+                "low": "",
+                "high": "",
+                "verdict": "not yet tested",
+                "why": "no run of this repository measures it yet",
+                "artifact": "",
+            },
         )
         rows.append({"id": key, "claim": claim, "paper": paper, **entry, "notebook": notebook})
     return rows

@@ -107,7 +107,9 @@ def _trainer_class() -> Any:
             policy = sequence_log_probs(model, inputs)
             loss, rewards = dpo_loss(policy, inputs["reference"].T, self.beta)
             kept = self.__dict__.setdefault("kept", [])
-            kept.append([rewards[0].mean(), rewards[1].mean(), (rewards[0] > rewards[1]).float().mean(), policy[0].detach().mean()])
+            kept.append(
+                [rewards[0].mean(), rewards[1].mean(), (rewards[0] > rewards[1]).float().mean(), policy[0].detach().mean()]
+            )
             return (loss, {}) if return_outputs else loss
 
         def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:

@@ -116,7 +116,9 @@ def train(
 
     sft.quiet()
     if len(rows) < settings.batch:
-        raise UserError(f"{label}: {len(rows)} records, one batch needs {settings.batch}; synthesise more or lower embedding.batch")
+        raise UserError(
+            f"{label}: {len(rows)} records, one batch needs {settings.batch}; synthesise more or lower embedding.batch"
+        )
     if settings.micro_batch != settings.batch:
         raise UserError(
             f"{label}: micro_batch {settings.micro_batch} is not batch {settings.batch}; in-batch negatives need the whole batch at once"
@@ -131,9 +133,7 @@ def train(
         model=model,
         args=SentenceTransformerTrainingArguments(**arguments),
         train_dataset=Dataset.from_list(triplets(rows[: settings.examples], seed)),
-        loss=GuidedContrastiveLoss(
-            model, guided=settings.guided, temperature=settings.temperature, margin=settings.margin
-        ),
+        loss=GuidedContrastiveLoss(model, guided=settings.guided, temperature=settings.temperature, margin=settings.margin),
         callbacks=[sft.bar_callback(label)],
     )
     trainer.data_collator = GuidedCollator(trainer.data_collator, cache if settings.guided else None, bare)

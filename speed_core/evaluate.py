@@ -121,7 +121,9 @@ def resolve_tasks(names: Sequence[str], size: str = "tiny") -> list[Any]:
             known = [t.metadata.name for t in mteb.get_tasks()]
             if name not in known:
                 close = difflib.get_close_matches(name, [*known, *benchmarks, *offline, "offline"], 3)
-                raise UserError(f"task {name!r}: unknown to mteb {mteb.__version__}; did you mean {', '.join(close) or 'offline'}?")
+                raise UserError(
+                    f"task {name!r}: unknown to mteb {mteb.__version__}; did you mean {', '.join(close) or 'offline'}?"
+                )
             out.append(mteb.get_task(name))
     return out
 
@@ -142,7 +144,9 @@ def evaluate(model: Embedder, tasks: Sequence[Any], cache: Path, label: str = ""
     out: dict[str, Any] = {"model": model.mteb_model_meta.name, "revision": revision, "tasks": {}}
     bar = sft.progress(len(tasks), f"evaluate {label}".strip(), "task")
     for task in tasks:
-        results = mteb.evaluate(model, [task], cache=ResultCache(cache / str(revision)), show_progress_bar=False, encode_kwargs={})
+        results = mteb.evaluate(
+            model, [task], cache=ResultCache(cache / str(revision)), show_progress_bar=False, encode_kwargs={}
+        )
         result = results.task_results[0]
         split = next(iter(result.scores))
         detail = result.scores[split][0]
@@ -167,7 +171,11 @@ def _items(model: Embedder, task: Any, detail: Mapping[str, Any]) -> list[Any]:
         return [float(e[task.metadata.main_score]) for e in detail["scores_per_experiment"]]
     measures = detail.get("v_measures")
     if measures:
-        return [float(v) for level in measures.values() for v in level] if isinstance(measures, dict) else [float(v) for v in measures]
+        return (
+            [float(v) for level in measures.values() for v in level]
+            if isinstance(measures, dict)
+            else [float(v) for v in measures]
+        )
     return []
 
 
@@ -187,7 +195,9 @@ def _ranks(model: Embedder, task: Any) -> list[float]:
         scores = vectors[pool] @ q
         wanted = [position[d] for d, s in split["relevant_docs"][qid].items() if s > 0]
         rank = 1 + int((scores > scores[pool.index(wanted[0])]).sum())
-        out.append(float(1 / np.log2(rank + 1)) if rank <= 10 and not split["top_ranked"] else (1 / rank if split["top_ranked"] else 0.0))
+        out.append(
+            float(1 / np.log2(rank + 1)) if rank <= 10 and not split["top_ranked"] else (1 / rank if split["top_ranked"] else 0.0)
+        )
     return out
 
 
@@ -217,7 +227,9 @@ def statistic(kind: str) -> Callable[[np.ndarray], float]:
     return _spearman if kind == "STS" else lambda a: float(np.mean(a))
 
 
-def bootstrap_interval(items: Sequence[Any], kind: str, *, draws: int = 1000, seed: int = 0, level: float = 0.95) -> tuple[float, float]:
+def bootstrap_interval(
+    items: Sequence[Any], kind: str, *, draws: int = 1000, seed: int = 0, level: float = 0.95
+) -> tuple[float, float]:
     """Percentile interval of the statistic of `items` under resampling with replacement."""
     data = np.asarray(items, float)
     rng, f = np.random.default_rng(seed), statistic(kind)
@@ -248,7 +260,14 @@ def mean_difference(
     return float(100 * np.mean([p[1] for p in parts])), float(np.quantile(means, 0.025)), float(np.quantile(means, 0.975))
 
 
-def average_interval(result: Mapping[str, Any], types: Sequence[str] | None = None, draws: int = 1000) -> tuple[float, float, float]:
+def average_interval(
+    result: Mapping[str, Any], types: Sequence[str] | None = None, draws: int = 1000
+) -> tuple[float, float, float]:
     """(mean score, low, high) over the tasks of the given types, in points."""
-    nothing = {"tasks": {n: {**t, "score": 0.0, "items": np.zeros_like(np.asarray(t["items"], float)).tolist()} for n, t in result["tasks"].items()}}
+    nothing = {
+        "tasks": {
+            n: {**t, "score": 0.0, "items": np.zeros_like(np.asarray(t["items"], float)).tolist()}
+            for n, t in result["tasks"].items()
+        }
+    }
     return mean_difference(result, nothing, types=types, draws=draws)

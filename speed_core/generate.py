@@ -26,10 +26,10 @@ from speed_core import models, records
 from speed_core.artifacts import AppendLog, UserError, digest
 from speed_core.sft import progress
 
-# Measured on 2 cores (gemma-3-270m, 64 requests, short prompts): vLLM starts in 24 s without graph
-# compilation and then writes three times as fast as `generate`; below this many new tokens the
+# Measured on 2 cores (gemma-3-270m, 32 to 64 requests with a grammar): vLLM starts in 24 s without graph
+# compilation and then writes about 150 tokens a second, `generate` about 30; below this many tokens the
 # start costs more than it saves.
-VLLM_WORTH_TOKENS = 4000
+VLLM_WORTH_TOKENS = 1000
 # Free text in a JSON value costs characters, not tokens; this many characters a token bounds the
 # grammar so that a value can never outgrow the token budget by whitespace or repetition alone.
 CHARS_PER_TOKEN = 6

@@ -23,7 +23,6 @@ from typing import Any
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 STRATEGIES = ("absolute", "relative")
@@ -74,7 +73,10 @@ def _unit(t: Tensor, name: str) -> Tensor:
     """Rows of length one, in at least float32 (a zero row stays zero)."""
     if not bool(torch.isfinite(t).all()):
         raise ValueError(f"{name}: holds values that are not finite; check the encoder (float16 overflows at 65504)")
-    return F.normalize(t if t.dtype == torch.float64 else t.float(), dim=-1)
+    t = t if t.dtype == torch.float64 else t.float()
+    length = torch.linalg.vector_norm(t, dim=-1, keepdim=True)
+    # A zero row gets a zero gradient; F.normalize would give it 1e12, which float16 turns into inf.
+    return torch.where(length > 1e-12, t / length.clamp_min(1e-12), torch.zeros_like(t))
 
 
 @dataclass
@@ -265,7 +267,9 @@ def _make_plan(
     side, threshold = None, None
     if ga is not None or gp is not None:
         if ga is None or gp is None or (n is not None and gn is None):
-            raise ValueError("guide embeddings: some are missing; give guide_anchors, guide_positives and, with negatives, guide_negatives")
+            raise ValueError(
+                "guide embeddings: some are missing; give guide_anchors, guide_positives and, with negatives, guide_negatives"
+            )
         flat = _flat_negatives(gn, a.shape[0], "guide_negatives")
         _check(ga, gp, flat, offset, "guide_")
         for name, s, g in (("anchors", a, ga), ("positives", p, gp), ("negatives", n, flat)):
@@ -413,9 +417,7 @@ class GuidedCollator:
         return getattr(self.__dict__["inner"], name)
 
     def __call__(self, features: list[dict[str, Any]]) -> dict[str, Any]:
-        texts = {
-            name: [self.guide_text(str(f[name])) for f in features] for name, v in features[0].items() if isinstance(v, str)
-        }
+        texts = {name: [self.guide_text(str(f[name])) for f in features] for name, v in features[0].items() if isinstance(v, str)}
         batch: dict[str, Any] = self.inner(features)
         ids = {t: i for i, t in enumerate(dict.fromkeys(t for column in texts.values() for t in column))}
         for name, column in texts.items():

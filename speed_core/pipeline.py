@@ -134,7 +134,11 @@ def junior(run: Run) -> Artifact:
 
 
 def _training(run: Run, settings: Training) -> dict[str, Any]:
-    return {"training": dotted(settings), "seed": run.profile.seed, "base": models.weights_id(models.resolve(run.profile.models.generator))}
+    return {
+        "training": dotted(settings),
+        "seed": run.profile.seed,
+        "base": models.weights_id(models.resolve(run.profile.models.generator)),
+    }
 
 
 def sample(
@@ -246,7 +250,12 @@ def senior(run: Run) -> Artifact:
     with run.store.stage("senior", _training(run, run.profile.senior), [junior_, pairs]) as draft:
         if draft:
             dpo.train(
-                run.profile.models.generator, junior_.path, pairs.rows(), run.profile.senior, seed=run.profile.seed, output=draft.path
+                run.profile.models.generator,
+                junior_.path,
+                pairs.rows(),
+                run.profile.senior,
+                seed=run.profile.seed,
+                output=draft.path,
             )
     return run.store.need("senior")
 
@@ -265,7 +274,14 @@ def revisor(run: Run) -> Artifact:
     parameters = _training(run, run.profile.revisor) | {"data": prompts.text_digest("".join(a + b for a, b in pairs))}
     with run.store.stage("revisor", parameters) as draft:
         if draft:
-            sft.train(run.profile.models.generator, pairs, run.profile.revisor, seed=run.profile.seed, output=draft.path, label="revisor")
+            sft.train(
+                run.profile.models.generator,
+                pairs,
+                run.profile.revisor,
+                seed=run.profile.seed,
+                output=draft.path,
+                label="revisor",
+            )
     return run.store.need("revisor")
 
 
@@ -315,7 +331,9 @@ def dataset(run: Run, name: str, rows: Sequence[dict[str, Any]], parents: Sequen
 # --- 08, 09: embedding model and scores -----------------------------------------------------------
 
 
-def embedder(run: Run, name: str, data: Artifact, *, seed: int | None = None, limit: int | None = None, guided: bool | None = None) -> Artifact:
+def embedder(
+    run: Run, name: str, data: Artifact, *, seed: int | None = None, limit: int | None = None, guided: bool | None = None
+) -> Artifact:
     """Artifact `name`: a sentence-transformers model trained on (the first `limit` of) a data set."""
     from speed_core import embed
 
@@ -324,7 +342,12 @@ def embedder(run: Run, name: str, data: Artifact, *, seed: int | None = None, li
     settings = settings.model_copy(update=changes)
     seed = run.profile.seed if seed is None else seed
     base = run.profile.models.embedder
-    parameters = {"training": dotted(settings), "seed": seed, "base": models.weights_id(models.resolve(base)), "guide": run.profile.models.guide}
+    parameters = {
+        "training": dotted(settings),
+        "seed": seed,
+        "base": models.weights_id(models.resolve(base)),
+        "guide": run.profile.models.guide,
+    }
     with run.store.stage(name, parameters, [data]) as draft:
         if draft:
             embed.train(

@@ -94,14 +94,23 @@ def waterfall(run: Run, name: str, steps: Sequence[tuple[str, int]], inputs: Seq
     save(run, name, figure, [{"step": a, "records": b} for a, b in steps], inputs)
 
 
-def counts(run: Run, name: str, groups: Mapping[str, Mapping[str, float]], inputs: Sequence[Artifact], title: str, ylabel: str) -> None:
+def counts(
+    run: Run, name: str, groups: Mapping[str, Mapping[str, float]], inputs: Sequence[Artifact], title: str, ylabel: str
+) -> None:
     """Grouped bars of plain counts (not scores, so no interval): {series: {category: value}}."""
     figure, ax = canvas()
     categories = list(dict.fromkeys(k for g in groups.values() for k in g))
     width = 0.8 / len(groups)
     for i, (series, values) in enumerate(groups.items()):
         x = np.arange(len(categories)) + (i - (len(groups) - 1) / 2) * width
-        bars = ax.bar(x, [values.get(c, 0) for c in categories], width * 0.95, label=series, color=(OURS, SECOND, THIRD)[i % 3], hatch=("", "//", "..")[i % 3])
+        bars = ax.bar(
+            x,
+            [values.get(c, 0) for c in categories],
+            width * 0.95,
+            label=series,
+            color=(OURS, SECOND, THIRD)[i % 3],
+            hatch=("", "//", "..")[i % 3],
+        )
         ax.bar_label(bars, fmt="%g", fontsize=8)
     ax.set_xticks(np.arange(len(categories)), [c.replace("_", "-") for c in categories])
     ax.set(title=title, ylabel=ylabel)
@@ -136,13 +145,27 @@ def rates(
     save(run, name, figure, out, inputs)
 
 
-def curves(run: Run, name: str, series: Mapping[str, Sequence[Mapping[str, float]]], keys: Sequence[str], inputs: Sequence[Artifact], title: str) -> None:
+def curves(
+    run: Run,
+    name: str,
+    series: Mapping[str, Sequence[Mapping[str, float]]],
+    keys: Sequence[str],
+    inputs: Sequence[Artifact],
+    title: str,
+) -> None:
     """Training curves: one panel a key, one line a series, over steps."""
     figure, axes = canvas(3.4 * len(keys) + 0.4, 3.0, len(keys))
     for ax, key in zip(np.atleast_1d(axes), keys, strict=True):
         for i, (label, history) in enumerate(series.items()):
             points = [(h["step"], h[key]) for h in history if key in h]
-            ax.plot(*zip(*points, strict=True), color=(OURS, SECOND, THIRD, GREY)[i % 4], ls=("-", "--", ":", "-.")[i % 4], marker="o", ms=3, label=label)
+            ax.plot(
+                *zip(*points, strict=True),
+                color=(OURS, SECOND, THIRD, GREY)[i % 4],
+                ls=("-", "--", ":", "-.")[i % 4],
+                marker="o",
+                ms=3,
+                label=label,
+            )
         ax.set(xlabel="step", title=key.replace("_", " "))
         if len(series) > 1:
             ax.legend(fontsize=8)
@@ -186,12 +209,22 @@ def precision_recall(run: Run, name: str, rows: Sequence[Mapping[str, Any]], inp
     save(run, name, figure, rows, inputs)
 
 
-def scaling(run: Run, name: str, rows: Sequence[Mapping[str, float]], fit: Mapping[str, float], band: Any, inputs: Sequence[Artifact]) -> None:
+def scaling(
+    run: Run, name: str, rows: Sequence[Mapping[str, float]], fit: Mapping[str, float], band: Any, inputs: Sequence[Artifact]
+) -> None:
     """Fig. 4: score against the number of synthetic records, log-linear fit with its band; the paper's two points beside."""
     figure, (ax, right) = canvas(8.4, 3.4, 2)
     x = np.array([r["records"] for r in rows])
     y = np.array([r["value"] for r in rows])
-    ax.errorbar(x, y, yerr=[y - [r["low"] for r in rows], [r["high"] for r in rows] - y], fmt="o", color=OURS, capsize=4, label="ours, 95% interval")
+    ax.errorbar(
+        x,
+        y,
+        yerr=[y - [r["low"] for r in rows], [r["high"] for r in rows] - y],
+        fmt="o",
+        color=OURS,
+        capsize=4,
+        label="ours, 95% interval",
+    )
     grid = np.geomspace(x.min(), x.max(), 50)
     ax.plot(grid, fit["intercept"] + fit["slope"] * np.log2(grid), color=OURS, label=f"{fit['slope']:+.2f} points a doubling")
     ax.fill_between(grid, band[0], band[1], color=OURS, alpha=0.15)
@@ -214,8 +247,18 @@ def verdicts(run: Run, name: str, rows: Sequence[Mapping[str, Any]], inputs: Seq
     figure, ax = canvas(9, 0.6 + 0.3 * len(rows))
     for i, r in enumerate(rows):
         ax.barh(i, 1, color=colours.get(r["verdict"], GREY), height=0.85)
-        ax.text(-0.02, i, f"{r['id']}  {textwrap.shorten(r['claim'], 62, placeholder=' ...')}", ha="right", va="center", fontsize=8)
-        ax.text(0.5, i, r["verdict"], ha="center", va="center", fontsize=8, color="white" if r["verdict"] == "contradicted" else "black")
+        ax.text(
+            -0.02, i, f"{r['id']}  {textwrap.shorten(r['claim'], 62, placeholder=' ...')}", ha="right", va="center", fontsize=8
+        )
+        ax.text(
+            0.5,
+            i,
+            r["verdict"],
+            ha="center",
+            va="center",
+            fontsize=8,
+            color="white" if r["verdict"] == "contradicted" else "black",
+        )
     ax.invert_yaxis()
     ax.set(title="verdicts at this size", xticks=[], yticks=[], xlim=(0, 1))
     for spine in ax.spines.values():

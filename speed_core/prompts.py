@@ -195,9 +195,7 @@ def synthesis(
     if table not in ATTRIBUTES:
         raise ValueError(f"attributes {table!r}: unknown table; use one of {', '.join(ATTRIBUTES)}")
     task = STS_TASK if kind == "sts" else task
-    rid = record_id(
-        stage=stage, kind=kind, topic=topic, task=task, index=index, seed=seed, table=table, style=style
-    )
+    rid = record_id(stage=stage, kind=kind, topic=topic, task=task, index=index, seed=seed, table=table, style=style)
     if style == "faithful":
         return Prompt(rid, kind, topic, task, _faithful_synthesis(clone, kind, topic, task, rid))
     rng = rng_for(rid)

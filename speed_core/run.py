@@ -57,7 +57,9 @@ def parameters_of(path: Path) -> dict[str, Any]:
         try:
             out[target.id] = ast.literal_eval(value)
         except ValueError:
-            raise UserError(f"{path.name}: parameter {target.id!r} is computed, not a literal; move it to the next cell") from None
+            raise UserError(
+                f"{path.name}: parameter {target.id!r} is computed, not a literal; move it to the next cell"
+            ) from None
     return out
 
 
@@ -78,7 +80,9 @@ def check_parameters(path: Path, given: Mapping[str, Any]) -> None:
             )
 
 
-def execute(source: Path, target: Path, parameters: Mapping[str, Any], *, cell_timeout: int = 4 * 3600, show: bool = True) -> Report:
+def execute(
+    source: Path, target: Path, parameters: Mapping[str, Any], *, cell_timeout: int = 4 * 3600, show: bool = True
+) -> Report:
     """Execute one notebook; `target` changes only if every cell ran."""
     import papermill
     from papermill.exceptions import PapermillExecutionError
@@ -157,7 +161,9 @@ def run_all(
     folder = folder or ROOT / "notebooks"
     chosen = [p for p in notebooks(folder) if (not only or p.stem[:2] in only) and p.stem[:2] >= start[:2]]
     if not chosen:
-        raise UserError(f"--only {','.join(only)}: no such notebook; numbers are {', '.join(p.stem[:2] for p in notebooks(folder))}")
+        raise UserError(
+            f"--only {','.join(only)}: no such notebook; numbers are {', '.join(p.stem[:2] for p in notebooks(folder))}"
+        )
     given = {"profile": profile, "overrides": dict(overrides or {})} | ({"seed": seed} if seed is not None else {})
     for path in chosen:
         check_parameters(path, given)

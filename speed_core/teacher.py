@@ -118,9 +118,7 @@ class EndpointTeacher:
         self._lock = threading.Lock()
         self._started = time.monotonic()
         self._openai = openai
-        self._client = openai.OpenAI(
-            api_key=key or "none", base_url=settings.base_url or None, max_retries=0, timeout=120
-        )
+        self._client = openai.OpenAI(api_key=key or "none", base_url=settings.base_url or None, max_retries=0, timeout=120)
 
     def check(self) -> None:
         """Reach the endpoint once; one line with the remedy if it does not answer."""
@@ -239,7 +237,9 @@ def parse_tasks(raw: str, kind: str, finish_reason: str) -> records.Outcome:
     tasks, why = records.parse_string_list(raw, finish_reason)
     if why == "length":
         return records.Outcome("truncated", why, raw=raw)
-    return records.Outcome("invalid", why, raw=raw) if why else records.Outcome("ok", record={"tasks": json.dumps(tasks)}, raw=raw)
+    return (
+        records.Outcome("invalid", why, raw=raw) if why else records.Outcome("ok", record={"tasks": json.dumps(tasks)}, raw=raw)
+    )
 
 
 def shuffled(items: Sequence[Any], seed: int) -> list[Any]:

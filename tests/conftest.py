@@ -1,0 +1,51 @@
+"""Tiny real objects shared by the tests: random models of real architectures with a real tokenizer."""
+
+import os
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+import pytest
+import torch
+
+torch.set_num_threads(2)
+
+
+def tiny_config(family: str, vocab: int):
+    from transformers import Gemma3TextConfig, LlamaConfig, MistralConfig, Qwen2Config
+
+    common = dict(
+        vocab_size=vocab, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, max_position_embeddings=512, bos_token_id=2, eos_token_id=1, pad_token_id=0,
+    )  # fmt: skip
+    if family == "gemma3":
+        return Gemma3TextConfig(**common, head_dim=8, sliding_window=16)
+    return {"llama": LlamaConfig, "mistral": MistralConfig, "qwen2": Qwen2Config}[family](**common)
+
+
+@pytest.fixture(scope="session")
+def tokenizer_folder():
+    """The package model's own tokenizer (converted once into the user cache)."""
+    from speed_core import models
+
+    return models.resolve("package:gemma-3-270m")
+
+
+@pytest.fixture(scope="session")
+def tiny_model(tmp_path_factory, tokenizer_folder):
+    """A function family -> folder of a random two-layer model with the real tokenizer."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    made = {}
+
+    def make(family: str) -> str:
+        if family not in made:
+            folder = tmp_path_factory.mktemp(family)
+            torch.manual_seed(0)
+            tokenizer = AutoTokenizer.from_pretrained(tokenizer_folder)
+            AutoModelForCausalLM.from_config(tiny_config(family, len(tokenizer))).save_pretrained(folder)
+            tokenizer.save_pretrained(folder)
+            made[family] = str(folder)
+        return made[family]
+
+    return make

@@ -1,0 +1,87 @@
+import json
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from speed_core.artifacts import AppendLog, Store, UserError, difference, read_jsonl
+
+
+@given(st.integers(0, 400))
+@settings(max_examples=60, deadline=None)
+def test_a_log_cut_at_any_byte_keeps_every_whole_line(cut):
+    import tempfile
+    from pathlib import Path
+
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "log.jsonl"
+        with AppendLog(path) as log:
+            for i in range(8):
+                log.append({"id": f"r{i}", "raw": f"line {i}\u2028with separators\r and \u00e9"})
+        data = path.read_bytes()
+        path.write_bytes(data[:cut])
+        with AppendLog(path) as log:
+            assert len(log.entries) == data[:cut].count(b"\n")
+            log.append({"id": "next", "raw": ""})
+        rows = read_jsonl(path)
+        assert rows[-1]["id"] == "next" and len(rows) == data[:cut].count(b"\n") + 1
+
+
+def test_a_failed_stage_leaves_the_old_artifact_untouched(tmp_path):
+    store = Store(tmp_path)
+    with store.stage("a", {"x": 1}) as draft:
+        draft.file("data.jsonl").write_text('{"id": 1}\n')
+    old = store.get("a").digest
+    with pytest.raises(RuntimeError), store.stage("a", {"x": 2}) as draft:
+        draft.file("data.jsonl").write_text("half")
+        raise RuntimeError
+    assert store.get("a").digest == old and store.get("a").rows() == [{"id": 1}]
+
+
+def test_a_current_artifact_is_not_made_again_and_a_change_is_named(tmp_path):
+    store = Store(tmp_path)
+    with store.stage("a", {"decoding": {"temperature": 1.0}}) as draft:
+        draft.file("f").write_text("x")
+    with store.stage("a", {"decoding": {"temperature": 1.0}}) as draft:
+        assert draft is None
+    assert store.why_stale("a", {"decoding": {"temperature": 0.7}}) == "decoding.temperature 1.0 -> 0.7"
+
+
+def test_a_changed_parent_makes_the_child_stale(tmp_path):
+    store = Store(tmp_path)
+    for text in ("one", "two"):
+        with store.stage("parent", {"text": text}) as draft:
+            draft.file("f").write_text(text)
+        parent = store.get("parent")
+        if text == "one":
+            with store.stage("child", {}, [parent]) as draft:
+                draft.file("f").write_text("c")
+    assert store.why_stale("child", {}, [parent]).startswith("input.parent")
+
+
+def test_a_missing_artifact_names_the_notebook_that_writes_it(tmp_path):
+    with pytest.raises(UserError, match="--only 03"):
+        Store(tmp_path).need("junior")
+
+
+def test_a_kill_between_the_two_renames_is_repaired(tmp_path):
+    store = Store(tmp_path)
+    with store.stage("a", {}) as draft:
+        draft.file("f").write_text("x")
+    (tmp_path / "a").rename(tmp_path / ".a.old")
+    assert store.get("a") is None
+    store.recover()
+    assert store.get("a").file("f").read_text() == "x"
+
+
+def test_manifests_carry_lineage_and_row_counts(tmp_path):
+    store = Store(tmp_path)
+    with store.stage("a", {"k": [1]}) as draft:
+        draft.file("data.jsonl").write_text("{}\n{}\n")
+    manifest = json.loads((tmp_path / "a" / "manifest.json").read_text())
+    assert manifest["files"]["data.jsonl"]["rows"] == 2 and {"sha256", "bytes"} <= set(manifest["files"]["data.jsonl"])
+    assert {"parents", "parameters", "code", "device", "seconds"} <= set(manifest)
+
+
+def test_differences_are_named_by_path():
+    assert difference({"a": {"b": 1}, "c": 2}, {"a": {"b": 2}, "c": 2}) == ["a.b 1 -> 2"]

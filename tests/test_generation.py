@@ -1,0 +1,117 @@
+"""The engines for real, on this machine: gemma-3-270m through Transformers and through vLLM."""
+
+import importlib.util
+import json
+
+import pytest
+
+from speed_core import generate, judge, prompts, records, sft
+from speed_core.artifacts import UserError, read_jsonl
+
+BASE = "package:gemma-3-270m"
+
+
+def requests(n):
+    kinds = ("sts", "classification")
+    planned = [
+        prompts.synthesis(kinds[i % 2], "Home/Gardening", "Label a gardener's note by its task.", index=i, table="short")
+        for i in range(n)
+    ]
+    return [generate.Request(p.id, sft.prompt_text(p.text), p.kind, i) for i, p in enumerate(planned)]
+
+
+def test_transformers_answers_every_request_once_and_resumes_from_the_log(tmp_path):
+    decoding = generate.Decoding(max_new_tokens=48)
+    entries = generate.run(requests(4), model=BASE, log=tmp_path / "log", decoding=decoding, engine="transformers")
+    assert sum(generate.counts(entries).values()) == 4
+    assert all(generate.outcome_of(e).status == e["status"] for e in entries)
+    assert all(e["raw"].startswith("{") for e in entries), "the grammar holds from the first character"
+
+    class Refuses:
+        name = "none"
+
+        def generate(self, todo, decoding):
+            raise AssertionError(f"{len(todo)} requests were issued again")
+
+        def close(self):
+            pass
+
+    again = generate.run(requests(4), model=BASE, log=tmp_path / "log", decoding=decoding, engine=Refuses())
+    assert again == entries
+
+
+@pytest.mark.skipif(importlib.util.find_spec("vllm") is None, reason="vLLM is not installed")
+def test_vllm_runs_in_a_process_of_its_own_and_ends_with_it(tmp_path):
+    engine = generate.VllmEngine(BASE, max_length=512)
+    try:
+        items = [*requests(6), generate.Request("free", sft.prompt_text("Water boils at"), "", 1)]
+        entries = generate.run(
+            items[:6], model=BASE, log=tmp_path / "log", decoding=generate.Decoding(max_new_tokens=96), engine=engine
+        )
+        text = list(engine.generate(items[6:], generate.Decoding(max_new_tokens=12, temperature=0.0, constrained=False)))[0].text
+    finally:
+        engine.close()
+    assert engine._child.poll() is not None
+    assert sum(generate.counts(entries).values()) == 6 == len(read_jsonl(tmp_path / "log"))
+    assert all(e["raw"].startswith('{"') and "\n" not in e["raw"][:3] for e in entries)
+    assert "100" in text, "without <bos> the model would only repeat itself"
+
+
+def test_everything_that_decides_the_text_is_in_the_request_id():
+    r, d = generate.Request("a", "text", "sts", 1), generate.Decoding()
+    ids = {
+        generate.request_id(r, "m", d),
+        generate.request_id(r, "m2", d),
+        generate.request_id(generate.Request("a", "text!", "sts", 1), "m", d),
+        generate.request_id(generate.Request("a", "text", "sts", 2), "m", d),
+        generate.request_id(generate.Request("a", "text", "classification", 1), "m", d),
+        generate.request_id(r, "m", generate.Decoding(temperature=0.7)),
+    }
+    assert len(ids) == 6
+
+
+def test_an_unknown_engine_is_refused():
+    with pytest.raises(UserError, match="auto, vllm or transformers"):
+        generate.choose_engine("magic", 1, 1)
+
+
+def test_the_grammar_bounds_every_string():
+    for kind in records.KINDS:
+        schema = generate.grammar_schema(kind, generate.Decoding(max_new_tokens=50))
+        assert all(0 < v["maxLength"] <= 300 for v in schema["properties"].values())
+
+
+class Guide:
+    """Bag-of-words vectors: enough to tell a related text from an unrelated one."""
+
+    def encode(self, texts, **_):
+        import zlib
+
+        import numpy as np
+
+        out = np.zeros((len(texts), 256))
+        for i, t in enumerate(texts):
+            for w in judge.words(t):
+                out[i, zlib.crc32(w.encode()) % 256] += 1
+        return out / np.maximum(1e-9, np.linalg.norm(out, axis=1, keepdims=True))
+
+
+def test_the_rubric_prefers_a_good_record_to_a_leaking_a_looping_and_a_broken_one():
+    p = prompts.synthesis("classification", "Home", "Tell which tool a repair needs.", table="short")
+    good = {"input_text": "The rim wobbles and two nipples are loose, so the repair cannot wait any longer than tonight I am afraid, says the mechanic at the desk.", "label": "repair tool spoke wrench", "misleading_label": "cake"}  # fmt: skip
+    leak = good | {"input_text": good["input_text"] + " repair tool spoke wrench now"}
+    loop = good | {"input_text": "the rim the rim the rim " * 9}
+    texts = [json.dumps(x) for x in (leak, good, loop)] + ["{broken"]
+    verdict = judge.RubricJudge(Guide()).judge(p, texts)
+    assert verdict.best == 1 and verdict.worst == 3
+    assert "invalid: not_json" in verdict.reason and "length" in verdict.reason
+
+
+def test_preference_counts_add_up():
+    p = prompts.synthesis("sts", "Home", "", table="short")
+    valid = {"raw": '{"S1":"a cat sat","S2":"a cat sat down","S3":"rain"}', "finish_reason": "stop", "status": "ok"}
+    broken = {"raw": "{", "finish_reason": "stop", "status": "invalid"}
+    pairs, count = judge.make_pairs(
+        judge.RubricJudge(Guide()), [(p, [valid, broken]), (p, [broken, broken]), (p, [valid, valid])]
+    )
+    assert count == {"pairs": 1, "no_valid_candidate": 1, "same_text": 0, "tie": 1} and pairs[0]["chosen"] == valid["raw"]

@@ -1,0 +1,87 @@
+import json
+import random
+import subprocess
+import sys
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from speed_core import prompts, records, tasks, teacher
+
+TABLE = {(r["kind"], r["topic"]): json.loads(r["answer"]) for r in teacher.recorded_rows("tasks")}
+TOPICS = [prompts.truncate_topic(t) for t in prompts.load_topics()]
+
+
+@given(st.lists(st.text("abc", min_size=1, max_size=3), min_size=1, max_size=9), st.integers(1, 6))
+def test_truncation_keeps_both_ends_and_the_depth_limit(levels, depth):
+    short = prompts.truncate_topic("/".join(levels), depth).split("/")
+    assert len(short) == min(len(levels), depth) and short[0] == levels[0]
+    if len(levels) > depth > 1:
+        assert short[-1] == levels[-1]
+
+
+def test_prompts_do_not_depend_on_global_randomness_or_order():
+    plan = tasks.plan_synthesis("t", 60, TOPICS, TABLE, attributes="paper")
+    random.seed(7)
+    random.random()
+    again = tasks.plan_synthesis("t", 60, TOPICS, TABLE, attributes="paper")
+    assert [p.text for p in plan] == [p.text for p in again]
+    assert len({p.id for p in plan}) == 60
+
+
+def test_prompts_are_byte_equal_in_another_process():
+    code = "from speed_core import prompts as p; print(p.synthesis('retrieval', 'A/B', 'Find it.', index=3).digest)"
+    other = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip()
+    assert other == prompts.synthesis("retrieval", "A/B", "Find it.", index=3).digest
+
+
+@given(st.integers(0, 500))
+def test_the_parts_add_up_and_follow_the_ratio(count):
+    parts = tasks.split_count(count)
+    assert sum(parts.values()) == count and abs(parts["sts"] - count * 7 / 23) <= 1
+
+
+def test_weights_of_the_attributes_are_the_papers():
+    many = [prompts.synthesis("retrieval", "A", "t", index=i).attributes["query_type"] for i in range(2000)]
+    shares = [many.count(v) / len(many) for v in ("extremely long-tail", "long-tail", "common")]
+    assert all(abs(a - b) < 0.04 for a, b in zip(shares, (0.4, 0.5, 0.1), strict=True))
+
+
+def test_a_changed_attribute_table_changes_the_id():
+    ids = {prompts.synthesis("sts", "A", "", table=t).id for t in ("paper", "short")}
+    assert len(ids) == 2
+
+
+def test_the_recorded_teacher_is_as_large_as_it_says():
+    seeds, revisions = teacher.recorded_rows("seeds"), teacher.recorded_rows("revisions")
+    assert len(seeds) >= 300 and {r["kind"] for r in seeds} == set(records.KINDS)
+    assert len({r["topic"] for r in seeds}) >= 60
+    assert len(teacher.recorded_rows("tasks")) >= 60 and len(revisions) >= 80
+    assert all(records.parse(r["answer"], r["kind"]).status == "ok" for r in (*seeds, *revisions))
+    assert len({r["answer"] for r in seeds}) == len(seeds)
+
+
+def test_every_recorded_seed_answers_a_prompt_that_is_really_built():
+    plan = tasks.plan_synthesis("seed", 322, TOPICS[:60], TABLE, attributes="short")
+    assert {p.digest for p in plan} == {r["prompt_digest"] for r in teacher.recorded_rows("seeds")}
+    built = {p.digest for p in tasks.plan_brainstorm(prompts.load_topics())}
+    assert built == {r["prompt_digest"] for r in teacher.recorded_rows("tasks")}
+    for r in teacher.recorded_rows("revisions"):
+        assert prompts.text_digest(prompts.revise(r["prompt"], r["weak"])) == r["prompt_digest"]
+
+
+def test_the_faithful_style_without_a_clone_says_what_to_do():
+    with pytest.raises(FileNotFoundError, match="prompts.clone"):
+        prompts.synthesis("sts", "A", "", style="faithful")
+
+
+def test_the_faithful_style_reads_a_clone_and_leaves_global_randomness_alone(tmp_path):
+    body = "import random\ndef get_sts_prompt_with_topic(topic):\n    return [{'content': f'{topic} {random.random()}'}]\n"
+    (tmp_path / "prompts_synthesis.py").write_text(body)
+    random.seed(3)
+    first = prompts.synthesis("sts", "A", "", style="faithful", clone=str(tmp_path))
+    after = random.random()
+    random.seed(3)
+    assert after == random.random()
+    assert prompts.synthesis("sts", "A", "", style="faithful", clone=str(tmp_path)).text == first.text

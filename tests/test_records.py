@@ -1,0 +1,69 @@
+import json
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from speed_core import records
+
+TEXT = st.text(min_size=1, max_size=60).filter(lambda t: t.strip() and not any(0xD800 <= ord(c) <= 0xDFFF for c in t))
+
+
+@given(st.text(max_size=300), st.sampled_from(records.KINDS))
+@settings(max_examples=2000, deadline=None)
+def test_no_string_crashes_the_parser(raw, kind):
+    outcome = records.parse(raw, kind)
+    assert outcome.status in ("ok", "invalid", "refused") and outcome.raw == raw
+    assert (outcome.record is not None) == (outcome.status == "ok")
+
+
+@given(TEXT, TEXT, TEXT, st.sampled_from(records.KINDS))
+@settings(max_examples=500, deadline=None)
+def test_no_accepted_value_is_changed_by_a_character(a, b, c, kind):
+    raw = json.dumps(dict(zip(records.KEYS[kind], (a, b, c), strict=False)))
+    outcome = records.parse(f"Sure!\n```json\n{raw}\n```", kind)
+    if outcome.status == "ok":
+        negative = c if len(records.KEYS[kind]) == 3 else None
+        assert outcome.record == {"query": a, "positive": b, "negative": negative}
+        assert records.parse(records.to_json(outcome.record, kind), kind).record == outcome.record
+
+
+@pytest.mark.parametrize(
+    ("raw", "reason"),
+    [
+        ("", "empty"),
+        ("hello", "no_object"),
+        ("{broken", "not_json"),
+        ('{"S1":"a","S2":"b"}', "missing_key:S3"),
+        ('{"S1":"a","S2":"b","S3":"c","x":"d"}', "unknown_key"),
+        ('{"S1":1,"S2":"b","S3":"c"}', "not_a_string:S1"),
+        ('{"S1":" ","S2":"b","S3":"c"}', "blank:S1"),
+        ('{"S1":"a","S2":"A ","S3":"c"}', "query_equals_positive"),
+        ('{"S1":"a","S2":"b","S3":"b"}', "positive_equals_negative"),
+    ],
+)
+def test_each_rule_names_itself(raw, reason):
+    outcome = records.parse(raw, "sts")
+    assert (outcome.status, outcome.reason) == ("invalid", reason)
+
+
+def test_a_brace_inside_a_string_does_not_end_the_object():
+    raw = '{"S1":"use {x} here","S2":"a\\nb","S3":"c"}'
+    assert records.parse(raw, "sts").record["query"] == "use {x} here"
+    assert records.parse(raw, "sts").record["positive"] == "a\nb"
+    assert records.released_parser_verdict(raw, "sts") == "lost"
+
+
+def test_text_cut_at_the_token_limit_is_truncated_even_when_it_looks_whole():
+    assert records.parse('{"S1":"a","S2":"b","S3":"c"}', "sts", "length").status == "truncated"
+
+
+def test_a_refusal_is_its_own_class():
+    assert records.parse("I'm sorry, but I cannot help with that.", "sts").status == "refused"
+
+
+def test_task_lists_are_read_as_json_or_literals_and_never_run():
+    assert records.parse_string_list('["a b", "c d"]') == (["a b", "c d"], "")
+    assert records.parse_string_list("Here: ['it''s', 'two']")[1] == ""
+    assert records.parse_string_list("[__import__('os').getcwd()]") == ([], "not_a_list")
+    assert records.parse_string_list("[1, 2]") == ([], "not_strings")
