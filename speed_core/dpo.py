@@ -148,7 +148,8 @@ def train(
         )
     torch.manual_seed(seed)
     dtype = getattr(torch, settings.dtype)
-    model = AutoModelForCausalLM.from_pretrained(start, dtype=dtype, attn_implementation="sdpa").to(models.device())
+    model: Any = AutoModelForCausalLM.from_pretrained(start, dtype=dtype, attn_implementation="sdpa")
+    model = model.to(models.device())
     model = get_peft_model(model, sft.lora_config(settings.lora))
     pad = tokenizer.pad_token_id
     reference_log_probs(model.eval(), rows, pad, settings.micro_batch, "reference")

@@ -29,7 +29,7 @@ def bare(text: str) -> str:
     return text.split("\nQuery: ", 1)[1] if text.startswith("Instruct: ") and "\nQuery: " in text else text
 
 
-def build(name: str, max_length: int, dtype: str = "float32") -> Any:
+def build(name: str, max_length: int, dtype: str = "bfloat16") -> Any:
     """A fresh sentence-transformers model: causal decoders pool the last token, encoders the mean.
 
     Decoders get <eos> behind every text (the vector is read there) and <bos> before it, through the
@@ -124,12 +124,12 @@ def train(
             f"{label}: micro_batch {settings.micro_batch} is not batch {settings.batch}; in-batch negatives need the whole batch at once"
         )
     torch.manual_seed(seed)
-    model = build(base, settings.max_length)
+    model = build(base, settings.max_length, settings.dtype)
     if settings.lora is not None:
-        model[0].auto_model = get_peft_model(model[0].auto_model, sft.lora_config(settings.lora, "FEATURE_EXTRACTION"))
+        model[0].model = get_peft_model(model[0].model, sft.lora_config(settings.lora, "FEATURE_EXTRACTION"))
     cache = GuideCache(SentenceTransformer(models.resolve(guide), device=str(models.device())), guide_cache)
     arguments = sft.trainer_arguments(settings, seed, output / "trainer", batch_sampler=BatchSamplers.NO_DUPLICATES)
-    trainer = SentenceTransformerTrainer(
+    trainer: Any = SentenceTransformerTrainer(
         model=model,
         args=SentenceTransformerTrainingArguments(**arguments),
         train_dataset=Dataset.from_list(triplets(rows[: settings.examples], seed)),
@@ -141,8 +141,8 @@ def train(
     trainer.train()
     history = sft.check_history(trainer.state.log_history, label)
     if settings.lora is not None:
-        model[0].auto_model = model[0].auto_model.merge_and_unload()
-    model[0].auto_model.to(torch.bfloat16)
+        model[0].model = model[0].model.merge_and_unload()
+    model[0].model.to(torch.bfloat16)
     model.save_pretrained(str(output), create_model_card=False)
     facts = {"history": history, "rows": min(len(rows), settings.examples), "guided": settings.guided}
     (output / "training.json").write_text(json.dumps(facts, indent=1))

@@ -62,7 +62,7 @@ class Embedder(AbsEncoder):
             self.model.max_seq_length = max_length
         self.vectors: dict[str, np.ndarray] = {}
         self.mteb_model_meta = ModelMeta.create_empty(
-            {"name": f"speed-step-by-step/{name}", "revision": weights_digest(model), "similarity_fn_name": "cosine"}
+            {"name": f"speed-step-by-step/{name}", "revision": weights_digest(model)}
         )
 
     def texts(self, raw: Sequence[str], task: Any, prompt_type: Any) -> list[str]:
@@ -85,6 +85,21 @@ class Embedder(AbsEncoder):
         raw = [t for batch in inputs for t in batch["text"]]
         # mteb joins an empty title and the text with a space; the items below are the plain texts.
         return self.embed(self.texts([t.strip() for t in raw], task_metadata, prompt_type))
+
+
+    def similarity(self, embeddings1: Any, embeddings2: Any) -> Any:
+        """Cosine of every pair; the vectors have unit length already."""
+        return _tensor(embeddings1) @ _tensor(embeddings2).T
+
+    def similarity_pairwise(self, embeddings1: Any, embeddings2: Any) -> Any:
+        """Cosine of row i with row i."""
+        return (_tensor(embeddings1) * _tensor(embeddings2)).sum(-1)
+
+
+def _tensor(value: Any) -> Any:
+    import torch
+
+    return torch.atleast_2d(torch.as_tensor(np.asarray(value), dtype=torch.float32))
 
 
 def load(path: str | Any, name: str, *, instructed: bool, max_length: int | None = None, batch_size: int = 32) -> Embedder:
@@ -140,12 +155,13 @@ def evaluate(model: Embedder, tasks: Sequence[Any], cache: Path, label: str = ""
     from mteb.cache import ResultCache
 
     logging.getLogger("mteb").setLevel(logging.ERROR)
-    revision = model.mteb_model_meta.revision
-    out: dict[str, Any] = {"model": model.mteb_model_meta.name, "revision": revision, "tasks": {}}
+    encoder: Any = model
+    revision = encoder.mteb_model_meta.revision
+    out: dict[str, Any] = {"model": encoder.mteb_model_meta.name, "revision": revision, "tasks": {}}
     bar = sft.progress(len(tasks), f"evaluate {label}".strip(), "task")
     for task in tasks:
         results = mteb.evaluate(
-            model, [task], cache=ResultCache(cache / str(revision)), show_progress_bar=False, encode_kwargs={}
+            encoder, [task], cache=ResultCache(cache / str(revision)), show_progress_bar=False, encode_kwargs={}
         )
         result = results.task_results[0]
         split = next(iter(result.scores))

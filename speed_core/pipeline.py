@@ -367,7 +367,7 @@ def scores(run: Run, name: str, model: Artifact | str, *, instructed: bool = Tru
     """Artifact `scores-NAME`: mteb's scores of a model (an `embedder` artifact, or a model name)."""
     e = run.profile.evaluation
     parents = [model] if isinstance(model, Artifact) else []
-    parameters = {"tasks": e.tasks, "size": e.size, "max_length": e.max_length, "instructed": instructed}
+    parameters: dict[str, Any] = {"tasks": e.tasks, "size": e.size, "max_length": e.max_length, "instructed": instructed}
     parameters["model"] = model if isinstance(model, str) else "artifact"
     with run.store.stage(f"scores-{name}", parameters, parents) as draft:
         if draft:

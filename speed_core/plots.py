@@ -19,7 +19,7 @@ from speed_core.artifacts import Artifact, UserError, code_digest, device_name, 
 from speed_core.run_context import Run
 
 OURS, SECOND, THIRD, PAPER, GREY = "#0072B2", "#E69F00", "#009E73", "#000000", "#999999"
-STYLE = {
+STYLE: Any = {
     "figure.dpi": 110,
     "font.size": 10,
     "axes.spines.top": False,
@@ -237,7 +237,7 @@ def scaling(
     right.set_xticks([230, 920], ["230K", "920K"])
     right.set(title="paper (Tables 1 and 2)", xlabel="synthetic records", ylabel="MTEB average, 56 tasks", ylim=(62.5, 64))
     right.legend(fontsize=8)
-    paper = [{"records": 230000, "value": 63.2, "source": "paper"}, {"records": 920000, "value": 63.4, "source": "paper"}]
+    paper: list[dict[str, Any]] = [{"records": 230000, "value": 63.2, "source": "paper"}, {"records": 920000, "value": 63.4, "source": "paper"}]
     save(run, name, figure, [dict(r) | {"source": "ours"} for r in rows] + paper, inputs)
 
 

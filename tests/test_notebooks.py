@@ -1,0 +1,64 @@
+"""The notebooks as files, and all of them executed at the smoke size."""
+
+import csv
+from pathlib import Path
+
+import nbformat
+import pytest
+
+from speed_core import claims, plots, run
+
+ROOT = Path(__file__).resolve().parent.parent
+NOTEBOOKS = run.notebooks(ROOT / "notebooks")
+
+
+def test_there_are_thirteen_in_order():
+    assert [p.stem[:2] for p in NOTEBOOKS] == [f"{i:02}" for i in range(13)]
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda p: p.stem)
+def test_a_committed_notebook_is_clean_and_keeps_the_grammar(path):
+    nb = nbformat.read(path, 4)
+    code = [c for c in nb.cells if c.cell_type == "code"]
+    assert not any(c.outputs or c.execution_count for c in code), "outputs are not committed"
+    assert set(run.parameters_of(path)) == {"profile", "seed", "overrides"}
+    assert sum(c.cell_type == "markdown" for c in nb.cells) >= len(code), "each cell has a sentence"
+    text = "\n".join(c.source for c in nb.cells)
+    assert nb.cells[0].source.startswith(f"# {path.stem[:2]} - ")
+    assert "**Check" in text and "## Exercises" in text and "assert" in code[-1].source
+    assert all(len(c.source.splitlines()) <= 16 for c in code), "cells stay short"
+
+
+def test_every_notebook_runs_at_the_smoke_size(tmp_path, monkeypatch):
+    monkeypatch.setenv("SPEED_RUNS", str(tmp_path))
+    reports = run.run_all("smoke")
+    assert [r.status for r in reports] == ["ok"] * 13, [r for r in reports if r.status != "ok"]
+    folder = tmp_path / "smoke" / "figures"
+    assert plots.check(folder) == [] and len(list(folder.glob("*.svg"))) >= 15
+    with (folder / "12_claims.csv").open() as f:
+        rows = list(csv.DictReader(f))
+    assert len(rows) == len(claims.CLAIMS) and all(r["verdict"] for r in rows)
+    for path in (tmp_path / "smoke" / "notebooks").glob("*.ipynb"):
+        for cell in nbformat.read(path, 4).cells:
+            for output in cell.get("outputs", []):
+                shown = output.get("text", "") if output.output_type == "stream" else ""
+                assert "Warning" not in shown, f"{path.stem}: a warning in a cell's output: {shown[:300]}"
+    # A second run finds every artifact current and makes nothing again.
+    before = {p: p.stat().st_mtime for p in (tmp_path / "smoke" / "artifacts").glob("*/manifest.json")}
+    assert all(r.status == "ok" for r in run.run_all("smoke", only=["02", "03", "06", "09"]))
+    assert before == {p: p.stat().st_mtime for p in before}
+
+
+def test_a_touched_figure_is_found(tmp_path):
+    (tmp_path / "a.svg").write_text("x")
+    assert "no .csv" in plots.check(tmp_path)[0]
+
+
+def test_committed_figures_agree_with_their_records():
+    assert plots.check(ROOT / "figures") == []
+
+
+def test_a_verdict_follows_from_its_interval():
+    assert claims.verdict(0.1, 0.5) == "smaller scale, same direction"
+    assert claims.verdict(-0.5, -0.1) == "contradicted"
+    assert claims.verdict(-0.1, 0.5) == "not resolved at this size"
