@@ -7,7 +7,8 @@ keep it small: only completion tokens are projected, and the gradient is taken i
 
 The right-hand side is one row of size H per token, so it is kept instead of the logits, and the
 backward pass is a multiplication. TRL 1.16 on a CPU projects every position in several float32
-passes: 69 s for a step of 16 seed examples on two cores, against 9 s here (see benchmarks).
+passes: 69 s for the first step on 16 seed examples on two cores (AMD EPYC, bfloat16), 14 s here,
+at the same loss (3.687).
 The head's own weights are frozen (LoRA does not touch them).
 """
 

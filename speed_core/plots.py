@@ -95,7 +95,7 @@ def waterfall(run: Run, name: str, steps: Sequence[tuple[str, int]], inputs: Seq
 
 
 def counts(
-    run: Run, name: str, groups: Mapping[str, Mapping[str, float]], inputs: Sequence[Artifact], title: str, ylabel: str
+    run: Run, name: str, groups: Mapping[str, Mapping[str, float]], inputs: Sequence[Artifact], title: str, ylabel: str, xlabel: str = ""
 ) -> None:
     """Grouped bars of plain counts (not scores, so no interval): {series: {category: value}}."""
     figure, ax = canvas()
@@ -113,9 +113,9 @@ def counts(
         )
         ax.bar_label(bars, fmt="%g", fontsize=8)
     ax.set_xticks(np.arange(len(categories)), [c.replace("_", "-") for c in categories])
-    ax.set(title=title, ylabel=ylabel)
+    ax.set(title=title, ylabel=ylabel, xlabel=xlabel)
     if len(groups) > 1:
-        ax.legend()
+        figure.legend(loc="outside lower center", ncols=2, fontsize=8)
     rows = [{"series": s, "category": c, "value": g.get(c, 0)} for s, g in groups.items() for c in categories]
     save(run, name, figure, rows, inputs)
 
@@ -140,7 +140,7 @@ def rates(
     ax.invert_yaxis()
     ax.margins(y=0.15)
     ax.set(title=title, xlabel=xlabel)
-    ax.legend(loc="upper center", bbox_to_anchor=(0.5, -0.55 / (0.9 + 0.42 * len(rows))), ncols=2, fontsize=8)
+    figure.legend(loc="outside lower center", ncols=2, fontsize=8)
     out = [dict(r) | {"paper": (paper or {}).get(r["label"], "")} for r in rows]
     save(run, name, figure, out, inputs)
 

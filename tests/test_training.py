@@ -58,7 +58,7 @@ def test_sft_trains_and_its_adapter_belongs_to_its_base(family, tiny_model, tmp_
     facts = sft.train(base, PAIRS, settings("junior", lr=1e-2, epochs=4), seed=0, output=tmp_path / "a")
     assert facts["history"][-1]["loss"] < facts["history"][0]["loss"]
     models.check_adapter(tmp_path / "a", base)
-    other = tiny_model("llama" if family != "llama" else "mistral")
+    other = tiny_model("gemma3" if family != "gemma3" else "llama")
     with pytest.raises(UserError, match="trained on weights"):
         models.check_adapter(tmp_path / "a", other)
 
