@@ -61,9 +61,7 @@ class Embedder(AbsEncoder):
         if max_length:
             self.model.max_seq_length = max_length
         self.vectors: dict[str, np.ndarray] = {}
-        self.mteb_model_meta = ModelMeta.create_empty(
-            {"name": f"speed-step-by-step/{name}", "revision": weights_digest(model)}
-        )
+        self.mteb_model_meta = ModelMeta.create_empty({"name": f"speed-step-by-step/{name}", "revision": weights_digest(model)})
 
     def texts(self, raw: Sequence[str], task: Any, prompt_type: Any) -> list[str]:
         """Apply the query template where it belongs."""
@@ -85,7 +83,6 @@ class Embedder(AbsEncoder):
         raw = [t for batch in inputs for t in batch["text"]]
         # mteb joins an empty title and the text with a space; the items below are the plain texts.
         return self.embed(self.texts([t.strip() for t in raw], task_metadata, prompt_type))
-
 
     def similarity(self, embeddings1: Any, embeddings2: Any) -> Any:
         """Cosine of every pair; the vectors have unit length already."""

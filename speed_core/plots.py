@@ -95,7 +95,13 @@ def waterfall(run: Run, name: str, steps: Sequence[tuple[str, int]], inputs: Seq
 
 
 def counts(
-    run: Run, name: str, groups: Mapping[str, Mapping[str, float]], inputs: Sequence[Artifact], title: str, ylabel: str, xlabel: str = ""
+    run: Run,
+    name: str,
+    groups: Mapping[str, Mapping[str, float]],
+    inputs: Sequence[Artifact],
+    title: str,
+    ylabel: str,
+    xlabel: str = "",
 ) -> None:
     """Grouped bars of plain counts (not scores, so no interval): {series: {category: value}}."""
     figure, ax = canvas()
@@ -237,7 +243,10 @@ def scaling(
     right.set_xticks([230, 920], ["230K", "920K"])
     right.set(title="paper (Tables 1 and 2)", xlabel="synthetic records", ylabel="MTEB average, 56 tasks", ylim=(62.5, 64))
     right.legend(fontsize=8)
-    paper: list[dict[str, Any]] = [{"records": 230000, "value": 63.2, "source": "paper"}, {"records": 920000, "value": 63.4, "source": "paper"}]
+    paper: list[dict[str, Any]] = [
+        {"records": 230000, "value": 63.2, "source": "paper"},
+        {"records": 920000, "value": 63.4, "source": "paper"},
+    ]
     save(run, name, figure, [dict(r) | {"source": "ours"} for r in rows] + paper, inputs)
 
 

@@ -21,7 +21,11 @@ def test_every_record_is_kept_or_dropped_with_a_reason():
     texts = {"Task": ["zero one two three four five six seven eight", "How are you today my friend?"]}
     kept, dropped = curate.curate(rows, Curate(), texts)
     assert [r["id"] for r in kept] == ["0"]
-    assert {r["id"]: r["dropped_by"] for r in dropped} == {"1": "near-duplicate", "2": "evaluation overlap", "3": "evaluation overlap"}
+    assert {r["id"]: r["dropped_by"] for r in dropped} == {
+        "1": "near-duplicate",
+        "2": "evaluation overlap",
+        "3": "evaluation overlap",
+    }
 
 
 def test_near_duplicates_are_searched_within_a_kind():
@@ -71,7 +75,10 @@ def results(tmp_path_factory):
             p.copy_(torch.randn_like(p) * 0.05)
     cache = tmp_path_factory.mktemp("mteb")
     tasks = lambda: offline_tasks.offline_tasks("smoke")  # noqa: E731
-    return {n: evaluate.evaluate(evaluate.load(m, "same", instructed=False), tasks(), cache) for n, m in (("good", good), ("bad", bad))}
+    return {
+        n: evaluate.evaluate(evaluate.load(m, "same", instructed=False), tasks(), cache)
+        for n, m in (("good", good), ("bad", bad))
+    }
 
 
 def test_two_sets_of_weights_get_their_own_scores_from_a_shared_cache(results):
@@ -110,7 +117,9 @@ def test_the_template_goes_on_queries_only_in_retrieval_and_on_all_texts_in_sts(
             return {}
 
     e = evaluate.Embedder(Model(), "m", instructed=True)
-    retrieval, sts = (offline_tasks.offline_tasks("smoke", [n])[0].metadata for n in ("OfflineChatterBotRetrieval", "OfflineWordSim353"))
+    retrieval, sts = (
+        offline_tasks.offline_tasks("smoke", [n])[0].metadata for n in ("OfflineChatterBotRetrieval", "OfflineWordSim353")
+    )
     assert e.texts(["x"], retrieval, PromptType.query)[0].endswith("\nQuery: x")
     assert e.texts(["x"], retrieval, PromptType.document) == ["x"]
     assert e.texts(["x"], sts, None)[0].startswith("Instruct: Retrieve semantically similar text")

@@ -18,7 +18,9 @@ def notebook(path, *cells, parameters="x = 1  # a number\nrate = 0.1\nname = 'a'
 
 
 def test_a_good_run_takes_the_parameters_and_leaves_no_sentinel_behind(tmp_path):
-    report = run.execute(notebook(tmp_path / "n.ipynb", "print(x, rate, name)"), tmp_path / "out" / "n.ipynb", {"x": 7, "rate": 1e-5}, show=False)
+    report = run.execute(
+        notebook(tmp_path / "n.ipynb", "print(x, rate, name)"), tmp_path / "out" / "n.ipynb", {"x": 7, "rate": 1e-5}, show=False
+    )
     assert report.status == "ok"
     done = nbformat.read(tmp_path / "out" / "n.ipynb", 4)
     text = "".join(o.get("text", "") for c in done.cells for o in c.get("outputs", []))
@@ -49,7 +51,13 @@ def test_a_cell_that_takes_too_long_counts_as_failed(tmp_path):
 
 @pytest.mark.parametrize(
     ("given", "says"),
-    [({"xx": 5}, "did you mean 'x'"), ({"x": "5"}, "is str"), ({"x": 1.5}, "is float"), ({"x": True}, "is bool"), ({"name": 3}, "is int")],
+    [
+        ({"xx": 5}, "did you mean 'x'"),
+        ({"x": "5"}, "is str"),
+        ({"x": 1.5}, "is float"),
+        ({"x": True}, "is bool"),
+        ({"name": 3}, "is int"),
+    ],
 )
 def test_unknown_names_and_wrong_types_are_refused_before_anything_runs(tmp_path, given, says):
     with pytest.raises(UserError, match=says):
@@ -73,7 +81,7 @@ def test_a_lost_tag_and_a_computed_parameter_are_refused(tmp_path):
         (["run", "--profile", "tinny"], "did you mean 'tiny'"),
         (["run", "--profile", "smoke", "--set", "junior.lrr=1"], "did you mean"),
         (["run", "--profile", "smoke", "--only", "77"], "no such notebook"),
-        (["plan", "--set", "models.generator=\"package:nothing\"", "--set", "x"], "no '='"),
+        (["plan", "--set", 'models.generator="package:nothing"', "--set", "x"], "no '='"),
         (["execute", "missing.ipynb", "out.ipynb"], "no such file"),
     ],
 )
