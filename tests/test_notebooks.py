@@ -26,7 +26,7 @@ def test_a_committed_notebook_is_clean_and_keeps_the_grammar(path):
     text = "\n".join(c.source for c in nb.cells)
     assert nb.cells[0].source.startswith(f"# {path.stem[:2]} - ")
     assert "**Check" in text and "## Exercises" in text and "assert" in code[-1].source
-    assert all(len(c.source.splitlines()) <= 16 for c in code), "cells stay short"
+    assert all(len(c.source.splitlines()) <= 18 for c in code), "cells stay short"
 
 
 def test_every_notebook_runs_at_the_smoke_size(tmp_path, monkeypatch):
