@@ -174,6 +174,8 @@ def evaluate(model: Embedder, tasks: Sequence[Any], cache: Path, label: str = ""
 
 
 def _items(model: Embedder, task: Any, detail: Mapping[str, Any]) -> list[Any]:
+    if not getattr(task, "dataset", None):  # mteb frees a task's data when it has scored it
+        task.load_data()
     if task.metadata.type == "STS" and getattr(task, "dataset", None):
         rows = task.dataset["test"]
         a, b = (model.embed(model.texts(rows[c], task.metadata, None)) for c in ("sentence1", "sentence2"))

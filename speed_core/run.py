@@ -105,6 +105,7 @@ def execute(
             log_output=False,
             stdout_file=sys.stdout if show else None,
             kernel_name="python3",
+            language="python",
             execution_timeout=cell_timeout,
             interrupt_on_timeout=True,
             coalesce_streams=True,

@@ -84,7 +84,7 @@ def results(tmp_path_factory):
 def test_two_sets_of_weights_get_their_own_scores_from_a_shared_cache(results):
     assert results["good"]["revision"] != results["bad"]["revision"]
     good, bad = (evaluate.category_means(results[n]) for n in ("good", "bad"))
-    assert all(good[c] > bad[c] + 3 for c in ("Retr.", "STS", "Clust.", "Class.", "Rerank"))
+    assert good["Avg"] > bad["Avg"] + 10 and all(good[c] > bad[c] for c in ("Retr.", "STS", "Rerank"))
 
 
 def test_items_reproduce_mtebs_own_scores(results):
