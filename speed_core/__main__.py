@@ -42,8 +42,11 @@ def run(
 
     numbers = [n.strip() for n in only.split(",") if n.strip()]
     reports = run_all(profile, overrides=_overrides(set_), seed=seed, only=numbers, start=start)
-    if any(r.status != "ok" for r in reports):
-        raise typer.Exit(1)
+    for r in reports:
+        if r.status != "ok":
+            print(f"{r.name}: {r.detail}", file=sys.stderr)
+            # A notebook that was refused its input is the reader's to mend, like a bad argument here.
+            raise typer.Exit(2 if "UserError" in r.detail else 1)
 
 
 @app.command()

@@ -21,6 +21,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+from speed_core.artifacts import UserError
 from speed_core.records import KEYS
 
 BUILDER_VERSION = 1  # part of every record id: a changed builder makes new ids
@@ -319,7 +320,7 @@ def revise(prompt: str, sample: str) -> str:
 def _released_module(clone: str, name: str) -> ModuleType:
     path = Path(clone) / f"{name}.py"
     if not clone or not path.is_file():
-        raise FileNotFoundError(
+        raise UserError(
             f"prompts.clone {clone!r}: the faithful style reads {name}.py from a clone of haon-chen/SPEED; "
             'clone it and set prompts.clone to that folder, or use prompts.style="own"'
         )

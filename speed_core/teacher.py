@@ -183,8 +183,12 @@ class EndpointTeacher:
 
 
 def open_teacher(settings: TeacherSettings) -> Teacher:
-    """The teacher that a profile names."""
-    return RecordedTeacher() if settings.kind == "recorded" else EndpointTeacher(settings)
+    """The teacher that a profile names; an endpoint is reached once, so that a wrong one is refused before any work."""
+    if settings.kind == "recorded":
+        return RecordedTeacher()
+    endpoint = EndpointTeacher(settings)
+    endpoint.check()
+    return endpoint
 
 
 def ask(

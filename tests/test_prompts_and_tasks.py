@@ -8,6 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from speed_core import prompts, records, tasks, teacher
+from speed_core.artifacts import UserError
 
 TABLE = {(r["kind"], r["topic"]): json.loads(r["answer"]) for r in teacher.recorded_rows("tasks")}
 TOPICS = [prompts.truncate_topic(t) for t in prompts.load_topics()]
@@ -72,7 +73,7 @@ def test_every_recorded_seed_answers_a_prompt_that_is_really_built():
 
 
 def test_the_faithful_style_without_a_clone_says_what_to_do():
-    with pytest.raises(FileNotFoundError, match="prompts.clone"):
+    with pytest.raises(UserError, match="prompts.clone"):
         prompts.synthesis("sts", "A", "", style="faithful")
 
 

@@ -1,0 +1,47 @@
+"""Model names, weights and adapters: what is refused, and that nothing half-made is left."""
+
+import pytest
+
+from speed_core import models
+from speed_core.artifacts import UserError
+
+
+def test_a_package_with_other_bytes_is_refused_by_its_digest(tmp_path, monkeypatch):
+    chunk = tmp_path / "package" / "data" / "chunk"
+    chunk.parent.mkdir(parents=True)
+    chunk.write_bytes(b"x" * (2 << 20))
+    monkeypatch.setattr(models, "package_folder", lambda name: tmp_path / "package")
+    monkeypatch.setenv("SPEED_CACHE", str(tmp_path / "cache"))
+    with pytest.raises(UserError, match="reinstall the packages") as error:
+        models.resolve("package:gemma-3-270m")
+    assert "\n" not in str(error.value)
+    assert not list((tmp_path / "cache").glob("gemma-3-270m-*/complete.json"))
+
+
+def test_the_prompt_begins_with_bos_exactly_once(tokenizer_folder):
+    tokenizer = models.load_tokenizer(tokenizer_folder)
+    for text in ("hello", "<bos>hello", "<bos><bos>hello"):
+        ids = models.encode_prompt(tokenizer, text)
+        assert ids[0] == tokenizer.bos_token_id and ids.count(tokenizer.bos_token_id) == 1
+
+
+def test_the_converted_weights_are_bfloat16_and_know_a_fact(tokenizer_folder):
+    import torch
+
+    model, tokenizer = models.load_causal_lm(tokenizer_folder), models.load_tokenizer(tokenizer_folder)
+    assert {p.dtype for p in model.parameters()} == {torch.bfloat16}
+    ids = torch.tensor([models.encode_prompt(tokenizer, "Water boils at")])
+    assert "100" in tokenizer.decode(model.generate(ids, max_new_tokens=6, do_sample=False)[0])
+
+
+def test_two_folders_with_other_weights_have_other_ids(tmp_path):
+    for name in ("a", "b"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "model.safetensors").write_bytes(name.encode())
+    assert models.weights_id(tmp_path / "a") != models.weights_id(tmp_path / "b")
+    assert models.weights_id("org/model") == "org/model"
+
+
+def test_a_folder_that_is_no_adapter_is_refused(tmp_path):
+    with pytest.raises(UserError, match="adapter_config.json"):
+        models.check_adapter(tmp_path, "package:gemma-3-270m")
