@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from speed_core.artifacts import UserError, write_jsonl
+from speed_core.artifacts import UserError, digest, write_jsonl
 from speed_core.profile import Curate
 
 
@@ -129,6 +129,8 @@ def write_dataset(folder: Path, rows: Sequence[Mapping[str, Any]], *, title: str
     """A folder that `datasets.load_dataset(folder)` opens: train.jsonl and a card (README.md)."""
     folder.mkdir(parents=True, exist_ok=True)
     write_jsonl(folder / "train.jsonl", rows)
+    # datasets 5.2 keeps a folder's rows in its cache under the configuration's name, and would hand out the
+    # rows of an earlier folder of the same name: so the name is taken from the contents.
     count = Counter(r["kind"] for r in rows)
     table = "\n".join(f"| {k} | {count[k]} |" for k in sorted(count))
     card = f"""---
@@ -136,7 +138,7 @@ language: en
 task_categories: [sentence-similarity]
 tags: [synthetic, speed, text-embeddings]
 configs:
-- config_name: default
+- config_name: v{digest([r["id"] for r in rows] + [r["query"] for r in rows])[:10]}
   data_files: train.jsonl
 ---
 # {title}

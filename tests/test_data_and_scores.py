@@ -36,8 +36,10 @@ def test_near_duplicates_are_searched_within_a_kind():
 def test_the_data_set_opens_with_datasets(tmp_path):
     import datasets
 
-    curate.write_dataset(tmp_path, [row(0, "a"), row(1, "b")], title="t", how="h")
-    assert datasets.load_dataset(str(tmp_path), split="train", cache_dir=str(tmp_path / "c"))["query"][:] == ["a", "b"]
+    for queries in (["a", "b"], ["c"]):  # the second folder has the first one's name: no row may come from its cache
+        folder = tmp_path / queries[0] / "synthetic"
+        curate.write_dataset(folder, [row(q, q) for q in queries], title="t", how="h")
+        assert datasets.load_dataset(str(folder), split="train", cache_dir=str(tmp_path / "cache"))["query"][:] == queries
 
 
 def test_the_offline_texts_are_the_same_every_time_and_roles_do_not_mix():
