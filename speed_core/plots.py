@@ -225,7 +225,7 @@ def scaling(
     ax.errorbar(
         x,
         y,
-        yerr=[y - [r["low"] for r in rows], [r["high"] for r in rows] - y],
+        yerr=np.maximum(0, [y - [r["low"] for r in rows], [r["high"] for r in rows] - y]),
         fmt="o",
         color=OURS,
         capsize=4,
