@@ -10,12 +10,14 @@ removed when the guide finds it more alike than the own pair: g_c > t_i, where t
 positive is always kept, the two diagonals q_i-q_i and p_i-p_i never count.
 
 Rows are handled in blocks; the B x B matrix is never held. The gradient of a log-sum-exp is a
-softmax, so it is accumulated in the same pass that computes the value.
+softmax, so it is accumulated in the pass that computes the value: no similarity is computed twice.
 """
 
 from __future__ import annotations
 
 import hashlib
+import math
+import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,465 +25,483 @@ from typing import Any
 
 import numpy as np
 import torch
+import torch.distributed as dist
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 STRATEGIES = ("absolute", "relative")
 _BLOCK_ELEMENTS = 1 << 22  # entries of one block of similarities: 16 MB in float32
+_TIE = 16  # units in the last place that two ways to compute one dot product may differ by
+
+Columns = tuple[Tensor, Tensor, Tensor | None]  # anchors (B, D), positives (C, D), negatives (M, D) or None
+Negatives = Tensor | Sequence[Tensor] | None
+Ids = tuple[Tensor, Tensor, Negatives]
 
 
-@dataclass
-class _Side:
-    """Unit rows of one encoder: anchors (B, D), positives (C, D), negatives (M, D) or None."""
-
-    anchors: Tensor
-    positives: Tensor
-    negatives: Tensor | None
-
-
-def _flat_negatives(negatives: Tensor | Sequence[Tensor] | None, rows: int, name: str) -> Tensor | None:
-    """(B, D), (B, K, D) or a list of (B, D) -> (M, D); every negative is a candidate of every anchor."""
-    if negatives is None:
+def _flat(columns: Negatives, rows: Sequence[int], name: str, last: int = 1) -> Tensor | None:
+    """(B, D), (B, K, D) or a list of (B, D) -> (M, D). `last` is 0 for ids, which have no D."""
+    if columns is None or (not isinstance(columns, Tensor) and not len(columns)):
         return None
-    if not isinstance(negatives, Tensor):
-        if not negatives:
-            return None
-        negatives = torch.stack(list(negatives), dim=1)
-    if negatives.dim() not in (2, 3) or negatives.shape[0] != rows:
-        raise ValueError(
-            f"{name}: shape {tuple(negatives.shape)}, expected ({rows}, D) or ({rows}, K, D); one row of negatives an anchor"
-        )
-    return negatives.reshape(-1, negatives.shape[-1])
+    shapes = [tuple(t.shape) for t in ([columns] if isinstance(columns, Tensor) else columns)]
+    dims = (1 + last, 2 + last) if isinstance(columns, Tensor) else (1 + last,)
+    if len(set(shapes)) > 1 or len(shapes[0]) not in dims or shapes[0][0] not in rows:
+        wanted = " or ".join(f"({b}, [K, ]D)" if last else f"({b}[, K])" for b in dict.fromkeys(rows))
+        raise ValueError(f"{name}: shape {', '.join(map(str, shapes))}, expected {wanted}; give a row for each anchor")
+    stacked = columns if isinstance(columns, Tensor) else torch.stack(list(columns), dim=1)
+    return stacked if stacked.dim() == 1 + last else stacked.flatten(0, 1)
 
 
-def _check(a: Tensor, p: Tensor, n: Tensor | None, offset: int, prefix: str) -> None:
-    for name, t in ((f"{prefix}anchors", a), (f"{prefix}positives", p)):
-        if t.dim() != 2:
-            raise ValueError(f"{name}: shape {tuple(t.shape)}, expected two dimensions (rows, D)")
-    if a.shape[1] != p.shape[1] or (n is not None and n.shape[1] != a.shape[1]):
-        shapes = [tuple(t.shape) for t in (a, p, n) if t is not None]
-        raise ValueError(f"{prefix}embeddings: dimensions differ, shapes {shapes}; encode all columns with one model")
-    if a.shape[0] == 0:
-        raise ValueError(f"{prefix}anchors: no rows; give at least one pair")
-    if offset < 0 or offset + a.shape[0] > p.shape[0]:
-        raise ValueError(
-            f"{prefix}positives: {p.shape[0]} rows, but {a.shape[0]} anchors from offset {offset} need "
-            f"{offset + a.shape[0]}; each anchor needs its own positive"
-        )
-
-
-def _unit(t: Tensor, name: str) -> Tensor:
-    """Rows of length one, in at least float32 (a zero row stays zero)."""
-    if not bool(torch.isfinite(t).all()):
-        raise ValueError(f"{name}: holds values that are not finite; check the encoder (float16 overflows at 65504)")
-    t = t if t.dtype == torch.float64 else t.float()
+def _unit(t: Tensor, name: str, dtype: torch.dtype) -> Tensor:
+    """Rows of length one (a zero row stays zero)."""
+    if not bool((finite := torch.isfinite(t).all(-1)).all()):
+        where = f"row {int((~finite).nonzero()[0, 0])} of shape {tuple(t.shape)}"
+        raise ValueError(f"{name}: {where} is not finite; check the encoder (float16 overflows at 65504)")
+    t = t.to(dtype)
     length = torch.linalg.vector_norm(t, dim=-1, keepdim=True)
     # A zero row gets a zero gradient; F.normalize would give it 1e12, which float16 turns into inf.
     return torch.where(length > 1e-12, t / length.clamp_min(1e-12), torch.zeros_like(t))
+
+
+def _side(columns: tuple[Tensor, Tensor, Negatives], offset: int, prefix: str, like: Tensor | None = None) -> Columns:
+    """One encoder's columns, checked and of length one, on the device and in the precision of `like`."""
+    a, p, negatives = columns
+    shapes = f"shape {tuple(p.shape)}, but {prefix}anchors {tuple(a.shape)}"
+    if a.dim() != 2 or p.dim() != 2 or a.shape[1] != p.shape[1] or not len(a):
+        raise ValueError(f"{prefix}positives: {shapes}; give at least one pair, (rows, D), from one model")
+    if offset < 0 or offset + len(a) > len(p):
+        raise ValueError(f"{prefix}positives: {shapes} from anchor_offset {offset}; each anchor needs its own positive")
+    n = _flat(negatives, (len(a), len(p)), f"{prefix}negatives")
+    if n is not None and n.shape[1] != a.shape[1]:
+        raise ValueError(f"{prefix}negatives: D is {n.shape[1]}, but {prefix}anchors {tuple(a.shape)}; use one model")
+    double = torch.float64 in (a.dtype, p.dtype) if like is None else like.dtype == torch.float64
+    dtype, device = torch.float64 if double else torch.float32, (a if like is None else like).device
+    out = [
+        None if t is None else _unit(t.to(device), prefix + name, dtype)
+        for name, t in (("anchors", a), ("positives", p), ("negatives", n))
+    ]
+    assert out[0] is not None and out[1] is not None
+    return out[0], out[1], out[2]
+
+
+def _check_settings(temperature: float, margin: float, strategy: str) -> None:
+    if strategy not in STRATEGIES:
+        raise ValueError(f"margin_strategy {strategy!r}: unknown; use one of {', '.join(STRATEGIES)}")
+    if not 0 < temperature < math.inf:
+        raise ValueError(f"temperature {temperature}: must be a number above 0; the paper uses 0.01")
+    if not math.isfinite(margin):
+        raise ValueError(f"margin {margin}: must be a finite number; 0 is the paper's rule")
 
 
 @dataclass
 class _Plan:
     """Everything but the student's embeddings: guide rows, thresholds, identities, switches."""
 
-    guide: _Side | None
+    guide: Columns | None
     threshold: Tensor | None
-    ids: tuple[Tensor, Tensor, Tensor | None] | None
+    ids: Columns | None
     offset: int
-    temperature: float
     contrast_anchors: bool
     contrast_positives: bool
 
+    def blocks(self, columns: Columns) -> dict[str, tuple[Tensor, Tensor]]:
+        """Left rows (one per anchor) and candidates of each block in use."""
+        a, p, n = columns
+        out = {"ap": (a, p)}
+        if n is not None:
+            out["an"] = (a, n)
+        if self.contrast_anchors:
+            out["aa"] = (a, a)
+        if self.contrast_positives:
+            out["pp"] = (p[self.offset : self.offset + len(a)], p)
+        return out
+
     def removed(self, block: str, rows: slice) -> Tensor | None:
-        """Boolean (rows, candidates): which candidates of this block do not count."""
+        """Boolean (rows, candidates) by the guide and the text ids alone: no positive or diagonal considered."""
         out: Tensor | None = None
         if self.guide is not None and self.threshold is not None:
-            g = self.guide
-            left, right = {
-                "ap": (g.anchors, g.positives),
-                "an": (g.anchors, g.negatives),
-                "aa": (g.anchors, g.anchors),
-                "pp": (g.positives[self.offset :], g.positives),
-            }[block]
-            assert right is not None
-            out = left[rows] @ right.T > self.threshold[rows, None]
+            left, right = self.blocks(self.guide)[block]
+            # An exact tie (a duplicate of the own positive) must not be removed by rounding.
+            limit = self.threshold[rows, None] + _TIE * torch.finfo(left.dtype).eps
+            out = left[rows] @ right.T > limit
         if self.ids is not None:
-            a, p, n = self.ids
-            own_a, own_p = a[rows, None], p[self.offset :][rows, None]
-            right_ids = {"ap": p, "an": n, "aa": a, "pp": p}[block]
-            assert right_ids is not None
-            same = (right_ids[None] == own_a) | (right_ids[None] == own_p)
+            a, p, _ = self.ids
+            right = self.blocks(self.ids)[block][1][None]
+            same = (right == a[rows, None]) | (right == p[self.offset :][rows, None])
             out = same if out is None else out | same
         return out
 
 
-def _blocks(plan: _Plan, has_negatives: bool) -> list[str]:
-    names = ["ap"]
-    if has_negatives:
-        names.append("an")
-    if plan.contrast_anchors:
-        names.append("aa")
-    if plan.contrast_positives:
-        names.append("pp")
-    return names
-
-
 class _Blockwise(torch.autograd.Function):
-    """Sum of loss_i over rows. Value and gradient come from one pass over blocks of rows."""
+    """Sum of loss_i over `rows`. Value and gradient come from one pass over blocks of rows."""
 
     @staticmethod
-    def forward(ctx: Any, a: Tensor, p: Tensor, n: Tensor | None, plan: _Plan, block_size: int | None) -> Tensor:
+    def forward(
+        ctx: Any, a: Tensor, p: Tensor, n: Tensor | None, plan: _Plan, rows: slice, tau: float, block_size: int | None
+    ) -> Tensor:
         want = any(ctx.needs_input_grad[:3])
-        grads = [torch.zeros_like(t) if want and t is not None else None for t in (a, p, n)]
-        da, dp, dn = grads
-        rows_total, names = a.shape[0], _blocks(plan, n is not None)
-        size = {"ap": p.shape[0], "an": 0 if n is None else n.shape[0], "aa": rows_total, "pp": p.shape[0]}
-        width = sum(size[k] for k in names)
-        step = block_size or max(1, min(rows_total, _BLOCK_ELEMENTS // width))
-        own_p = p[plan.offset : plan.offset + rows_total]
-        total = a.new_zeros(())
-        for start in range(0, rows_total, step):
-            rows = slice(start, min(start + step, rows_total))
-            index = torch.arange(rows.stop - rows.start, device=a.device)
-            own = index + start
-            left = {"ap": a[rows], "an": a[rows], "aa": a[rows], "pp": own_p[rows]}
-            right: dict[str, Any] = {"ap": p, "an": n, "aa": a, "pp": p}
-            logits = a.new_empty((len(index), width))
-            at, columns = 0, {}
-            for name in names:
-                part = logits[:, at : at + size[name]]
-                torch.mm(left[name], right[name].T, out=part)
-                part.mul_(1.0 / plan.temperature)
-                gone = plan.removed(name, rows)
-                if name == "ap":
-                    if gone is not None:
-                        gone[index, own + plan.offset] = False  # the own positive is always kept
-                elif name in ("aa", "pp"):
-                    if gone is None:
-                        gone = torch.zeros_like(part, dtype=torch.bool)
-                    gone[index, own + (plan.offset if name == "pp" else 0)] = True
+        grads = tuple(torch.zeros_like(t) if want and t is not None else None for t in (a, p, n))
+        blocks = plan.blocks((a, p, n))
+        width = sum(len(right) for _, right in blocks.values())
+        # At most 16 MB, or as much as the embeddings themselves: thinner blocks starve the matrix product.
+        step = block_size or max(_BLOCK_ELEMENTS // width, a.shape[1] * len(p) // width, 1)
+        step = min(step, rows.stop - rows.start)
+        buffer, total = a.new_empty((step, width)), a.new_zeros(())
+        for start in range(rows.start, rows.stop, step):
+            part = slice(start, min(start + step, rows.stop))
+            own = torch.arange(part.start, part.stop, device=a.device)
+            index, logits, views, at = own - start, buffer[: len(own)], {}, 0
+            for name, (left, right) in blocks.items():
+                view = views[name] = logits[:, at : at + len(right)]
+                at += len(right)
+                torch.mm(left[part] / tau, right.T, out=view)
+                diagonal = view[index, own + plan.offset] if name == "ap" else None
+                gone = plan.removed(name, part)
                 if gone is not None:
-                    part.masked_fill_(gone, float("-inf"))
-                columns[name] = slice(at, at + size[name])
-                at += size[name]
-            target = logits[index, own + plan.offset].clone()
-            lse = torch.logsumexp(logits, dim=1)
-            total += (lse - target).sum()
+                    view.masked_fill_(gone, float("-inf"))
+                if diagonal is not None:
+                    view[index, own + plan.offset] = target = diagonal  # the own positive is always kept
+                elif name != "an":
+                    view[index, own + (plan.offset if name == "pp" else 0)] = float("-inf")
+            top = logits.amax(1)
+            weight = logits.sub_(top[:, None]).exp_()  # removed candidates are exactly 0
+            mass = weight.sum(1)
+            total += (mass.log() + top - target).sum()
             if not want:
                 continue
-            weight = logits.sub_(lse[:, None]).exp_()  # softmax; removed candidates are exactly 0
-            weight[index, own + plan.offset] -= 1.0
-            weight.mul_(1.0 / plan.temperature)
+            weight[index, own + plan.offset] -= mass
+            scale = (1 / (mass * tau))[:, None]  # softmax and 1/tau, applied to the (rows, D) side: it is the small one
+            da, dp, dn = grads
             assert da is not None and dp is not None
-            for name in names:
-                w = weight[:, columns[name]]
-                lhs, rhs = left[name], right[name]
-                if name == "pp":
-                    dp[plan.offset + rows.start : plan.offset + rows.stop] += w @ rhs
-                else:
-                    da[rows] += w @ rhs
-                target_grad: Any = {"ap": dp, "an": dn, "aa": da, "pp": dp}[name]
-                target_grad.addmm_(w.T, lhs)
-        ctx.save_for_backward(*[g for g in grads if g is not None])
-        ctx.has_n = n is not None
+            own_dp = dp[plan.offset : plan.offset + len(a)]
+            for name, (left, right) in blocks.items():
+                left_grad, right_grad = {"ap": (da, dp), "an": (da, dn), "aa": (da, da), "pp": (own_dp, dp)}[name]
+                assert right_grad is not None
+                left_grad[part] += (views[name] @ right).mul_(scale)
+                right_grad.addmm_(views[name].T, left[part] * scale)
+        ctx.save_for_backward(*grads)
         return total
 
     @staticmethod
-    def backward(ctx: Any, *upstream: Tensor) -> tuple[Tensor | None, ...]:
-        g = upstream[0]
-        saved = [t * g for t in ctx.saved_tensors]
-        return saved[0], saved[1], saved[2] if ctx.has_n else None, None, None
+    @once_differentiable
+    def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
+        return *(None if g is None else g * upstream for g in ctx.saved_tensors), None, None, None, None
+
+
+def _counts(columns: Columns) -> list[int | None]:
+    return [None if t is None else len(t) for t in columns]
+
+
+def _make_plan(
+    student: Columns, guide: Columns | None, margin: float, strategy: str, contrast: tuple[bool, bool],
+    text_ids: Ids | None, offset: int,
+) -> _Plan:  # fmt: skip
+    a, p, _ = student
+    threshold, ids = None, None
+    if guide is not None:
+        if _counts(guide) != _counts(student):
+            raise ValueError(
+                f"guide_anchors, guide_positives, guide_negatives: {_counts(guide)} rows, but anchors, positives, "
+                f"negatives {_counts(student)}; encode the same texts with the guide"
+            )
+        own = (guide[0] * guide[1][offset : offset + len(a)]).sum(1)
+        threshold = own - margin if strategy == "absolute" else own - own.abs() * margin
+    if text_ids is not None:
+        ids_n = _flat(text_ids[2], (len(a), len(p)), "text_ids[2]", last=0)
+        ids = (text_ids[0].to(a.device), text_ids[1].to(a.device), None if ids_n is None else ids_n.to(a.device))
+        if _counts(ids) != _counts(student):
+            raise ValueError(f"text_ids: {_counts(ids)} ids for {_counts(student)} rows; give one id a row")
+    return _Plan(guide, threshold, ids, offset, *contrast)
 
 
 def guided_contrastive_loss(
-    anchors: Tensor,
-    positives: Tensor,
-    negatives: Tensor | Sequence[Tensor] | None = None,
-    *,
-    guide_anchors: Tensor | None = None,
-    guide_positives: Tensor | None = None,
-    guide_negatives: Tensor | Sequence[Tensor] | None = None,
-    temperature: float = 0.01,
-    margin: float = 0.0,
-    margin_strategy: str = "absolute",
-    contrast_anchors: bool = True,
-    contrast_positives: bool = True,
-    text_ids: tuple[Tensor, Tensor, Tensor | None] | None = None,
-    anchor_offset: int = 0,
-    block_size: int | None = None,
-    reduction: str = "mean",
-) -> Tensor:
+    anchors: Tensor, positives: Tensor, negatives: Negatives = None, *,
+    guide_anchors: Tensor | None = None, guide_positives: Tensor | None = None, guide_negatives: Negatives = None,
+    temperature: float = 0.01, margin: float = 0.0, margin_strategy: str = "absolute",
+    contrast_anchors: bool = True, contrast_positives: bool = True,
+    text_ids: Ids | None = None, anchor_offset: int = 0, rows: tuple[int, int] | None = None,
+    block_size: int | None = None, reduction: str = "mean",
+) -> Tensor:  # fmt: skip
     """The loss of the module's docstring, on embeddings.
 
     Args:
         anchors: (B, D). positives: (C, D), C >= B; the positive of anchor i is row `anchor_offset + i`
             (more candidates than anchors when they are gathered from other processes).
-        negatives: (B, D), (B, K, D), a list of (B, D), or None.
-        guide_*: the same texts encoded by the guide, of any dimension. All None: no guide, that is
-            InfoNCE over the same four blocks (the original's loss id 10).
+        negatives: (B, D), (B, K, D), a list of (B, D), or None; C rows where candidates are gathered. Every
+            negative of every row is a candidate of every anchor.
+        guide_*: the same texts encoded by the guide, of any dimension. All None: `unguided_contrastive_loss`.
         temperature: tau. margin, margin_strategy: see the module's docstring.
-        text_ids: integer ids of the anchors' (B), positives' (C) and negatives' (M) texts; a candidate
-            with the id of the anchor or of its positive never acts as a negative.
-        block_size: rows at a time; default bounds a block of similarities to 16 MB.
-        reduction: "mean" or "sum" over anchors.
+        text_ids: integer ids of the texts of anchors (B), positives (C) and negatives (their shape without
+            D, or None). A candidate with the id of the anchor or of its positive never acts as a negative.
+        rows: (start, stop) of the anchors whose losses count; the other anchors are candidates only.
+        block_size: rows at a time; by default a block takes 16 MB, or as much as the embeddings.
+        reduction: "mean" or "sum" over the anchors that count.
 
-    Returns a scalar. Raises ValueError naming the argument, the shapes and the remedy.
+    Returns a float32 scalar (float64 for float64 anchors or positives), also under autocast. First
+    derivatives only. Raises ValueError naming the argument, the shapes and the remedy.
     """
-    if margin_strategy not in STRATEGIES:
-        raise ValueError(f"margin_strategy {margin_strategy!r}: unknown; use one of {', '.join(STRATEGIES)}")
+    _check_settings(temperature, margin, margin_strategy)
     if reduction not in ("mean", "sum"):
         raise ValueError(f"reduction {reduction!r}: unknown; use mean or sum")
-    if temperature <= 0:
-        raise ValueError(f"temperature {temperature}: must be above 0")
-    flat = _flat_negatives(negatives, anchors.shape[0], "negatives")
-    _check(anchors, positives, flat, anchor_offset, "")
-    plan = _make_plan(
-        (anchors, positives, flat),
-        (guide_anchors, guide_positives, guide_negatives),
-        temperature,
-        margin,
-        margin_strategy,
-        contrast_anchors,
-        contrast_positives,
-        text_ids,
-        anchor_offset,
-    )
-    a, p = _unit(anchors, "anchors"), _unit(positives, "positives")
-    n = None if flat is None else _unit(flat, "negatives")
-    total = _Blockwise.apply(a, p, n, plan, block_size)
-    return total / anchors.shape[0] if reduction == "mean" else total
+    if block_size is not None and block_size < 1:
+        raise ValueError(f"block_size {block_size}: must be at least 1 row; None chooses")
+    if (guide_anchors is None) != (guide_positives is None) or (guide_negatives is not None and guide_anchors is None):
+        raise ValueError("guide_anchors, guide_positives: missing; encode every column with the guide, or none at all")
+    start, stop = rows or (0, len(anchors))
+    if not 0 <= start < stop <= len(anchors):
+        raise ValueError(f"rows {rows}: no part of anchors, shape {tuple(anchors.shape)}; give (start, stop)")
+    # Mixed precision would round similarities to bfloat16 before they meet the threshold.
+    with torch.autocast(anchors.device.type, enabled=False):
+        student, guide = _side((anchors, positives, negatives), anchor_offset, ""), None
+        if guide_anchors is not None and guide_positives is not None:
+            with torch.no_grad():
+                guide = _side((guide_anchors, guide_positives, guide_negatives), anchor_offset, "guide_", student[0])
+        contrast = (contrast_anchors, contrast_positives)
+        plan = _make_plan(student, guide, margin, margin_strategy, contrast, text_ids, anchor_offset)
+        total = _Blockwise.apply(*student, plan, slice(start, stop), temperature, block_size)
+    return total / (stop - start) if reduction == "mean" else total
 
 
-def _make_plan(
-    student: tuple[Tensor, Tensor, Tensor | None],
-    guide: tuple[Tensor | None, Tensor | None, Tensor | Sequence[Tensor] | None],
-    temperature: float,
-    margin: float,
-    strategy: str,
-    contrast_anchors: bool,
-    contrast_positives: bool,
-    text_ids: tuple[Tensor, Tensor, Tensor | None] | None,
-    offset: int,
-) -> _Plan:
-    a, p, n = student
-    ga, gp, gn = guide
-    side, threshold = None, None
-    if ga is not None or gp is not None:
-        if ga is None or gp is None or (n is not None and gn is None):
-            raise ValueError(
-                "guide embeddings: some are missing; give guide_anchors, guide_positives and, with negatives, guide_negatives"
-            )
-        flat = _flat_negatives(gn, a.shape[0], "guide_negatives")
-        _check(ga, gp, flat, offset, "guide_")
-        for name, s, g in (("anchors", a, ga), ("positives", p, gp), ("negatives", n, flat)):
-            if s is not None and (g is None or s.shape[0] != g.shape[0]):
-                got = None if g is None else tuple(g.shape)
-                raise ValueError(f"guide_{name}: shape {got}, but {name} {tuple(s.shape)}; encode the same rows with the guide")
-        with torch.no_grad():
-            dtype = torch.float64 if a.dtype == torch.float64 else torch.float32
-            side = _Side(
-                _unit(ga, "guide_anchors").to(a.device, dtype),
-                _unit(gp, "guide_positives").to(a.device, dtype),
-                None if flat is None else _unit(flat, "guide_negatives").to(a.device, dtype),
-            )
-            own = (side.anchors * side.positives[offset : offset + a.shape[0]]).sum(1)
-            threshold = own - margin if strategy == "absolute" else own - own.abs() * margin
-            # A dot product by sum and one by matrix product differ in the last bits; an exact tie
-            # (a duplicate of the own positive) must not be removed by rounding.
-            threshold = threshold + 8 * torch.finfo(dtype).eps
-    if text_ids is not None:
-        ids_a, ids_p, ids_n = text_ids
-        rows = (a.shape[0], p.shape[0], None if n is None else n.shape[0])
-        count = (len(ids_a), len(ids_p), None if ids_n is None else ids_n.numel())
-        if rows != count:
-            raise ValueError(f"text_ids: {count} ids for {rows} rows of anchors, positives, negatives; give one id a row")
-        text_ids = (ids_a, ids_p, None if ids_n is None else ids_n.reshape(-1))
-    return _Plan(side, threshold, text_ids, offset, temperature, contrast_anchors, contrast_positives)
+def unguided_contrastive_loss(anchors: Tensor, positives: Tensor, negatives: Negatives = None, **settings: Any) -> Tensor:
+    """InfoNCE over the same four blocks: only own diagonals are removed (the original's loss id 10).
+
+    `settings`: those of `guided_contrastive_loss` that concern no guide.
+    """
+    if wrong := sorted(k for k in settings if k.startswith(("guide_", "margin"))):
+        raise ValueError(f"{', '.join(wrong)}: mean nothing without a guide; call guided_contrastive_loss")
+    return guided_contrastive_loss(anchors, positives, negatives, **settings)
 
 
 @dataclass
 class MaskView:
-    """What the guide removed from a batch: per block a boolean and a guide-similarity matrix, and the thresholds."""
+    """What the guide removed from a batch: per block a boolean and a guide-similarity matrix, and t (B,)."""
 
     removed: dict[str, Tensor]
     similarity: dict[str, Tensor]
     threshold: Tensor
 
 
+@torch.no_grad()
 def false_negative_mask(
     guide_anchors: Tensor,
     guide_positives: Tensor,
-    guide_negatives: Tensor | Sequence[Tensor] | None = None,
+    guide_negatives: Negatives = None,
     *,
     margin: float = 0.0,
     margin_strategy: str = "absolute",
+    text_ids: Ids | None = None,
 ) -> MaskView:
-    """The mask of a small batch, for looking at: own pairs are never removed, diagonals are not counted.
+    """The mask of a small batch, for looking at and for precision and recall against known labels.
 
-    Blocks "ap", "aa", "pp" (B, B) and, with negatives, "an" (B, M).
+    Blocks "ap", "aa", "pp" (B, B) and, with negatives, "an" (B, M). The diagonals of the first three
+    read False: an own positive is never removed, and q_i-q_i and p_i-p_i are no candidates at all.
     """
-    flat = _flat_negatives(guide_negatives, guide_anchors.shape[0], "guide_negatives")
-    plan = _make_plan(
-        (guide_anchors, guide_positives, flat),
-        (guide_anchors, guide_positives, flat),
-        1.0,
-        margin,
-        margin_strategy,
-        True,
-        True,
-        None,
-        0,
-    )
-    assert plan.guide is not None and plan.threshold is not None
-    g, everything = plan.guide, slice(0, guide_anchors.shape[0])
-    pairs = {"ap": (g.anchors, g.positives), "aa": (g.anchors, g.anchors), "pp": (g.positives, g.positives)}
-    if g.negatives is not None:
-        pairs["an"] = (g.anchors, g.negatives)
-    removed, similarity = {}, {}
-    for name, (x, y) in pairs.items():
-        similarity[name] = x @ y.T
-        gone = plan.removed(name, everything)
-        assert gone is not None
-        if name != "an":
-            gone.fill_diagonal_(False)
-        removed[name] = gone
-    return MaskView(removed, similarity, plan.threshold)
+    _check_settings(1.0, margin, margin_strategy)
+    if len(guide_anchors) != len(guide_positives):
+        shapes = tuple(guide_positives.shape), tuple(guide_anchors.shape)
+        raise ValueError(f"guide_positives: shape {shapes[0]}, but guide_anchors {shapes[1]}; give one row a pair")
+    with torch.autocast(guide_anchors.device.type, enabled=False):
+        guide = _side((guide_anchors, guide_positives, guide_negatives), 0, "guide_")
+        plan = _make_plan(guide, guide, margin, margin_strategy, (True, True), text_ids, 0)
+        assert plan.threshold is not None
+        view = MaskView({}, {}, plan.threshold)
+        for name, (left, right) in plan.blocks(guide).items():
+            gone = plan.removed(name, slice(0, len(left)))
+            assert gone is not None
+            view.removed[name] = gone if name == "an" else gone.fill_diagonal_(False)
+            view.similarity[name] = left @ right.T
+    return view
 
 
 # --- sentence-transformers ----------------------------------------------------------------------
 
 
 class GuideCache:
-    """Guide embeddings, computed once per distinct text; optionally kept on disk by guide digest.
+    """Guide embeddings, computed once per distinct text; with `path`, also kept in that folder.
 
-    The guide is frozen and in eval mode, and reads the raw text: neither the student's prompt nor its
-    length limit reaches it.
+    The guide is frozen and in eval mode, and reads the raw text in full precision: neither the student's
+    prompt, nor its length limit, nor its autocast reaches it. On disk each call adds one file under a folder
+    named by the guide's digest, so that a crash or a second process loses and mixes nothing.
     """
 
-    def __init__(self, guide: Any, path: Path | None = None, batch_size: int = 64):
+    def __init__(self, guide: Any, path: Path | str | None = None, batch_size: int = 64):
         self.guide = guide.eval().requires_grad_(False)
         self.batch_size = batch_size
-        self._rows: dict[str, int] = {}
-        self._table = np.zeros((0, 0), np.float32)
-        self._file: Path | None = None
-        if path is not None:
-            self._file = path / f"guide-{self._digest()}.npz"
-            if self._file.is_file():
-                with np.load(self._file, allow_pickle=False) as data:
-                    self._table = data["table"]
-                    self._rows = {str(k): i for i, k in enumerate(data["keys"])}
+        self._rows: dict[bytes, np.ndarray] = {}
+        self._folder = None if path is None else Path(path, f"guide-{self._digest()}")
+        for file in sorted(self._folder.glob("*.npz")) if self._folder is not None else ():
+            with np.load(file, allow_pickle=False) as data:
+                self._rows.update(zip((k.tobytes() for k in data["keys"]), data["vectors"], strict=True))
 
     def _digest(self) -> str:
-        h = hashlib.sha256()
+        """Of weights and structure; the latter includes pooling and the length limit."""
+        prompts = getattr(self.guide, "prompts", None), getattr(self.guide, "default_prompt_name", None)
+        h = hashlib.sha256(f"{self.guide!r} {prompts}".encode())
         for name, value in sorted(self.guide.state_dict().items()):
-            h.update(name.encode())
-            h.update(value.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
+            h.update(f"{name} {value.dtype} {tuple(value.shape)}".encode())
+            h.update(value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
         return h.hexdigest()[:16]
 
-    @staticmethod
-    def _key(text: str) -> str:
-        return hashlib.sha256(text.encode()).hexdigest()
-
     def add(self, texts: Sequence[str]) -> None:
-        """Embed the texts that are not known yet, and write the table if it is kept on disk."""
-        new = list(dict.fromkeys(t for t in texts if self._key(t) not in self._rows))
+        """Embed the texts that are not known yet."""
+        new = {k: t for t in texts if (k := _digest(t)) not in self._rows}
         if not new:
             return
-        with torch.no_grad():
-            vectors = self.guide.encode(new, batch_size=self.batch_size, convert_to_numpy=True, show_progress_bar=False)
+        device = torch.device(getattr(self.guide, "device", "cpu")).type
+        with torch.no_grad(), torch.autocast(device, enabled=False):
+            vectors = self.guide.encode(
+                list(new.values()), batch_size=self.batch_size, convert_to_numpy=True, show_progress_bar=False
+            )
         vectors = np.asarray(vectors, np.float32)
-        self._rows.update({self._key(t): len(self._rows) + i for i, t in enumerate(new)})
-        self._table = np.concatenate([self._table, vectors]) if len(self._table) else vectors
-        if self._file is not None:
-            self._file.parent.mkdir(parents=True, exist_ok=True)
-            temporary = self._file.with_suffix(".tmp.npz")
-            np.savez(temporary, table=self._table, keys=np.array(list(self._rows)))
-            temporary.replace(self._file)
+        if self._folder is not None:
+            self._folder.mkdir(parents=True, exist_ok=True)
+            keys = np.frombuffer(b"".join(new), np.uint8).reshape(len(new), -1)
+            temporary = self._folder / f"{os.getpid()}.tmp"
+            with temporary.open("wb") as f:
+                np.savez(f, keys=keys, vectors=vectors)
+            temporary.replace(self._folder / f"{next(iter(new)).hex()[:16]}-{os.getpid()}.npz")
+        self._rows.update(zip(new, vectors, strict=True))
 
     def __call__(self, texts: Sequence[str]) -> Tensor:
         """(len(texts), D) float32 embeddings."""
         self.add(texts)
-        return torch.from_numpy(self._table[[self._rows[self._key(t)] for t in texts]])
+        return torch.from_numpy(np.stack([self._rows[_digest(t)] for t in texts]))
+
+
+def _digest(text: str) -> bytes:
+    return hashlib.sha256(text.encode("utf-8", "surrogatepass")).digest()
 
 
 class GuidedCollator:
-    """Wraps the trainer's collator and adds guide embeddings and text ids of each text column to the batch.
+    """Wraps the trainer's collator; adds ids and bare texts of each text column to the batch.
 
-    `guide_text` turns a training text into what the guide reads (to take an instruction off again).
+    The keys `COLUMN_text_id` and `COLUMN_guide_text` reach the loss as `text_id` and `guide_text`. With
+    a `cache` the embeddings are looked up here instead and travel as `guide_embedding`. `guide_text`
+    turns a training text into what the guide reads (to take an instruction off again).
     """
 
-    def __init__(self, inner: Any, cache: GuideCache | None, guide_text: Callable[[str], str] = lambda t: t):
+    def __init__(self, inner: Any, cache: GuideCache | None = None, guide_text: Callable[[str], str] = lambda t: t):
         self.inner, self.cache, self.guide_text = inner, cache, guide_text
 
-    # The trainer sets and reads settings on its collator (prompts, label columns, ...): hand them through.
+    # The trainer reads settings off its collator (label columns, ...): hand them through.
     def __getattr__(self, name: str) -> Any:
-        return getattr(self.__dict__["inner"], name)
+        if name == "inner":  # not there yet while a copy is being unpickled
+            raise AttributeError(name)
+        return getattr(self.inner, name)
 
     def __call__(self, features: list[dict[str, Any]]) -> dict[str, Any]:
-        texts = {name: [self.guide_text(str(f[name])) for f in features] for name, v in features[0].items() if isinstance(v, str)}
         batch: dict[str, Any] = self.inner(features)
-        ids = {t: i for i, t in enumerate(dict.fromkeys(t for column in texts.values() for t in column))}
-        for name, column in texts.items():
-            batch[f"{name}_text_id"] = torch.tensor([ids[t] for t in column])
+        for name, value in features[0].items():
+            if not isinstance(value, str) or name == "dataset_name":
+                continue
+            column = [self.guide_text(f[name]) for f in features]
+            # From the text alone, so that ids of different processes can be compared.
+            ids = [int.from_bytes(_digest(t)[:8], "big", signed=True) for t in column]
+            batch[f"{name}_text_id"] = torch.tensor(ids)
             if self.cache is not None:
                 batch[f"{name}_guide_embedding"] = self.cache(column)
+            else:
+                batch[f"{name}_guide_text"] = column
         return batch
 
 
-class GuidedContrastiveLoss(torch.nn.Module):
-    """The loss as a drop-in for `SentenceTransformerTrainer`, with any number of negative columns.
+class _Gather(torch.autograd.Function):
+    """Rows of all processes in rank order; a row's gradient is the sum over the processes that used it."""
 
-    Use it with `GuidedCollator`, which holds the guide; so the guide is in nobody's parameters,
-    optimizer or state dict. Columns: anchor, positive, negatives. `guided=False` leaves the guide out.
+    @staticmethod
+    def forward(ctx: Any, t: Tensor, counts: list[int]) -> Tensor:
+        ctx.own = slice(start := sum(counts[: dist.get_rank()]), start + len(t))
+        padded = t.new_zeros((max(counts), *t.shape[1:]))  # processes must send equal shapes
+        padded[: len(t)] = t
+        parts = [torch.empty_like(padded) for _ in counts]
+        dist.all_gather(parts, padded)
+        return torch.cat([part[:count] for part, count in zip(parts, counts, strict=True)])
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor, None]:
+        summed = upstream.clone(memory_format=torch.contiguous_format)
+        dist.all_reduce(summed)
+        return summed[ctx.own], None
+
+
+class GuidedContrastiveLoss(torch.nn.Module):
+    """The loss for `SentenceTransformerTrainer` (6.2), with any number of negative columns.
+
+        loss = GuidedContrastiveLoss(model, guide, guide_text=strip_instruction)
+        trainer = SentenceTransformerTrainer(model=model, args=args, train_dataset=data, loss=loss)
+        loss.attach(trainer).train()
+
+    Columns: anchor, positive, negatives. `attach` makes the batches carry the bare texts, which the
+    trainer otherwise drops. The guide is frozen and held by the cache, outside of the modules: it is in
+    nobody's parameters, optimizer or state dict, and `train()` does not reach it. No guide and no cache:
+    the unguided loss. `guided=True` without either expects a `GuidedCollator` that holds the cache.
     """
 
     def __init__(
-        self,
-        model: Any,
-        *,
-        guided: bool = True,
-        temperature: float = 0.01,
-        margin: float = 0.0,
-        margin_strategy: str = "absolute",
-        contrast_anchors: bool = True,
-        contrast_positives: bool = True,
-    ):
+        self, model: Any, guide: Any = None, temperature: float = 0.01, margin: float = 0.0,
+        margin_strategy: str = "absolute", contrast_anchors: bool = True, contrast_positives: bool = True,
+        guide_cache: GuideCache | Path | str | None = None, *, guide_text: Callable[[str], str] = lambda t: t,
+        gather_across_processes: bool = False, guided: bool | None = None,
+    ):  # fmt: skip
         super().__init__()
+        _check_settings(temperature, margin, margin_strategy)
+        if guide is not None and guide is model:
+            raise ValueError("guide: is the model itself, which freezing would stop; load a second copy")
+        if guide is None and isinstance(guide_cache, (str, Path)):
+            raise ValueError(f"guide_cache {str(guide_cache)!r}: a folder needs a guide to fill it; give guide too")
         self.model = model
-        self.guided = guided
-        self.settings: dict[str, Any] = {
-            "temperature": temperature,
-            "margin": margin,
-            "margin_strategy": margin_strategy,
-            "contrast_anchors": contrast_anchors,
-            "contrast_positives": contrast_positives,
-        }
+        if guide is None or isinstance(guide_cache, GuideCache):
+            self.cache = guide_cache
+        else:
+            self.cache = GuideCache(guide, guide_cache)
+        self.guided = self.cache is not None if guided is None else guided
+        self.guide_text, self.gather_across_processes = guide_text, gather_across_processes
+        self.settings: dict[str, Any] = dict(temperature=temperature, margin=margin, margin_strategy=margin_strategy)
+        self.settings |= dict(contrast_anchors=contrast_anchors, contrast_positives=contrast_positives)
+
+    def attach(self, trainer: Any) -> Any:
+        """Make the trainer's batches carry the bare texts; returns the trainer."""
+        if not isinstance(trainer.data_collator, GuidedCollator):
+            trainer.data_collator = GuidedCollator(trainer.data_collator, guide_text=self.guide_text)
+        return trainer
+
+    def _guide(self, features: dict[str, Any], column: int) -> Tensor:
+        if "guide_embedding" in features:
+            return features["guide_embedding"]
+        if self.cache is None or "guide_text" not in features:
+            raise ValueError(
+                f"guide embeddings: missing for column {column}, keys {sorted(features)}; "
+                "call loss.attach(trainer) before trainer.train()"
+            )
+        return self.cache(features["guide_text"])
 
     def forward(self, sentence_features: Sequence[dict[str, Any]], labels: Tensor | None = None) -> Tensor:
-        columns, guides, ids = [], [], []
-        for features in sentence_features:
-            own = dict(features)
-            guides.append(own.pop("guide_embedding", None))
-            ids.append(own.pop("text_id", None))
-            columns.append(self.model(own)["sentence_embedding"])
-        if self.guided and any(g is None for g in guides):
-            raise ValueError("guide embeddings: missing from the batch; wrap the trainer's data_collator in GuidedCollator")
-        use_ids = all(i is not None for i in ids)
-        device = columns[0].device
-        text_ids = None
-        if use_ids:
-            negative_ids = torch.stack(ids[2:], dim=1).reshape(-1).to(device) if len(ids) > 2 else None
-            text_ids = (ids[0].to(device), ids[1].to(device), negative_ids)
-        g: list[Any] = guides if self.guided else [None] * len(columns)
-        return guided_contrastive_loss(
-            columns[0],
-            columns[1],
-            columns[2:] or None,
-            guide_anchors=g[0],
-            guide_positives=g[1],
-            guide_negatives=g[2:] or None if self.guided else None,
-            text_ids=text_ids,
-            **self.settings,
-        )
+        features = list(sentence_features)
+        if len(features) < 2:
+            raise ValueError(f"sentence_features: {len(features)} text column(s); give anchor, positive[, negatives]")
+        ids = [f["text_id"] for f in features] if all("text_id" in f for f in features) else None
+        guide = [self._guide(f, i) for i, f in enumerate(features)] if self.guided else None
+        ours = ("text_id", "guide_text", "guide_embedding")
+        student = [self.model({k: v for k, v in f.items() if k not in ours})["sentence_embedding"] for f in features]
+        device, count = student[0].device, len(student[0])
+        world, total, rows, start = 1, count, (0, count), 0
+        if self.gather_across_processes and dist.is_available() and dist.is_initialized():
+            world = dist.get_world_size()
+            every = [torch.zeros(1, dtype=torch.int64, device=device) for _ in range(world)]
+            dist.all_gather(every, torch.tensor([count], device=device))
+            counts = [int(t) for t in every]
+            total, start = sum(counts), sum(counts[: dist.get_rank()])
+            rows = (start, start + count)
+            student = [_Gather.apply(t, counts) for t in student]
+            guide = None if guide is None else [_Gather.apply(t.to(device), counts) for t in guide]
+            ids = None if ids is None else [_Gather.apply(t.to(device), counts) for t in ids]
+        more: dict[str, Any] = dict(self.settings)
+        if guide is not None:
+            more |= dict(guide_anchors=guide[0], guide_positives=guide[1], guide_negatives=guide[2:])
+        text_ids = None if ids is None else (ids[0], ids[1], ids[2:])
+        summed = guided_contrastive_loss(*student[:2], student[2:], text_ids=text_ids, rows=rows, reduction="sum", **more)
+        return summed * (world / total)  # the trainer averages over processes, whose shares may differ in size
 
     def get_config_dict(self) -> dict[str, Any]:
-        return {"guided": self.guided, **self.settings}
+        """What the model card lists."""
+        return {"guided": self.guided, **self.settings, "gather_across_processes": self.gather_across_processes}
