@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import difflib
 import hashlib
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -152,6 +153,9 @@ def evaluate(model: Embedder, tasks: Sequence[Any], cache: Path, label: str = ""
     from mteb.cache import ResultCache
 
     logging.getLogger("mteb").setLevel(logging.ERROR)
+    # A few-shot classifier that never predicts a class, or constant vectors, are low scores and no news.
+    warnings.filterwarnings("ignore", message=".*ill-defined.*")
+    warnings.filterwarnings("ignore", message=".*input array is constant.*")
     encoder: Any = model
     revision = encoder.mteb_model_meta.revision
     out: dict[str, Any] = {"model": encoder.mteb_model_meta.name, "revision": revision, "tasks": {}}
