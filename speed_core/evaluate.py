@@ -169,7 +169,8 @@ def evaluate(model: Embedder, tasks: Sequence[Any], cache: Path, label: str = ""
         detail = result.scores[split][0]
         out["tasks"][task.metadata.name] = {
             "type": task.metadata.type,
-            "score": float(result.get_score()),
+            # Constant vectors have no correlation: mteb says nan, which counts as 0 here, as in `_spearman`.
+            "score": float(np.nan_to_num(result.get_score())),
             "items": _items(model, task, detail),
         }
         bar.update()
