@@ -214,7 +214,9 @@ def _ranks(model: Embedder, task: Any) -> list[float]:
         pool = [position[d] for d in split["top_ranked"][qid]] if split["top_ranked"] else list(range(len(documents)))
         scores = vectors[pool] @ q
         wanted = [position[d] for d, s in split["relevant_docs"][qid].items() if s > 0]
-        rank = 1 + int((scores > scores[pool.index(wanted[0])]).sum())
+        own = scores[pool.index(wanted[0])]
+        # Ties share the middle rank: a model that maps everything to one vector must not look perfect.
+        rank = 1 + float((scores > own).sum()) + float((scores == own).sum() - 1) / 2
         out.append(
             float(1 / np.log2(rank + 1)) if rank <= 10 and not split["top_ranked"] else (1 / rank if split["top_ranked"] else 0.0)
         )
