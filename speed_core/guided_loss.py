@@ -29,26 +29,25 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-STRATEGIES = ("absolute", "relative")
 _BLOCK_ELEMENTS = 1 << 22  # entries of one block of similarities: 16 MB in float32
 _TIE = 16  # units in the last place that two ways to compute one dot product may differ by
 
-Columns = tuple[Tensor, Tensor, Tensor | None]  # anchors (B, D), positives (C, D), negatives (M, D) or None
+Columns = tuple[Tensor, Tensor, Tensor]  # anchors (B, D), positives (C, D), negatives (M, D), M may be 0
 Negatives = Tensor | Sequence[Tensor] | None
 Ids = tuple[Tensor, Tensor, Negatives]
 
 
-def _flat(columns: Negatives, rows: Sequence[int], name: str, last: int = 1) -> Tensor | None:
-    """(B, D), (B, K, D) or a list of (B, D) -> (M, D). `last` is 0 for ids, which have no D."""
+def _flat(columns: Negatives, anchors: Tensor, rows: Sequence[int], name: str) -> Tensor:
+    """(B, D), (B, K, D), a list of (B, D) or None -> (M, D); ids the same without D."""
     if columns is None or (not isinstance(columns, Tensor) and not len(columns)):
-        return None
-    shapes = [tuple(t.shape) for t in ([columns] if isinstance(columns, Tensor) else columns)]
-    dims = (1 + last, 2 + last) if isinstance(columns, Tensor) else (1 + last,)
-    if len(set(shapes)) > 1 or len(shapes[0]) not in dims or shapes[0][0] not in rows:
-        wanted = " or ".join(f"({b}, [K, ]D)" if last else f"({b}[, K])" for b in dict.fromkeys(rows))
-        raise ValueError(f"{name}: shape {', '.join(map(str, shapes))}, expected {wanted}; give a row for each anchor")
-    stacked = columns if isinstance(columns, Tensor) else torch.stack(list(columns), dim=1)
-    return stacked if stacked.dim() == 1 + last else stacked.flatten(0, 1)
+        return anchors[:0]
+    given = [columns] if isinstance(columns, Tensor) else list(columns)
+    shapes, tail = [tuple(t.shape) for t in given], tuple(anchors.shape[1:])
+    many = isinstance(columns, Tensor) and columns.dim() == anchors.dim() + 1
+    if any(x[:1] not in [(b,) for b in rows] or x[1 + many :] != tail for x in shapes):
+        one = " or ".join(str((b, *tail)) for b in dict.fromkeys(rows))
+        raise ValueError(f"{name}: shape {', '.join(map(str, shapes))}, expected {one} or K of them, a row per anchor")
+    return torch.stack(given, dim=1).flatten(0, 1 + many)
 
 
 def _unit(t: Tensor, name: str, dtype: torch.dtype) -> Tensor:
@@ -64,32 +63,24 @@ def _unit(t: Tensor, name: str, dtype: torch.dtype) -> Tensor:
 
 def _side(columns: tuple[Tensor, Tensor, Negatives], offset: int, prefix: str, like: Tensor | None = None) -> Columns:
     """One encoder's columns, checked and of length one, on the device and in the precision of `like`."""
-    a, p, negatives = columns
+    a, p, _ = columns
     shapes = f"shape {tuple(p.shape)}, but {prefix}anchors {tuple(a.shape)}"
     if a.dim() != 2 or p.dim() != 2 or a.shape[1] != p.shape[1] or not len(a):
         raise ValueError(f"{prefix}positives: {shapes}; give at least one pair, (rows, D), from one model")
     if offset < 0 or offset + len(a) > len(p):
         raise ValueError(f"{prefix}positives: {shapes} from anchor_offset {offset}; each anchor needs its own positive")
-    n = _flat(negatives, (len(a), len(p)), f"{prefix}negatives")
-    if n is not None and n.shape[1] != a.shape[1]:
-        raise ValueError(f"{prefix}negatives: D is {n.shape[1]}, but {prefix}anchors {tuple(a.shape)}; use one model")
+    n = _flat(columns[2], a, (len(a), len(p)), f"{prefix}negatives")
     double = torch.float64 in (a.dtype, p.dtype) if like is None else like.dtype == torch.float64
     dtype, device = torch.float64 if double else torch.float32, (a if like is None else like).device
-    out = [
-        None if t is None else _unit(t.to(device), prefix + name, dtype)
-        for name, t in (("anchors", a), ("positives", p), ("negatives", n))
-    ]
-    assert out[0] is not None and out[1] is not None
-    return out[0], out[1], out[2]
+    a, p = _unit(a.to(device), f"{prefix}anchors", dtype), _unit(p.to(device), f"{prefix}positives", dtype)
+    return a, p, _unit(n.to(device), f"{prefix}negatives", dtype)
 
 
 def _check_settings(temperature: float, margin: float, strategy: str) -> None:
-    if strategy not in STRATEGIES:
-        raise ValueError(f"margin_strategy {strategy!r}: unknown; use one of {', '.join(STRATEGIES)}")
-    if not 0 < temperature < math.inf:
-        raise ValueError(f"temperature {temperature}: must be a number above 0; the paper uses 0.01")
-    if not math.isfinite(margin):
-        raise ValueError(f"margin {margin}: must be a finite number; 0 is the paper's rule")
+    if strategy not in ("absolute", "relative"):
+        raise ValueError(f"margin_strategy {strategy!r}: unknown; use absolute or relative")
+    if not 0 < temperature < math.inf or not math.isfinite(margin):
+        raise ValueError(f"temperature {temperature}, margin {margin}: finite, the first above 0; the paper's: 0.01, 0")
 
 
 @dataclass
@@ -97,7 +88,7 @@ class _Plan:
     """Everything but the student's embeddings: guide rows, thresholds, identities, switches."""
 
     guide: Columns | None
-    threshold: Tensor | None
+    threshold: Tensor
     ids: Columns | None
     offset: int
     contrast_anchors: bool
@@ -106,23 +97,17 @@ class _Plan:
     def blocks(self, columns: Columns) -> dict[str, tuple[Tensor, Tensor]]:
         """Left rows (one per anchor) and candidates of each block in use."""
         a, p, n = columns
-        out = {"ap": (a, p)}
-        if n is not None:
-            out["an"] = (a, n)
-        if self.contrast_anchors:
-            out["aa"] = (a, a)
-        if self.contrast_positives:
-            out["pp"] = (p[self.offset : self.offset + len(a)], p)
-        return out
+        out = {"ap": (a, p), "an": (a, n), "aa": (a, a), "pp": (p[self.offset : self.offset + len(a)], p)}
+        off = {"an": not len(n), "aa": not self.contrast_anchors, "pp": not self.contrast_positives}
+        return {name: sides for name, sides in out.items() if not off.get(name)}
 
     def removed(self, block: str, rows: slice) -> Tensor | None:
         """Boolean (rows, candidates) by the guide and the text ids alone: no positive or diagonal considered."""
         out: Tensor | None = None
-        if self.guide is not None and self.threshold is not None:
+        if self.guide is not None:
             left, right = self.blocks(self.guide)[block]
             # An exact tie (a duplicate of the own positive) must not be removed by rounding.
-            limit = self.threshold[rows, None] + _TIE * torch.finfo(left.dtype).eps
-            out = left[rows] @ right.T > limit
+            out = left[rows] @ right.T > self.threshold[rows, None] + _TIE * torch.finfo(left.dtype).eps
         if self.ids is not None:
             a, p, _ = self.ids
             right = self.blocks(self.ids)[block][1][None]
@@ -136,11 +121,11 @@ class _Blockwise(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, a: Tensor, p: Tensor, n: Tensor | None, plan: _Plan, rows: slice, tau: float, block_size: int | None
+        ctx: Any, a: Tensor, p: Tensor, n: Tensor, plan: _Plan, rows: slice, tau: float, block_size: int | None
     ) -> Tensor:
         want = any(ctx.needs_input_grad[:3])
-        grads = tuple(torch.zeros_like(t) if want and t is not None else None for t in (a, p, n))
-        blocks = plan.blocks((a, p, n))
+        da, dp, dn = grads = tuple(torch.zeros_like(t) for t in (a, p, n)) if want else (a, p, n)
+        own_dp, blocks = dp[plan.offset : plan.offset + len(a)], plan.blocks((a, p, n))
         width = sum(len(right) for _, right in blocks.values())
         # At most 16 MB, or as much as the embeddings themselves: thinner blocks starve the matrix product.
         step = block_size or max(_BLOCK_ELEMENTS // width, a.shape[1] * len(p) // width, 1)
@@ -154,14 +139,13 @@ class _Blockwise(torch.autograd.Function):
                 view = views[name] = logits[:, at : at + len(right)]
                 at += len(right)
                 torch.mm(left[part] / tau, right.T, out=view)
-                diagonal = view[index, own + plan.offset] if name == "ap" else None
-                gone = plan.removed(name, part)
-                if gone is not None:
+                if name == "ap":
+                    target = view[index, own + plan.offset]
+                if (gone := plan.removed(name, part)) is not None:
                     view.masked_fill_(gone, float("-inf"))
-                if diagonal is not None:
-                    view[index, own + plan.offset] = target = diagonal  # the own positive is always kept
-                elif name != "an":
-                    view[index, own + (plan.offset if name == "pp" else 0)] = float("-inf")
+                if name != "an":  # the own positive is always kept, the own a-a and p-p never
+                    value = target if name == "ap" else torch.full_like(target, float("-inf"))
+                    view[index, own + (0 if name == "aa" else plan.offset)] = value
             top = logits.amax(1)
             weight = logits.sub_(top[:, None]).exp_()  # removed candidates are exactly 0
             mass = weight.sum(1)
@@ -170,25 +154,19 @@ class _Blockwise(torch.autograd.Function):
                 continue
             weight[index, own + plan.offset] -= mass
             scale = (1 / (mass * tau))[:, None]  # softmax and 1/tau, applied to the (rows, D) side: it is the small one
-            da, dp, dn = grads
-            assert da is not None and dp is not None
-            own_dp = dp[plan.offset : plan.offset + len(a)]
             for name, (left, right) in blocks.items():
                 left_grad, right_grad = {"ap": (da, dp), "an": (da, dn), "aa": (da, da), "pp": (own_dp, dp)}[name]
-                assert right_grad is not None
                 left_grad[part] += (views[name] @ right).mul_(scale)
                 right_grad.addmm_(views[name].T, left[part] * scale)
-        ctx.save_for_backward(*grads)
+        if want:
+            ctx.save_for_backward(*grads)
         return total
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
-        return *(None if g is None else g * upstream for g in ctx.saved_tensors), None, None, None, None
-
-
-def _counts(columns: Columns) -> list[int | None]:
-    return [None if t is None else len(t) for t in columns]
+        if torch.is_grad_enabled():  # create_graph=True would give a second derivative that is silently wrong
+            raise RuntimeError("guided_contrastive_loss: has first derivatives only; use no create_graph")
+        return *(g * upstream for g in ctx.saved_tensors), None, None, None, None
 
 
 def _make_plan(
@@ -196,20 +174,18 @@ def _make_plan(
     text_ids: Ids | None, offset: int,
 ) -> _Plan:  # fmt: skip
     a, p, _ = student
-    threshold, ids = None, None
+    threshold, ids, counts = a[:0], None, [len(t) for t in student]
+    names = "anchors, positives, negatives"
     if guide is not None:
-        if _counts(guide) != _counts(student):
-            raise ValueError(
-                f"guide_anchors, guide_positives, guide_negatives: {_counts(guide)} rows, but anchors, positives, "
-                f"negatives {_counts(student)}; encode the same texts with the guide"
-            )
+        if (found := [len(t) for t in guide]) != counts:
+            raise ValueError(f"guide_{names.replace(' ', ' guide_')}: {found} rows, but {counts} for the student's")
         own = (guide[0] * guide[1][offset : offset + len(a)]).sum(1)
         threshold = own - margin if strategy == "absolute" else own - own.abs() * margin
     if text_ids is not None:
-        ids_n = _flat(text_ids[2], (len(a), len(p)), "text_ids[2]", last=0)
-        ids = (text_ids[0].to(a.device), text_ids[1].to(a.device), None if ids_n is None else ids_n.to(a.device))
-        if _counts(ids) != _counts(student):
-            raise ValueError(f"text_ids: {_counts(ids)} ids for {_counts(student)} rows; give one id a row")
+        ids_a, ids_p = text_ids[0].to(a.device), text_ids[1].to(a.device)
+        ids = ids_a, ids_p, _flat(text_ids[2], ids_a, counts, "text_ids[2]").to(a.device)
+        if (found := [len(t) for t in ids]) != counts:
+            raise ValueError(f"text_ids: {found} ids for {counts} {names}; give one id a row")
     return _Plan(guide, threshold, ids, offset, *contrast)
 
 
@@ -235,17 +211,14 @@ def guided_contrastive_loss(
         rows: (start, stop) of the anchors whose losses count; the other anchors are candidates only.
         block_size: rows at a time; by default a block takes 16 MB, or as much as the embeddings.
         reduction: "mean" or "sum" over the anchors that count.
-
     Returns a float32 scalar (float64 for float64 anchors or positives), also under autocast. First
     derivatives only. Raises ValueError naming the argument, the shapes and the remedy.
     """
     _check_settings(temperature, margin, margin_strategy)
-    if reduction not in ("mean", "sum"):
-        raise ValueError(f"reduction {reduction!r}: unknown; use mean or sum")
-    if block_size is not None and block_size < 1:
-        raise ValueError(f"block_size {block_size}: must be at least 1 row; None chooses")
+    if reduction not in ("mean", "sum") or (block_size is not None and block_size < 1):
+        raise ValueError(f"reduction {reduction!r}, block_size {block_size}: use mean or sum, and None or at least 1")
     if (guide_anchors is None) != (guide_positives is None) or (guide_negatives is not None and guide_anchors is None):
-        raise ValueError("guide_anchors, guide_positives: missing; encode every column with the guide, or none at all")
+        raise ValueError("guide embeddings: guide_anchors or guide_positives missing; encode all columns, or none")
     start, stop = rows or (0, len(anchors))
     if not 0 <= start < stop <= len(anchors):
         raise ValueError(f"rows {rows}: no part of anchors, shape {tuple(anchors.shape)}; give (start, stop)")
@@ -261,11 +234,10 @@ def guided_contrastive_loss(
     return total / (stop - start) if reduction == "mean" else total
 
 
-def unguided_contrastive_loss(anchors: Tensor, positives: Tensor, negatives: Negatives = None, **settings: Any) -> Tensor:
-    """InfoNCE over the same four blocks: only own diagonals are removed (the original's loss id 10).
-
-    `settings`: those of `guided_contrastive_loss` that concern no guide.
-    """
+def unguided_contrastive_loss(
+    anchors: Tensor, positives: Tensor, negatives: Negatives = None, **settings: Any
+) -> Tensor:  # fmt: skip
+    """InfoNCE over the same blocks: only own diagonals go (the original's loss id 10). `settings`: as for guided."""
     if wrong := sorted(k for k in settings if k.startswith(("guide_", "margin"))):
         raise ValueError(f"{', '.join(wrong)}: mean nothing without a guide; call guided_contrastive_loss")
     return guided_contrastive_loss(anchors, positives, negatives, **settings)
@@ -282,37 +254,23 @@ class MaskView:
 
 @torch.no_grad()
 def false_negative_mask(
-    guide_anchors: Tensor,
-    guide_positives: Tensor,
-    guide_negatives: Negatives = None,
-    *,
-    margin: float = 0.0,
-    margin_strategy: str = "absolute",
-    text_ids: Ids | None = None,
-) -> MaskView:
+    guide_anchors: Tensor, guide_positives: Tensor, guide_negatives: Negatives = None, *,
+    margin: float = 0.0, margin_strategy: str = "absolute", text_ids: Ids | None = None,
+) -> MaskView:  # fmt: skip
     """The mask of a small batch, for looking at and for precision and recall against known labels.
 
-    Blocks "ap", "aa", "pp" (B, B) and, with negatives, "an" (B, M). The diagonals of the first three
+    Blocks "ap" (B, C), "aa" (B, B), "pp" (B, C) and, with negatives, "an" (B, M). The diagonals of the first three
     read False: an own positive is never removed, and q_i-q_i and p_i-p_i are no candidates at all.
     """
     _check_settings(1.0, margin, margin_strategy)
-    if len(guide_anchors) != len(guide_positives):
-        shapes = tuple(guide_positives.shape), tuple(guide_anchors.shape)
-        raise ValueError(f"guide_positives: shape {shapes[0]}, but guide_anchors {shapes[1]}; give one row a pair")
     with torch.autocast(guide_anchors.device.type, enabled=False):
         guide = _side((guide_anchors, guide_positives, guide_negatives), 0, "guide_")
         plan = _make_plan(guide, guide, margin, margin_strategy, (True, True), text_ids, 0)
-        assert plan.threshold is not None
-        view = MaskView({}, {}, plan.threshold)
-        for name, (left, right) in plan.blocks(guide).items():
-            gone = plan.removed(name, slice(0, len(left)))
-            assert gone is not None
-            view.removed[name] = gone if name == "an" else gone.fill_diagonal_(False)
-            view.similarity[name] = left @ right.T
-    return view
-
-
-# --- sentence-transformers ----------------------------------------------------------------------
+        blocks, everything = plan.blocks(guide), slice(0, len(guide_anchors))
+        removed: Any = {name: plan.removed(name, everything) for name in blocks}
+        for name in removed.keys() - {"an"}:
+            removed[name].fill_diagonal_(False)
+        return MaskView(removed, {name: left @ right.T for name, (left, right) in blocks.items()}, plan.threshold)
 
 
 class GuideCache:
@@ -323,7 +281,7 @@ class GuideCache:
     named by the guide's digest, so that a crash or a second process loses and mixes nothing.
     """
 
-    def __init__(self, guide: Any, path: Path | str | None = None, batch_size: int = 64):
+    def __init__(self, guide: Any, path: Any = None, batch_size: int = 64):
         self.guide = guide.eval().requires_grad_(False)
         self.batch_size = batch_size
         self._rows: dict[bytes, np.ndarray] = {}
@@ -333,9 +291,10 @@ class GuideCache:
                 self._rows.update(zip((k.tobytes() for k in data["keys"]), data["vectors"], strict=True))
 
     def _digest(self) -> str:
-        """Of weights and structure; the latter includes pooling and the length limit."""
-        prompts = getattr(self.guide, "prompts", None), getattr(self.guide, "default_prompt_name", None)
-        h = hashlib.sha256(f"{self.guide!r} {prompts}".encode())
+        """Of the weights, and of the structure with pooling, length limit and prompts."""
+        limit = getattr(self.guide, "max_seq_length", None)
+        parts = (self.guide, limit, self.guide.prompts, self.guide.default_prompt_name)
+        h = hashlib.sha256(repr(parts).encode())
         for name, value in sorted(self.guide.state_dict().items()):
             h.update(f"{name} {value.dtype} {tuple(value.shape)}".encode())
             h.update(value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
@@ -348,10 +307,7 @@ class GuideCache:
             return
         device = torch.device(getattr(self.guide, "device", "cpu")).type
         with torch.no_grad(), torch.autocast(device, enabled=False):
-            vectors = self.guide.encode(
-                list(new.values()), batch_size=self.batch_size, convert_to_numpy=True, show_progress_bar=False
-            )
-        vectors = np.asarray(vectors, np.float32)
+            vectors: Any = self.guide.encode([*new.values()], batch_size=self.batch_size, show_progress_bar=False)
         if self._folder is not None:
             self._folder.mkdir(parents=True, exist_ok=True)
             keys = np.frombuffer(b"".join(new), np.uint8).reshape(len(new), -1)
@@ -359,7 +315,7 @@ class GuideCache:
             with temporary.open("wb") as f:
                 np.savez(f, keys=keys, vectors=vectors)
             temporary.replace(self._folder / f"{next(iter(new)).hex()[:16]}-{os.getpid()}.npz")
-        self._rows.update(zip(new, vectors, strict=True))
+        self._rows.update(zip(new, vectors.astype(np.float32), strict=True))
 
     def __call__(self, texts: Sequence[str]) -> Tensor:
         """(len(texts), D) float32 embeddings."""
@@ -397,10 +353,8 @@ class GuidedCollator:
             # From the text alone, so that ids of different processes can be compared.
             ids = [int.from_bytes(_digest(t)[:8], "big", signed=True) for t in column]
             batch[f"{name}_text_id"] = torch.tensor(ids)
-            if self.cache is not None:
-                batch[f"{name}_guide_embedding"] = self.cache(column)
-            else:
-                batch[f"{name}_guide_text"] = column
+            key = f"{name}_guide_text" if self.cache is None else f"{name}_guide_embedding"
+            batch[key] = column if self.cache is None else self.cache(column)
         return batch
 
 
@@ -431,10 +385,10 @@ class GuidedContrastiveLoss(torch.nn.Module):
         trainer = SentenceTransformerTrainer(model=model, args=args, train_dataset=data, loss=loss)
         loss.attach(trainer).train()
 
-    Columns: anchor, positive, negatives. `attach` makes the batches carry the bare texts, which the
-    trainer otherwise drops. The guide is frozen and held by the cache, outside of the modules: it is in
-    nobody's parameters, optimizer or state dict, and `train()` does not reach it. No guide and no cache:
-    the unguided loss. `guided=True` without either expects a `GuidedCollator` that holds the cache.
+    Columns: anchor, positive, negatives. `attach` makes batches carry the bare texts, which the trainer drops.
+    The guide is frozen and held by the cache, not as a module: it is in nobody's parameters, optimizer or
+    state dict, and `train()` does not reach it. No guide and no cache: the unguided loss. `guided=True`
+    without either expects a `GuidedCollator` that holds the cache.
     """
 
     def __init__(
@@ -445,15 +399,12 @@ class GuidedContrastiveLoss(torch.nn.Module):
     ):  # fmt: skip
         super().__init__()
         _check_settings(temperature, margin, margin_strategy)
-        if guide is not None and guide is model:
+        if guide is model:
             raise ValueError("guide: is the model itself, which freezing would stop; load a second copy")
         if guide is None and isinstance(guide_cache, (str, Path)):
             raise ValueError(f"guide_cache {str(guide_cache)!r}: a folder needs a guide to fill it; give guide too")
-        self.model = model
-        if guide is None or isinstance(guide_cache, GuideCache):
-            self.cache = guide_cache
-        else:
-            self.cache = GuideCache(guide, guide_cache)
+        self.model, ready = model, guide is None or isinstance(guide_cache, GuideCache)
+        self.cache: Any = guide_cache if ready else GuideCache(guide, guide_cache)
         self.guided = self.cache is not None if guided is None else guided
         self.guide_text, self.gather_across_processes = guide_text, gather_across_processes
         self.settings: dict[str, Any] = dict(temperature=temperature, margin=margin, margin_strategy=margin_strategy)
@@ -466,42 +417,36 @@ class GuidedContrastiveLoss(torch.nn.Module):
         return trainer
 
     def _guide(self, features: dict[str, Any], column: int) -> Tensor:
-        if "guide_embedding" in features:
-            return features["guide_embedding"]
-        if self.cache is None or "guide_text" not in features:
-            raise ValueError(
-                f"guide embeddings: missing for column {column}, keys {sorted(features)}; "
-                "call loss.attach(trainer) before trainer.train()"
-            )
-        return self.cache(features["guide_text"])
+        found = features.get("guide_embedding")
+        if found is None and (self.cache is None or "guide_text" not in features):
+            remedy = "call loss.attach(trainer) before trainer.train()"
+            raise ValueError(f"guide embeddings: missing for column {column}, keys {sorted(features)}; {remedy}")
+        return self.cache(features["guide_text"]) if found is None else found
 
     def forward(self, sentence_features: Sequence[dict[str, Any]], labels: Tensor | None = None) -> Tensor:
         features = list(sentence_features)
         if len(features) < 2:
             raise ValueError(f"sentence_features: {len(features)} text column(s); give anchor, positive[, negatives]")
-        ids = [f["text_id"] for f in features] if all("text_id" in f for f in features) else None
-        guide = [self._guide(f, i) for i, f in enumerate(features)] if self.guided else None
+        ids: Any = [f["text_id"] for f in features] if all("text_id" in f for f in features) else None
+        guide: Any = [self._guide(f, i) for i, f in enumerate(features)] if self.guided else None
         ours = ("text_id", "guide_text", "guide_embedding")
-        student = [self.model({k: v for k, v in f.items() if k not in ours})["sentence_embedding"] for f in features]
+        columns = [{k: v for k, v in f.items() if k not in ours} for f in features]
+        student: Any = [self.model(column)["sentence_embedding"] for column in columns]
         device, count = student[0].device, len(student[0])
-        world, total, rows, start = 1, count, (0, count), 0
+        world, total, rows = 1, count, (0, count)
         if self.gather_across_processes and dist.is_available() and dist.is_initialized():
-            world = dist.get_world_size()
+            world, rank = dist.get_world_size(), dist.get_rank()
             every = [torch.zeros(1, dtype=torch.int64, device=device) for _ in range(world)]
             dist.all_gather(every, torch.tensor([count], device=device))
             counts = [int(t) for t in every]
-            total, start = sum(counts), sum(counts[: dist.get_rank()])
-            rows = (start, start + count)
-            student = [_Gather.apply(t, counts) for t in student]
-            guide = None if guide is None else [_Gather.apply(t.to(device), counts) for t in guide]
-            ids = None if ids is None else [_Gather.apply(t.to(device), counts) for t in ids]
-        more: dict[str, Any] = dict(self.settings)
+            total, rows = sum(counts), (sum(counts[:rank]), sum(counts[: rank + 1]))
+            for given in (student, guide or [], ids or []):
+                given[:] = [_Gather.apply(t.to(device), counts) for t in given]
+        more = self.settings | dict(rows=rows, reduction="sum", text_ids=ids and (ids[0], ids[1], ids[2:]))
         if guide is not None:
             more |= dict(guide_anchors=guide[0], guide_positives=guide[1], guide_negatives=guide[2:])
-        text_ids = None if ids is None else (ids[0], ids[1], ids[2:])
-        summed = guided_contrastive_loss(*student[:2], student[2:], text_ids=text_ids, rows=rows, reduction="sum", **more)
+        summed = guided_contrastive_loss(student[0], student[1], student[2:], **more)
         return summed * (world / total)  # the trainer averages over processes, whose shares may differ in size
 
     def get_config_dict(self) -> dict[str, Any]:
-        """What the model card lists."""
         return {"guided": self.guided, **self.settings, "gather_across_processes": self.gather_across_processes}

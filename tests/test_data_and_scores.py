@@ -106,7 +106,7 @@ def test_intervals_contain_their_estimate_and_shrink_with_more_items():
 def test_a_model_does_not_differ_from_itself_and_a_better_one_does(results):
     assert evaluate.mean_difference(results["good"], results["good"]) == (0.0, 0.0, 0.0)
     value, low, high = evaluate.mean_difference(results["good"], results["bad"])
-    assert value > 0 and low < high
+    assert 0 < low < value < high
 
 
 def test_the_template_goes_on_queries_only_in_retrieval_and_on_all_texts_in_sts():
