@@ -21,10 +21,14 @@ check: setup ## fail when a committed figure and its data disagree
 lint: setup ## ruff and mypy
 	@$(PY) -m ruff check . && $(PY) -m ruff format --check . && $(PY) -m mypy
 
-test: lint ## lint, types, unit tests, and every notebook at smoke size
+kernels: setup ## the GPU kernels under Triton's interpreter (fetches triton into .venv/triton, once)
+	@test -d .venv/triton/triton || $(PY) -m pip install -q --disable-pip-version-check --no-deps --target .venv/triton "$$(grep '^triton==' requirements/cuda.lock)"
+	@TRITON_INTERPRET=1 PYTHONPATH=.venv/triton $(PY) -m pytest tests/test_kernels.py
+
+test: lint kernels ## lint, types, kernels, unit tests, and every notebook at smoke size
 	@$(PY) -m pytest
 
 lab: setup ## JupyterLab on the notebooks
 	@$(PY) -m jupyterlab notebooks
 
-.PHONY: help setup reproduce plan check lint test lab
+.PHONY: help setup reproduce plan check lint kernels test lab

@@ -16,6 +16,7 @@ softmax, so it is accumulated in the pass that computes the value: no similarity
 from __future__ import annotations
 
 import hashlib
+import importlib.util
 import math
 import os
 from collections.abc import Callable, Sequence
@@ -93,6 +94,7 @@ class _Plan:
     offset: int
     contrast_anchors: bool
     contrast_positives: bool
+    kernel: torch.dtype | None = None  # what the GPU kernel multiplies in; None: matrix products in blocks
 
     def blocks(self, columns: Columns) -> dict[str, tuple[Tensor, Tensor]]:
         """Left rows (one per anchor) and candidates of each block in use."""
@@ -116,6 +118,50 @@ class _Plan:
         return out
 
 
+def _kernel_dtype(given: torch.dtype, unit: Tensor) -> torch.dtype | None:
+    """bfloat16 and float16 embeddings are multiplied as they come, float32 as float32; None without Triton."""
+    interpreted = os.environ.get("TRITON_INTERPRET") == "1"
+    if unit.dtype == torch.float64 or not (unit.is_cuda or interpreted) or importlib.util.find_spec("triton") is None:
+        return None
+    return given if given in (torch.float16, torch.bfloat16) else torch.float32
+
+
+def _fused(a: Tensor, p: Tensor, n: Tensor, plan: _Plan, rows: slice, tau: float, want: bool) -> list[Tensor]:
+    """[sum of loss_i, and with `want` the three gradients], by the Triton kernel."""
+    from speed_core.kernels.guided_loss import DROP, KEEP, NO_DIAGONAL, Block
+
+    low = [t.to(plan.kernel) for t in (a, p, n)]
+    sides, guides = plan.blocks((low[0], low[1], low[2])), None if plan.guide is None else plan.blocks(plan.guide)
+    blocks = {}
+    for name, (left, right) in sides.items():
+        guide = None if guides is None else (guides[name][0][rows], guides[name][1], plan.threshold[rows])
+        ids = None
+        if plan.ids is not None:
+            own_ids = plan.ids[1][plan.offset :][: len(a)]
+            ids = plan.ids[0][rows], own_ids[rows], plan.blocks(plan.ids)[name][1]
+        blocks[name] = Block(
+            left[rows], right, guide, ids, temperature=tau, slack=_TIE * torch.finfo(torch.float32).eps,
+            diagonal={"ap": KEEP, "an": NO_DIAGONAL}.get(name, DROP),
+            offset=rows.start + (0 if name == "aa" else plan.offset),
+        )  # fmt: skip
+    joint = torch.stack([block.forward() for block in blocks.values()]).logsumexp(0)
+    at = slice(rows.start + plan.offset, rows.stop + plan.offset)
+    a_own, p_own = low[0][rows].float(), low[1][at].float()
+    total = (joint - (a_own * p_own).sum(1) / tau).sum()
+    if not want:
+        return [total]
+    da, dp, dn = (torch.zeros_like(t) for t in (a, p, n))
+    own_dp = dp[plan.offset : plan.offset + len(a)]
+    for name, (left_grad, right_grad) in {"ap": (da, dp), "an": (da, dn), "aa": (da, da), "pp": (own_dp, dp)}.items():
+        if name in blocks:
+            left, right = blocks[name].backward(joint)
+            left_grad[rows] += left
+            right_grad += right
+    da[rows] -= p_own / tau
+    dp[at] -= a_own / tau
+    return [total, da, dp, dn]
+
+
 class _Blockwise(torch.autograd.Function):
     """Sum of loss_i over `rows`. Value and gradient come from one pass over blocks of rows."""
 
@@ -124,6 +170,10 @@ class _Blockwise(torch.autograd.Function):
         ctx: Any, a: Tensor, p: Tensor, n: Tensor, plan: _Plan, rows: slice, tau: float, block_size: int | None
     ) -> Tensor:
         want = any(ctx.needs_input_grad[:3])
+        if plan.kernel is not None:
+            out = _fused(a, p, n, plan, rows, tau, want)
+            ctx.save_for_backward(*out[1:])
+            return out[0]
         da, dp, dn = grads = tuple(torch.zeros_like(t) for t in (a, p, n)) if want else (a, p, n)
         own_dp, blocks = dp[plan.offset : plan.offset + len(a)], plan.blocks((a, p, n))
         width = sum(len(right) for _, right in blocks.values())
@@ -179,7 +229,7 @@ def _make_plan(
     if guide is not None:
         if (found := [len(t) for t in guide]) != counts:
             raise ValueError(f"guide_{names.replace(' ', ' guide_')}: {found} rows, but {counts} for the student's")
-        own = (guide[0] * guide[1][offset : offset + len(a)]).sum(1)
+        own = (guide[0].to(a.dtype) * guide[1][offset : offset + len(a)].to(a.dtype)).sum(1)
         threshold = own - margin if strategy == "absolute" else own - own.abs() * margin
     if text_ids is not None:
         ids_a, ids_p = text_ids[0].to(a.device), text_ids[1].to(a.device)
@@ -229,7 +279,12 @@ def guided_contrastive_loss(
             with torch.no_grad():
                 guide = _side((guide_anchors, guide_positives, guide_negatives), anchor_offset, "guide_", student[0])
         contrast = (contrast_anchors, contrast_positives)
+        kernel = _kernel_dtype(anchors.dtype, student[0])
+        if kernel is not None and guide is not None:
+            kept = guide_anchors.dtype if guide_anchors is not None and guide_anchors.dtype.itemsize == 2 else torch.float32
+            guide = (guide[0].to(kept), guide[1].to(kept), guide[2].to(kept))
         plan = _make_plan(student, guide, margin, margin_strategy, contrast, text_ids, anchor_offset)
+        plan.kernel = kernel
         total = _Blockwise.apply(*student, plan, slice(start, stop), temperature, block_size)
     return total / (stop - start) if reduction == "mean" else total
 
@@ -423,15 +478,18 @@ class GuidedContrastiveLoss(torch.nn.Module):
             raise ValueError(f"guide embeddings: missing for column {column}, keys {sorted(features)}; {remedy}")
         return self.cache(features["guide_text"]) if found is None else found
 
-    def forward(self, sentence_features: Sequence[dict[str, Any]], labels: Tensor | None = None) -> Tensor:
+    def split(self, sentence_features: Sequence[dict[str, Any]]) -> tuple[list[dict[str, Any]], Any, Any]:
+        """(what the student reads, guide embeddings or None, text ids or None), each a list of columns."""
         features = list(sentence_features)
         if len(features) < 2:
             raise ValueError(f"sentence_features: {len(features)} text column(s); give anchor, positive[, negatives]")
         ids: Any = [f["text_id"] for f in features] if all("text_id" in f for f in features) else None
         guide: Any = [self._guide(f, i) for i, f in enumerate(features)] if self.guided else None
         ours = ("text_id", "guide_text", "guide_embedding")
-        columns = [{k: v for k, v in f.items() if k not in ours} for f in features]
-        student: Any = [self.model(column)["sentence_embedding"] for column in columns]
+        return [{k: v for k, v in f.items() if k not in ours} for f in features], guide, ids
+
+    def loss_of(self, student: Any, guide: Any, ids: Any) -> Tensor:
+        """The loss of this process's rows, on embeddings; candidates of all processes if they are gathered."""
         device, count = student[0].device, len(student[0])
         world, total, rows = 1, count, (0, count)
         if self.gather_across_processes and dist.is_available() and dist.is_initialized():
@@ -440,13 +498,18 @@ class GuidedContrastiveLoss(torch.nn.Module):
             dist.all_gather(every, torch.tensor([count], device=device))
             counts = [int(t) for t in every]
             total, rows = sum(counts), (sum(counts[:rank]), sum(counts[: rank + 1]))
-            for given in (student, guide or [], ids or []):
-                given[:] = [_Gather.apply(t.to(device), counts) for t in given]
+            student, guide, ids = (
+                given and [_Gather.apply(t.to(device), counts) for t in given] for given in (student, guide, ids)
+            )
         more = self.settings | dict(rows=rows, reduction="sum", text_ids=ids and (ids[0], ids[1], ids[2:]))
         if guide is not None:
             more |= dict(guide_anchors=guide[0], guide_positives=guide[1], guide_negatives=guide[2:])
         summed = guided_contrastive_loss(student[0], student[1], student[2:], **more)
         return summed * (world / total)  # the trainer averages over processes, whose shares may differ in size
+
+    def forward(self, sentence_features: Sequence[dict[str, Any]], labels: Tensor | None = None) -> Tensor:
+        columns, guide, ids = self.split(sentence_features)
+        return self.loss_of([self.model(column)["sentence_embedding"] for column in columns], guide, ids)
 
     def get_config_dict(self) -> dict[str, Any]:
         return {"guided": self.guided, **self.settings, "gather_across_processes": self.gather_across_processes}

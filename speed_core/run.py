@@ -109,6 +109,8 @@ def execute(
             execution_timeout=cell_timeout,
             interrupt_on_timeout=True,
             coalesce_streams=True,
+            # ipykernel warns on every start that it talks TCP, as every local kernel does.
+            extra_arguments=["--IPKernelApp.log_level=40"],
         )
     except PapermillExecutionError as error:
         problem = f"cell {error.exec_count}: {error.ename}: {_plain(error.evalue)}"

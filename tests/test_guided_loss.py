@@ -307,6 +307,24 @@ def test_agrees_with_the_librarys_losses_where_they_are_right(make_model, column
         assert all(torch.allclose(x, y, atol=1e-4, rtol=1e-3) for x, y in zip(ours[1], theirs[1], strict=True))
 
 
+@pytest.mark.parametrize("guided", (True, False))
+@pytest.mark.parametrize("size", (1, 3, 50))
+def test_the_cached_loss_equals_the_uncached_one(make_model, guided, size):
+    from speed_core.cached_loss import CachedGuidedContrastiveLoss
+
+    model, guide = make_model(0).train(), make_model(1, 24) if guided else None
+    for module in model.modules():
+        if isinstance(module, torch.nn.Dropout):
+            module.p = 0.0  # masks differ between one batch and several
+    inputs = features(model, texts(7, 4))
+    one = value_and_gradients(GuidedContrastiveLoss(model, guide, 0.05, margin=0.05 if guided else 0.0), model, inputs)
+    cached = CachedGuidedContrastiveLoss(model, guide, 0.05, margin=0.05 if guided else 0.0, mini_batch_size=size)
+    other = value_and_gradients(cached, model, inputs)
+    assert torch.allclose(one[0], other[0], atol=1e-5) and one[0] > 0.01
+    assert all(torch.allclose(x, y, atol=1e-5, rtol=1e-4) for x, y in zip(one[1], other[1], strict=True))
+    assert not any("guide" in name for name, _ in cached.named_parameters())
+
+
 def test_where_the_query_is_the_positive_the_library_stops_above_log_3_and_ours_does_not(make_model):
     from sentence_transformers.sentence_transformer.losses import GISTEmbedLoss
 

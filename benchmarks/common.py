@@ -1,0 +1,135 @@
+"""What every benchmark shares: machine, versions, timing, peak memory of a call, the result file."""
+
+from __future__ import annotations
+
+import argparse
+import importlib.metadata
+import json
+import multiprocessing as mp
+import os
+import platform
+import queue
+import resource
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+RESULTS = Path(__file__).parent / "results"
+sys.path.insert(0, str(Path(__file__).parent.parent))  # run from a clone, nothing installed
+
+
+def arguments(description: str) -> argparse.Namespace:
+    """`--device cpu|cuda` and `--quick` (ends within five minutes on 2 cores, writes no file)."""
+    parser = argparse.ArgumentParser(description=description)
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    parser.add_argument("--quick", action="store_true", help="small sizes, no result file")
+    args = parser.parse_args()
+    if args.device == "cuda" and not torch.cuda.is_available():
+        parser.error("--device cuda: torch sees no GPU; use --device cpu")
+    return args
+
+
+def machine(device: str) -> dict[str, Any]:
+    """Processor, cores, memory, and the GPU where one is used."""
+    names = [line.split(":")[1].strip() for line in Path("/proc/cpuinfo").read_text().splitlines() if "model name" in line]
+    out = {"cpu": names[0] if names else platform.machine(), "cores": os.cpu_count(), "threads": torch.get_num_threads()}
+    out["memory_gb"] = round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30)
+    if device == "cuda":
+        properties = torch.cuda.get_device_properties(0)
+        out |= {"gpu": properties.name, "gpu_memory_gb": round(properties.total_memory / 2**30)}
+    return out
+
+
+def versions(*packages: str) -> dict[str, str]:
+    """Installed versions; a package that is missing says so."""
+    out = {"python": platform.python_version()}
+    for name in ("torch", *packages):
+        try:
+            out[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            out[name] = "not installed"
+    return out
+
+
+def synchronize(device: str) -> None:
+    if device == "cuda":
+        torch.cuda.synchronize()
+
+
+def seconds(call: Callable[[], Any], device: str, least: float = 0.3, most: int = 20) -> float:
+    """Median of repeated calls after one warm-up: at least 3 calls, until `least` seconds or `most` calls."""
+    call()
+    synchronize(device)
+    times: list[float] = []
+    while len(times) < 3 or (sum(times) < least and len(times) < most):
+        start = time.perf_counter()
+        call()
+        synchronize(device)
+        times.append(time.perf_counter() - start)
+    return statistics.median(times)
+
+
+def interleaved(calls: dict[str, Callable[[], Any]], device: str, rounds: int = 5) -> dict[str, float]:
+    """Median seconds of each call, one after the other in every round, so that a slow minute hits all of them."""
+    times: dict[str, list[float]] = {name: [] for name in calls}
+    for r in range(rounds + 1):  # the first round warms up
+        for name, call in calls.items():
+            synchronize(device)
+            start = time.perf_counter()
+            call()
+            synchronize(device)
+            if r:
+                times[name].append(time.perf_counter() - start)
+    return {name: statistics.median(t) for name, t in times.items()}
+
+
+def _child(out: Any, function: Callable[..., Any], arguments: tuple[Any, ...]) -> None:
+    try:
+        out.put(("ok", function(*arguments)))
+    except (MemoryError, RuntimeError) as error:  # torch's out-of-memory errors are RuntimeErrors
+        out.put(("error", f"{type(error).__name__}: {str(error).splitlines()[0][:200]}"))
+
+
+def in_process(function: Callable[..., Any], *arguments: Any, limit_s: float = 300) -> dict[str, Any]:
+    """Run in a fresh process, which has its own peak of memory. {"status": ok|error|timeout|killed, ...}."""
+    context = mp.get_context("spawn")
+    out = context.Queue()
+    child = context.Process(target=_child, args=(out, function, arguments))
+    child.start()
+    deadline, answer = time.monotonic() + limit_s, None
+    while answer is None:
+        try:
+            answer = out.get(timeout=1)
+        except queue.Empty:
+            if not child.is_alive():
+                return {"status": "killed", "why": f"exit code {child.exitcode}"}
+            if time.monotonic() > deadline:
+                child.kill()
+                child.join()
+                return {"status": "timeout", "why": f"not done in {limit_s:.0f} s"}
+    child.join()
+    return {"status": "ok", **answer[1]} if answer[0] == "ok" else {"status": "error", "why": answer[1]}
+
+
+def peak_mb(device: str) -> float:
+    """Highest memory so far: resident set of this process, or the allocator's on the GPU."""
+    if device == "cuda":
+        return torch.cuda.max_memory_allocated() / 2**20
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+
+
+def finish(
+    name: str, args: argparse.Namespace, rows: list[dict[str, Any]], ratios: dict[str, Any], packages: tuple[str, ...]
+) -> None:
+    """Print the result as one JSON object, the last line; write it unless `--quick`."""
+    result = {"benchmark": name, "device": args.device, "written": time.strftime("%Y-%m-%d"), "machine": machine(args.device)}
+    result |= {"versions": versions(*packages), "rows": rows, "ratios": ratios}
+    if not args.quick:
+        RESULTS.mkdir(exist_ok=True)
+        (RESULTS / f"{name}.{args.device}.json").write_text(json.dumps(result, indent=1) + "\n")
+    print(json.dumps(result))

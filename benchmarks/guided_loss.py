@@ -1,0 +1,205 @@
+"""The guided contrastive loss: ours, a plain matrix product, sentence-transformers' two losses, the unguided floor.
+
+    python benchmarks/guided_loss.py [--device cpu|cuda] [--quick]
+
+Embeddings of dimension 384 (student and guide), triplets, forward and backward, float32. The encoders are left out:
+`GISTEmbedLoss` and `CachedGISTEmbedLoss` get modules that hand them the embeddings (the cached one: its loss part
+only, mini-batch 32). The second part times whole training steps, encoders included.
+"""
+
+from __future__ import annotations
+
+import statistics
+import time
+from typing import Any
+
+import common
+import torch
+import torch.nn.functional as F
+
+DIMENSION, TAU = 384, 0.01
+METHODS = ("ours", "matmul", "gist", "cached_gist", "unguided")
+
+
+def embeddings(batch: int, device: str) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
+    """Student columns (with gradient) and guide columns. Pairs are alike, so that the guide removes a few percent."""
+    g = torch.Generator().manual_seed(0)
+    columns = []
+    for _ in range(2):
+        topic = torch.randn(batch, DIMENSION, generator=g)
+        columns.append([(topic * mix + torch.randn(batch, DIMENSION, generator=g)).to(device) for mix in (0.4, 0.4, 0.1)])
+    return [t.requires_grad_() for t in columns[0]], columns[1]
+
+
+def matmul_loss(student: list[torch.Tensor], guide: list[torch.Tensor]) -> torch.Tensor:
+    """The whole B x 4B matrix at once, as one would write it first; same value and gradients as ours."""
+    a, p, n = (F.normalize(t, dim=-1) for t in student)
+    ga, gp, gn = (F.normalize(t, dim=-1) for t in guide)
+    own = (ga * gp).sum(1, keepdim=True)
+    eye = torch.eye(len(a), dtype=torch.bool, device=a.device)
+    blocks = []
+    for left, right, g_left, g_right, name in (
+        (a, p, ga, gp, "ap"),
+        (a, n, ga, gn, "an"),
+        (a, a, ga, ga, "aa"),
+        (p, p, gp, gp, "pp"),
+    ):
+        gone = g_left @ g_right.T > own
+        gone = gone & ~eye if name == "ap" else gone if name == "an" else gone | eye
+        blocks.append((left @ right.T / TAU).masked_fill(gone, float("-inf")))
+    return F.cross_entropy(torch.cat(blocks, 1), torch.arange(len(a), device=a.device))
+
+
+def method(name: str, batch: int, device: str) -> Any:
+    """A call that runs one forward and backward."""
+    from speed_core.guided_loss import guided_contrastive_loss, unguided_contrastive_loss
+
+    student, guide = embeddings(batch, device)
+    if name in ("gist", "cached_gist"):
+        from sentence_transformers.sentence_transformer.losses import CachedGISTEmbedLoss, GISTEmbedLoss
+
+        peer: Any = (GISTEmbedLoss if name == "gist" else CachedGISTEmbedLoss).__new__(
+            GISTEmbedLoss if name == "gist" else CachedGISTEmbedLoss
+        )
+        torch.nn.Module.__init__(peer)
+        peer.temperature, peer.margin, peer.margin_strategy, peer.mini_batch_size = TAU, 0.0, "absolute", 32
+        peer.contrast_anchors = peer.contrast_positives = True
+        peer.gather_across_devices = peer.must_retokenize = peer.show_progress_bar = False
+        peer.similarity_fct, peer.cross_entropy_loss = torch.nn.CosineSimilarity(dim=-1), torch.nn.CrossEntropyLoss()
+
+    def run() -> float:
+        for t in student:
+            t.grad = None
+        if name == "ours":
+            loss = guided_contrastive_loss(
+                *student, guide_anchors=guide[0], guide_positives=guide[1], guide_negatives=guide[2], temperature=TAU
+            )
+        elif name == "unguided":
+            loss = unguided_contrastive_loss(*student, temperature=TAU)
+        elif name == "matmul":
+            loss = matmul_loss(student, guide)
+        elif name == "cached_gist":
+            return float(peer.calculate_loss([[t] for t in student], [[t] for t in guide], with_backward=True))
+        else:
+            peer.model, peer.guide = _Student(student), _Student(guide)
+            loss = peer([{"column": i} for i in range(3)], None)
+        loss.backward()
+        return float(loss.detach())
+
+    return run
+
+
+class _Student(torch.nn.Module):
+    def __init__(self, columns: list[torch.Tensor]):
+        super().__init__()
+        self.columns = columns
+
+    def forward(self, features: dict[str, Any]) -> dict[str, Any]:
+        return {"sentence_embedding": self.columns[features["column"]]}
+
+
+def measure(name: str, batch: int, device: str) -> dict[str, Any]:
+    """Seconds (median), peak memory above the embeddings, and the value, in this process."""
+    method(name, 16, device)()  # imports and thread pools are not the loss's memory
+    run = method(name, batch, device)
+    before = common.peak_mb(device) if device == "cpu" else torch.cuda.memory_allocated() / 2**20
+    start = time.perf_counter()
+    value = run()
+    common.synchronize(device)
+    first = time.perf_counter() - start
+    times = [first]
+    while len(times) < 5 and sum(times) + first < 30:
+        start = time.perf_counter()
+        run()
+        common.synchronize(device)
+        times.append(time.perf_counter() - start)
+    return {"seconds": statistics.median(times), "peak_mb": max(0.0, common.peak_mb(device) - before), "loss": value}
+
+
+def losses(args: Any) -> tuple[list[dict[str, Any]], dict[str, Any]]:
+    """Every method at growing batches until it fails or takes too long."""
+    cpu = args.device == "cpu"
+    batches = (64, 256, 512, 1024, 4096, 16384) if cpu else (64, 512, 2048, 4096, 8192, 16384, 32768, 65536, 131072)
+    if args.quick:
+        batches = batches[:3]
+    limit = 60 if args.quick else 200
+    rows: list[dict[str, Any]] = []
+    for name in METHODS:
+        for batch in batches:
+            row = {"method": name, "batch": batch} | common.in_process(measure, name, batch, args.device, limit_s=limit)
+            rows.append(row)
+            print(row, flush=True)
+            if row["status"] != "ok":
+                break
+    done = {(r["method"], r["batch"]): r for r in rows if r["status"] == "ok"}
+    values = {b: [r["loss"] for (m, b2), r in done.items() if b2 == b and m != "unguided"] for b in batches}
+    worst = max((max(v) - min(v)) / max(v) for v in values.values() if len(v) > 1)
+
+    def against(peer: str) -> dict[str, float]:
+        return {str(b): round(r["seconds"] / done["ours", b]["seconds"], 2) for (m, b), r in done.items() if m == peer}
+
+    largest = {m: max(b for (m2, b) in done if m2 == m) for m in METHODS}
+    ratios = {
+        "vs_gist_embed_loss": against("gist"),
+        "vs_cached_gist": against("cached_gist"),
+        "vs_unguided_floor": against("unguided"),
+    }
+    ratios |= {
+        "largest_batch": largest,
+        "largest_batch_vs_gist": largest["ours"] / largest["gist"],
+        "largest_relative_difference": worst,
+    }
+    # A ratio near 1 needs pairs from one process.
+    paired = [b for b in batches if ("matmul", b) in done and ("ours", b) in done]
+    both = {
+        b: common.interleaved({m: method(m, b, args.device) for m in ("ours", "matmul")}, args.device)
+        for b in paired
+        if b <= 8192
+    }
+    ratios["vs_matmul"] = {str(b): round(t["matmul"] / t["ours"], 2) for b, t in both.items()}
+    if args.device == "cuda":
+        ratios["share_of_matmul_rate"] = matmul_rate(largest["ours"])
+    return rows, ratios
+
+
+def matmul_rate(batch: int) -> dict[str, float]:
+    """Ours in bfloat16 against bare matrix products of the same floating-point work, same run."""
+    from speed_core.guided_loss import guided_contrastive_loss
+
+    student, guide = embeddings(batch, "cuda")
+    student = [t.detach().bfloat16().requires_grad_() for t in student]
+    guide = [t.bfloat16() for t in guide]
+    work = 4 * 2 * batch * batch * DIMENSION * 4  # four blocks; student, guide forward, two gradients
+
+    def run() -> None:
+        loss = guided_contrastive_loss(
+            *student, guide_anchors=guide[0], guide_positives=guide[1], guide_negatives=guide[2], temperature=TAU
+        )
+        loss.backward()
+
+    left, right = student[0].detach(), student[1].detach()
+    out = torch.empty(min(batch, 16384), min(batch, 16384), dtype=torch.bfloat16, device="cuda")
+    m = len(out)
+    spent = common.seconds(lambda: torch.mm(left[:m], right[:m].T, out=out), "cuda")
+    rate = 2 * m * m * DIMENSION / spent
+    ours = common.seconds(run, "cuda")
+    return {
+        "batch": batch,
+        "seconds": ours,
+        "matmul_tflops": rate / 1e12,
+        "ours_tflops": work / ours / 1e12,
+        "share": work / ours / rate,
+    }
+
+
+def main() -> None:
+    args = common.arguments(__doc__ or "")
+    rows, ratios = losses(args)
+    from guided_training_step import training_steps
+
+    steps, step_ratios = training_steps(args)
+    common.finish("guided_loss", args, rows + steps, ratios | step_ratios, ("sentence-transformers", "transformers", "triton"))
+
+
+if __name__ == "__main__":
+    main()
