@@ -122,7 +122,7 @@ def losses(args: Any) -> tuple[list[dict[str, Any]], dict[str, Any]]:
     batches = (64, 256, 512, 1024, 4096, 16384) if cpu else (64, 512, 2048, 4096, 8192, 16384, 32768, 65536, 131072)
     if args.quick:
         batches = batches[:3]
-    limit = 60 if args.quick else 200
+    limit = 60 if args.quick else 100
     rows: list[dict[str, Any]] = []
     for name in METHODS:
         for batch in batches:

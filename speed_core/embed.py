@@ -142,7 +142,7 @@ def train(
     history = sft.check_history(trainer.state.log_history, label)
     if settings.lora is not None:
         model[0].model = model[0].model.merge_and_unload()
-    model[0].model.to(torch.bfloat16)
+    model[0].model.to(getattr(torch, settings.dtype))
     model.save_pretrained(str(output), create_model_card=False)
     facts = {"history": history, "rows": min(len(rows), settings.examples), "guided": settings.guided}
     (output / "training.json").write_text(json.dumps(facts, indent=1))

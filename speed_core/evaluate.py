@@ -282,6 +282,42 @@ def mean_difference(
     return float(100 * np.mean([p[1] for p in parts])), float(np.quantile(means, 0.025)), float(np.quantile(means, 0.975))
 
 
+def seeded_draws(
+    arms: Sequence[tuple[Mapping[str, Any], Mapping[str, Any]]],
+    *,
+    types: Sequence[str] | None = None,
+    draws: int = 1000,
+    seed: int = 0,
+) -> tuple[float, np.ndarray]:
+    """As `mean_difference`, for (a, b) of several training seeds: (estimate, bootstrap draws (draws,)), in points.
+
+    A draw takes seeds with replacement (both models of a seed together) and, in every task, the same items for all.
+    Two calls with the same `seed` over the same tasks draw the same items, so their draws may be subtracted.
+    """
+    rng, value = np.random.default_rng(seed), 0.0
+    parts: list[np.ndarray] = []  # per task: (seeds, draws)
+    for name, task in arms[0][0]["tasks"].items():
+        if (types and task["type"] not in types) or not task["items"]:
+            continue
+        f, n = statistic(task["type"]), len(task["items"])
+        picks = [rng.integers(0, n, n) for _ in range(draws)]
+        entries = [(a["tasks"][name], b["tasks"][name]) for a, b in arms]
+        both = [(np.asarray(x["items"], float), np.asarray(y["items"], float)) for x, y in entries]
+        parts.append(np.array([[f(x[i]) - f(y[i]) for i in picks] for x, y in both]))
+        value += float(np.mean([x["score"] - y["score"] for x, y in entries]))
+    if not parts:
+        raise UserError("difference: the results share no task with items; evaluate all on the same tasks")
+    each = np.mean(parts, axis=0)  # (seeds, draws), mean over tasks
+    chosen = rng.integers(0, len(arms), (len(arms), draws))
+    return 100 * value / len(parts), 100 * np.take_along_axis(each, chosen, axis=0).mean(0)
+
+
+def interval(draws: np.ndarray, level: float = 0.95) -> tuple[float, float]:
+    """Percentile interval of bootstrap draws."""
+    tail = (1 - level) / 2
+    return float(np.quantile(draws, tail)), float(np.quantile(draws, 1 - tail))
+
+
 def average_interval(
     result: Mapping[str, Any], types: Sequence[str] | None = None, draws: int = 1000
 ) -> tuple[float, float, float]:

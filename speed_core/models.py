@@ -250,6 +250,30 @@ def merged_folder(base: str, adapter: Path) -> Path:
     return target
 
 
+def shallow_encoder(name: str, layers: int) -> Path:
+    """The first `layers` layers of a sentence-transformers encoder, as a folder in the cache: a small student."""
+    source = resolve(name)
+    target = cache_dir() / "shallow" / f"{weights_id(source)[:16]}-{layers}"
+    if (target / "modules.json").is_file():
+        return target
+    from sentence_transformers import SentenceTransformer
+
+    with file_lock(target.with_suffix(".lock")):
+        if not (target / "modules.json").is_file():
+            model = SentenceTransformer(source, device="cpu")
+            body: Any = model[0].model
+            stack = body.encoder.layer
+            if not 1 <= layers <= len(stack):
+                raise UserError(f"{name}: has {len(stack)} layers, cannot keep {layers}; give 1 to {len(stack)}")
+            body.encoder.layer = stack[:layers]
+            body.config.num_hidden_layers = layers
+            work = target.with_name(target.name + ".part")
+            shutil.rmtree(work, ignore_errors=True)
+            model.save_pretrained(str(work), create_model_card=False)
+            os.replace(work, target)
+    return target
+
+
 def device() -> torch.device:
     """cuda when there is one, else cpu."""
     import torch

@@ -80,6 +80,20 @@ def chatterbot_pairs() -> tuple[tuple[str, str, str], ...]:
     return tuple(out)
 
 
+@lru_cache(maxsize=1)
+def several_answers() -> tuple[tuple[str, str], ...]:
+    """(question, answer) of questions that the English files answer in several ways: each such answer is right."""
+    import yaml
+
+    found: dict[str, dict[str, tuple[str, str]]] = {}
+    for path in importlib_files("chatterbot-corpus", "data/english/", ".yml"):
+        for talk in yaml.safe_load(path.read_text(encoding="utf-8")).get("conversations", []):
+            if len(talk) >= 2 and all(isinstance(t, str) and t.strip() for t in talk[:2]):
+                q, a = talk[0].strip(), talk[1].strip()
+                found.setdefault(q.lower(), {})[a.lower()] = (q.lower(), cut(a))
+    return tuple(pair for answers in found.values() if len(answers) > 1 for pair in list(answers.values())[:4])
+
+
 def importlib_files(package: str, folder: str, ending: str) -> list[Path]:
     """All files of a package below `folder` with this ending, sorted by name."""
     carrier_file(package, ending)  # says it in one line when the package is missing

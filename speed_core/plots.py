@@ -192,6 +192,8 @@ def mask_matrix(run: Run, name: str, view: Any, inputs: Sequence[Artifact], titl
         gone, similarity = view.removed[b].cpu().numpy(), view.similarity[b].cpu().numpy()
         image = ax.imshow(similarity, cmap="cividis", norm=colors.Normalize(0, 1), aspect="auto")
         ys, xs = np.nonzero(gone)
+        ax.xaxis.get_major_locator().set_params(integer=True)
+        ax.yaxis.get_major_locator().set_params(integer=True)
         ax.scatter(xs, ys, marker="x", color="#D55E00", s=26, lw=1.6)
         ax.set(title=f"{names[b]}\n{int(gone.sum())} removed", xlabel="candidate", ylabel="row" if b == "ap" else "")
         rows += [
@@ -203,16 +205,72 @@ def mask_matrix(run: Run, name: str, view: Any, inputs: Sequence[Artifact], titl
     save(run, name, figure, rows, inputs)
 
 
-def precision_recall(run: Run, name: str, rows: Sequence[Mapping[str, Any]], inputs: Sequence[Artifact], title: str) -> None:
-    """Precision and recall of the mask against known labels, over margins; rows {margin, precision, recall, low/high of each}."""
-    figure, ax = canvas(6, 3.4)
-    for key, colour, style in (("precision", OURS, "-"), ("recall", SECOND, "--"), ("removed", GREY, ":")):
-        x, y = [r["margin"] for r in rows], [r[key] for r in rows]
-        ax.plot(x, y, style, color=colour, marker="o", ms=4, label=key if key != "removed" else "share removed")
-        ax.fill_between(x, [r[f"{key}_low"] for r in rows], [r[f"{key}_high"] for r in rows], color=colour, alpha=0.2)
-    ax.set(title=title, xlabel="margin", ylabel="share", ylim=(0, 1))
-    ax.legend()
+def mask_quality(run: Run, name: str, rows: Sequence[Mapping[str, Any]], inputs: Sequence[Artifact], title: str) -> None:
+    """Precision against recall of the mask over margins, a panel for each source of labels, a line for each guide.
+
+    Rows {labels, guide, margin, precision, recall, low/high of both, base_rate}. The ringed point is margin 0, with its
+    intervals; the dashed line is the precision of removing at random.
+    """
+    panels, guides = list(dict.fromkeys(r["labels"] for r in rows)), list(dict.fromkeys(r["guide"] for r in rows))
+    figure, axes = canvas(4.2 * len(panels), 3.8, len(panels))
+    top = min(1.02, 1.15 * max(r["precision_high"] if r["margin"] == 0 else r["precision"] for r in rows))
+    for ax, panel in zip(np.atleast_1d(axes), panels, strict=True):
+        for i, guide in enumerate(guides):
+            points = [r for r in rows if r["labels"] == panel and r["guide"] == guide]
+            colour = (OURS, SECOND, THIRD)[i % 3]
+            x, y = [r["recall"] for r in points], [r["precision"] for r in points]
+            ax.plot(x, y, color=colour, ls=("-", "--", ":")[i % 3], marker=("o", "s", "^")[i % 3], ms=4, label=guide)
+            zero = next(r for r in points if r["margin"] == 0)
+            error = {
+                f"{side}err": np.maximum(0, [[zero[key] - zero[f"{key}_low"]], [zero[f"{key}_high"] - zero[key]]])
+                for side, key in (("x", "recall"), ("y", "precision"))
+            }
+            ax.errorbar(zero["recall"], zero["precision"], **error, color=colour, capsize=3, lw=1)
+            ax.plot(zero["recall"], zero["precision"], "o", ms=11, mfc="none", mec=colour)
+        base = next(r["base_rate"] for r in rows if r["labels"] == panel)
+        ax.axhline(base, color=GREY, ls="--", lw=1, label="removed at random")
+        ax.set(title=panel, xlabel="recall of false negatives", ylabel="precision", xlim=(-0.02, 1.02), ylim=(0, top))
+    handles, labels = np.atleast_1d(axes)[0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=len(labels), fontsize=8)
+    figure.suptitle(title, x=0.01, ha="left", fontsize=11)
     save(run, name, figure, rows, inputs)
+
+
+def loss_cost(run: Run, name: str, result: Mapping[str, Any]) -> None:
+    """Seconds and memory of the losses over batch sizes, from a file of `benchmarks/results`; a cross ends a line that failed."""
+    figure, axes = canvas(9, 3.6, 2)
+    names = {
+        "ours": "ours", "matmul": "plain matrix product", "gist": "GISTEmbedLoss", "cached_gist": "CachedGISTEmbedLoss",
+        "unguided": "ours, no guide",
+    }  # fmt: skip
+    rows = [r for r in result["rows"] if r["method"] in names]
+    for i, (method, label) in enumerate(names.items()):
+        points = [r for r in rows if r["method"] == method and r["status"] == "ok"]
+        for ax, key in zip(axes, ("seconds", "peak_mb"), strict=True):
+            colour = (OURS, SECOND, THIRD, "#CC79A7", GREY)[i]
+            style = ("-", "--", ":", "-.", (0, (1, 1)))[i]
+            ax.plot(
+                [r["batch"] for r in points],
+                [max(r[key], 1e-4) for r in points],
+                ls=style,
+                marker="osD^v"[i],
+                ms=4,
+                color=colour,
+                label=label,
+            )
+    for ax, ylabel in zip(axes, ("seconds, forward and backward", "peak memory, MB"), strict=True):
+        ax.set_xscale("log", base=2)
+        ax.set_yscale("log")
+        ax.set(xlabel="batch (triplets, 384 dimensions)", ylabel=ylabel)
+    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=5, fontsize=8)
+    figure.suptitle(
+        f"The loss alone, {result['machine'].get('gpu', result['machine']['cpu'])}, recorded {result['written']}",
+        x=0.01,
+        ha="left",
+        fontsize=11,
+    )
+    out = [{k: r.get(k, "") for k in ("method", "batch", "status", "seconds", "peak_mb")} for r in rows]
+    save(run, name, figure, out, [], note=f"benchmarks/results/guided_loss.{result['device']}.json")
 
 
 def scaling(

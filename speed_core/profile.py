@@ -140,12 +140,24 @@ class Evaluation(Part):
     max_length: int = Field(512, ge=16)
 
 
+class Student(Part):
+    """Notebook 07: encoders cut from the guide, trained with and without guidance on the seed data."""
+
+    layers: tuple[int, ...] = (1, 4)
+    seeds: tuple[int, ...] = (0, 1, 2)
+    examples: int = Field(320, ge=4)
+    epochs: float = Field(2, gt=0)
+    batch: int = Field(64, ge=2)
+    lr: float = Field(2e-4, gt=0)
+
+
 class Study(Part):
-    """Notebooks 10 and 11: size of each ablation data set, sizes of the scaling points, seeds."""
+    """Notebooks 07, 10 and 11: the guided-loss students, size of each ablation data set, sizes of the scaling points, seeds."""
 
     ablation_examples: int = Field(ge=4)
     scaling: tuple[int, ...]
     seeds: tuple[int, ...] = (0,)
+    student: Student = Student()  # type: ignore[call-arg]
 
     @model_validator(mode="after")
     def _sizes(self) -> Study:

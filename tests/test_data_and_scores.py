@@ -109,6 +109,21 @@ def test_a_model_does_not_differ_from_itself_and_a_better_one_does(results):
     assert 0 < low < value < high
 
 
+def test_questions_with_several_answers_have_at_least_two_each():
+    pairs = offline_tasks.several_answers()
+    asked = [q for q, _ in pairs]
+    assert len(pairs) > 100 and min(asked.count(q) for q in asked) >= 2 and len(set(pairs)) == len(pairs)
+
+
+def test_seeds_widen_the_interval_and_one_seed_is_the_plain_difference(results):
+    good, bad = results["good"], results["bad"]
+    value, draws = evaluate.seeded_draws([(good, bad)])
+    plain = evaluate.mean_difference(good, bad)
+    assert value == pytest.approx(plain[0]) and evaluate.interval(draws) == pytest.approx(plain[1:], abs=1.0)
+    half, mixed = evaluate.seeded_draws([(good, bad), (good, good)])
+    assert half == pytest.approx(plain[0] / 2) and np.ptp(evaluate.interval(mixed)) > np.ptp(evaluate.interval(draws))
+
+
 def test_the_template_goes_on_queries_only_in_retrieval_and_on_all_texts_in_sts():
     from mteb.types import PromptType
 

@@ -1,6 +1,7 @@
 """Model names, weights and adapters: what is refused, and that nothing half-made is left."""
 
 import pytest
+import torch
 
 from speed_core import models
 from speed_core.artifacts import UserError
@@ -45,3 +46,15 @@ def test_two_folders_with_other_weights_have_other_ids(tmp_path):
 def test_a_folder_that_is_no_adapter_is_refused(tmp_path):
     with pytest.raises(UserError, match="adapter_config.json"):
         models.check_adapter(tmp_path, "package:gemma-3-270m")
+
+
+def test_a_shallow_encoder_keeps_the_first_layers_and_refuses_more_than_there_are():
+    from sentence_transformers import SentenceTransformer
+
+    folder = models.shallow_encoder("package:all-MiniLM-L6-v2", 1)
+    cut, whole = SentenceTransformer(str(folder), device="cpu"), SentenceTransformer(models.resolve("package:all-MiniLM-L6-v2"))
+    assert len(cut[0].model.encoder.layer) == 1 and len(whole[0].model.encoder.layer) == 6
+    first, also = cut[0].model.encoder.layer[0].state_dict(), whole[0].model.encoder.layer[0].state_dict()
+    assert all(torch.equal(first[k], also[k].to(first[k].device)) for k in first)
+    with pytest.raises(UserError, match="has 6 layers, cannot keep 7"):
+        models.shallow_encoder("package:all-MiniLM-L6-v2", 7)
