@@ -14,6 +14,7 @@ The head's own weights are frozen (LoRA does not touch them).
 
 from __future__ import annotations
 
+import types
 from typing import Any
 
 import torch
@@ -63,8 +64,30 @@ class _TokenLogProbs(torch.autograd.Function):
         return (slope * upstream[0][:, None].to(slope.dtype)), None, None, None
 
 
+def log_probs(hidden: Tensor, weight: Tensor, targets: Tensor, softcap: float | None = None) -> Tensor:
+    """float32 (S,) log-probabilities of `targets` (S,) from hidden states (S, H) and head weights (V, H)."""
+    found: Tensor = _TokenLogProbs.apply(hidden, weight, targets, softcap)
+    return found
+
+
+def hidden_states_only(model: Any) -> None:
+    """Make the causal LM inside `model` return its backbone's output, without logits.
+
+    The call still goes through every wrapper (PEFT, DistributedDataParallel, accelerate), whose work happens in
+    `forward`: a loss that reached for the backbone directly would leave gradients of two processes unsynchronised.
+    """
+    inner = causal_model(model)
+
+    def forward(self: Any, *args: Any, labels: Any = None, logits_to_keep: Any = 0, **kwargs: Any) -> Any:
+        return self.base_model(*args, **{k: v for k, v in kwargs.items() if v is not None} | {"use_cache": False})
+
+    inner.forward = types.MethodType(forward, inner)
+    inner.hidden_states_only = True
+
+
 def causal_model(model: Any) -> Any:
-    """The causal LM inside a PEFT wrapper (or the model itself)."""
+    """The causal LM inside wrappers (DistributedDataParallel, PEFT), or the model itself."""
+    model = getattr(model, "module", model)
     return model.get_base_model() if hasattr(model, "get_base_model") else model
 
 
@@ -74,10 +97,11 @@ def token_log_probs(model: Any, input_ids: Tensor, attention_mask: Tensor, score
     `scored` (B, T) marks the completion tokens; position 0 can never be scored.
     """
     inner = causal_model(model)
-    hidden = inner.base_model(input_ids=input_ids, attention_mask=attention_mask, use_cache=False).last_hidden_state
+    read = model if getattr(inner, "hidden_states_only", False) else inner.base_model
+    hidden = read(input_ids=input_ids, attention_mask=attention_mask, use_cache=False).last_hidden_state
     mask = scored[:, 1:].bool()
     cap = getattr(inner.config.get_text_config(), "final_logit_softcapping", None)
-    found = _TokenLogProbs.apply(hidden[:, :-1][mask], inner.get_output_embeddings().weight, input_ids[:, 1:][mask], cap)
+    found = log_probs(hidden[:, :-1][mask], inner.get_output_embeddings().weight, input_ids[:, 1:][mask], cap)
     out = torch.zeros(scored.shape, dtype=torch.float32, device=found.device)
     full = torch.zeros_like(mask, dtype=torch.float32).masked_scatter(mask, found)
     return torch.cat([out[:, :1], full], dim=1)

@@ -89,8 +89,8 @@ def several_answers() -> tuple[tuple[str, str], ...]:
     for path in importlib_files("chatterbot-corpus", "data/english/", ".yml"):
         for talk in yaml.safe_load(path.read_text(encoding="utf-8")).get("conversations", []):
             if len(talk) >= 2 and all(isinstance(t, str) and t.strip() for t in talk[:2]):
-                q, a = talk[0].strip(), talk[1].strip()
-                found.setdefault(q.lower(), {})[a.lower()] = (q.lower(), cut(a))
+                q, a = cut(talk[0]).lower(), cut(talk[1])
+                found.setdefault(q, {})[a.lower()] = (q, a)
     return tuple(pair for answers in found.values() if len(answers) > 1 for pair in list(answers.values())[:4])
 
 

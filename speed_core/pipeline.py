@@ -256,6 +256,7 @@ def senior(run: Run) -> Artifact:
                 run.profile.senior,
                 seed=run.profile.seed,
                 output=draft.path,
+                cache=run.folder / "dpo",
             )
     return run.store.need("senior")
 

@@ -205,6 +205,33 @@ def mask_matrix(run: Run, name: str, view: Any, inputs: Sequence[Artifact], titl
     save(run, name, figure, rows, inputs)
 
 
+def packed_mask(run: Run, name: str, batch: Mapping[str, Any], inputs: Sequence[Artifact], title: str) -> None:
+    """Who may look at whom in the first row of a packed DPO batch (`packing.collate`), and the position of each token."""
+    from speed_core.packing import dense_mask
+
+    allowed = dense_mask(batch["group"], batch["part"], batch["position_ids"])[0, 0].numpy()
+    group, part, position = (batch[k][0].tolist() for k in ("group", "part", "position_ids"))
+    owner = np.where(allowed, np.array([2 * g + (1 if p == 0 else 2) for g, p in zip(group, part, strict=True)])[None, :], 0)
+    figure, ax = canvas(6.4, 5.2)
+    import matplotlib.colors as colors
+
+    shades = ["#FFFFFF", OURS, "#9CC9E8", SECOND, "#F5D58F", THIRD, "#9FD8C4"][: int(owner.max()) + 1]
+    ax.imshow(owner, cmap=colors.ListedColormap(shades), interpolation="nearest", vmin=0, vmax=len(shades) - 1)
+    starts = [0, *(i for i in range(1, len(part)) if (group[i], part[i]) != (group[i - 1], part[i - 1]))]
+    ends = [*starts[1:], len(part)]
+    words = {0: "prompt", 1: "chosen", 2: "rejected"}
+    middles = [(a + b - 1) / 2 for a, b in zip(starts, ends, strict=True)]
+    labels = [words.get(part[a], f"completion {part[a]}") for a in starts]
+    ax.set_yticks(middles, labels, fontsize=8)
+    ax.set_xticks(middles, [f"positions\n{position[a]}-{position[b - 1]}" for a, b in zip(starts, ends, strict=True)], fontsize=7)
+    for edge in starts[1:]:
+        ax.axhline(edge - 0.5, color="black", lw=0.6)
+        ax.axvline(edge - 0.5, color="black", lw=0.6)
+    ax.set(title=title, xlabel="looked at", ylabel="looking")
+    rows = [{"token": i, "group": g, "part": k, "position": x, "sees": int(allowed[i].sum())} for i, (g, k, x) in enumerate(zip(group, part, position, strict=True))]  # fmt: skip
+    save(run, name, figure, rows, inputs)
+
+
 def mask_quality(run: Run, name: str, rows: Sequence[Mapping[str, Any]], inputs: Sequence[Artifact], title: str) -> None:
     """Precision against recall of the mask over margins, a panel for each source of labels, a line for each guide.
 

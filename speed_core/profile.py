@@ -105,9 +105,17 @@ class Training(Part):
 
 
 class Senior(Training):
+    """DPO. `batch` counts prompts; `share` reads a prompt once for all its completions, `row_tokens` packs several into a row."""
+
     beta: float = Field(0.1, gt=0)
     prompts: int = Field(ge=1)
     candidates: int = Field(ge=2)
+    loss: Literal["sigmoid", "ipo"] = "sigmoid"
+    label_smoothing: float = Field(0.0, ge=0, lt=0.5)
+    share: bool = True
+    row_tokens: int | None = Field(None, ge=64)
+    gradient_checkpointing: bool = False
+    save_steps: int = Field(0, ge=0)
 
 
 class Synthesis(Part):

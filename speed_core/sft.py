@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import logging
 import math
+import os
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
@@ -111,7 +112,7 @@ def trainer_arguments(settings: Training, seed: int, output: Path, **more: Any) 
     import torch
 
     cuda = torch.cuda.is_available()
-    world = max(1, torch.cuda.device_count() if cuda else 1)
+    world = int(os.environ.get("WORLD_SIZE", max(1, torch.cuda.device_count())))
     if settings.batch % (settings.micro_batch * world):
         raise UserError(
             f"batch {settings.batch}: not micro_batch {settings.micro_batch} x {world} devices x a whole number; "
@@ -206,6 +207,7 @@ def train(
         callbacks=[bar_callback(label)],
     )
     remove_printer(trainer)
+    lm_head.hidden_states_only(trainer.model)
     trainer.train()
     history = check_history(trainer.state.log_history, label)
     save_adapter(trainer.model, output, base)

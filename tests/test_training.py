@@ -1,18 +1,15 @@
-"""SFT, DPO and embedding training on small random models of the families that the large profiles use."""
-
-import json
+"""SFT and embedding training on small random models of the families that the large profiles use."""
 
 import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from speed_core import dpo, embed, lm_head, models, profile, sft
+from speed_core import embed, lm_head, models, profile, sft
 from speed_core.artifacts import UserError
 from speed_core.profile import Lora
 
 FAMILIES = ("gemma3", "llama", "mistral", "qwen2")
 PAIRS = [("Write one.", '{"S1":"a b c","S2":"d e"}'), ("Write another one.", '{"S1":"f g","S2":"h i j k"}')] * 2
-PREFERENCES = [{"prompt": p, "chosen": c, "rejected": c[: len(c) // 2] + " no no"} for p, c in PAIRS]
 
 
 def settings(kind, **more):
@@ -66,72 +63,6 @@ def test_sft_trains_and_its_adapter_belongs_to_its_base(family, tiny_model, tmp_
 def test_too_long_examples_are_counted_and_none_left_is_an_error(tiny_model, tmp_path):
     with pytest.raises(UserError, match="max_length"):
         sft.train(tiny_model("llama"), [("x " * 100, "y")], settings("junior", max_length=32), seed=0, output=tmp_path)
-
-
-def test_the_dpo_step_equals_trls_in_loss_and_gradient(tiny_model, tmp_path):
-    from datasets import Dataset
-    from peft import get_peft_model
-    from trl import DPOConfig, DPOTrainer
-
-    base = tiny_model("llama")
-    tokenizer = models.load_tokenizer(base)
-
-    def fresh():
-        torch.manual_seed(0)
-        return get_peft_model(
-            AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32), sft.lora_config(Lora(rank=2, alpha=4))
-        )
-
-    def shake(model):  # an adapter starts as the identity: move it, so that policy and reference differ
-        torch.manual_seed(1)
-        for name, p in model.named_parameters():
-            if "lora_B" in name and ".ref." not in name:  # TRL keeps the reference as a second adapter
-                p.data.normal_(0, 0.1)
-
-    ours = fresh()
-    rows, aside = dpo.check_pairs(tokenizer, PREFERENCES, 256)
-    assert len(rows) == 4 and set(aside.values()) == {0}
-    dpo.reference_log_probs(ours, rows, tokenizer.pad_token_id, 4, "reference")
-    shake(ours)
-    batch = dpo.collate(rows, tokenizer.pad_token_id)
-    loss, _ = dpo.dpo_loss(dpo.sequence_log_probs(ours, batch), batch["reference"].T, 0.1)
-    loss.backward()
-
-    text = [
-        {"prompt": "<bos>" + sft.prompt_text(r["prompt"]), "chosen": r["chosen"], "rejected": r["rejected"]} for r in PREFERENCES
-    ]
-    arguments = DPOConfig(
-        output_dir=str(tmp_path), per_device_train_batch_size=4, beta=0.1, report_to=[], use_cpu=True, bf16=False
-    )
-    theirs = DPOTrainer(model=fresh(), args=arguments, train_dataset=Dataset.from_list(text), processing_class=tokenizer)
-    shake(theirs.model)
-    wanted = theirs.compute_loss(theirs.model, theirs.data_collator(list(theirs.train_dataset)))
-    wanted.backward()
-    assert torch.allclose(loss, wanted, atol=1e-5)
-    theirs_grads = {n: p.grad for n, p in theirs.model.named_parameters() if p.grad is not None}
-    for name, p in ours.named_parameters():
-        if p.requires_grad:
-            assert torch.allclose(p.grad, theirs_grads[name], atol=1e-5), name
-
-
-@pytest.mark.parametrize("family", ("llama", "mistral"))
-def test_dpo_widens_the_margin_from_the_junior_as_reference(family, tiny_model, tmp_path):
-    base = tiny_model(family)
-    sft.train(base, PAIRS, settings("junior", lr=1e-2), seed=0, output=tmp_path / "junior")
-    facts = dpo.train(
-        base, tmp_path / "junior", PREFERENCES, settings("senior", lr=1e-2, epochs=4), seed=0, output=tmp_path / "senior"
-    )
-    assert abs(facts["history"][0]["loss"] - 0.6931) < 1e-3, "the policy does not start at the reference"
-    assert facts["history"][-1]["margin"] > facts["history"][0]["margin"]
-    noted = json.loads((tmp_path / "senior" / "base.json").read_text())
-    assert noted["weights"] == models.weights_id(dpo.starting_point(base, tmp_path / "junior"))
-
-
-def test_unusable_pairs_are_set_aside_by_name(tiny_model):
-    tokenizer = models.load_tokenizer(tiny_model("llama"))
-    bad = [("a", "x", "x"), ("a", "", "x"), ("a", "x " * 300, "y")]
-    rows, aside = dpo.check_pairs(tokenizer, [dict(zip(("prompt", "chosen", "rejected"), b, strict=True)) for b in bad], 64)
-    assert rows == [] and aside == {"same": 1, "empty": 1, "too_long": 1}
 
 
 def records(n):
