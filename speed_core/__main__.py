@@ -98,6 +98,31 @@ def execute(
         raise typer.Exit(1)
 
 
+@app.command(name="practice-teacher")
+def practice_teacher(
+    port: Annotated[int, typer.Option(help="port on this machine")] = 8901,
+    faults: Annotated[float, typer.Option(min=0, max=1, help="share of calls that go wrong")] = 0.3,
+    seed: Annotated[int, typer.Option(help="decides which calls")] = 0,
+) -> None:
+    """Serve the recorded answers behind an OpenAI-compatible interface that fails by seed (Ctrl-C ends it)."""
+    from speed_core.practice import MODEL, PracticeServer
+
+    try:
+        server = PracticeServer(port, faults, seed)
+    except OSError as error:
+        raise UserError(f"--port {port}: {error.strerror}; choose another") from None
+    print(f"{server.url} answers as {MODEL!r}; in another terminal:", flush=True)
+    print(
+        "python -m speed_core run --profile smoke --only 01,02 --set teacher.kind='\"openai\"' "
+        f"--set teacher.model='\"{MODEL}\"' --set teacher.base_url='\"{server.url}\"' --set teacher.timeout_seconds=3",
+        flush=True,
+    )
+    try:
+        server.serve_forever()
+    except KeyboardInterrupt:
+        print(dict(server.struck))
+
+
 def main() -> None:
     """Entry point: bad input ends in one line and exit code 2."""
     try:

@@ -230,6 +230,7 @@ def train(
     if cache is not None and settings.save_steps:
         where = cache / f"dpo-{digest({'reference': reference, 'seed': seed, 'settings': settings.model_dump(mode='json')})[:24]}"
     more: dict[str, Any] = {"remove_unused_columns": False, "gradient_checkpointing": settings.gradient_checkpointing}
+    more |= {"gradient_checkpointing_kwargs": {"use_reentrant": False}} if settings.gradient_checkpointing else {}
     more |= {"save_strategy": "steps", "save_steps": settings.save_steps, "save_total_limit": 2} if settings.save_steps else {}
     trainer = _trainer_class()(
         model=model,

@@ -364,25 +364,29 @@ def embedder(
     return run.store.need(name)
 
 
-def student(run: Run, layers: int, guided: bool, seed: int) -> Artifact:
-    """Artifact `student-...`: the guide's first `layers` layers, trained on the seed data with or without its mask."""
+def student(run: Run, layers: int, arm: str, seed: int) -> Artifact:
+    """Artifact `student-...`: the guide's first `layers` layers, trained on the seed data.
+
+    `arm`: "plain" (no mask), "guided", "margin" (mask with margin 0.05), "weak" (the mask of a guide of two layers).
+    """
     from speed_core import curate, embed
 
     plan, base = run.profile.study.student, models.shallow_encoder(run.profile.models.guide, layers)
-    changes = {"lora": None, "dtype": "float32", "guided": guided, "micro_batch": plan.batch}
-    changes |= {k: getattr(plan, k) for k in ("examples", "epochs", "batch", "lr")}
+    guide_ = run.profile.models.guide if arm != "weak" else str(models.shallow_encoder(run.profile.models.guide, 2))
+    changes = {"lora": None, "dtype": "float32", "guided": arm != "plain", "micro_batch": plan.batch}
+    changes |= {k: getattr(plan, k) for k in ("examples", "epochs", "batch", "lr")} | {"margin": 0.05 if arm == "margin" else 0.0}
     settings = run.profile.embedding.model_copy(update=changes)
     seeds = run.store.need("seeds")
-    name = f"student-{layers}-{'guided' if guided else 'plain'}-{seed}"
-    parameters = {"training": dotted(settings), "seed": seed, "base": models.weights_id(base), "guide": run.profile.models.guide}
+    name = f"student-{layers}-{arm}-{seed}"
+    parameters = {"training": dotted(settings), "seed": seed, "base": models.weights_id(base)}
+    parameters["guide"] = models.weights_id(models.resolve(guide_))
     with run.store.stage(name, parameters, [seeds]) as draft:
         if draft:
             by_id = {q.id: q for q in seed_plan(run)}
             found = [(e, generate.outcome_of(e).record) for e in seeds.rows()]
             rows = [curate.make_record(by_id[e["record"]], r, source="teacher", parent=None, seed=0) for e, r in found if r]
             embed.train(
-                str(base), rows, settings, guide=run.profile.models.guide, guide_cache=run.folder / "guide",
-                seed=seed, output=draft.path, label=name,
+                str(base), rows, settings, guide=guide_, guide_cache=run.folder / "guide", seed=seed, output=draft.path, label=name
             )  # fmt: skip
     return run.store.need(name)
 

@@ -48,7 +48,11 @@ class Teacher(Part):
     usd_per_million_output: float = Field(0.0, ge=0)
     max_calls: int = Field(1000, ge=0)
     max_usd: float = Field(1.0, ge=0)
+    max_tokens: int = Field(0, ge=0)  # of a whole run, input and output; 0: no cap of its own
     max_minutes: float = Field(60.0, gt=0)
+    requests_per_minute: int = Field(0, ge=0)
+    tokens_per_minute: int = Field(0, ge=0)
+    timeout_seconds: float = Field(120.0, gt=0)
 
 
 class Topics(Part):

@@ -38,9 +38,9 @@ def open_run(profile: str = "tiny", overrides: dict[str, Any] | None = None, see
     if seed is not None:
         values.setdefault("seed", seed)
     p = profiles.load(profile, values)
-    folder = Path(os.environ.get("SPEED_RUNS", ROOT / "runs")) / p.name
+    folder = Path(os.environ.get("SPEED_RUNS") or ROOT / "runs") / p.name
     store = Store(folder / "artifacts", ROOT / "speed_core" / "assets" / "shipped")
     store.root.mkdir(parents=True, exist_ok=True)
     store.recover()
-    official = p.name == "tiny" and "SPEED_RUNS" not in os.environ
+    official = p.name == "tiny" and not os.environ.get("SPEED_RUNS")
     return Run(p, folder, store, ROOT / "figures" if official else folder / "figures")

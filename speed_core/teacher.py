@@ -1,7 +1,7 @@
 """Who stands where GPT-4o stood: recorded answers, or any OpenAI-compatible endpoint; and the judges.
 
-The recorded answers were written for this repository by its authors. They are not model output and
-are labelled as ours wherever they appear.
+The recorded answers were written for this repository by its authors, with the help of an AI writing
+assistant. They are not GPT-4o output and are labelled as ours wherever they appear.
 """
 
 from __future__ import annotations
@@ -18,13 +18,16 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any, Protocol
 
-from tenacity import Retrying, retry_if_exception, stop_after_attempt, wait_exponential_jitter
+import httpx
+from tenacity import Retrying, retry_if_exception, stop_after_attempt, stop_after_delay, wait_exponential_jitter
 
 from speed_core import prompts, records
 from speed_core.artifacts import AppendLog, UserError, digest, read_jsonl
+from speed_core.limits import Gate, Pace
 from speed_core.profile import Teacher as TeacherSettings
 
 RECORDED = Path(__file__).parent / "assets" / "recorded"
+RETRYABLE = (408, 409, 425, 429)  # of the 4xx; 5xx are all tried again
 LABEL = "recorded answers, written by this repository's authors"
 
 
@@ -96,9 +99,10 @@ class RecordedTeacher:
 class EndpointTeacher:
     """GPT-4o, a self-hosted `vllm serve`, or anything else that speaks the same protocol.
 
-    Transport errors, 408, 409, 425, 429 and 5xx are retried with jitter (Retry-After is honoured by
-    the client); other 4xx are not, since the same request would fail again. The budget is checked
-    before each call. The key comes from $OPENAI_API_KEY and is never logged.
+    Transport errors, 408, 409, 425, 429 and 5xx are tried again with jitter, not before the answer's
+    Retry-After; other 4xx are remembered, since the same request would fail again. Concurrency adapts,
+    calls and tokens a minute are capped, and the budget (calls, tokens, money, minutes) is checked before
+    each call. The key comes from $OPENAI_API_KEY and is never logged.
     """
 
     def __init__(self, settings: TeacherSettings):
@@ -118,7 +122,11 @@ class EndpointTeacher:
         self._lock = threading.Lock()
         self._started = time.monotonic()
         self._openai = openai
-        self._client = openai.OpenAI(api_key=key or "none", base_url=settings.base_url or None, max_retries=0, timeout=120)
+        self._gate = Gate(settings.concurrency)
+        self._pace = Pace(settings.requests_per_minute, settings.tokens_per_minute)
+        self._client = openai.OpenAI(
+            api_key=key or "none", base_url=settings.base_url or None, max_retries=0, timeout=settings.timeout_seconds
+        )
 
     def check(self) -> None:
         """Reach the endpoint once; one line with the remedy if it does not answer."""
@@ -136,8 +144,10 @@ class EndpointTeacher:
 
     def _budget(self) -> None:
         s, minutes = self.settings, (time.monotonic() - self._started) / 60
+        tokens = self.ledger.total("input_tokens") + self.ledger.total("output_tokens")
         reached = [
             (self.ledger.total("calls") >= s.max_calls, f"max_calls {s.max_calls}"),
+            (tokens >= s.max_tokens > 0, f"max_tokens {s.max_tokens}"),
             (self.ledger.total("usd") >= s.max_usd > 0, f"max_usd {s.max_usd}"),
             (minutes >= s.max_minutes, f"max_minutes {s.max_minutes}"),
         ]
@@ -147,25 +157,57 @@ class EndpointTeacher:
 
     def _retryable(self, error: BaseException) -> bool:
         if isinstance(error, self._openai.APIStatusError):
-            return error.status_code in (408, 409, 425, 429) or error.status_code >= 500
-        return isinstance(error, self._openai.APIConnectionError)
+            return error.status_code in RETRYABLE or error.status_code >= 500
+        # A body that ends too early or is no JSON is the connection's fault, not the request's.
+        broken = (
+            self._openai.APIConnectionError,
+            self._openai.APIResponseValidationError,
+            json.JSONDecodeError,
+            httpx.TransportError,
+        )
+        return isinstance(error, broken)
 
-    def answer(self, prompt: str, purpose: str, temperature: float | None = None) -> Answer:
-        with self._lock:
-            self._budget()
-        for attempt in Retrying(
-            retry=retry_if_exception(self._retryable),
-            stop=stop_after_attempt(6),
-            wait=wait_exponential_jitter(initial=0.5, max=30),
-            reraise=True,
-        ):
-            with attempt:
+    def _wait(self, state: Any) -> float:
+        """Jittered back-off, but never sooner than the endpoint asked for; at most two minutes."""
+        error = state.outcome.exception()
+        asked = getattr(getattr(error, "response", None), "headers", {}).get("retry-after", "")
+        wait = wait_exponential_jitter(initial=0.5, max=30)(state)
+        return min(120.0, max(wait, float(asked))) if asked.replace(".", "", 1).isdigit() else wait
+
+    def _call(self, prompt: str, temperature: float) -> Any:
+        """One try: through the gate and the pace, with the budget checked last, when the wait is over."""
+        with self._gate.slot():
+            taken = self._pace.enter(len(prompt) / 4 + 300)
+            with self._lock:
+                self._budget()
+            try:
                 reply = self._client.chat.completions.create(
                     model=self.settings.model,
                     messages=[{"role": "user", "content": prompt}],
-                    temperature=self.settings.temperature if temperature is None else temperature,
+                    temperature=temperature,
                     top_p=self.settings.top_p,
                 )
+            except self._openai.RateLimitError:
+                self._gate.was_refused()
+                raise
+            if not reply.choices:
+                raise httpx.RemoteProtocolError("an answer without choices")
+            self._gate.went_well()
+            if reply.usage:
+                self._pace.settle(taken, reply.usage.total_tokens)
+            return reply
+
+    def answer(self, prompt: str, purpose: str, temperature: float | None = None) -> Answer:
+        temperature = self.settings.temperature if temperature is None else temperature
+        left = 60 * self.settings.max_minutes - (time.monotonic() - self._started)
+        for attempt in Retrying(
+            retry=retry_if_exception(self._retryable),
+            stop=stop_after_attempt(8) | stop_after_delay(max(1.0, left)),
+            wait=self._wait,
+            reraise=True,
+        ):
+            with attempt:
+                reply = self._call(prompt, temperature)
         choice, usage = reply.choices[0], reply.usage
         answer = Answer(
             choice.message.content or "",
@@ -203,8 +245,9 @@ def ask(
     """Ask the teacher every prompt once; log each answer as it comes; return entries in order.
 
     Every entry has a status: ok, invalid, refused, truncated, or error (no recorded answer, a
-    refused request, a budget that ran out). The counts add up to the prompts. Answers with status
-    `error` are asked again the next time, all others are not.
+    refused request, a budget that ran out). The counts add up to the prompts. An `error` is asked again
+    the next time unless the endpoint refused the request itself (a 4xx other than a rate limit): then
+    `retryable` is false and it is remembered.
     """
     keys = {p.id: digest({"prompt": p.text, "teacher": teacher.label, "record": p.id})[:24] for p in items}
 
@@ -217,7 +260,10 @@ def ask(
         except BudgetReached as stop:
             return entry | {"status": "error", "reason": str(stop), "raw": "", "finish_reason": "stop"}
         except Exception as error:  # the client raises many types; each ends as a logged outcome
-            return entry | {"status": "error", "reason": type(error).__name__, "raw": "", "finish_reason": "stop"}
+            code = getattr(error, "status_code", None)
+            final = code is not None and 400 <= code < 500 and code not in RETRYABLE
+            why = f"{type(error).__name__}{f' {code}' if code else ''}"
+            return entry | {"status": "error", "reason": why, "raw": "", "finish_reason": "stop", "retryable": not final}
         outcome = (parse or records.parse)(a.text, p.kind, a.finish_reason)
         return entry | {
             "status": outcome.status,
@@ -229,7 +275,8 @@ def ask(
         }
 
     with AppendLog(log) as entries:
-        todo = [p for p in items if entries.entries.get(keys[p.id], {}).get("status", "error") == "error"]
+        known = {p.id: entries.entries.get(keys[p.id], {"status": "error"}) for p in items}
+        todo = [p for p in items if known[p.id]["status"] == "error" and known[p.id].get("retryable", True)]
         with ThreadPoolExecutor(concurrency) as pool:
             for done in as_completed([pool.submit(one, p) for p in todo]):
                 entries.append(done.result())

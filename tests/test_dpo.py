@@ -243,6 +243,19 @@ def test_two_processes_equal_one_with_the_whole_batch(tiny_model, tmp_path):
     assert all(torch.allclose(ours[n], p, atol=1e-5) for n, p in two.items() if ours[n].requires_grad)
 
 
+def test_gradient_checkpointing_changes_nothing_but_memory(tiny_model, tmp_path):
+    base = tiny_model("gemma3")
+    more = dict(save_strategy="no", gradient_checkpointing=True, gradient_checkpointing_kwargs={"use_reentrant": False})
+    plain, saving = (
+        ours_trainer(base, tmp_path / "a", 4, 4, 2, save_strategy="no"),
+        ours_trainer(base, tmp_path / "b", 4, 4, 2, **more),
+    )
+    plain.train(), saving.train()
+    a, b = (dict(t.model.named_parameters()) for t in (plain, saving))
+    assert saving.model.get_base_model().is_gradient_checkpointing
+    assert all(torch.allclose(p, b[n], atol=1e-6) for n, p in a.items())
+
+
 def test_an_impossible_split_says_the_arithmetic(tmp_path):
     values = profile.load("smoke").senior.model_copy(update=dict(batch=8, micro_batch=3))
     with pytest.raises(UserError, match="batch 8: not micro_batch 3 x 1 devices x a whole number"):

@@ -126,3 +126,92 @@ def test_without_a_key_the_teacher_says_what_to_do(monkeypatch):
 def test_an_unrecorded_prompt_is_an_error_outcome_not_a_guess(tmp_path):
     entries = teacher.ask(teacher.RecordedTeacher(), some_prompts(1), purpose="seed", log=tmp_path / "l")
     assert entries[0]["status"] == "error" and "no recorded answer" in entries[0]["reason"]
+
+
+# --- the faulty teacher, and the limits -----------------------------------------------------------
+
+
+@pytest.fixture
+def practice():
+    from speed_core.practice import PracticeServer
+
+    server = PracticeServer(faults=0.4, seed=1, hang_seconds=1.0)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    yield server
+    server.shutdown()
+
+
+def recorded_prompts(n):
+    from speed_core import pipeline
+    from speed_core.run_context import open_run
+
+    return pipeline.seed_plan(open_run("smoke", {"seeds": n}))
+
+
+def test_against_a_teacher_that_fails_in_seven_ways_nothing_is_lost(practice, tmp_path, monkeypatch):
+    monkeypatch.setenv("SPEED_RUNS", str(tmp_path / "runs"))
+    monkeypatch.setattr(teacher, "wait_exponential_jitter", lambda **_: lambda state: 0.01)
+    items = recorded_prompts(48)
+    who = settings(practice.url, model="practice-teacher", concurrency=8, timeout_seconds=0.5)
+    entries = teacher.ask(teacher.EndpointTeacher(who), items, purpose="seed", log=tmp_path / "log.jsonl", concurrency=8)
+    found = generate.counts(entries)
+    assert sum(found.values()) == 48 and found["error"] == 0 and found["ok"] > 30
+    wanted = [practice.fault(p.digest, 99) for p in items]
+    assert found["truncated"] == wanted.count("cut") > 0 and found["invalid"] == wanted.count("malformed") > 0
+    assert all(practice.struck[f] > 0 for f in ("429", "500", "hang", "reset", "half body")), practice.struck
+    recorded = {r["prompt_digest"]: r["answer"] for r in teacher.recorded_rows("seeds")}
+    assert all(e["raw"] == recorded[e["prompt_digest"]] for e in entries if e["status"] == "ok")
+    calls = sum(practice.asked.values())
+    again = teacher.ask(teacher.EndpointTeacher(who), items, purpose="seed", log=tmp_path / "log.jsonl", concurrency=8)
+    assert again == entries and sum(practice.asked.values()) == calls, "an answer was paid for twice"
+
+
+def test_the_same_seed_gives_the_same_faults():
+    from speed_core.practice import PracticeServer
+
+    servers = [PracticeServer(faults=0.5, seed=s) for s in (3, 3, 4)]
+    drawn = [[s.fault(str(k), a) for k in range(50) for a in range(4)] for s in servers]
+    for s in servers:
+        s.server_close()
+    assert drawn[0] == drawn[1] != drawn[2] and len(set(drawn[0])) == 8
+
+
+def test_a_request_that_the_endpoint_refuses_is_remembered_and_not_asked_again(practice, tmp_path):
+    who = settings(practice.url, model="practice-teacher")
+    unknown = some_prompts(3)
+    practice.faults = 0.0
+    for _ in range(2):
+        entries = teacher.ask(teacher.EndpointTeacher(who), unknown, purpose="seed", log=tmp_path / "l", concurrency=2)
+    assert [e["reason"] for e in entries] == ["BadRequestError 400"] * 3 and sum(practice.asked.values()) == 3
+
+
+def test_a_budget_of_tokens_stops_cleanly(endpoint, tmp_path):
+    who = settings(endpoint, max_tokens=30)
+    entries = teacher.ask(teacher.EndpointTeacher(who), some_prompts(5), purpose="seed", log=tmp_path / "l", concurrency=1)
+    assert generate.counts(entries)["ok"] == 2 and "max_tokens" in next(e["reason"] for e in entries if e["status"] == "error")
+
+
+def test_concurrency_halves_on_a_rate_limit_and_grows_back():
+    from speed_core.limits import Gate
+
+    gate = Gate(8)
+    gate.was_refused(), gate.was_refused()
+    assert gate.limit == 2.0
+    for _ in range(100):
+        gate.went_well()
+    assert gate.limit == 8.0
+
+
+def test_the_pace_never_lets_more_through_in_a_minute_than_it_says():
+    from speed_core.limits import Pace
+
+    now = [0.0]
+    pace = Pace(3, 1000, clock=lambda: now[0], sleep=lambda s: now.__setitem__(0, now[0] + s))
+    starts = []
+    for tokens in (100, 900, 50, 50, 50, 50, 2000, 10):
+        entry = pace.enter(tokens)
+        starts.append((entry[0], tokens))
+    for t, _ in starts:
+        inside = [k for s, k in starts if t <= s < t + 60]
+        assert len(inside) <= 3 and (sum(inside) <= 1000 or len(inside) == 1)
+    assert now[0] >= 180

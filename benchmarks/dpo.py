@@ -1,0 +1,188 @@
+"""One epoch of DPO: TRL's default, TRL with a precomputed reference, ours with shared prompts.
+
+    python benchmarks/dpo.py [--device cpu|cuda] [--quick]
+
+LoRA of rank 16 on gemma-3-270m in bfloat16 (on a GPU: the shape of LLaMA-3-8B with random weights), batches of two
+pairs, prompts and completions of given lengths. `epoch_s` holds everything that an epoch needs, the reference too;
+`step_s` is one optimizer step without it. `tokens_per_useful` counts tokens through the backbone for each completion
+token, policy and reference together.
+"""
+
+from __future__ import annotations
+
+import tempfile
+import time
+from typing import Any
+
+import common
+
+BATCH = 2
+WORDS = (
+    "time day year way man thing woman life child world school state family student group country problem hand part place".split()
+)
+
+
+def text(words: int, seed: int) -> str:
+    import random
+
+    pick = random.Random(seed)
+    return " ".join(pick.choice(WORDS) for _ in range(words))
+
+
+def pairs(count: int, prompt: int, completion: int) -> list[dict[str, str]]:
+    """Texts of single-token words, so that lengths are what they say (give or take the frame)."""
+    out = []
+    for i in range(count):
+        row = {"prompt": text(prompt, 3 * i), "chosen": text(completion, 3 * i + 1), "rejected": text(completion, 3 * i + 2)}
+        out.append(row)
+    return out
+
+
+def build(device: str) -> tuple[Any, Any]:
+    """(tokenizer, model without adapter)."""
+    import torch
+    from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
+
+    from speed_core import models
+
+    tokenizer = models.load_tokenizer("package:gemma-3-270m")
+    if device == "cpu":
+        folder = models.resolve("package:gemma-3-270m")
+        return tokenizer, AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16, attn_implementation="sdpa")
+    config = LlamaConfig(
+        hidden_size=4096,
+        intermediate_size=14336,
+        num_hidden_layers=32,
+        num_attention_heads=32,
+        num_key_value_heads=8,
+        vocab_size=len(tokenizer),
+    )
+    with torch.device("cuda"):
+        torch.set_default_dtype(torch.bfloat16)
+        model = LlamaForCausalLM(config)
+    torch.set_default_dtype(torch.float32)
+    return tokenizer, model
+
+
+def clock() -> tuple[Any, list[float]]:
+    from transformers import TrainerCallback
+
+    ends: list[float] = []
+
+    class Clock(TrainerCallback):
+        def on_step_begin(self, args: Any, state: Any, control: Any, **more: Any) -> None:
+            if not ends:
+                ends.append(time.perf_counter())
+
+        def on_step_end(self, args: Any, state: Any, control: Any, **more: Any) -> None:
+            ends.append(time.perf_counter())
+
+    return Clock(), ends
+
+
+def measure(method: str, prompt: int, completion: int, steps: int, device: str) -> dict[str, Any]:
+    import torch
+    from peft import LoraConfig, get_peft_model
+
+    from speed_core import dpo, lm_head, packing, sft
+
+    sft.quiet()
+    torch.manual_seed(0)
+    tokenizer, base = build(device)
+    targets = ["q_proj", "k_proj", "v_proj", "o_proj"]
+    model = get_peft_model(base, LoraConfig(r=16, lora_alpha=32, target_modules=targets, task_type="CAUSAL_LM"))
+    data, (callback, ends) = pairs(BATCH * steps, prompt, completion), clock()
+    shared: dict[str, Any] = dict(
+        per_device_train_batch_size=BATCH, num_train_epochs=1, learning_rate=5e-5, report_to=[], save_strategy="no", logging_steps=1,
+        disable_tqdm=True, use_cpu=device == "cpu", bf16=False, seed=0, dataloader_pin_memory=False,
+    )  # fmt: skip
+    with tempfile.TemporaryDirectory() as folder:
+        if method == "ours":
+            from transformers import TrainingArguments
+
+            lm_head.hidden_states_only(model)
+            groups, aside = dpo.check_pairs(tokenizer, data, 100_000)
+            assert len(groups) == len(data), aside
+            arguments = TrainingArguments(folder, remove_unused_columns=False, **shared)
+            trainer: Any = dpo._trainer_class()(
+                model=model,
+                args=arguments,
+                train_dataset=groups,
+                data_collator=lambda part: packing.collate(part, 0),
+                callbacks=[callback],
+            )
+            before, start = common.peak_mb(device), time.perf_counter()
+            dpo.reference_log_probs(model, groups, 0, BATCH)
+        else:
+            from datasets import Dataset
+            from trl import DPOConfig, DPOTrainer
+
+            rows = [
+                {"prompt": "<bos>" + sft.prompt_text(r["prompt"]), "chosen": r["chosen"], "rejected": r["rejected"]} for r in data
+            ]
+            arguments = DPOConfig(
+                folder,
+                beta=0.1,
+                max_length=None,
+                gradient_checkpointing=False,
+                precompute_ref_log_probs=method == "trl_precomputed",
+                **shared,
+            )
+            before, start = common.peak_mb(device), time.perf_counter()
+            trainer = DPOTrainer(
+                model=model,
+                args=arguments,
+                train_dataset=Dataset.from_list(rows),
+                processing_class=tokenizer,
+                callbacks=[callback],
+            )
+        trainer.train()
+        common.synchronize(device)
+        spent = time.perf_counter() - start
+    losses = [h["loss"] for h in trainer.state.log_history if "loss" in h]
+    each = [b - a for a, b in zip(ends[1:], ends[2:], strict=False)] or [ends[1] - ends[0]]
+    useful = 2 * completion
+    through = {
+        "trl_default": 4 * (prompt + completion),
+        "trl_precomputed": 4 * (prompt + completion),
+        "ours": 2 * (prompt + 2 * completion),
+    }
+    return {
+        "epoch_s": spent, "step_s": sorted(each)[len(each) // 2], "pairs_s": BATCH * steps / spent, "peak_mb": common.peak_mb(device) - before,
+        "tokens_per_useful": through[method] / useful, "losses": [float(x) for x in losses],
+    }  # fmt: skip
+
+
+def main() -> None:
+    args = common.arguments(__doc__ or "")
+    shapes = [(200, 100)] if args.quick else [(200, 100), (400, 60), (100, 100)]
+    rows: list[dict[str, Any]] = []
+    for prompt, completion in shapes:
+        for method in ("trl_default", "trl_precomputed", "ours"):
+            steps = 2 if args.quick else 4
+            found = common.in_process(measure, method, prompt, completion, steps, args.device, limit_s=280)
+            rows.append({"method": method, "prompt": prompt, "completion": completion, "steps": steps} | found)
+            print(rows[-1], flush=True)
+    ratios: dict[str, Any] = {
+        "vs_trl_default": {},
+        "vs_trl_precomputed": {},
+        "memory_vs_trl": {},
+        "step_vs_trl_default": {},
+        "largest_loss_difference": {},
+    }
+    for prompt, completion in shapes:
+        by = {r["method"]: r for r in rows if (r["prompt"], r["completion"]) == (prompt, completion) and r["status"] == "ok"}
+        key = f"{prompt}:{completion}"
+        if "ours" in by and "trl_default" in by:
+            ratios["vs_trl_default"][key] = round(by["trl_default"]["epoch_s"] / by["ours"]["epoch_s"], 2)
+            ratios["step_vs_trl_default"][key] = round(by["trl_default"]["step_s"] / by["ours"]["step_s"], 2)
+            ratios["memory_vs_trl"][key] = round(by["trl_default"]["peak_mb"] / max(1.0, by["ours"]["peak_mb"]), 2)
+            both = zip(by["ours"]["losses"], by["trl_default"]["losses"], strict=True)
+            ratios["largest_loss_difference"][key] = max(abs(a - b) for a, b in both)
+        if "ours" in by and "trl_precomputed" in by:
+            ratios["vs_trl_precomputed"][key] = round(by["trl_precomputed"]["epoch_s"] / by["ours"]["epoch_s"], 2)
+    common.finish("dpo", args, rows, ratios, ("trl", "transformers", "peft"))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,75 @@
+"""How fast an endpoint is asked: concurrency that adapts, and caps on requests and tokens a minute."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+
+class Gate:
+    """At most `limit` calls at once. Halved when the endpoint says 429, grown by one after as many successes as it has.
+
+    Additive increase, multiplicative decrease, as in TCP: the right number is found without being told.
+    """
+
+    def __init__(self, most: int):
+        self.most, self.limit, self._active = most, float(most), 0
+        self._free = threading.Condition()
+
+    @contextmanager
+    def slot(self) -> Iterator[None]:
+        with self._free:
+            while self._active >= max(1, int(self.limit)):
+                self._free.wait()
+            self._active += 1
+        try:
+            yield
+        finally:
+            with self._free:
+                self._active -= 1
+                self._free.notify()
+
+    def went_well(self) -> None:
+        with self._free:
+            self.limit = min(float(self.most), self.limit + 1 / max(1.0, self.limit))
+            self._free.notify()
+
+    def was_refused(self) -> None:
+        with self._free:
+            self.limit = max(1.0, self.limit / 2)
+
+
+class Pace:
+    """Waits until one more call fits into the last `window` seconds; 0 means no cap."""
+
+    def __init__(
+        self, requests: int, tokens: int, window: float = 60.0,
+        clock: Callable[[], float] = time.monotonic, sleep: Callable[[float], None] = time.sleep,
+    ):  # fmt: skip
+        self.requests, self.tokens, self.window, self._clock, self._sleep = requests, tokens, window, clock, sleep
+        self._past: deque[list[float]] = deque()  # [when, tokens]
+        self._lock = threading.Lock()
+
+    def enter(self, tokens: float) -> list[float]:
+        """Wait for room and take it with an estimate of the call's tokens; `settle` corrects the estimate."""
+        while True:
+            with self._lock:
+                now = self._clock()
+                while self._past and now - self._past[0][0] >= self.window:
+                    self._past.popleft()
+                full = 0 < self.requests <= len(self._past)
+                # A call larger than the whole cap still has to go some time: alone.
+                full = full or bool(self.tokens and self._past and sum(t for _, t in self._past) + tokens > self.tokens)
+                if not full:
+                    entry = [now, float(tokens)]
+                    self._past.append(entry)
+                    return entry
+                wait = self.window - (now - self._past[0][0])
+            self._sleep(max(wait, 0.01))
+
+    def settle(self, entry: list[float], tokens: float) -> None:
+        with self._lock:
+            entry[1] = float(tokens)
