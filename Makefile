@@ -1,6 +1,5 @@
 # The two commands of this project are `make reproduce` and `make test`; `make help` lists the rest.
 PROFILE ?= tiny
-JOBS ?= 1
 PY := .venv/bin/python
 
 help: ## this list
@@ -9,10 +8,10 @@ help: ## this list
 setup: ## create .venv from the lock
 	@bash scripts/setup.sh
 
-reproduce: setup ## run notebooks 00-12 at PROFILE (tiny, smoke, workshop, paper) and remake figures/
+reproduce: setup ## run notebooks 00-12 at PROFILE (tiny, smoke, overnight, workshop, paper); tiny remakes figures/
 	@$(PY) -m speed_core run --profile $(PROFILE)
 
-plan: setup ## what would run at PROFILE, and why; time, tokens, cost
+plan: setup ## what PROFILE would do: models, counts, teacher calls, cost, and which artifacts exist
 	@$(PY) -m speed_core plan --profile $(PROFILE)
 
 check: setup ## fail when a committed figure and its data disagree

@@ -98,6 +98,37 @@ def execute(
         raise typer.Exit(1)
 
 
+@app.command(name="export")
+def export_(target: Path, profile: ProfileName = "tiny", set_: Annotated[list[str] | None, typer.Option("--set")] = None) -> None:
+    """Write the request logs of a run to one archive and print its digest."""
+    from speed_core.replay import export_logs
+    from speed_core.run_context import open_run
+
+    print(f"{target}: sha256 {export_logs(open_run(profile, _overrides(set_)), target)}")
+
+
+@app.command(name="import")
+def import_(source: Path, rebuild: Annotated[bool, typer.Option(help="rebuild the data sets from the logs")] = True) -> None:
+    """Check an archive of logs, take it in, and rebuild its data sets without weights; exit code 1 when one differs."""
+    import os
+
+    from speed_core import replay
+    from speed_core.run import run_all
+    from speed_core.run_context import open_run
+
+    run = replay.import_logs(source, lambda name: open_run(name))
+    print(f"imported into {run.folder.parent.name}/{run.folder.name}")
+    if not rebuild:
+        return
+    os.environ["SPEED_REPLAY"] = "1"
+    reports = run_all(run.profile.name, only=["01", "02", "06"])
+    rows = replay.compare(run, source)
+    for name, wanted, here in rows:
+        print(f"{name:10} {wanted} {'same' if here == wanted else f'DIFFERENT: {here}'}")
+    if any(r.status != "ok" for r in reports) or any(a != b for _, a, b in rows):
+        raise typer.Exit(1)
+
+
 @app.command(name="practice-teacher")
 def practice_teacher(
     port: Annotated[int, typer.Option(help="port on this machine")] = 8901,

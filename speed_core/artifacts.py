@@ -226,7 +226,7 @@ class Store:
         notebook = PRODUCERS.get(name.split("-")[0], "")
         raise UserError(
             f"artifact {name!r}: not in {self.root} and none is shipped; "
-            f"run the notebook that writes it first: python -m speed_core run --only {notebook or 'NN'}"
+            f"run the notebook that writes it first: python -m speed_core run --profile {self.root.parent.name} --only {notebook or 'NN'}"
         )
 
     def why_stale(self, name: str, parameters: Mapping[str, Any], parents: Iterable[Artifact] = ()) -> str:
@@ -303,4 +303,11 @@ PRODUCERS = {
     "synthetic": "06",
     "embedder": "08",
     "scores": "09",
+    "raw": "06",
+    "revised": "06",
+    "eval": "03",
+    "mask": "07",
+    "student": "07",
+    "guided": "07",
+    "scaling": "11",
 }

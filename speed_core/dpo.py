@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -90,27 +91,31 @@ def to_device(batch: dict[str, Any], device: Any) -> dict[str, Any]:
     return {k: v.to(device) if hasattr(v, "to") else v for k, v in batch.items()}
 
 
-def reference_log_probs(model: Any, groups: Sequence[Group], pad: int, batch_size: int, label: str = "reference") -> None:
-    """Fill `reference` of every group, computed in the same layout with the adapter switched off."""
+def reference_log_probs(
+    model: Any, groups: Sequence[Group], pad: int, batch_size: int, label: str = "reference", *, share: bool = True
+) -> None:
+    """Fill `reference` of every group, computed with the adapter switched off."""
     import torch
 
     bar, device = sft.progress(len(groups), label, "prompt"), next(model.parameters()).device
     with torch.no_grad(), model.disable_adapter():
         for start in range(0, len(groups), batch_size):
             part = groups[start : start + batch_size]
-            found = packing.completion_log_probs(model, to_device(packing.collate(part, pad), device)).tolist()
+            found = packing.completion_log_probs(model, to_device(packing.collate(part, pad, share=share), device)).tolist()
             for group in part:
                 group.reference, found = found[: len(group.completions)], found[len(group.completions) :]
             bar.update(len(part))
     bar.close()
 
 
-def cached_reference(model: Any, groups: Sequence[Group], pad: int, batch_size: int, weights: str, folder: Path | None) -> str:
+def cached_reference(
+    model: Any, groups: Sequence[Group], pad: int, batch_size: int, weights: str, folder: Path | None, *, share: bool = True
+) -> str:
     """`reference_log_probs` through a file named by the digest of weights, data and layout; returns the digest.
 
     A file of another model, data set or layout has another name and is never read; one whose values do not fit is refused.
     """
-    key = digest({"weights": weights, "layout": LAYOUT, "groups": [[g.prompt, g.completions] for g in groups]})[:24]
+    key = digest({"weights": weights, "layout": [LAYOUT, share], "groups": [[g.prompt, g.completions] for g in groups]})[:24]
     path = None if folder is None else folder / f"reference-{key}.npy"
     if path is not None and path.is_file():
         values = np.load(path, allow_pickle=False).tolist()
@@ -119,10 +124,10 @@ def cached_reference(model: Any, groups: Sequence[Group], pad: int, batch_size: 
         for g in groups:
             g.reference, values = values[: len(g.completions)], values[len(g.completions) :]
         return key
-    reference_log_probs(model, groups, pad, batch_size)
+    reference_log_probs(model, groups, pad, batch_size, share=share)
     if path is not None and folder is not None:
         folder.mkdir(parents=True, exist_ok=True)
-        work = path.with_suffix(".part.npy")
+        work = path.with_suffix(f".{os.getpid()}.npy")
         np.save(work, np.array([v for g in groups for v in g.reference]))
         work.replace(path)
     return key
@@ -161,7 +166,7 @@ def _trainer_class() -> Any:
             kept = self.__dict__.setdefault("kept", [])
             ahead = (rewards[0] > rewards[1]).float()
             logp = policy.detach()[inputs["pairs"][:, 0]]
-            kept.append(torch.stack([rewards[0], rewards[1], ahead, logp, each.detach()]))
+            kept.append(torch.stack([rewards[0], rewards[1], ahead, logp, each.detach(), inputs["weights"]]))
             return (loss, {}) if return_outputs else loss
 
         def _complaint(self, each: Any, inputs: Any) -> str:
@@ -176,7 +181,8 @@ def _trainer_class() -> Any:
         def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
             kept = self.__dict__.pop("kept", [])
             if kept and "loss" in logs:
-                means = torch.cat(kept, 1).mean(1).tolist()
+                rows = torch.cat(kept, 1)  # this process's pairs, weighted as in the loss
+                means = ((rows[:5] * rows[5]).sum(1) / rows[5].sum()).tolist()
                 names = ("reward_chosen", "reward_rejected", "accuracy", "logp_chosen")
                 logs |= dict(zip(names, means, strict=False)) | {"margin": means[0] - means[1]}
                 logs["loss"] = means[4]
@@ -217,18 +223,31 @@ def train(
             f"senior: {len(groups)} usable prompts of {len(pairs)} pairs (set aside: {counts}), one batch needs {settings.batch}; "
             "raise senior.prompts or lower senior.batch"
         )
+    if torch.cuda.device_count() > 1 and "WORLD_SIZE" not in os.environ:
+        raise UserError("senior: several GPUs are visible; start with torchrun, or set CUDA_VISIBLE_DEVICES to one of them")
+    if torch.cuda.is_available():
+        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
+        torch._dynamo.config.recompile_limit = 64  # FlexAttention meets rows, windows and modes of several sizes
     torch.manual_seed(seed)
     dtype = getattr(torch, settings.dtype)
     attention = "flex_attention" if torch.cuda.is_available() else "sdpa"
     model: Any = AutoModelForCausalLM.from_pretrained(start, dtype=dtype, attn_implementation=attention)
     model = get_peft_model(model.to(models.device()), sft.lora_config(settings.lora))
     lm_head.hidden_states_only(model)
-    pad, weights = tokenizer.pad_token_id, models.weights_id(start)
-    packing.verify(model.eval(), groups[0], pad)
-    reference = cached_reference(model, groups, pad, settings.micro_batch, weights, cache)
-    where = output / "trainer"
-    if cache is not None and settings.save_steps:
-        where = cache / f"dpo-{digest({'reference': reference, 'seed': seed, 'settings': settings.model_dump(mode='json')})[:24]}"
+    model.eval()
+    pad, weights = tokenizer.pad_token_id, f"{models.weights_id(start)} {settings.dtype}"
+    if settings.share:
+        packing.verify(model, groups[0], pad)
+    reference = cached_reference(model, groups, pad, settings.micro_batch, weights, cache, share=settings.share)
+    where, resumable = output / "trainer", cache is not None and settings.save_steps > 0
+    if cache is not None and resumable:
+        decides = {
+            "reference": reference,
+            "pairs": [g.pairs for g in groups],
+            "seed": seed,
+            "settings": settings.model_dump(mode="json"),
+        }
+        where = cache / f"dpo-{digest(decides)[:24]}"
     more: dict[str, Any] = {"remove_unused_columns": False, "gradient_checkpointing": settings.gradient_checkpointing}
     more |= {"gradient_checkpointing_kwargs": {"use_reentrant": False}} if settings.gradient_checkpointing else {}
     more |= {"save_strategy": "steps", "save_steps": settings.save_steps, "save_total_limit": 2} if settings.save_steps else {}
@@ -241,7 +260,7 @@ def train(
     )
     trainer.beta, trainer.kind, trainer.smoothing = settings.beta, settings.loss, settings.label_smoothing
     sft.remove_printer(trainer)
-    trainer.train(resume_from_checkpoint=True if list(where.glob("checkpoint-*")) else None)
+    trainer.train(resume_from_checkpoint=True if resumable and list(where.glob("checkpoint-*")) else None)
     history = sft.check_history(trainer.state.log_history, "senior")
     sft.save_adapter(trainer.model, output, start)
     facts = {"history": history, "rows": sum(len(g.pairs) for g in groups), "prompts": len(groups), "set_aside": counts}

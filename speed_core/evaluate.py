@@ -11,6 +11,7 @@ from __future__ import annotations
 import difflib
 import hashlib
 import warnings
+import zlib
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -292,7 +293,7 @@ def seeded_draws(
     """As `mean_difference`, for (a, b) of several training seeds: (estimate, bootstrap draws (draws,)), in points.
 
     A draw takes seeds with replacement (both models of a seed together) and, in every task, the same items for all.
-    Two calls with the same `seed` over the same tasks draw the same items, so their draws may be subtracted.
+    Calls with the same `seed` draw the same items of a task, so their draws may be subtracted.
     """
     rng, value = np.random.default_rng(seed), 0.0
     parts: list[np.ndarray] = []  # per task: (seeds, draws)
@@ -300,7 +301,9 @@ def seeded_draws(
         if (types and task["type"] not in types) or not task["items"]:
             continue
         f, n = statistic(task["type"]), len(task["items"])
-        picks = [rng.integers(0, n, n) for _ in range(draws)]
+        # By the task's name, so that other tasks beside it do not change what is drawn.
+        own = np.random.default_rng([seed, zlib.crc32(name.encode())])
+        picks = [own.integers(0, n, n) for _ in range(draws)]
         entries = [(a["tasks"][name], b["tasks"][name]) for a, b in arms]
         both = [(np.asarray(x["items"], float), np.asarray(y["items"], float)) for x, y in entries]
         parts.append(np.array([[f(x[i]) - f(y[i]) for i in picks] for x, y in both]))

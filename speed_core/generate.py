@@ -351,6 +351,29 @@ def run(
         return [entries.entries[keys[r.id]] for r in requests]
 
 
+def replay(requests: Sequence[Request], log: Path, decoding: Decoding) -> list[dict[str, Any]]:
+    """The log entries of `requests` in their order, without model or engine.
+
+    An entry counts only when its id is the digest of this very prompt, decoding and seed with the model it names.
+    """
+    if not log.is_file():
+        raise UserError(f"replay: {log.name} is not there; import an export first (python -m speed_core import FILE)")
+    with AppendLog(log) as entries:
+        by_record: dict[str, list[dict[str, Any]]] = {}
+        for e in entries.entries.values():
+            by_record.setdefault(e["record"], []).append(e)
+    out = []
+    for r in requests:
+        found = [e for e in by_record.get(r.id, []) if e["id"] == request_id(r, e["model"], decoding)]
+        if not found:
+            raise UserError(
+                f"replay: {log.name} holds no outcome of record {r.id} with this prompt, decoding and seed; "
+                "use the profile and overrides of the export"
+            )
+        out.append(found[-1])
+    return out
+
+
 def outcome_of(entry: dict[str, Any]) -> records.Outcome:
     """Parse a logged text again; the log keeps raw text, so records are always derived from it."""
     return records.parse(entry["raw"], entry["kind"], entry["finish_reason"])

@@ -10,7 +10,8 @@ removed when the guide finds it more alike than the own pair: g_c > t_i, where t
 positive is always kept, the two diagonals q_i-q_i and p_i-p_i never count.
 
 Rows are handled in blocks; the B x B matrix is never held. The gradient of a log-sum-exp is a
-softmax, so it is accumulated in the pass that computes the value: no similarity is computed twice.
+softmax, so it is accumulated in the pass that computes the value: no similarity is computed twice (the GPU
+kernels trade that for memory traffic and compute each tile again).
 """
 
 from __future__ import annotations
@@ -119,7 +120,7 @@ class _Plan:
 
 
 def _kernel_dtype(given: torch.dtype, unit: Tensor) -> torch.dtype | None:
-    """bfloat16 and float16 embeddings are multiplied as they come, float32 as float32; None without Triton."""
+    """bfloat16 and float16 embeddings are normalised in float32 and multiplied as they came; None without Triton."""
     interpreted = os.environ.get("TRITON_INTERPRET") == "1"
     if unit.dtype == torch.float64 or not (unit.is_cuda or interpreted) or importlib.util.find_spec("triton") is None:
         return None

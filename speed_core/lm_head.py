@@ -20,7 +20,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-CHUNK = 128  # tokens at a time: 64 x 262,144 float32 logits are 67 MB
+from speed_core.artifacts import UserError
+
+CHUNK = 128  # tokens at a time: 128 x 262,144 float32 logits are 134 MB
 
 
 class _TokenLogProbs(torch.autograd.Function):
@@ -66,7 +68,8 @@ class _TokenLogProbs(torch.autograd.Function):
 
 def log_probs(hidden: Tensor, weight: Tensor, targets: Tensor, softcap: float | None = None) -> Tensor:
     """float32 (S,) log-probabilities of `targets` (S,) from hidden states (S, H) and head weights (V, H)."""
-    found: Tensor = _TokenLogProbs.apply(hidden, weight, targets, softcap)
+    # accelerate hands the outputs of a bfloat16 model back as float32; autograd casts the gradient back.
+    found: Tensor = _TokenLogProbs.apply(hidden.to(weight.dtype), weight, targets, softcap)
     return found
 
 
@@ -77,6 +80,11 @@ def hidden_states_only(model: Any) -> None:
     `forward`: a loss that reached for the backbone directly would leave gradients of two processes unsynchronised.
     """
     inner = causal_model(model)
+    config, head = inner.config.get_text_config(), inner.get_output_embeddings()
+    odd = [k for k in ("logit_scale", "logits_scaling", "lm_head_multiplier") if getattr(config, k, 1) not in (None, 1)]
+    odd += ["a bias"] if getattr(head, "bias", None) is not None else []
+    if odd:
+        raise UserError(f"{type(inner).__name__}: a head with {odd[0]} is not supported here; train it with TRL's own trainers")
 
     def forward(self: Any, *args: Any, labels: Any = None, logits_to_keep: Any = 0, **kwargs: Any) -> Any:
         return self.base_model(*args, **{k: v for k, v in kwargs.items() if v is not None} | {"use_cache": False})

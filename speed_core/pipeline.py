@@ -6,6 +6,7 @@ A stage names everything that decides its result (`parameters`) and the artifact
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from collections.abc import Sequence
 from typing import Any
@@ -158,7 +159,6 @@ def sample(
     (the revisor reads prompt and sample).
     """
     g = run.profile.generation
-    base, adapter = generator_weights(run, generator)
     decoding = generate.Decoding(g.temperature, g.top_p, g.max_new_tokens, g.constrained if constrained is None else constrained)
     requests = []
     for q in planned:
@@ -169,25 +169,29 @@ def sample(
             requests.append(generate.Request(rid, body, q.kind, seed))
     parameters = {
         "prompts": prompts.text_digest("".join(r.id + r.text for r in requests)),
-        "decoding": dotted(decoding),
+        "decoding": dataclasses.asdict(decoding),
         "generator": generator,
         "seed": run.profile.seed,
     }
     made = [a for a in [run.store.get(generator)] if a]
     with run.store.stage(name, parameters, [*made, *parents]) as draft:
         if draft:
-            entries = generate.run(
-                requests,
-                model=base,
-                adapter=adapter,
-                log=run.log(name),
-                decoding=decoding,
-                engine=g.engine,
-                label=name,
-                dtype=g.dtype,
-                max_length=g.max_length,
-                batch_size=g.batch_size,
-            )
+            if run.replay:
+                entries = generate.replay(requests, run.log(name), decoding)
+            else:
+                base, adapter = generator_weights(run, generator)
+                entries = generate.run(
+                    requests,
+                    model=base,
+                    adapter=adapter,
+                    log=run.log(name),
+                    decoding=decoding,
+                    engine=g.engine,
+                    label=name,
+                    dtype=g.dtype,
+                    max_length=g.max_length,
+                    batch_size=g.batch_size,
+                )
             write_jsonl(draft.file("data.jsonl"), entries)
             draft.info |= {"outcomes": generate.counts(entries), "new_tokens": sum(e["new_tokens"] for e in entries)}
     return run.store.need(name)
@@ -262,15 +266,40 @@ def senior(run: Run) -> Artifact:
 
 
 def revision_rows(run: Run) -> list[dict[str, Any]]:
-    """The recorded revisions: {kind, prompt, weak, revision}, weak samples drawn once from an early junior."""
-    return [dict(r) for r in teacher.recorded_rows("revisions")][: run.profile.revisor.examples]
+    """Rows {kind, task, prompt, weak, answer}: what the revisor learns from.
+
+    Recorded: weak samples drawn once from an early junior, rewritten by this repository's authors. With an endpoint:
+    the first valid candidate of each root prompt, revised by the teacher (SPEED section 3.2.4), logged like any answer.
+    """
+    count, who = run.profile.revisor.examples, run.profile.teacher
+    if who.kind == "recorded":
+        return [dict(r) for r in teacher.recorded_rows("revisions")][:count]
+    planned = {q.id: q for q in plan(run, "root", run.profile.senior.prompts)}
+    weak: dict[str, str] = {}
+    for e in run.store.need("root").rows():
+        if e["status"] == "ok":
+            weak.setdefault(e["record"].split("#")[0], e["raw"])
+    items = [
+        dataclasses.replace(planned[rid], id=f"{rid}/revise", text=prompts.revise(planned[rid].text, text))
+        for rid, text in list(weak.items())[:count]
+    ]
+    entries = teacher.ask(
+        teacher.open_teacher(who), items, purpose="revise", log=run.log("revisions"), concurrency=who.concurrency
+    )
+    return [
+        {"kind": q.kind, "task": q.task, "prompt": planned[rid].text, "weak": weak[rid], "answer": e["raw"]}
+        for q, e in zip(items, entries, strict=True)
+        if e["status"] == "ok" and (rid := q.id.removesuffix("/revise"))
+    ]
 
 
 def revisor(run: Run) -> Artifact:
     """Artifact `revisor`: SFT from the unaligned base on (prompt, weak sample) -> revision (Eq. 3)."""
     rows = revision_rows(run)
     if not rows:
-        raise UserError("revisions: none recorded; add assets/recorded/revisions.jsonl or use an endpoint")
+        raise UserError(
+            "revisions: none; restore assets/recorded/revisions.jsonl, or let notebook 04 write root data for the endpoint"
+        )
     pairs = [(prompts.revise(r["prompt"], r["weak"]), r["answer"]) for r in rows]
     parameters = _training(run, run.profile.revisor) | {"data": prompts.text_digest("".join(a + b for a, b in pairs))}
     with run.store.stage("revisor", parameters) as draft:

@@ -107,7 +107,8 @@ def plan_text(profile: str = "tiny", overrides: dict[str, Any] | None = None) ->
     """The plan of a profile: sizes, teacher calls, tokens and cost, and which artifacts exist already."""
     run = open_run(profile, overrides)
     p = run.profile
-    calls = {"seed": p.seeds, "judge": p.senior.prompts if p.teacher.judge == "llm" else 0, "revise": p.revisor.examples}
+    calls = {"seed": p.seeds, "judge": 2 * p.senior.prompts if p.teacher.judge == "llm" else 0}
+    calls["revise"] = p.revisor.examples
     brainstorm = p.topics.count * 8 // 3
     tokens = sum(n * PAPER_TOKENS[k] for k, n in calls.items())
     usd = tokens * (p.teacher.usd_per_million_input + p.teacher.usd_per_million_output) / 2e6

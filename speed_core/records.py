@@ -174,17 +174,19 @@ def parse_string_list(raw: str, finish_reason: str = "stop") -> tuple[list[str],
 def released_parser_verdict(raw: str, kind: str) -> str:
     """What SPEED's released repair code would do with `raw`: kept, changed or lost.
 
-    A description in our own code, for the drop microscope: it takes the first "{" up to the first
-    "}" and deletes newlines before reading it as JSON.
+    A description in our own code, for the drop microscope: text that is JSON as a whole is read as it
+    is; otherwise newlines are deleted, a fence is taken off, and the first "{" up to the first "}" is read.
     """
-    start = raw.find("{")
-    end = raw.find("}", start)
-    if start < 0 or end < 0:
-        return "lost"
     try:
-        value = json.loads(raw[start : end + 1].replace("\n", ""))
+        value = json.loads(raw, strict=False)
     except (ValueError, RecursionError):
-        return "lost"
+        bare = raw.strip().replace("\n", "").removeprefix("```").removesuffix("```").removeprefix("json")
+        start = bare.find("{")
+        end = bare.find("}", start)
+        try:
+            value = json.loads(bare[start : end + 1], strict=False) if 0 <= start < end else None
+        except (ValueError, RecursionError):
+            return "lost"
     if not isinstance(value, dict) or KEYS[kind][0] not in value:
         return "lost"
     ours = _find_object(raw)[0]

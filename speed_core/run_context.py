@@ -21,6 +21,7 @@ class Run:
     folder: Path
     store: Store
     figures: Path
+    replay: bool = False  # answer from the logs alone: no engine, no weights
 
     def log(self, name: str) -> Path:
         return self.folder / "log" / f"{name}.jsonl"
@@ -43,4 +44,5 @@ def open_run(profile: str = "tiny", overrides: dict[str, Any] | None = None, see
     store.root.mkdir(parents=True, exist_ok=True)
     store.recover()
     official = p.name == "tiny" and not os.environ.get("SPEED_RUNS")
-    return Run(p, folder, store, ROOT / "figures" if official else folder / "figures")
+    replay = os.environ.get("SPEED_REPLAY", "") not in ("", "0")
+    return Run(p, folder, store, ROOT / "figures" if official else folder / "figures", replay)

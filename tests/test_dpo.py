@@ -1,6 +1,7 @@
 """DPO in shared, packed rows: equal to TRL, to plain rows, to itself over any split of the batch."""
 
 import json
+import math
 import subprocess
 import sys
 from pathlib import Path
@@ -21,6 +22,9 @@ PAIRS = [
     {"prompt": f"Write a {a} record about {b}.", "chosen": f'{{"q": "{a} {b * n}"}}', "rejected": '{"q": "%s"}' % (b * m)}
     for (a, b, n, m) in [("short", "bees", 1, 3), ("long", "the red sea", 2, 1), ("plain", "iron", 4, 2), ("odd", "trains and tea", 1, 2)]
 ]  # fmt: skip
+
+
+UNEVEN = (0.25, 1.0, 3.0, 0.5)  # equal weights would hide a mean of means
 
 
 def policy(base, seed=0, window=None):
@@ -109,12 +113,16 @@ def test_loss_rewards_and_gradients_equal_trls(family, kind, tiny_model, tmp_pat
         assert torch.allclose(g, expected[name], atol=1e-5, rtol=1e-3), name
 
 
-def ours_trainer(base, folder, batch=4, micro=4, steps=20, groups=None, **more):
+def ours_trainer(base, folder, batch=4, micro=4, steps=20, weights=None, **more):
     model, made = prepared(base)
+    for g, w in zip(made, weights or (), strict=False):
+        g.pairs = [(a, b, w) for a, b, _ in g.pairs]
+    if weights:
+        made[0].pairs.append((1, 0, 2.0))
     values = profile.load("smoke").senior.model_copy(update=dict(batch=batch, micro_batch=micro, lr=1e-3, dtype="float32"))
     arguments = sft.trainer_arguments(values, 0, folder, remove_unused_columns=False, max_steps=steps, **more)
     trainer = dpo._trainer_class()(
-        model=model, args=TrainingArguments(**arguments), train_dataset=groups or made, data_collator=lambda part: packing.collate(part, 0)
+        model=model, args=TrainingArguments(**arguments), train_dataset=made, data_collator=lambda part: packing.collate(part, 0)
     )  # fmt: skip
     return trainer
 
@@ -182,6 +190,15 @@ def test_several_pairs_of_one_prompt_cost_one_pass_and_weigh_what_they_should(ti
     assert all(torch.allclose(g, other[2][n], atol=1e-5, rtol=1e-3) for n, g in one[2].items())
 
 
+def test_smoothing_and_ipo_have_their_textbook_values():
+    log_probs, pair, lengths = torch.tensor([3.0, 0.0]), torch.tensor([[0, 1]]), torch.tensor([2.0, 4.0])
+    each, rewards = dpo.pair_losses(log_probs, torch.zeros(2), pair, lengths, beta=1.0, smoothing=0.1)
+    assert float(each) == pytest.approx(0.9 * math.log1p(math.exp(-3)) + 0.1 * math.log1p(math.exp(3)))
+    assert rewards.tolist() == [[3.0], [0.0]]
+    each, _ = dpo.pair_losses(log_probs, torch.zeros(2), pair, lengths, beta=0.5, kind="ipo")
+    assert float(each) == pytest.approx((3 / 2 - 1.0) ** 2)
+
+
 @given(st.lists(st.integers(1, 50), min_size=1, max_size=30), st.integers(1, 120))
 @settings(deadline=None)
 def test_packing_keeps_every_group_once_and_within_the_row(sizes, capacity):
@@ -193,7 +210,7 @@ def test_packing_keeps_every_group_once_and_within_the_row(sizes, capacity):
 @pytest.mark.parametrize("micro", (1, 2))
 def test_accumulation_does_not_change_the_training(micro, tiny_model, tmp_path):
     base = tiny_model("llama")
-    whole, split = (ours_trainer(base, tmp_path / str(m), 4, m, 3, save_strategy="no") for m in (4, micro))
+    whole, split = (ours_trainer(base, tmp_path / str(m), 4, m, 3, UNEVEN, save_strategy="no") for m in (4, micro))
     whole.train(), split.train()
     a, b = (dict(t.model.named_parameters()) for t in (whole, split))
     assert all(torch.allclose(p, b[n], atol=1e-5) for n, p in a.items())
@@ -208,7 +225,11 @@ def test_resumed_from_a_checkpoint_equals_uninterrupted(tiny_model, tmp_path):
     first.add_callback(stop_after(3))
     first.train()
     second = ours_trainer(base, tmp_path / "b", 2, 2, 6, save_strategy="steps", save_steps=3)
+    assert (tmp_path / "b" / "checkpoint-3").is_dir()
+    calls, real = [], second.compute_loss
+    second.compute_loss = lambda *a, **k: (calls.append(1), real(*a, **k))[1]
     second.train(resume_from_checkpoint=True)
+    assert len(calls) == 3, "it began again instead of going on"
     a, b = (dict(t.model.named_parameters()) for t in (whole, second))
     assert all(torch.allclose(p, b[n], atol=1e-6) for n, p in a.items())
 
@@ -229,14 +250,14 @@ def test_two_processes_equal_one_with_the_whole_batch(tiny_model, tmp_path):
     script.write_text(
         f"import sys; sys.path[:0] = {[str(Path(__file__).parent), str(Path(__file__).parents[1])]!r}\n"
         "import torch, test_dpo\nfrom pathlib import Path\n"
-        f"t = test_dpo.ours_trainer({base!r}, Path({str(tmp_path / 'o')!r}), 4, 2, 2, save_strategy='no', ddp_backend='gloo')\n"
+        f"t = test_dpo.ours_trainer({base!r}, Path({str(tmp_path / 'o')!r}), 4, 2, 2, test_dpo.UNEVEN, save_strategy='no', ddp_backend='gloo')\n"
         "t.train()\n"
         f"if t.args.process_index == 0: torch.save(dict(t.model.named_parameters()), {str(tmp_path / 'p.pt')!r})\n"
     )
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--master_port=29631", str(script)]
     done = subprocess.run(command, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr[-2000:]
-    one = ours_trainer(base, tmp_path / "one", 4, 4, 2, save_strategy="no")
+    one = ours_trainer(base, tmp_path / "one", 4, 4, 2, UNEVEN, save_strategy="no")
     one.train()
     two = torch.load(tmp_path / "p.pt", weights_only=False)
     ours = dict(one.model.named_parameters())
@@ -325,3 +346,29 @@ def test_a_prompt_that_is_tokenised_differently_when_joined_is_set_aside(tiny_mo
 
 def test_groups_know_their_length():
     assert len(Group([1, 2], [[3], [4, 5]], [(0, 1, 1.0)])) == 5
+
+
+def test_share_false_trains_where_the_mask_is_ignored(tiny_model, tmp_path, monkeypatch):
+    monkeypatch.setattr(packing, "attention_mask", lambda config, batch: (batch["group"] >= 0).long())
+    base, values = tiny_model("llama"), profile.load("smoke")
+    lora = Lora(rank=2, alpha=4)
+    junior = values.junior.model_copy(update=dict(lr=1e-2, dtype="float32", batch=2, micro_batch=2, lora=lora))
+    sft.train(base, [(r["prompt"], r["chosen"]) for r in PAIRS], junior, seed=0, output=tmp_path / "junior")
+    changes = dict(epochs=1, dtype="float32", batch=2, micro_batch=2, lora=lora, max_length=256)
+    refused = values.senior.model_copy(update=changes)
+    with pytest.raises(UserError, match="set senior.share=false"):
+        dpo.train(base, tmp_path / "junior", PAIRS, refused, seed=0, output=tmp_path / "a")
+    facts = dpo.train(
+        base, tmp_path / "junior", PAIRS, refused.model_copy(update={"share": False}), seed=0, output=tmp_path / "b"
+    )
+    assert facts["history"][0]["loss"] == pytest.approx(math.log(2), abs=1e-3)
+
+
+def test_bfloat16_outputs_that_come_back_as_float32_are_taken(tiny_model, tmp_path):
+    trainer = ours_trainer(tiny_model("llama"), tmp_path, 4, 4, 2, save_strategy="no")
+    trainer.model.to(torch.bfloat16)
+    trainer.args.bf16 = True
+    trainer.accelerator.native_amp = True  # what TrainingArguments(bf16=True) sets on a GPU
+    trainer.train()
+    losses = [h["loss"] for h in trainer.state.log_history if "loss" in h]
+    assert len(losses) == 2 and all(math.isfinite(x) for x in losses)

@@ -6,6 +6,7 @@ The interpreter has no bfloat16 products; that type needs a GPU (`benchmarks/gui
 
 import pytest
 import torch
+import triton  # noqa: F401  without it both sides would be the same path
 
 from speed_core import guided_loss
 from speed_core.guided_loss import guided_contrastive_loss
@@ -18,6 +19,7 @@ def both(monkeypatch, columns, guide, dtype=torch.float32, **settings):
         with monkeypatch.context() as patch:
             if not kernels:
                 patch.setattr(guided_loss, "_kernel_dtype", lambda given, unit: None)
+            assert (guided_loss._kernel_dtype(dtype, torch.zeros(1)) is not None) == kernels
             leaves = [c.to(dtype).requires_grad_() for c in columns]
             more = dict(settings)
             if guide:

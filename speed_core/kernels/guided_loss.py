@@ -15,6 +15,7 @@ Widths are handled in chunks of 64 for the products; the gradients are made `WID
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -58,7 +59,7 @@ def _product(
 def _logits(
     left, right, g_left, g_right, threshold, left_ids, own_ids, right_ids, rows, columns, n_rows, n_columns, width, g_width,
     scale, slack, offset, DIAGONAL: tl.constexpr, GUIDED: tl.constexpr, IDS: tl.constexpr,
-    CHUNK: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, PRECISION: tl.constexpr,
+    CHUNK: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, PRECISION: tl.constexpr, GUIDE_PRECISION: tl.constexpr,
 ):  # fmt: skip
     """x of one tile, NEGATIVE where a candidate does not count."""
     x = _product(left, right, rows, columns, n_rows, n_columns, width, CHUNK, BM, BN, PRECISION) * scale
@@ -66,7 +67,7 @@ def _logits(
     own = columns[None, :] == rows[:, None] + offset
     here = rows < n_rows
     if GUIDED:
-        g = _product(g_left, g_right, rows, columns, n_rows, n_columns, g_width, CHUNK, BM, BN, PRECISION)
+        g = _product(g_left, g_right, rows, columns, n_rows, n_columns, g_width, CHUNK, BM, BN, GUIDE_PRECISION)
         t = tl.load(threshold + rows, mask=here, other=0.0)
         gone = g > t[:, None] + slack
     else:
@@ -87,7 +88,7 @@ def _logits(
 def _forward(
     left, right, g_left, g_right, threshold, left_ids, own_ids, right_ids, lse, n_rows, n_columns, width, g_width,
     scale, slack, offset, DIAGONAL: tl.constexpr, GUIDED: tl.constexpr, IDS: tl.constexpr,
-    CHUNK: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, PRECISION: tl.constexpr,
+    CHUNK: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, PRECISION: tl.constexpr, GUIDE_PRECISION: tl.constexpr,
 ):  # fmt: skip
     rows = (tl.program_id(0) * BM + tl.arange(0, BM)).to(tl.int64)
     top = tl.full((BM,), -1.0e30, tl.float32)
@@ -96,7 +97,7 @@ def _forward(
         columns = (start + tl.arange(0, BN)).to(tl.int64)
         x = _logits(
             left, right, g_left, g_right, threshold, left_ids, own_ids, right_ids, rows, columns, n_rows, n_columns, width,
-            g_width, scale, slack, offset, DIAGONAL, GUIDED, IDS, CHUNK, BM, BN, PRECISION,
+            g_width, scale, slack, offset, DIAGONAL, GUIDED, IDS, CHUNK, BM, BN, PRECISION, GUIDE_PRECISION,
         )  # fmt: skip
         new = tl.maximum(top, tl.max(x, 1))
         # A removed entry must add 0 even while nothing has been kept and new is NEGATIVE itself.
@@ -109,7 +110,7 @@ def _forward(
 def _backward_rows(
     left, right, g_left, g_right, threshold, left_ids, own_ids, right_ids, lse, grad, n_rows, n_columns, width, g_width,
     scale, slack, offset, DIAGONAL: tl.constexpr, GUIDED: tl.constexpr, IDS: tl.constexpr, WIDTH: tl.constexpr,
-    CHUNK: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, PRECISION: tl.constexpr,
+    CHUNK: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, PRECISION: tl.constexpr, GUIDE_PRECISION: tl.constexpr,
 ):  # fmt: skip
     """grad (B, D): sum_j P_ij R_j, for the columns of this program's part of the width."""
     rows = (tl.program_id(0) * BM + tl.arange(0, BM)).to(tl.int64)
@@ -120,7 +121,7 @@ def _backward_rows(
         columns = (start + tl.arange(0, BN)).to(tl.int64)
         x = _logits(
             left, right, g_left, g_right, threshold, left_ids, own_ids, right_ids, rows, columns, n_rows, n_columns, width,
-            g_width, scale, slack, offset, DIAGONAL, GUIDED, IDS, CHUNK, BM, BN, PRECISION,
+            g_width, scale, slack, offset, DIAGONAL, GUIDED, IDS, CHUNK, BM, BN, PRECISION, GUIDE_PRECISION,
         )  # fmt: skip
         p = tl.exp(x - joint[:, None])
         inside = (columns[:, None] < n_columns) & (at[None, :] < width)
@@ -133,7 +134,7 @@ def _backward_rows(
 def _backward_columns(
     left, right, g_left, g_right, threshold, left_ids, own_ids, right_ids, lse, grad, n_rows, n_columns, width, g_width,
     scale, slack, offset, DIAGONAL: tl.constexpr, GUIDED: tl.constexpr, IDS: tl.constexpr, WIDTH: tl.constexpr,
-    CHUNK: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, PRECISION: tl.constexpr,
+    CHUNK: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, PRECISION: tl.constexpr, GUIDE_PRECISION: tl.constexpr,
 ):  # fmt: skip
     """grad (N, D): sum_i P_ij L_i, for the columns of this program's part of the width."""
     columns = (tl.program_id(0) * BN + tl.arange(0, BN)).to(tl.int64)
@@ -143,7 +144,7 @@ def _backward_columns(
         rows = (start + tl.arange(0, BM)).to(tl.int64)
         x = _logits(
             left, right, g_left, g_right, threshold, left_ids, own_ids, right_ids, rows, columns, n_rows, n_columns, width,
-            g_width, scale, slack, offset, DIAGONAL, GUIDED, IDS, CHUNK, BM, BN, PRECISION,
+            g_width, scale, slack, offset, DIAGONAL, GUIDED, IDS, CHUNK, BM, BN, PRECISION, GUIDE_PRECISION,
         )  # fmt: skip
         joint = tl.load(lse + rows, mask=rows < n_rows, other=0.0)
         p = tl.exp(x - joint[:, None])
@@ -153,6 +154,11 @@ def _backward_columns(
     tl.store(
         grad + columns[:, None] * width + at[None, :], out * scale, mask=(columns[:, None] < n_columns) & (at[None, :] < width)
     )
+
+
+def _on(t: Tensor) -> Any:
+    """Launches go to the current device, so make it the tensor's."""
+    return torch.cuda.device_of(t) if t.is_cuda else nullcontext()
 
 
 class Block:
@@ -170,16 +176,17 @@ class Block:
         self.sizes = (len(left), len(right), left.shape[1], g_left.shape[1])
         self.numbers = (1 / temperature, slack, offset)
         # float32 input is multiplied in float32: tf32 would move similarities across the threshold.
-        precision = "ieee" if left.dtype == torch.float32 else "tf32"
         self.flags: dict[str, Any] = dict(
             DIAGONAL=diagonal, GUIDED=guide is not None, IDS=ids is not None, CHUNK=CHUNK, BM=ROWS, BN=COLUMNS
         )
-        self.flags["PRECISION"] = precision
+        for name, t in (("PRECISION", left), ("GUIDE_PRECISION", g_left)):
+            self.flags[name] = "ieee" if t.dtype == torch.float32 else "tf32"
 
     def forward(self) -> Tensor:
         """lse (B,), float32; -inf where no candidate is left."""
         lse = torch.empty(len(self.left), dtype=torch.float32, device=self.left.device)
-        _forward[(triton.cdiv(len(self.left), ROWS),)](*self.tensors, lse, *self.sizes, *self.numbers, **self.flags)
+        with _on(lse):
+            _forward[(triton.cdiv(len(self.left), ROWS),)](*self.tensors, lse, *self.sizes, *self.numbers, **self.flags)
         return lse
 
     def backward(self, lse: Tensor) -> tuple[Tensor, Tensor]:
@@ -189,6 +196,7 @@ class Block:
         right = torch.empty(columns, width, dtype=torch.float32, device=lse.device)
         parts = triton.cdiv(width, WIDTH)
         more = (*self.sizes, *self.numbers)
-        _backward_rows[(triton.cdiv(rows, ROWS), parts)](*self.tensors, lse, left, *more, WIDTH=WIDTH, **self.flags)
-        _backward_columns[(triton.cdiv(columns, COLUMNS), parts)](*self.tensors, lse, right, *more, WIDTH=WIDTH, **self.flags)
+        with _on(lse):
+            _backward_rows[(triton.cdiv(rows, ROWS), parts)](*self.tensors, lse, left, *more, WIDTH=WIDTH, **self.flags)
+            _backward_columns[(triton.cdiv(columns, COLUMNS), parts)](*self.tensors, lse, right, *more, WIDTH=WIDTH, **self.flags)
         return left, right

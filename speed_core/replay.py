@@ -1,0 +1,100 @@
+"""Replay: from the request logs alone, the data sets are rebuilt offline, byte for byte, without any weights.
+
+`export_logs` writes one archive with the digest of everything in it; `import_logs` refuses a damaged one. A run opened
+with SPEED_REPLAY=1 answers every request from its log (`generate.replay`) and starts no engine and no training.
+"""
+
+from __future__ import annotations
+
+import gzip
+import hashlib
+import io
+import json
+import tarfile
+import zlib
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from speed_core.artifacts import UserError, file_digest
+from speed_core.profile import dotted
+from speed_core.run_context import Run
+
+MANIFEST = "replay.json"
+DATA = ("tasks", "seeds", "raw", "revised", "synthetic")  # what notebooks 01, 02 and 06 rebuild
+
+
+def export_logs(run: Run, target: Path) -> str:
+    """Write the logs of a run to `target` (.tar.gz); returns the archive's SHA-256. Same logs, same bytes."""
+    logs = sorted((run.folder / "log").glob("*.jsonl"))
+    if not logs:
+        raise UserError(f"export: no log in {run.folder.name}/log; run notebook 01 first")
+    contents = {f"log/{p.name}": p.read_bytes() for p in logs}
+    made = {name: a.digest for name in DATA if (a := run.store.get(name))}
+    manifest = {
+        "profile": run.profile.name,
+        "values": dotted(run.profile),
+        "artifacts": made,
+        "files": {name: hashlib.sha256(data).hexdigest() for name, data in contents.items()},
+    }
+    work = target.with_name(target.name + ".part")
+    target.parent.mkdir(parents=True, exist_ok=True)
+    # Time stamps would make two exports of the same logs differ.
+    with work.open("wb") as raw, gzip.GzipFile(fileobj=raw, mode="wb", mtime=0, filename="") as packed:
+        with tarfile.open(fileobj=packed, mode="w") as archive:
+            for name, data in {MANIFEST: (json.dumps(manifest, indent=1, default=str) + "\n").encode(), **contents}.items():
+                entry = tarfile.TarInfo(name)
+                entry.size = len(data)
+                archive.addfile(entry, io.BytesIO(data))
+    work.replace(target)
+    return file_digest(target)
+
+
+def read_archive(source: Path) -> tuple[dict[str, Any], dict[str, bytes]]:
+    """(manifest, {name: bytes}) of an export, every file checked against its digest."""
+    if not source.is_file():
+        raise UserError(f"{source}: no such file; give an archive made by `python -m speed_core export`")
+    try:
+        # All of it, so that gzip's own checksum is compared: tarfile stops reading at the archive's end mark.
+        whole = gzip.decompress(source.read_bytes())
+        with tarfile.open(fileobj=io.BytesIO(whole)) as archive:
+            found = {m.name: (archive.extractfile(m) or io.BytesIO()).read() for m in archive.getmembers() if m.isfile()}
+        manifest = json.loads(found.pop(MANIFEST))
+        files = manifest["files"]
+    except (tarfile.TarError, zlib.error, OSError, EOFError, ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{source.name}: not a whole export ({type(error).__name__}); fetch or export it again") from None
+    for name, wanted in files.items():
+        have = hashlib.sha256(found[name]).hexdigest() if name in found else "nothing"
+        if have != wanted:
+            raise UserError(
+                f"{source.name}: {name} has digest {have[:12]}, its manifest says {wanted[:12]}; fetch or export it again"
+            )
+    if extra := sorted(set(found) - set(files)):
+        raise UserError(f"{source.name}: holds {extra[0]}, which its manifest does not name; fetch or export it again")
+    return manifest, found
+
+
+def import_logs(source: Path, open_for: Callable[[str], Run]) -> Run:
+    """Check an export and put its logs into the run folder of its profile; an unequal log that is there is not touched."""
+    manifest, found = read_archive(source)
+    run = open_for(manifest["profile"])
+    for name, data in found.items():
+        path = run.folder / name
+        if Path(name).parts[0] != "log" or ".." in Path(name).parts:
+            raise UserError(f"{source.name}: {name} would land outside of the log folder; fetch or export it again")
+        if path.exists() and path.read_bytes() != data:
+            raise UserError(f"{path.name}: another log is there already; set SPEED_RUNS to an empty folder and import again")
+    for name, data in found.items():
+        path = run.folder / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        work = path.with_name(path.name + ".part")
+        work.write_bytes(data)
+        work.replace(path)
+    return run
+
+
+def compare(run: Run, source: Path) -> list[tuple[str, str, str]]:
+    """(artifact, digest in the export, digest here or "missing") of every data set that the export names."""
+    manifest, _ = read_archive(source)
+    here = {name: run.store.get(name) for name in manifest["artifacts"]}
+    return [(name, wanted, a.digest if (a := here[name]) else "missing") for name, wanted in manifest["artifacts"].items()]

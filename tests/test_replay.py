@@ -1,0 +1,124 @@
+"""Logs leave in one archive, come back only whole, and rebuild what was sampled without any weights."""
+
+import gzip
+import json
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from speed_core import generate, replay
+from speed_core.artifacts import AppendLog, UserError
+from speed_core.run_context import open_run
+
+DECODING = generate.Decoding(max_new_tokens=20)
+REQUESTS = [generate.Request(f"r{i}", f"prompt {i}", "sts", i) for i in range(5)]
+
+
+def write_log(path, requests=REQUESTS, model="weights+adapter"):
+    with AppendLog(path) as log:
+        for r in requests:
+            key = generate.request_id(r, model, DECODING)
+            log.append(
+                {"id": key, "record": r.id, "kind": r.kind, "raw": f"text {r.id}", "model": model, "finish_reason": "stop"}
+            )
+
+
+@pytest.fixture
+def run(tmp_path, monkeypatch):
+    monkeypatch.setenv("SPEED_RUNS", str(tmp_path / "there"))
+    made = open_run("smoke")
+    write_log(made.log("raw"))
+    return made
+
+
+def test_every_request_is_answered_from_the_log_in_order_and_without_weights(run):
+    backwards = REQUESTS[::-1]
+    assert [e["raw"] for e in generate.replay(backwards, run.log("raw"), DECODING)] == [f"text {r.id}" for r in backwards]
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"requests": [generate.Request("r1", "another prompt", "sts", 1)]},
+        {"requests": [generate.Request("r1", "prompt 1", "sts", 2)]},
+        {"requests": [generate.Request("r9", "prompt 9", "sts", 9)]},
+        {"decoding": generate.Decoding(temperature=0.5, max_new_tokens=20)},
+    ],
+)
+def test_another_prompt_seed_record_or_decoding_is_refused(run, change):
+    with pytest.raises(UserError, match="holds no outcome of record r"):
+        generate.replay(change.get("requests", REQUESTS), run.log("raw"), change.get("decoding", DECODING))
+
+
+def test_an_export_comes_back_byte_for_byte_and_the_same_logs_give_the_same_archive(run, tmp_path, monkeypatch):
+    one, other = (replay.export_logs(run, tmp_path / f"{k}.tar.gz") for k in "ab")
+    assert one == other
+    monkeypatch.setenv("SPEED_RUNS", str(tmp_path / "here"))
+    again = replay.import_logs(tmp_path / "a.tar.gz", open_run)
+    assert again.log("raw").read_bytes() == run.log("raw").read_bytes() and again.log("raw") != run.log("raw")
+    with again.log("raw").open("a") as f:
+        f.write("{}\n")
+    with pytest.raises(UserError, match="another log is there already"):
+        replay.import_logs(tmp_path / "a.tar.gz", open_run)
+
+
+@given(st.data())
+@settings(max_examples=40, deadline=None)
+def test_one_changed_or_missing_byte_is_always_noticed(tmp_path_factory, data):
+    folder = tmp_path_factory.mktemp("damage")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("SPEED_RUNS", str(folder))
+        run = open_run("smoke")
+        write_log(run.log("raw"))
+        whole = folder / "whole.tar.gz"
+        replay.export_logs(run, whole)
+    good = replay.read_archive(whole)
+    content = bytearray(whole.read_bytes())
+    at = data.draw(st.integers(0, len(content) - 1))
+    if data.draw(st.booleans()):
+        content = content[:at]
+    else:
+        content[at] ^= data.draw(st.integers(1, 255))
+    damaged = folder / "damaged.tar.gz"
+    damaged.write_bytes(content)
+    try:
+        assert replay.read_archive(damaged) == good  # a byte of gzip's own header may change and mean nothing
+    except UserError as error:
+        assert "again" in str(error) and "\n" not in str(error)
+
+
+def test_a_manifest_that_lies_is_refused(run, tmp_path):
+    replay.export_logs(run, tmp_path / "a.tar.gz")
+    data = (
+        gzip.decompress((tmp_path / "a.tar.gz").read_bytes())
+        .replace(b'"text r1', b'"text rX'[:8])
+        .replace(b"text r1", b"text rX")
+    )
+    (tmp_path / "b.tar.gz").write_bytes(gzip.compress(data))
+    with pytest.raises(UserError, match="log/raw.jsonl has digest"):
+        replay.read_archive(tmp_path / "b.tar.gz")
+
+
+def test_a_replaying_run_samples_from_the_log(run, monkeypatch):
+    from speed_core import pipeline, prompts, sft
+
+    planned = [prompts.synthesis("sts", f"Topic {i}", "") for i in range(3)]
+    g = run.profile.generation
+    decoding = generate.Decoding(g.temperature, g.top_p, g.max_new_tokens, g.constrained)
+    with AppendLog(run.log("made")) as log:
+        for q in planned:
+            seed = int(prompts.text_digest(f"{q.id}|{run.profile.seed}")[:8], 16) & 0x7FFFFFFF
+            request = generate.Request(q.id, sft.prompt_text(q.text), q.kind, seed)
+            text = json.dumps({"S1": q.id, "S2": "b", "S3": "c"})
+            entry = {
+                "id": generate.request_id(request, "gone", decoding),
+                "record": q.id,
+                "kind": q.kind,
+                "model": "gone",
+                "raw": text,
+            }
+            log.append(entry | {"status": "ok", "finish_reason": "stop", "new_tokens": 3})
+    monkeypatch.setenv("SPEED_REPLAY", "1")
+    artifact = pipeline.sample(open_run("smoke"), "made", planned, "senior")  # there is no senior, and none is needed
+    assert [e["record"] for e in artifact.rows()] == [q.id for q in planned]
