@@ -148,6 +148,14 @@ class LlmJudge:
     def __init__(self, teacher: Any, temperature: float = 0.0, twice: bool = True):
         self.teacher, self.temperature, self.twice = teacher, temperature, twice
         self.label = f"llm judge ({teacher.label})"
+        self.audit = {
+            "judged": 0,
+            "unreadable": 0,
+            "agree": 0,
+            "contradict": 0,
+            "first_place_best": 0,
+            "first_place_expected": 0.0,
+        }
 
     def _ask(self, prompt: Prompt, candidates: Sequence[str]) -> tuple[int, int, str] | None:
         reply = self.teacher.answer(prompts.judge(prompt.text, list(candidates)), "judge", self.temperature)
@@ -162,13 +170,20 @@ class LlmJudge:
 
     def judge(self, prompt: Prompt, candidates: Sequence[str], finish_reasons: Sequence[str] | None = None) -> Judgement:
         n = len(candidates)
-        first = self._ask(prompt, candidates)
+        first, a = self._ask(prompt, candidates), self.audit
+        a["judged"] += 1
         if first is None:
+            a["unreadable"] += 1
             return Judgement(0, 0, (0.0,) * n, "the judge's answer could not be read")
         best, worst, reason = first
         if self.twice:
             again = self._ask(prompt, list(reversed(candidates)))
-            if again is None or (n - 1 - again[0], n - 1 - again[1]) != (best, worst):
+            # Over both orders each candidate stands first as often as last, so a fair judge names place 0 in 1 of n.
+            a["first_place_best"] += (best == 0) + (again is not None and again[0] == 0)
+            a["first_place_expected"] += (1 + (again is not None)) / n
+            same = again is not None and (n - 1 - again[0], n - 1 - again[1]) == (best, worst)
+            a["agree" if same else "contradict"] += 1
+            if not same:
                 return Judgement(0, 0, (0.0,) * n, "the judge contradicts itself when the order is reversed")
         scores = tuple(1.0 if i == best else -1.0 if i == worst else 0.0 for i in range(n))
         return Judgement(best, worst, scores, reason)

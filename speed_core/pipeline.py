@@ -242,7 +242,7 @@ def preferences(run: Run, root: Artifact, planned: Sequence[Prompt]) -> Artifact
             pairs, count = judge.make_pairs(decide, items)
             write_jsonl(draft.file("data.jsonl"), pairs)
             write_json(draft.file("counts.json"), count)
-            draft.info |= {"judge": decide.label, "counts": count}
+            draft.info |= {"judge": decide.label, "counts": count, "audit": getattr(decide, "audit", {})}
     return run.store.need("pairs")
 
 

@@ -105,8 +105,12 @@ def test_the_llm_judge_sets_aside_a_pair_on_which_it_contradicts_itself(endpoint
     verdict = LlmJudge(teacher.EndpointTeacher(settings(endpoint))).judge(some_prompts(1)[0], ["x", "y"])
     assert verdict.best == verdict.worst and "contradicts" in verdict.reason
     Endpoint.script += [(200, same, "stop"), (200, '{"reason":"r","best":1,"worst":0}', "stop")]
-    verdict = LlmJudge(teacher.EndpointTeacher(settings(endpoint))).judge(some_prompts(1)[0], ["x", "y"])
+    judge = LlmJudge(teacher.EndpointTeacher(settings(endpoint)))
+    verdict = judge.judge(some_prompts(1)[0], ["x", "y"])
     assert (verdict.best, verdict.worst) == (0, 1)
+    # It named "x" in both orders, once in the first place and once in the second: no bias.
+    wanted = {"judged": 1, "agree": 1, "contradict": 0, "unreadable": 0, "first_place_best": 1, "first_place_expected": 1.0}
+    assert judge.audit == wanted
     assert Endpoint.seen[0]["temperature"] == 0.0
 
 
