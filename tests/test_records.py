@@ -51,7 +51,10 @@ def test_a_brace_inside_a_string_does_not_end_the_object():
     raw = '{"S1":"use {x} here","S2":"a\\nb","S3":"c"}'
     assert records.parse(raw, "sts").record["query"] == "use {x} here"
     assert records.parse(raw, "sts").record["positive"] == "a\nb"
-    assert records.released_parser_verdict(raw, "sts") == "lost"
+    # As released, the whole text is tried as JSON first; behind a fence the first closing brace ends it.
+    assert records.released_parser_verdict(raw, "sts") == "kept"
+    assert records.parse(f"```json\n{raw}\n```", "sts").status == "ok"
+    assert records.released_parser_verdict(f"```json\n{raw}\n```", "sts") == "lost"
 
 
 def test_text_cut_at_the_token_limit_is_truncated_even_when_it_looks_whole():
