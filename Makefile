@@ -28,6 +28,6 @@ test: lint kernels ## lint, types, kernels, unit tests, and every notebook at sm
 	@$(PY) -m pytest
 
 lab: setup ## JupyterLab on the notebooks
-	@$(PY) -m jupyterlab notebooks
+	@$(PY) -m jupyterlab notebooks/00_preflight.ipynb
 
 .PHONY: help setup reproduce plan check lint kernels test lab
