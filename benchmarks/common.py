@@ -88,6 +88,24 @@ def interleaved(calls: dict[str, Callable[[], Any]], device: str, rounds: int = 
     return {name: statistics.median(t) for name, t in times.items()}
 
 
+def step_clock(device: str) -> tuple[Any, list[float]]:
+    """A Trainer callback and its list: when the first step began, then when each step ended."""
+    from transformers import TrainerCallback
+
+    ends: list[float] = []
+
+    class Clock(TrainerCallback):
+        def on_step_begin(self, args: Any, state: Any, control: Any, **more: Any) -> None:
+            if not ends:
+                ends.append(time.perf_counter())
+
+        def on_step_end(self, args: Any, state: Any, control: Any, **more: Any) -> None:
+            synchronize(device)
+            ends.append(time.perf_counter())
+
+    return Clock(), ends
+
+
 def _child(out: Any, function: Callable[..., Any], arguments: tuple[Any, ...]) -> None:
     try:
         out.put(("ok", function(*arguments)))

@@ -64,22 +64,6 @@ def build(device: str) -> tuple[Any, Any]:
     return tokenizer, model
 
 
-def clock() -> tuple[Any, list[float]]:
-    from transformers import TrainerCallback
-
-    ends: list[float] = []
-
-    class Clock(TrainerCallback):
-        def on_step_begin(self, args: Any, state: Any, control: Any, **more: Any) -> None:
-            if not ends:
-                ends.append(time.perf_counter())
-
-        def on_step_end(self, args: Any, state: Any, control: Any, **more: Any) -> None:
-            ends.append(time.perf_counter())
-
-    return Clock(), ends
-
-
 def measure(method: str, prompt: int, completion: int, steps: int, device: str) -> dict[str, Any]:
     import torch
     from peft import LoraConfig, get_peft_model
@@ -91,7 +75,7 @@ def measure(method: str, prompt: int, completion: int, steps: int, device: str) 
     tokenizer, base = build(device)
     targets = ["q_proj", "k_proj", "v_proj", "o_proj"]
     model = get_peft_model(base, LoraConfig(r=16, lora_alpha=32, target_modules=targets, task_type="CAUSAL_LM"))
-    data, (callback, ends) = pairs(BATCH * steps, prompt, completion), clock()
+    data, (callback, ends) = pairs(BATCH * steps, prompt, completion), common.step_clock(device)
     shared: dict[str, Any] = dict(
         per_device_train_batch_size=BATCH, num_train_epochs=1, learning_rate=5e-5, report_to=[], save_strategy="no", logging_steps=1,
         disable_tqdm=True, use_cpu=device == "cpu", bf16=False, seed=0, dataloader_pin_memory=False,

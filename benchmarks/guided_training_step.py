@@ -8,7 +8,6 @@ once and looks it up in later epochs; the library's loss runs the guide in every
 from __future__ import annotations
 
 import tempfile
-import time
 from pathlib import Path
 from typing import Any
 
@@ -45,7 +44,6 @@ def one(name: str, batch: int, steps: int, device: str) -> dict[str, Any]:
     from datasets import Dataset
     from sentence_transformers import SentenceTransformerTrainer, SentenceTransformerTrainingArguments
     from sentence_transformers.sentence_transformer.losses import GISTEmbedLoss
-    from transformers import TrainerCallback
 
     from speed_core.guided_loss import GuidedContrastiveLoss
 
@@ -56,16 +54,7 @@ def one(name: str, batch: int, steps: int, device: str) -> dict[str, Any]:
         return " ".join(WORDS[int(w)] for w in words)
 
     data = Dataset.from_list([{k: text() for k in ("anchor", "positive", "negative")} for _ in range(batch * steps)])
-    ends: list[float] = []
-
-    class Clock(TrainerCallback):
-        def on_step_begin(self, args: Any, state: Any, control: Any, **more: Any) -> None:
-            if not ends:
-                ends.append(time.perf_counter())
-
-        def on_step_end(self, args: Any, state: Any, control: Any, **more: Any) -> None:
-            common.synchronize(device)
-            ends.append(time.perf_counter())
+    callback, ends = common.step_clock(device)
 
     with tempfile.TemporaryDirectory() as folder:
         student, guide = bert(Path(folder, "student"), 0, device), bert(Path(folder, "guide"), 1, device)
@@ -80,7 +69,7 @@ def one(name: str, batch: int, steps: int, device: str) -> dict[str, Any]:
             disable_tqdm=True,
             logging_strategy="no",
         )
-        trainer = SentenceTransformerTrainer(model=student, args=args, train_dataset=data, loss=loss, callbacks=[Clock()])
+        trainer = SentenceTransformerTrainer(model=student, args=args, train_dataset=data, loss=loss, callbacks=[callback])
         if name == "ours":
             loss.attach(trainer)
         trainer.train()

@@ -116,7 +116,7 @@ def import_(source: Path, rebuild: Annotated[bool, typer.Option(help="rebuild th
     from speed_core.run import run_all
     from speed_core.run_context import open_run
 
-    run = replay.import_logs(source, lambda name: open_run(name))
+    run = replay.import_logs(source, open_run)
     print(f"imported into {run.folder.parent.name}/{run.folder.name}")
     if not rebuild:
         return

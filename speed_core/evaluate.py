@@ -250,6 +250,12 @@ def statistic(kind: str) -> Callable[[np.ndarray], float]:
     return _spearman if kind == "STS" else lambda a: float(np.mean(a))
 
 
+def interval(draws: Any, level: float = 0.95) -> tuple[float, float]:
+    """Percentile interval of bootstrap draws."""
+    tail = (1 - level) / 2
+    return float(np.quantile(draws, tail)), float(np.quantile(draws, 1 - tail))
+
+
 def bootstrap_interval(
     items: Sequence[Any], kind: str, *, draws: int = 1000, seed: int = 0, level: float = 0.95
 ) -> tuple[float, float]:
@@ -257,8 +263,7 @@ def bootstrap_interval(
     data = np.asarray(items, float)
     rng, f = np.random.default_rng(seed), statistic(kind)
     values = [f(data[rng.integers(0, len(data), len(data))]) for _ in range(draws)]
-    tail = (1 - level) / 2
-    return float(np.quantile(values, tail)), float(np.quantile(values, 1 - tail))
+    return interval(values, level)
 
 
 def mean_difference(
@@ -280,7 +285,7 @@ def mean_difference(
     if not parts:
         raise UserError("difference: the two results share no task with items; evaluate both on the same tasks")
     means = 100 * np.mean([p[0] for p in parts], axis=0)
-    return float(100 * np.mean([p[1] for p in parts])), float(np.quantile(means, 0.025)), float(np.quantile(means, 0.975))
+    return (float(100 * np.mean([p[1] for p in parts])), *interval(means))
 
 
 def seeded_draws(
@@ -313,12 +318,6 @@ def seeded_draws(
     each = np.mean(parts, axis=0)  # (seeds, draws), mean over tasks
     chosen = rng.integers(0, len(arms), (len(arms), draws))
     return 100 * value / len(parts), 100 * np.take_along_axis(each, chosen, axis=0).mean(0)
-
-
-def interval(draws: np.ndarray, level: float = 0.95) -> tuple[float, float]:
-    """Percentile interval of bootstrap draws."""
-    tail = (1 - level) / 2
-    return float(np.quantile(draws, tail)), float(np.quantile(draws, 1 - tail))
 
 
 def average_interval(

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import importlib.metadata
 import random
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -59,38 +59,39 @@ def cut(text: str, words: int = WORDS) -> str:
     return " ".join(text.split()[:words])
 
 
+def _conversations() -> Iterator[tuple[str, str, str]]:
+    """(category, first line, second line) of every conversation in the English files, as written."""
+    import yaml
+
+    for path in importlib_files("chatterbot-corpus", "data/english/", ".yml"):
+        for talk in yaml.safe_load(path.read_text(encoding="utf-8")).get("conversations", []):
+            if len(talk) >= 2 and all(isinstance(t, str) for t in talk[:2]):
+                yield path.stem, talk[0], talk[1]
+
+
 @lru_cache(maxsize=1)
 def chatterbot_pairs() -> tuple[tuple[str, str, str], ...]:
     """(category, question, answer), English files: first answer of each conversation, no duplicates."""
-    import yaml
-
-    files = importlib_files("chatterbot-corpus", "data/english/", ".yml")
     out, questions, answers = [], set(), set()
-    for path in files:
-        for talk in yaml.safe_load(path.read_text(encoding="utf-8")).get("conversations", []):
-            if len(talk) < 2 or not all(isinstance(t, str) for t in talk[:2]):
-                continue
-            q, a = cut(talk[0]), cut(talk[1])
-            ends = (q.lower(), a.lower())
-            if len(q.split()) < 3 or len(a.split()) < 4 or ends[0] in questions or ends[1] in answers or ends[0] == ends[1]:
-                continue
-            questions.add(ends[0])
-            answers.add(ends[1])
-            out.append((path.stem, q, a))
+    for category, first, second in _conversations():
+        q, a = cut(first), cut(second)
+        ends = (q.lower(), a.lower())
+        if len(q.split()) < 3 or len(a.split()) < 4 or ends[0] in questions or ends[1] in answers or ends[0] == ends[1]:
+            continue
+        questions.add(ends[0])
+        answers.add(ends[1])
+        out.append((category, q, a))
     return tuple(out)
 
 
 @lru_cache(maxsize=1)
 def several_answers() -> tuple[tuple[str, str], ...]:
     """(question, answer) of questions that the English files answer in several ways: each such answer is right."""
-    import yaml
-
     found: dict[str, dict[str, tuple[str, str]]] = {}
-    for path in importlib_files("chatterbot-corpus", "data/english/", ".yml"):
-        for talk in yaml.safe_load(path.read_text(encoding="utf-8")).get("conversations", []):
-            if len(talk) >= 2 and all(isinstance(t, str) and t.strip() for t in talk[:2]):
-                q, a = cut(talk[0]).lower(), cut(talk[1])
-                found.setdefault(q, {})[a.lower()] = (q, a)
+    for _, first, second in _conversations():
+        q, a = cut(first).lower(), cut(second)
+        if q and a:
+            found.setdefault(q, {})[a.lower()] = (q, a)
     return tuple(pair for answers in found.values() if len(answers) > 1 for pair in list(answers.values())[:4])
 
 

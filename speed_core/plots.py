@@ -264,7 +264,7 @@ def mask_quality(run: Run, name: str, rows: Sequence[Mapping[str, Any]], inputs:
 
 
 def loss_cost(run: Run, name: str, result: Mapping[str, Any]) -> None:
-    """Seconds and memory of the losses over batch sizes, from a file of `benchmarks/results`; a cross ends a line that failed."""
+    """Seconds and memory of the losses over batch sizes, from a file of `benchmarks/results`; a line ends at the largest batch that worked."""
     figure, axes = canvas(9, 3.6, 2)
     names = {
         "ours": "ours", "matmul": "plain matrix product", "gist": "GISTEmbedLoss", "cached_gist": "CachedGISTEmbedLoss",
