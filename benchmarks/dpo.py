@@ -1,6 +1,6 @@
 """One epoch of DPO: TRL's default, TRL with a precomputed reference, ours with shared prompts.
 
-    python benchmarks/dpo.py [--device cpu|cuda] [--quick]
+    python benchmarks/dpo.py [--device cpu|cuda] [--quick] [--losses]
 
 LoRA of rank 16 on gemma-3-270m in bfloat16 (on a GPU: the shape of LLaMA-3-8B with random weights), batches of two
 pairs, prompts and completions of given lengths. `epoch_s` holds everything that an epoch needs, the reference too;
@@ -38,7 +38,7 @@ def pairs(count: int, prompt: int, completion: int) -> list[dict[str, str]]:
     return out
 
 
-def build(device: str) -> tuple[Any, Any]:
+def build(device: str, dtype: str) -> tuple[Any, Any]:
     """(tokenizer, model without adapter)."""
     import torch
     from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
@@ -48,7 +48,7 @@ def build(device: str) -> tuple[Any, Any]:
     tokenizer = models.load_tokenizer("package:gemma-3-270m")
     if device == "cpu":
         folder = models.resolve("package:gemma-3-270m")
-        return tokenizer, AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16, attn_implementation="sdpa")
+        return tokenizer, AutoModelForCausalLM.from_pretrained(folder, dtype=getattr(torch, dtype), attn_implementation="sdpa")
     config = LlamaConfig(
         hidden_size=4096,
         intermediate_size=14336,
@@ -64,7 +64,9 @@ def build(device: str) -> tuple[Any, Any]:
     return tokenizer, model
 
 
-def measure(method: str, prompt: int, completion: int, steps: int, device: str) -> dict[str, Any]:
+def measure(
+    method: str, prompt: int, completion: int, steps: int, device: str, dtype: str = "bfloat16", accumulate: int = 1
+) -> dict[str, Any]:
     import torch
     from peft import LoraConfig, get_peft_model
 
@@ -72,12 +74,12 @@ def measure(method: str, prompt: int, completion: int, steps: int, device: str) 
 
     sft.quiet()
     torch.manual_seed(0)
-    tokenizer, base = build(device)
+    tokenizer, base = build(device, dtype)
     targets = ["q_proj", "k_proj", "v_proj", "o_proj"]
     model = get_peft_model(base, LoraConfig(r=16, lora_alpha=32, target_modules=targets, task_type="CAUSAL_LM"))
     data, (callback, ends) = pairs(BATCH * steps, prompt, completion), common.step_clock(device)
     shared: dict[str, Any] = dict(
-        per_device_train_batch_size=BATCH, num_train_epochs=1, learning_rate=5e-5, report_to=[], save_strategy="no", logging_steps=1,
+        per_device_train_batch_size=BATCH // accumulate, gradient_accumulation_steps=accumulate, num_train_epochs=1, learning_rate=5e-5, report_to=[], save_strategy="no", logging_steps=1,
         disable_tqdm=True, use_cpu=device == "cpu", bf16=False, seed=0, dataloader_pin_memory=False,
     )  # fmt: skip
     with tempfile.TemporaryDirectory() as folder:
@@ -137,8 +139,35 @@ def measure(method: str, prompt: int, completion: int, steps: int, device: str) 
     }  # fmt: skip
 
 
+def losses(args: Any) -> None:
+    """Are the losses of four steps equal? Ours against TRL, and TRL against itself with the batch of two as one and one.
+
+    The control tells what bfloat16 does to a trajectory: Adam's first step is the sign of the gradient, so a rounding
+    difference in a small gradient moves its weight the other way.
+    """
+    rows: list[dict[str, Any]] = []
+    found: dict[tuple[str, str], list[float]] = {}
+    for dtype in ("bfloat16", "float32"):
+        for name, method, accumulate in (("trl", "trl_default", 1), ("trl_1+1", "trl_default", 2), ("ours", "ours", 1)):
+            row = common.in_process(measure, method, 100, 50, 4, args.device, dtype, accumulate, limit_s=280)
+            rows.append({"method": name, "dtype": dtype, "prompt": 100, "completion": 50, "steps": 4} | row)
+            found[name, dtype] = row.get("losses", [])
+            print(rows[-1], flush=True)
+
+    def difference(a: str, b: str, dtype: str) -> float:
+        return max(abs(x - y) for x, y in zip(found[a, dtype], found[b, dtype], strict=True))
+
+    ratios = {
+        f"largest_difference_{a}_{b}": {d: difference(a, b, d) for d in ("bfloat16", "float32")}
+        for a, b in (("ours", "trl"), ("trl_1+1", "trl"))
+    }
+    common.finish("dpo_losses", args, rows, ratios, ("trl", "transformers", "peft"))
+
+
 def main() -> None:
-    args = common.arguments(__doc__ or "")
+    args = common.arguments(__doc__ or "", losses="compare the losses of four steps in bfloat16 and float32 instead of times")
+    if args.losses:
+        return losses(args)
     shapes = [(200, 100)] if args.quick else [(200, 100), (400, 60), (100, 100)]
     rows: list[dict[str, Any]] = []
     for prompt, completion in shapes:

@@ -50,11 +50,15 @@ def run(
 
 
 @app.command()
-def plan(profile: ProfileName = "tiny", set_: Annotated[list[str] | None, typer.Option("--set")] = None) -> None:
-    """Say what a profile would do: models, counts, teacher calls and cost, what is already made."""
+def plan(
+    profile: ProfileName = "tiny",
+    set_: Annotated[list[str] | None, typer.Option("--set")] = None,
+    tokens_per_second: Annotated[float, typer.Option(min=0, help="of your GPU, from benchmarks/generation.py")] = 0.0,
+) -> None:
+    """Say what a profile would do: models, counts, teacher calls and cost, GPU-hours, what is already made."""
     from speed_core import preflight
 
-    print(preflight.plan_text(profile, _overrides(set_)))
+    print(preflight.plan_text(profile, _overrides(set_), tokens_per_second))
 
 
 @app.command()

@@ -8,13 +8,15 @@ synced, renamed, and `manifest.json` is renamed last. A reader sees the old arti
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import os
 import platform
+import re
 import shutil
 import time
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import lru_cache
@@ -26,6 +28,22 @@ MANIFEST = "manifest.json"
 
 class UserError(Exception):
     """Bad input. One line: what, which rule, what to do. The command line exits with 2 on it."""
+
+
+@contextmanager
+def disk_errors(where: Path) -> Iterator[None]:
+    """Turn a full disk, an exhausted quota or a file size limit into one line that says what is kept."""
+    try:
+        yield
+    except Exception as error:
+        full = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+        # Weights are written by a library in Rust, whose error is no OSError but quotes the system's.
+        if not full and not re.search(r"\(os error (27|28|122)\)", str(error)):
+            raise
+        raise UserError(
+            f"{where.name}: no room to write it ({getattr(error, 'strerror', None) or error}); free some disk, or set SPEED_RUNS to another one, and run "
+            "again: what is finished is kept"
+        ) from None
 
 
 def canonical(value: Any) -> str:
@@ -128,8 +146,16 @@ class AppendLog:
                 f.truncate(good)
 
     def append(self, entry: Mapping[str, Any]) -> None:
-        """Add one outcome with a single write call."""
-        self._file.write((json.dumps(entry, ensure_ascii=True) + "\n").encode())
+        """Add one outcome with a single write call; on a full disk nothing of it stays."""
+        line, before = (json.dumps(entry, ensure_ascii=True) + "\n").encode(), self._file.seek(0, os.SEEK_END)
+        with disk_errors(self.path):
+            try:
+                written = self._file.write(line)
+                while written < len(line):  # a disk that is nearly full takes a part first, then refuses
+                    written += self._file.write(line[written:])
+            except OSError:
+                self._file.truncate(before)
+                raise
         self.entries[entry["id"]] = dict(entry)
 
     def close(self) -> None:
@@ -198,11 +224,16 @@ def difference(old: Any, new: Any, prefix: str = "") -> list[str]:
 
 
 class Store:
-    """Artifacts of one run folder: `root/NAME/` with a manifest each."""
+    """Artifacts of one run folder: `root/NAME/` with a manifest each.
 
-    def __init__(self, root: Path, shipped: Path | None = None):
+    An artifact whose manifest says why it is `partial` (a budget ran out) is handed to later stages only with
+    `accept_partial`; without, making it goes on where it stopped.
+    """
+
+    def __init__(self, root: Path, shipped: Path | None = None, accept_partial: bool = False):
         self.root = root
         self.shipped = shipped
+        self.accept_partial = accept_partial
 
     def get(self, name: str) -> Artifact | None:
         """The published artifact `name`, or None. A folder without a manifest does not count."""
@@ -219,6 +250,10 @@ class Store:
         """The artifact `name`, else the small one shipped with the repository, said aloud, else an error."""
         artifact = self.get(name)
         if artifact is not None:
+            if (why := artifact.manifest.get("partial")) and not self.accept_partial:
+                raise UserError(
+                    f"artifact {name!r} is partial: {why}; or set teacher.accept_partial=true to go on with what is there"
+                )
             return artifact
         if self.shipped is not None and (artifact := self._read(self.shipped / name, shipped=True)):
             print(f"using shipped upstream {name!r}, digest {artifact.digest}")
@@ -235,6 +270,8 @@ class Store:
         if artifact is None:
             return "not made yet"
         old = artifact.manifest
+        if old.get("partial") and not self.accept_partial:
+            return f"partial, {old['partial']}"
         changes = difference(old["parameters"], json.loads(canonical(parameters)))
         changes += difference(old["parents"], {p.name: p.digest for p in parents}, "input.")
         return changes[0] if changes else ""
@@ -255,7 +292,15 @@ class Store:
         shutil.rmtree(path, ignore_errors=True)
         path.mkdir(parents=True)
         draft, started = Draft(path), time.time()
-        yield draft
+        with disk_errors(path.with_name(name)):
+            yield draft
+            self._publish(name, draft, parameters, parents, started)
+
+    def _publish(
+        self, name: str, draft: Draft, parameters: Mapping[str, Any], parents: Sequence[Artifact], started: float
+    ) -> None:
+        """Write the manifest of a draft and put it in the place of the older artifact."""
+        path = draft.path
         files = {
             str(p.relative_to(path)): {"sha256": file_digest(p), "bytes": p.stat().st_size}
             for p in sorted(path.rglob("*"))

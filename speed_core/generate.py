@@ -2,7 +2,7 @@
 
 An engine turns requests into completions; `run` keeps the log. Three engines share one small
 interface: vLLM in a process of its own (its memory is really back after `close`), Transformers in
-this process, and any OpenAI-compatible server (`speed_core.teacher`). With `constrained` decoding
+this process, and any OpenAI-compatible server (`speed_core.server_engine`). With `constrained` decoding
 the text is held to the JSON schema of its kind by a grammar; a grammar guarantees a prefix of a
 valid object, not its end, so text cut at the token limit is `truncated`, never repaired.
 """
@@ -18,7 +18,7 @@ import tempfile
 import threading
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -47,12 +47,18 @@ class Decoding:
 
 @dataclass(frozen=True)
 class Request:
-    """One text to be written: `id` names it, `kind` decides the schema (empty: free text)."""
+    """One text to be written: `id` names it, `kind` decides the schema (empty: free text), `attempt` counts from 1."""
 
     id: str
     text: str
     kind: str = ""
     seed: int = 0
+    attempt: int = 1
+
+    def again(self) -> Request:
+        """The next attempt: the same prompt with a seed of its own."""
+        seed = int(digest([self.seed, self.attempt])[:8], 16) & 0x7FFFFFFF
+        return replace(self, seed=seed, attempt=self.attempt + 1)
 
 
 @dataclass(frozen=True)
@@ -78,16 +84,15 @@ class Engine(Protocol):
 
 def request_id(request: Request, model_id: str, decoding: Decoding) -> str:
     """Digest of everything that decides the text: prompt, weights, decoding, schema, seed."""
-    return digest(
-        {
-            "prompt": request.text,
-            "model": model_id,
-            "decoding": asdict(decoding),
-            "schema": records.schema(request.kind) if request.kind and decoding.constrained else None,
-            "seed": request.seed,
-            "record": request.id,
-        }
-    )[:24]
+    decides = {
+        "prompt": request.text,
+        "model": model_id,
+        "decoding": asdict(decoding),
+        "schema": records.schema(request.kind) if request.kind and decoding.constrained else None,
+        "seed": request.seed,
+        "record": request.id,
+    }
+    return digest(decides | ({"attempt": request.attempt} if request.attempt > 1 else {}))[:24]
 
 
 def grammar_schema(kind: str, decoding: Decoding) -> dict[str, Any]:
@@ -248,9 +253,12 @@ def vllm_installed() -> bool:
 
 
 def choose_engine(name: str, requests: int, max_new_tokens: int) -> str:
-    """Resolve `auto`: vLLM when it is installed and the work is worth its start, else Transformers."""
+    """Resolve `auto`: vLLM when it is installed and the work is worth its start, else Transformers.
+
+    A server is never chosen by itself: it needs an address (`server_engine.ServerEngine`).
+    """
     if name not in ("auto", "vllm", "transformers"):
-        raise UserError(f"generation.engine {name!r}: unknown; use auto, vllm or transformers")
+        raise UserError(f"generation.engine {name!r}: unknown; use auto, vllm, transformers or server")
     if name == "vllm" and not vllm_installed():
         raise UserError("generation.engine 'vllm': not installed; run make setup, or use transformers")
     if name != "auto":
@@ -292,67 +300,98 @@ def run(
     dtype: str = "bfloat16",
     max_length: int = 1024,
     batch_size: int = 32,
+    attempts: int = 1,
+    model_id: str = "",
     parse: Callable[[str, str, str], records.Outcome] = records.parse,
 ) -> list[dict[str, Any]]:
-    """Answer every request once and return the log entries in the order of `requests`.
+    """Answer every request and return one log entry each, in the order of `requests`.
 
     Requests already in `log` (same digest of everything that decides the text) are not issued
     again. Each finished text is parsed by `parse(raw, kind, finish_reason)` and appended at once.
-    The number of entries equals the number of requests, always.
+    The number of entries equals the number of requests, always. A text that is not ok is asked for again, with a
+    seed of its own, up to `attempts` times in all; every attempt stays in the log, the last one is returned.
+    `model_id` names weights that are not on this machine (a server's); else it is their digest.
     """
-    base = models.weights_id(models.resolve(model))
-    model_id = f"{base}+{models.weights_id(adapter)}" if adapter else base
-    keys = {r.id: request_id(r, model_id, decoding) for r in requests}
-    if len(keys) != len(requests):
+    if not model_id:
+        base = models.weights_id(models.resolve(model))
+        model_id = f"{base}+{models.weights_id(adapter)}" if adapter else base
+    if len({r.id for r in requests}) != len(requests):
         raise ValueError("requests: two of them share an id; ids must differ")
-    by_id = {r.id: r for r in requests}
+    latest = {r.id: r for r in requests}
+    started: Engine | None = None if isinstance(engine, str) else engine
     with AppendLog(log) as entries:
-        todo = [r for r in requests if keys[r.id] not in entries.entries]
-        if todo:
-            owned = isinstance(engine, str)
-            started = (
-                open_engine(
-                    choose_engine(engine, len(todo), decoding.max_new_tokens),
-                    model,
-                    adapter,
-                    dtype=dtype,
-                    max_length=max_length,
-                    batch_size=batch_size,
-                )
-                if isinstance(engine, str)
-                else engine
+
+        def entry(r: Request) -> dict[str, Any] | None:
+            return entries.entries.get(request_id(r, model_id, decoding))
+
+        others = {e["record"] for e in entries.entries.values()} & {r.id for r in requests if entry(r) is None}
+        if others:
+            print(
+                f"{log.name}: holds {len(others)} of these records with another prompt, model, decoding or seed; kept, not used"
             )
-            bar = progress(len(requests), f"{label} [{started.name}]", "rec", len(requests) - len(todo))
-            try:
-                for c in started.generate(todo, decoding):
-                    request = by_id[c.id]
-                    outcome = parse(c.text, request.kind, c.finish_reason)
-                    entries.append(
-                        {
-                            "id": keys[c.id],
-                            "record": c.id,
-                            "kind": request.kind,
-                            "seed": request.seed,
-                            "status": outcome.status,
-                            "reason": outcome.reason,
-                            "raw": c.text,
-                            "finish_reason": c.finish_reason,
-                            "prompt_tokens": c.prompt_tokens,
-                            "new_tokens": c.new_tokens,
-                            "model": model_id,
-                            "engine": started.name,
-                        }
-                    )
-                    bar.update()
-            finally:
-                bar.close()
-                if owned:
-                    started.close()
-        return [entries.entries[keys[r.id]] for r in requests]
+        try:
+            for attempt in range(1, attempts + 1):
+                todo = [r for r in latest.values() if r.attempt == attempt and entry(r) is None]
+                if todo and started is None:
+                    assert isinstance(engine, str)
+                    name = choose_engine(engine, len(todo), decoding.max_new_tokens)
+                    started = open_engine(name, model, adapter, dtype=dtype, max_length=max_length, batch_size=batch_size)
+                if todo and started is not None:
+                    named = label if attempt == 1 else f"{label}, attempt {attempt}"
+                    bar = progress(len(requests), f"{named} [{started.name}]", "rec", len(requests) - len(todo))
+                    try:
+                        for c in started.generate(prefix_order(todo), decoding):
+                            entries.append(_entry(c, latest[c.id], model_id, decoding, started.name, parse))
+                            bar.update()
+                    finally:
+                        bar.close()
+                if attempt < attempts:
+                    failed = [r for r in latest.values() if r.attempt == attempt and _weak(entry(r))]
+                    latest |= {r.id: r.again() for r in failed}
+        finally:
+            if started is not None and isinstance(engine, str):
+                started.close()
+        return [e for r in requests if (e := entry(latest[r.id])) is not None]
 
 
-def replay(requests: Sequence[Request], log: Path, decoding: Decoding) -> list[dict[str, Any]]:
-    """The log entries of `requests` in their order, without model or engine.
+def prefix_order(requests: Sequence[Request]) -> list[Request]:
+    """Requests sorted by their text, so that prompts with a common beginning follow each other and share its cache."""
+    return sorted(requests, key=lambda r: r.text)
+
+
+def _weak(entry: dict[str, Any] | None) -> bool:
+    return entry is not None and entry["status"] in ("invalid", "truncated", "refused")
+
+
+def _entry(
+    c: Completion,
+    request: Request,
+    model_id: str,
+    decoding: Decoding,
+    engine: str,
+    parse: Callable[[str, str, str], records.Outcome],
+) -> dict[str, Any]:
+    """The line of the log for one completion."""
+    outcome = parse(c.text, request.kind, c.finish_reason)
+    more = {"attempt": request.attempt} if request.attempt > 1 else {}
+    return more | {
+        "id": request_id(request, model_id, decoding),
+        "record": c.id,
+        "kind": request.kind,
+        "seed": request.seed,
+        "status": outcome.status,
+        "reason": outcome.reason,
+        "raw": c.text,
+        "finish_reason": c.finish_reason,
+        "prompt_tokens": c.prompt_tokens,
+        "new_tokens": c.new_tokens,
+        "model": model_id,
+        "engine": engine,
+    }
+
+
+def replay(requests: Sequence[Request], log: Path, decoding: Decoding, attempts: int = 1) -> list[dict[str, Any]]:
+    """The log entries of `requests` in their order, without model or engine: the last attempt of each, as `run` returns it.
 
     An entry counts only when its id is the digest of this very prompt, decoding and seed with the model it names.
     """
@@ -362,15 +401,23 @@ def replay(requests: Sequence[Request], log: Path, decoding: Decoding) -> list[d
         by_record: dict[str, list[dict[str, Any]]] = {}
         for e in entries.entries.values():
             by_record.setdefault(e["record"], []).append(e)
+
+    def find(r: Request) -> dict[str, Any] | None:
+        found = [e for e in by_record.get(r.id, []) if e["id"] == request_id(r, e["model"], decoding)]
+        return found[-1] if found else None
+
     out = []
     for r in requests:
-        found = [e for e in by_record.get(r.id, []) if e["id"] == request_id(r, e["model"], decoding)]
-        if not found:
+        entry = find(r)
+        while r.attempt < attempts and _weak(entry):
+            r = r.again()
+            entry = find(r)
+        if entry is None:
             raise UserError(
                 f"replay: {log.name} holds no outcome of record {r.id} with this prompt, decoding and seed; "
                 "use the profile and overrides of the export"
             )
-        out.append(found[-1])
+        out.append(entry)
     return out
 
 

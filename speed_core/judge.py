@@ -7,15 +7,18 @@ rules cannot see: whether the positive is really closer to the query than the ha
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from speed_core import prompts, records
+from speed_core import teacher as teachers
 from speed_core.prompts import Prompt
 
 INVALID_SCORE = -5.0
@@ -142,14 +145,17 @@ class LlmJudge:
     """A language model through an endpoint, at temperature 0 (SPEED appendix B).
 
     It is asked twice with the order reversed; a pair on which it contradicts itself is set aside
-    (best is then equal to worst, and `make_pairs` counts it as a tie).
+    (best is then equal to worst, and `make_pairs` counts it as a tie). Every answer is in `log`: a second run
+    pays for nothing that was answered.
     """
 
-    def __init__(self, teacher: Any, temperature: float = 0.0, twice: bool = True):
-        self.teacher, self.temperature, self.twice = teacher, temperature, twice
+    def __init__(self, teacher: Any, log: Path, temperature: float = 0.0, twice: bool = True):
+        self.teacher, self.log, self.temperature, self.twice = teacher, log, temperature, twice
         self.label = f"llm judge ({teacher.label})"
+        self._answers: dict[str, dict[str, Any]] = {}  # of one question, by its text
         self.audit = {
             "judged": 0,
+            "unanswered": 0,
             "unreadable": 0,
             "agree": 0,
             "contradict": 0,
@@ -157,36 +163,70 @@ class LlmJudge:
             "first_place_expected": 0.0,
         }
 
-    def _ask(self, prompt: Prompt, candidates: Sequence[str]) -> tuple[int, int, str] | None:
-        reply = self.teacher.answer(prompts.judge(prompt.text, list(candidates)), "judge", self.temperature)
-        start = reply.text.find("{")
-        try:
-            value = json.JSONDecoder().raw_decode(reply.text, start)[0]
-            best, worst = int(value["best"]), int(value["worst"])
-        except (ValueError, KeyError, TypeError, IndexError):
+    def _questions(self, prompt: Prompt, candidates: Sequence[str]) -> list[Prompt]:
+        orders = [list(candidates), list(reversed(candidates))][: 1 + self.twice]
+        return [
+            dataclasses.replace(prompt, id=f"{prompt.id}/judge{k}", text=prompts.judge(prompt.text, order))
+            for k, order in enumerate(orders)
+        ]
+
+    def ask(self, items: Sequence[tuple[Prompt, Sequence[str]]]) -> str:
+        """Ask about many prompts at once, every answer logged as it comes; returns why some are missing, or nothing."""
+        questions = [q for prompt, candidates in items for q in self._questions(prompt, candidates)]
+        entries = teachers.ask(
+            self.teacher, questions, purpose="judge", log=self.log, parse=parse_verdict, temperature=self.temperature
+        )
+        self._answers |= {q.text: e for q, e in zip(questions, entries, strict=True)}
+        return teachers.unanswered(entries)
+
+    def _verdict(self, entry: dict[str, Any], count: int) -> tuple[int, int, str] | None:
+        record = parse_verdict(entry["raw"], "", entry["finish_reason"]).record
+        if record is None:
             return None
-        inside = 0 <= best < len(candidates) and 0 <= worst < len(candidates) and best != worst
-        return (best, worst, str(value.get("reason", ""))) if inside else None
+        best, worst = int(str(record["best"])), int(str(record["worst"]))
+        inside = 0 <= best < count and 0 <= worst < count and best != worst
+        return (best, worst, str(record["reason"])) if inside else None
 
     def judge(self, prompt: Prompt, candidates: Sequence[str], finish_reasons: Sequence[str] | None = None) -> Judgement:
-        n = len(candidates)
-        first, a = self._ask(prompt, candidates), self.audit
+        n, a, nothing = len(candidates), self.audit, (0.0,) * len(candidates)
+        questions = self._questions(prompt, candidates)
+        if any(q.text not in self._answers for q in questions):
+            self.ask([(prompt, candidates)])
+        entries = [self._answers[q.text] for q in questions]
+        if any(e["status"] == "error" for e in entries):
+            a["unanswered"] += 1
+            return Judgement(0, 0, nothing, "the judge did not answer")
         a["judged"] += 1
-        if first is None:
+        verdicts = [self._verdict(e, n) for e in entries]
+        # Over both orders each candidate stands first as often as last, so a fair judge names place 0 in 1 of n.
+        a["first_place_best"] += sum(v is not None and v[0] == 0 for v in verdicts)
+        a["first_place_expected"] += sum(v is not None for v in verdicts) / n
+        first, again = verdicts[0], verdicts[-1]
+        if first is None or again is None:
             a["unreadable"] += 1
-            return Judgement(0, 0, (0.0,) * n, "the judge's answer could not be read")
+            return Judgement(0, 0, nothing, "the judge's answer could not be read")
         best, worst, reason = first
         if self.twice:
-            again = self._ask(prompt, list(reversed(candidates)))
-            # Over both orders each candidate stands first as often as last, so a fair judge names place 0 in 1 of n.
-            a["first_place_best"] += (best == 0) + (again is not None and again[0] == 0)
-            a["first_place_expected"] += (1 + (again is not None)) / n
-            same = again is not None and (n - 1 - again[0], n - 1 - again[1]) == (best, worst)
+            same = (n - 1 - again[0], n - 1 - again[1]) == (best, worst)
             a["agree" if same else "contradict"] += 1
             if not same:
-                return Judgement(0, 0, (0.0,) * n, "the judge contradicts itself when the order is reversed")
+                return Judgement(0, 0, nothing, "the judge contradicts itself when the order is reversed")
         scores = tuple(1.0 if i == best else -1.0 if i == worst else 0.0 for i in range(n))
         return Judgement(best, worst, scores, reason)
+
+
+def parse_verdict(raw: str, kind: str, finish_reason: str) -> records.Outcome:
+    """Outcome of a judge's answer: the first JSON object with whole numbers `best` and `worst`."""
+    if finish_reason == "length":
+        return records.Outcome("truncated", "length", raw=raw)
+    try:
+        value = json.JSONDecoder().raw_decode(raw, raw.index("{"))[0]
+        found: dict[str, str | None] = {k: str(value.get(k, "")) for k in ("best", "worst", "reason")}
+    except (ValueError, AttributeError):
+        return records.Outcome("invalid", "no_verdict", raw=raw)
+    if not all(re.fullmatch("[0-9]{1,3}", str(found[k])) for k in ("best", "worst")):
+        return records.Outcome("invalid", "no_index", raw=raw)
+    return records.Outcome("ok", record=found, raw=raw)
 
 
 def make_pairs(

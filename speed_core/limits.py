@@ -1,12 +1,15 @@
-"""How fast an endpoint is asked: concurrency that adapts, and caps on requests and tokens a minute."""
+"""How fast an endpoint is asked: concurrency that adapts, and caps on requests and tokens a minute.
+
+Both live on one event loop, so they need no locks.
+"""
 
 from __future__ import annotations
 
-import threading
+import asyncio
 import time
 from collections import deque
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import asynccontextmanager
 
 
 class Gate:
@@ -17,29 +20,34 @@ class Gate:
 
     def __init__(self, most: int):
         self.most, self.limit, self._active = most, float(most), 0
-        self._free = threading.Condition()
+        self._waiting: deque[asyncio.Future[None]] = deque()
 
-    @contextmanager
-    def slot(self) -> Iterator[None]:
-        with self._free:
-            while self._active >= max(1, int(self.limit)):
-                self._free.wait()
-            self._active += 1
+    @asynccontextmanager
+    async def slot(self) -> AsyncIterator[None]:
+        while self._active >= max(1, int(self.limit)):
+            turn = asyncio.get_running_loop().create_future()
+            self._waiting.append(turn)
+            await turn
+        self._active += 1
         try:
             yield
         finally:
-            with self._free:
-                self._active -= 1
-                self._free.notify()
+            self._active -= 1
+            # One for the slot that is free now, one more in case the limit has grown; who finds none waits again.
+            self._wake(2)
+
+    def _wake(self, count: int) -> None:
+        while count and self._waiting:
+            turn = self._waiting.popleft()
+            if not turn.done():
+                turn.set_result(None)
+                count -= 1
 
     def went_well(self) -> None:
-        with self._free:
-            self.limit = min(float(self.most), self.limit + 1 / max(1.0, self.limit))
-            self._free.notify()
+        self.limit = min(float(self.most), self.limit + 1 / max(1.0, self.limit))
 
     def was_refused(self) -> None:
-        with self._free:
-            self.limit = max(1.0, self.limit / 2)
+        self.limit = max(1.0, self.limit / 2)
 
 
 class Pace:
@@ -47,29 +55,25 @@ class Pace:
 
     def __init__(
         self, requests: int, tokens: int, window: float = 60.0,
-        clock: Callable[[], float] = time.monotonic, sleep: Callable[[float], None] = time.sleep,
+        clock: Callable[[], float] = time.monotonic, sleep: Callable[[float], Awaitable[None]] = asyncio.sleep,
     ):  # fmt: skip
         self.requests, self.tokens, self.window, self._clock, self._sleep = requests, tokens, window, clock, sleep
         self._past: deque[list[float]] = deque()  # [when, tokens]
-        self._lock = threading.Lock()
 
-    def enter(self, tokens: float) -> list[float]:
+    async def enter(self, tokens: float) -> list[float]:
         """Wait for room and take it with an estimate of the call's tokens; `settle` corrects the estimate."""
         while True:
-            with self._lock:
-                now = self._clock()
-                while self._past and now - self._past[0][0] >= self.window:
-                    self._past.popleft()
-                full = 0 < self.requests <= len(self._past)
-                # A call larger than the whole cap still has to go some time: alone.
-                full = full or bool(self.tokens and self._past and sum(t for _, t in self._past) + tokens > self.tokens)
-                if not full:
-                    entry = [now, float(tokens)]
-                    self._past.append(entry)
-                    return entry
-                wait = self.window - (now - self._past[0][0])
-            self._sleep(max(wait, 0.01))
+            now = self._clock()
+            while self._past and now - self._past[0][0] >= self.window:
+                self._past.popleft()
+            full = 0 < self.requests <= len(self._past)
+            # A call larger than the whole cap still has to go some time: alone.
+            full = full or bool(self.tokens and self._past and sum(t for _, t in self._past) + tokens > self.tokens)
+            if not full:
+                entry = [now, float(tokens)]
+                self._past.append(entry)
+                return entry
+            await self._sleep(max(self.window - (now - self._past[0][0]), 0.01))
 
     def settle(self, entry: list[float], tokens: float) -> None:
-        with self._lock:
-            entry[1] = float(tokens)
+        entry[1] = float(tokens)

@@ -50,16 +50,16 @@ def brainstorm(run: Run) -> Artifact:
     """Artifact `tasks`: the teacher's answers to the brainstorm prompts."""
     planned = brainstorm_prompts(run)
     who = run.profile.teacher
-    parameters = {"prompts": prompts.text_digest("".join(q.digest for q in planned)), "teacher": dotted(who)}
+    parameters = {"prompts": prompts.text_digest("".join(q.digest for q in planned)), "teacher": who.deciding()}
     with run.store.stage("tasks", parameters) as draft:
         if draft:
             t = teacher.open_teacher(who)
             entries = teacher.ask(
-                t, planned, purpose="brainstorm", log=run.log("tasks"), concurrency=who.concurrency, parse=teacher.parse_tasks
+                t, planned, purpose="brainstorm", log=run.log("tasks"), parse=teacher.parse_tasks, attempts=who.attempts
             )
             write_jsonl(draft.file("data.jsonl"), entries)
             write_json(draft.file("ledger.json"), t.ledger.rows)
-            draft.info |= {"teacher": t.label, "outcomes": generate.counts(entries)}
+            draft.info |= {"teacher": t.label, "outcomes": generate.counts(entries), "partial": teacher.unanswered(entries)}
     return run.store.need("tasks")
 
 
@@ -109,14 +109,14 @@ def seed_plan(run: Run) -> list[Prompt]:
 def seed_data(run: Run) -> Artifact:
     """Artifact `seeds`: the teacher's examples, one outcome a prompt."""
     planned, parent, who = seed_plan(run), run.store.need("tasks"), run.profile.teacher
-    parameters = {"prompts": prompts.text_digest("".join(q.digest for q in planned)), "teacher": dotted(who)}
+    parameters = {"prompts": prompts.text_digest("".join(q.digest for q in planned)), "teacher": who.deciding()}
     with run.store.stage("seeds", parameters, [parent]) as draft:
         if draft:
             t = teacher.open_teacher(who)
-            entries = teacher.ask(t, planned, purpose="seed", log=run.log("seeds"), concurrency=who.concurrency)
+            entries = teacher.ask(t, planned, purpose="seed", log=run.log("seeds"), attempts=who.attempts)
             write_jsonl(draft.file("data.jsonl"), entries)
             write_json(draft.file("ledger.json"), t.ledger.rows)
-            draft.info |= {"teacher": t.label, "outcomes": generate.counts(entries)}
+            draft.info |= {"teacher": t.label, "outcomes": generate.counts(entries), "partial": teacher.unanswered(entries)}
     return run.store.need("seeds")
 
 
@@ -172,29 +172,39 @@ def sample(
         "decoding": dataclasses.asdict(decoding),
         "generator": generator,
         "seed": run.profile.seed,
-    }
+    } | ({"attempts": g.attempts} if g.attempts > 1 else {})
     made = [a for a in [run.store.get(generator)] if a]
     with run.store.stage(name, parameters, [*made, *parents]) as draft:
         if draft:
             if run.replay:
-                entries = generate.replay(requests, run.log(name), decoding)
+                entries = generate.replay(requests, run.log(name), decoding, g.attempts)
             else:
-                base, adapter = generator_weights(run, generator)
-                entries = generate.run(
-                    requests,
-                    model=base,
-                    adapter=adapter,
-                    log=run.log(name),
-                    decoding=decoding,
-                    engine=g.engine,
-                    label=name,
-                    dtype=g.dtype,
-                    max_length=g.max_length,
-                    batch_size=g.batch_size,
-                )
+                entries = _generate(run, requests, generator, decoding, name)
             write_jsonl(draft.file("data.jsonl"), entries)
             draft.info |= {"outcomes": generate.counts(entries), "new_tokens": sum(e["new_tokens"] for e in entries)}
     return run.store.need(name)
+
+
+def _generate(
+    run: Run, requests: Sequence[generate.Request], generator: str, decoding: generate.Decoding, name: str
+) -> list[dict[str, Any]]:
+    """Answer requests with the engine of the profile; the log is the artifact's name."""
+    g, base = run.profile.generation, run.profile.models.generator
+    common: dict[str, Any] = {"log": run.log(name), "decoding": decoding, "label": name, "attempts": g.attempts}
+    if g.engine == "server":
+        from speed_core.server_engine import ServerEngine
+
+        # The server holds the weights; an adapter that was made here is named by its digest all the same.
+        made = run.store.get(generator) if generator != "base" else None
+        model_id = f"server:{base}+{models.weights_id(made.path) if made else generator}"
+        served = ServerEngine(g.base_url, base if generator == "base" else generator, base, concurrency=g.concurrency)
+        try:
+            return generate.run(requests, model=base, model_id=model_id, engine=served, **common)
+        finally:
+            served.close()
+    base, adapter = generator_weights(run, generator)
+    common |= {"dtype": g.dtype, "max_length": g.max_length, "batch_size": g.batch_size}
+    return generate.run(requests, model=base, adapter=adapter, engine=g.engine, **common)
 
 
 def generator_weights(run: Run, generator: str) -> tuple[str, Any]:
@@ -229,16 +239,19 @@ def rubric(run: Run, entries: Sequence[dict[str, Any]] = (), planned: Sequence[P
 def preferences(run: Run, root: Artifact, planned: Sequence[Prompt]) -> Artifact:
     """Artifact `pairs`: best and worst of each prompt's candidates, with the judge's reason."""
     who = run.profile.teacher
-    with run.store.stage("pairs", {"judge": who.judge, "weights": judge.RubricJudge.WEIGHTS}, [root]) as draft:
+    by: dict[str, Any] = {"weights": judge.RubricJudge.WEIGHTS} if who.judge == "rubric" else {"teacher": who.deciding()}
+    with run.store.stage("pairs", {"judge": who.judge, **by}, [root]) as draft:
         if draft:
             entries = root.rows()
             groups: dict[str, list[dict[str, Any]]] = {}
             for e in entries:
                 groups.setdefault(e["record"].partition("#")[0], []).append(e)
             items = [(q, groups[q.id]) for q in planned if q.id in groups]
-            decide: Any = rubric(run, entries, planned)
             if who.judge == "llm":
-                decide = judge.LlmJudge(teacher.open_teacher(who), who.judge_temperature)
+                decide: Any = judge.LlmJudge(teacher.open_teacher(who), run.log("judge"), who.judge_temperature)
+                draft.info["partial"] = decide.ask([(q, [e["raw"] for e in group]) for q, group in items])
+            else:
+                decide = rubric(run, entries, planned)
             pairs, count = judge.make_pairs(decide, items)
             write_jsonl(draft.file("data.jsonl"), pairs)
             write_json(draft.file("counts.json"), count)
@@ -283,9 +296,9 @@ def revision_rows(run: Run) -> list[dict[str, Any]]:
         dataclasses.replace(planned[rid], id=f"{rid}/revise", text=prompts.revise(planned[rid].text, text))
         for rid, text in list(weak.items())[:count]
     ]
-    entries = teacher.ask(
-        teacher.open_teacher(who), items, purpose="revise", log=run.log("revisions"), concurrency=who.concurrency
-    )
+    entries = teacher.ask(teacher.open_teacher(who), items, purpose="revise", log=run.log("revisions"), attempts=who.attempts)
+    if (gap := teacher.unanswered(entries)) and not who.accept_partial:
+        raise UserError(f"revisions: {gap}; or set teacher.accept_partial=true to train on what is there")
     return [
         {"kind": q.kind, "task": q.task, "prompt": planned[rid].text, "weak": weak[rid], "answer": e["raw"]}
         for q, e in zip(items, entries, strict=True)

@@ -33,6 +33,14 @@ class Models(Part):
     guide: str
 
 
+class Price(Part):
+    """US dollars for a million tokens of one model."""
+
+    model: str
+    input: float = Field(ge=0)
+    output: float = Field(ge=0)
+
+
 class Teacher(Part):
     """Who answers in GPT-4o's place, who judges, and what it may cost."""
 
@@ -44,15 +52,36 @@ class Teacher(Part):
     top_p: float = 1.0
     judge_temperature: float = 0.0
     concurrency: int = Field(8, ge=1)
-    usd_per_million_input: float = Field(0.0, ge=0)
-    usd_per_million_output: float = Field(0.0, ge=0)
+    attempts: int = Field(1, ge=1, le=10)  # for an answer that is invalid, refused or cut
+    max_output_tokens: int = Field(0, ge=0)  # of one answer; 0: the endpoint's own limit
+    prices: tuple[Price, ...] = ()
     max_calls: int = Field(1000, ge=0)
-    max_usd: float = Field(1.0, ge=0)
-    max_tokens: int = Field(0, ge=0)  # of a whole run, input and output; 0: no cap of its own
+    max_usd: float = Field(1.0, ge=0)  # 0: no cap of its own
+    max_tokens: int = Field(0, ge=0)  # of a whole stage, input and output; 0: no cap of its own
     max_minutes: float = Field(60.0, gt=0)
     requests_per_minute: int = Field(0, ge=0)
     tokens_per_minute: int = Field(0, ge=0)
     timeout_seconds: float = Field(120.0, gt=0)
+    accept_partial: bool = False  # let later stages take a data set that a budget has cut short
+
+    def price(self) -> tuple[float, float]:
+        """(input, output) in US dollars for a million tokens; a model that the table lacks costs nothing here."""
+        return next(((p.input, p.output) for p in self.prices if p.model == self.model), (0.0, 0.0))
+
+    def deciding(self) -> dict[str, Any]:
+        """The values that decide an answer, without those that only decide its price, pace or permission."""
+        names = (
+            "kind",
+            "judge",
+            "model",
+            "base_url",
+            "temperature",
+            "top_p",
+            "judge_temperature",
+            "attempts",
+            "max_output_tokens",
+        )
+        return {n: getattr(self, n) for n in names}
 
 
 class Topics(Part):
@@ -70,13 +99,16 @@ class Prompts(Part):
 
 
 class Generation(Part):
-    engine: Literal["auto", "vllm", "transformers"] = "auto"
+    engine: Literal["auto", "vllm", "transformers", "server"] = "auto"
     temperature: float = Field(1.0, ge=0, le=2)
     top_p: float = Field(1.0, gt=0, le=1)
     max_new_tokens: int = Field(ge=16)
     max_length: int = Field(ge=128)
     batch_size: int = Field(32, ge=1)
     constrained: bool = True
+    attempts: int = Field(1, ge=1, le=10)  # for a text that is invalid, refused or cut
+    base_url: str = ""  # of an OpenAI-compatible server, for engine "server"
+    concurrency: int = Field(64, ge=1)  # requests at once, for engine "server"
     dtype: Literal["bfloat16", "float16", "float32"] = "bfloat16"
 
 

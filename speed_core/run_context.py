@@ -40,7 +40,7 @@ def open_run(profile: str = "tiny", overrides: dict[str, Any] | None = None, see
         values.setdefault("seed", seed)
     p = profiles.load(profile, values)
     folder = Path(os.environ.get("SPEED_RUNS") or ROOT / "runs") / p.name
-    store = Store(folder / "artifacts", ROOT / "speed_core" / "assets" / "shipped")
+    store = Store(folder / "artifacts", ROOT / "speed_core" / "assets" / "shipped", p.teacher.accept_partial)
     store.root.mkdir(parents=True, exist_ok=True)
     store.recover()
     official = p.name == "tiny" and not os.environ.get("SPEED_RUNS")

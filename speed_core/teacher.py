@@ -6,28 +6,26 @@ assistant. They are not GPT-4o output and are labelled as ours wherever they app
 
 from __future__ import annotations
 
+import asyncio
+import itertools
 import json
+import math
 import os
 import random
-import threading
-import time
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor, as_completed
+from concurrent.futures import Future, as_completed
 from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
 from typing import Any, Protocol
 
-import httpx
-from tenacity import Retrying, retry_if_exception, stop_after_attempt, stop_after_delay, wait_exponential_jitter
-
 from speed_core import prompts, records
 from speed_core.artifacts import AppendLog, UserError, digest, read_jsonl
-from speed_core.limits import Gate, Pace
+from speed_core.endpoint import Deadline, Endpoint, final_status
 from speed_core.profile import Teacher as TeacherSettings
 
 RECORDED = Path(__file__).parent / "assets" / "recorded"
-RETRYABLE = (408, 409, 425, 429)  # of the 4xx; 5xx are all tried again
+UNRECORDED = "no recorded answer to this prompt"
 LABEL = "recorded answers, written by this repository's authors"
 
 
@@ -68,6 +66,10 @@ class Teacher(Protocol):
 
     def answer(self, prompt: str, purpose: str, temperature: float | None = None) -> Answer: ...
 
+    def submit(self, prompt: str, purpose: str, temperature: float | None = None) -> Future[Answer]: ...
+
+    def decides(self, temperature: float | None) -> dict[str, Any]: ...
+
 
 @lru_cache(maxsize=8)
 def recorded_rows(name: str) -> tuple[dict[str, Any], ...]:
@@ -95,23 +97,29 @@ class RecordedTeacher:
         self.ledger.add(purpose, answer, 0.0)
         return answer
 
+    def submit(self, prompt: str, purpose: str, temperature: float | None = None) -> Future[Answer]:
+        future: Future[Answer] = Future()
+        try:
+            future.set_result(self.answer(prompt, purpose, temperature))
+        except KeyError as error:
+            future.set_exception(error)
+        return future
+
+    def decides(self, temperature: float | None) -> dict[str, Any]:
+        return {}  # an answer that is written down depends on the prompt alone
+
 
 class EndpointTeacher:
-    """GPT-4o, a self-hosted `vllm serve`, or anything else that speaks the same protocol.
+    """GPT-4o, a self-hosted `vllm serve`, or anything else that speaks the same protocol (see `speed_core.endpoint`).
 
-    Transport errors, 408, 409, 425, 429 and 5xx are tried again with jitter, not before the answer's
-    Retry-After; other 4xx are remembered, since the same request would fail again. Concurrency adapts,
-    calls and tokens a minute are capped, and the budget (calls, tokens, money, minutes) is checked before
-    each call. The key comes from $OPENAI_API_KEY and is never logged.
+    The budget (calls, tokens, money, minutes) is hard: it is checked before each call and counts what is in flight, by
+    the mean of the answers so far (before the first answer: by the prompt's length and `max_output_tokens`).
     """
 
     def __init__(self, settings: TeacherSettings):
-        import openai
-
         if not settings.model:
             raise UserError("teacher.model: empty; name the model that the endpoint serves")
-        key = os.environ.get("OPENAI_API_KEY", "")
-        if not key and not settings.base_url:
+        if not os.environ.get("OPENAI_API_KEY") and not settings.base_url:
             raise UserError(
                 "OPENAI_API_KEY: not set; export it, set teacher.base_url to a server of yours, "
                 "or use the recorded teacher (teacher.kind=recorded)"
@@ -119,95 +127,81 @@ class EndpointTeacher:
         self.settings = settings
         self.label = f"{settings.model} at {settings.base_url or 'the OpenAI API'}"
         self.ledger = Ledger()
-        self._lock = threading.Lock()
-        self._started = time.monotonic()
-        self._openai = openai
-        self._gate = Gate(settings.concurrency)
-        self._pace = Pace(settings.requests_per_minute, settings.tokens_per_minute)
-        self._client = openai.OpenAI(
-            api_key=key or "none", base_url=settings.base_url or None, max_retries=0, timeout=settings.timeout_seconds
+        self._price = settings.price()
+        self._in_flight: dict[int, float] = {}  # tokens guessed for each running call
+        self._numbers = itertools.count()
+        self._deadline = Deadline(settings.max_minutes)
+        self.endpoint = Endpoint(
+            settings.base_url,
+            concurrency=settings.concurrency,
+            requests_per_minute=settings.requests_per_minute,
+            tokens_per_minute=settings.tokens_per_minute,
+            timeout_seconds=settings.timeout_seconds,
         )
 
     def check(self) -> None:
         """Reach the endpoint once; one line with the remedy if it does not answer."""
-        try:
-            served = [m.id for m in self._client.models.list().data]
-        except self._openai.AuthenticationError:
-            raise UserError(f"teacher {self.label}: the key was refused; set OPENAI_API_KEY to a valid one") from None
-        except self._openai.OpenAIError as error:
-            raise UserError(
-                f"teacher {self.label}: not reachable ({type(error).__name__}); "
-                "start the server, correct teacher.base_url, or use teacher.kind=recorded"
-            ) from None
+        served = self.endpoint.served()
         if served and self.settings.model not in served:
             raise UserError(f"teacher.model {self.settings.model!r}: not served there; it serves {', '.join(served[:5])}")
 
-    def _budget(self) -> None:
-        s, minutes = self.settings, (time.monotonic() - self._started) / 60
+    def decides(self, temperature: float | None) -> dict[str, Any]:
+        """What decides an answer beside the prompt and the model: part of every request's digest."""
+        s = self.settings
+        t = s.temperature if temperature is None else temperature
+        return {"temperature": t, "top_p": s.top_p, "max_output_tokens": s.max_output_tokens}
+
+    def _guess(self, prompt: str) -> float:
+        """Tokens of a call that has no answer yet."""
+        calls = self.ledger.total("calls")
+        spent = self.ledger.total("input_tokens") + self.ledger.total("output_tokens")
+        return spent / calls if calls else len(prompt) / 4 + self.settings.max_output_tokens
+
+    def _spend(self, usage: Answer) -> float:
+        return (usage.input_tokens * self._price[0] + usage.output_tokens * self._price[1]) / 1e6
+
+    def _reserve(self, call: int, prompt: str) -> None:
+        """Take room in the budget for one call, or raise BudgetReached that names the cap."""
+        s = self.settings
+        self._in_flight.pop(call, None)
+        calls, usd = self.ledger.total("calls"), self.ledger.total("usd")
         tokens = self.ledger.total("input_tokens") + self.ledger.total("output_tokens")
+        waiting = sum(self._in_flight.values())
+        usd_waiting = waiting * (usd / tokens if tokens else max(self._price) / 1e6)
         reached = [
-            (self.ledger.total("calls") >= s.max_calls, f"max_calls {s.max_calls}"),
-            (tokens >= s.max_tokens > 0, f"max_tokens {s.max_tokens}"),
-            (self.ledger.total("usd") >= s.max_usd > 0, f"max_usd {s.max_usd}"),
-            (minutes >= s.max_minutes, f"max_minutes {s.max_minutes}"),
+            (calls + len(self._in_flight) >= s.max_calls, f"max_calls {s.max_calls}"),
+            (s.max_tokens and tokens + waiting >= s.max_tokens, f"max_tokens {s.max_tokens}"),
+            (s.max_usd and usd + usd_waiting >= s.max_usd, f"max_usd {s.max_usd}"),
         ]
         for hit, name in reached:
             if hit:
                 raise BudgetReached(f"teacher.{name} reached; raise it and run again to go on from here")
+        self._in_flight[call] = self._guess(prompt)
 
-    def _retryable(self, error: BaseException) -> bool:
-        if isinstance(error, self._openai.APIStatusError):
-            return error.status_code in RETRYABLE or error.status_code >= 500
-        # A body that ends too early or is no JSON is the connection's fault, not the request's.
-        broken = (
-            self._openai.APIConnectionError,
-            self._openai.APIResponseValidationError,
-            json.JSONDecodeError,
-            httpx.TransportError,
-        )
-        return isinstance(error, broken)
+    async def reply(self, prompt: str, purpose: str, temperature: float | None = None) -> Answer:
+        """The answer to one prompt, counted in the ledger."""
+        s, call = self.settings, next(self._numbers)
+        decides = self.decides(temperature)
+        more: dict[str, Any] = {"max_tokens": s.max_output_tokens} if s.max_output_tokens else {}
 
-    def _wait(self, state: Any) -> float:
-        """Jittered back-off, but never sooner than the endpoint asked for; at most two minutes."""
-        error = state.outcome.exception()
-        asked = getattr(getattr(error, "response", None), "headers", {}).get("retry-after", "")
-        wait = wait_exponential_jitter(initial=0.5, max=30)(state)
-        return min(120.0, max(wait, float(asked))) if asked.replace(".", "", 1).isdigit() else wait
+        async def send() -> Any:
+            return await self.endpoint.client.chat.completions.create(
+                model=s.model,
+                messages=[{"role": "user", "content": prompt}],
+                temperature=decides["temperature"],
+                top_p=s.top_p,
+                **more,
+            )
 
-    def _call(self, prompt: str, temperature: float) -> Any:
-        """One try: through the gate and the pace, with the budget checked last, when the wait is over."""
-        with self._gate.slot():
-            taken = self._pace.enter(len(prompt) / 4 + 300)
-            with self._lock:
-                self._budget()
-            try:
-                reply = self._client.chat.completions.create(
-                    model=self.settings.model,
-                    messages=[{"role": "user", "content": prompt}],
-                    temperature=temperature,
-                    top_p=self.settings.top_p,
-                )
-            except self._openai.RateLimitError:
-                self._gate.was_refused()
-                raise
-            if not reply.choices:
-                raise httpx.RemoteProtocolError("an answer without choices")
-            self._gate.went_well()
-            if reply.usage:
-                self._pace.settle(taken, reply.usage.total_tokens)
-            return reply
-
-    def answer(self, prompt: str, purpose: str, temperature: float | None = None) -> Answer:
-        temperature = self.settings.temperature if temperature is None else temperature
-        left = 60 * self.settings.max_minutes - (time.monotonic() - self._started)
-        for attempt in Retrying(
-            retry=retry_if_exception(self._retryable),
-            stop=stop_after_attempt(8) | stop_after_delay(max(1.0, left)),
-            wait=self._wait,
-            reraise=True,
-        ):
-            with attempt:
-                reply = self._call(prompt, temperature)
+        try:
+            async with asyncio.timeout(self._deadline.left):
+                reply = await self.endpoint.call(send, self._guess(prompt), lambda: self._reserve(call, prompt))
+        except TimeoutError:
+            raise BudgetReached(
+                f"teacher.max_minutes {s.max_minutes} reached; raise it and run again to go on from here"
+            ) from None
+        finally:
+            self._in_flight.pop(call, None)
         choice, usage = reply.choices[0], reply.usage
         answer = Answer(
             choice.message.content or "",
@@ -215,22 +209,51 @@ class EndpointTeacher:
             usage.prompt_tokens if usage else 0,
             usage.completion_tokens if usage else 0,
         )
-        usd = (
-            answer.input_tokens * self.settings.usd_per_million_input
-            + answer.output_tokens * self.settings.usd_per_million_output
-        ) / 1e6
-        with self._lock:
-            self.ledger.add(purpose, answer, usd)
+        self.ledger.add(purpose, answer, self._spend(answer))
         return answer
+
+    def submit(self, prompt: str, purpose: str, temperature: float | None = None) -> Future[Answer]:
+        """Begin asking; the future gives the answer."""
+        return self.endpoint.submit(self.reply(prompt, purpose, temperature))
+
+    def answer(self, prompt: str, purpose: str, temperature: float | None = None) -> Answer:
+        return self.submit(prompt, purpose, temperature).result()
 
 
 def open_teacher(settings: TeacherSettings) -> Teacher:
     """The teacher that a profile names; an endpoint is reached once, so that a wrong one is refused before any work."""
     if settings.kind == "recorded":
         return RecordedTeacher()
-    endpoint = EndpointTeacher(settings)
-    endpoint.check()
-    return endpoint
+    teacher = EndpointTeacher(settings)
+    teacher.check()
+    return teacher
+
+
+OUTPUT_TOKENS = 300  # of an answer without a limit: the mean of the paper's seed calls is near it (Table 5)
+CALL_SECONDS = 5.0  # of one call: a guess, replaced by the caps on a minute where they are set
+
+
+def estimate(settings: TeacherSettings, texts: Sequence[str]) -> str:
+    """What asking these prompts takes (calls, tokens, money, minutes), and each cap that it breaks, in one line.
+
+    Input tokens are characters / 4; output tokens `max_output_tokens`, or 300.
+    """
+    calls, output = len(texts), settings.max_output_tokens or OUTPUT_TOKENS
+    tokens_in, tokens_out = sum(map(len, texts)) / 4, float(len(texts) * output)
+    price = settings.price()
+    usd = (tokens_in * price[0] + tokens_out * price[1]) / 1e6
+    minutes = [calls * CALL_SECONDS / settings.concurrency / 60]
+    minutes += [calls / settings.requests_per_minute] if settings.requests_per_minute else []
+    minutes += [(tokens_in + tokens_out) / settings.tokens_per_minute] if settings.tokens_per_minute else []
+    money = f"{usd:.2f} USD" if any(price) else f"no price known for {settings.model!r} (add it to teacher.prices)"
+    line = f"{calls:,} calls, about {tokens_in + tokens_out:,.0f} tokens, {money}, {max(minutes):.1f} min"
+    caps = [
+        ("max_calls", calls, settings.max_calls),
+        ("max_tokens", tokens_in + tokens_out, settings.max_tokens or math.inf),
+        ("max_usd", usd, settings.max_usd or math.inf),
+        ("max_minutes", max(minutes), settings.max_minutes),
+    ]
+    return line + "".join(f"; more than teacher.{name} {cap:g}" for name, value, cap in caps if value > cap)
 
 
 def ask(
@@ -239,48 +262,79 @@ def ask(
     *,
     purpose: str,
     log: Path,
-    concurrency: int = 8,
     parse: Any = None,
+    temperature: float | None = None,
+    attempts: int = 1,
 ) -> list[dict[str, Any]]:
-    """Ask the teacher every prompt once; log each answer as it comes; return entries in order.
+    """Ask the teacher every prompt; log each answer as it comes; return one entry a prompt, in order.
 
     Every entry has a status: ok, invalid, refused, truncated, or error (no recorded answer, a
     refused request, a budget that ran out). The counts add up to the prompts. An `error` is asked again
     the next time unless the endpoint refused the request itself (a 4xx other than a rate limit): then
-    `retryable` is false and it is remembered.
+    `retryable` is false and it is remembered. An answer that is not ok is asked for again, up to `attempts` times
+    in all; each attempt has its own entry in the log, and the last one is returned.
     """
-    keys = {p.id: digest({"prompt": p.text, "teacher": teacher.label, "record": p.id})[:24] for p in items}
+    decides = teacher.decides(temperature)
+    tried: dict[str, int] = {p.id: 1 for p in items}
 
-    def one(p: prompts.Prompt) -> dict[str, Any]:
-        entry = {"id": keys[p.id], "record": p.id, "kind": p.kind, "topic": p.topic, "task": p.task, "prompt_digest": p.digest}
+    def key(p: prompts.Prompt) -> str:
+        attempt = {"attempt": tried[p.id]} if tried[p.id] > 1 else {}
+        return digest({"prompt": p.text, "teacher": teacher.label, "record": p.id, **decides, **attempt})[:24]
+
+    def outcome(p: prompts.Prompt, future: Future[Answer]) -> dict[str, Any]:
+        entry = {"id": key(p), "record": p.id, "kind": p.kind, "topic": p.topic, "task": p.task, "prompt_digest": p.digest}
+        failed = entry | {"status": "error", "raw": "", "finish_reason": "stop"}
         try:
-            a = teacher.answer(p.text, purpose)
+            a = future.result()
         except KeyError:
-            return entry | {"status": "error", "reason": "no recorded answer to this prompt", "raw": "", "finish_reason": "stop"}
+            return failed | {"reason": UNRECORDED}
         except BudgetReached as stop:
-            return entry | {"status": "error", "reason": str(stop), "raw": "", "finish_reason": "stop"}
+            return failed | {"reason": str(stop)}
         except Exception as error:  # the client raises many types; each ends as a logged outcome
             code = getattr(error, "status_code", None)
-            final = code is not None and 400 <= code < 500 and code not in RETRYABLE
             why = f"{type(error).__name__}{f' {code}' if code else ''}"
-            return entry | {"status": "error", "reason": why, "raw": "", "finish_reason": "stop", "retryable": not final}
-        outcome = (parse or records.parse)(a.text, p.kind, a.finish_reason)
-        return entry | {
-            "status": outcome.status,
-            "reason": outcome.reason,
+            return failed | {"reason": why, "retryable": final_status(error) is None}
+        found = (parse or records.parse)(a.text, p.kind, a.finish_reason)
+        more = {"attempt": tried[p.id]} if tried[p.id] > 1 else {}
+        return entry | more | {
+            "status": found.status,
+            "reason": found.reason,
             "raw": a.text,
             "finish_reason": a.finish_reason,
             "prompt_tokens": a.input_tokens,
             "new_tokens": a.output_tokens,
-        }
+        }  # fmt: skip
+
+    def open_again(entry: dict[str, Any]) -> bool:
+        return entry["status"] == "error" and entry.get("retryable", True)
 
     with AppendLog(log) as entries:
-        known = {p.id: entries.entries.get(keys[p.id], {"status": "error"}) for p in items}
-        todo = [p for p in items if known[p.id]["status"] == "error" and known[p.id].get("retryable", True)]
-        with ThreadPoolExecutor(concurrency) as pool:
-            for done in as_completed([pool.submit(one, p) for p in todo]):
-                entries.append(done.result())
-        return [entries.entries[keys[p.id]] for p in items]
+        todo = list(items)
+        while todo:
+            open_ = [p for p in todo if key(p) not in entries.entries or open_again(entries.entries[key(p)])]
+            if open_ and isinstance(teacher, EndpointTeacher):
+                print(f"{purpose}: {estimate(teacher.settings, [p.text for p in open_])}", flush=True)
+            asked = {teacher.submit(p.text, purpose, temperature): p for p in open_}
+            try:
+                for future in as_completed(asked):
+                    entries.append(outcome(asked[future], future))
+            finally:  # Ctrl-C: nothing more is paid for
+                for future in asked:
+                    future.cancel()
+            weak = ("invalid", "truncated", "refused")
+            todo = [p for p in todo if entries.entries[key(p)]["status"] in weak and tried[p.id] < attempts]
+            for p in todo:
+                tried[p.id] += 1
+        return [entries.entries[key(p)] for p in items]
+
+
+def unanswered(entries: Sequence[dict[str, Any]]) -> str:
+    """Why a data set is only a part of what was asked for ("12 of 400 unanswered: REASON"), or nothing.
+
+    A request that the endpoint refuses for good, or a prompt that nobody recorded, is an outcome, not a gap.
+    """
+    gaps = [e["reason"] for e in entries if e["status"] == "error" and e.get("retryable", True) and e["reason"] != UNRECORDED]
+    return f"{len(gaps)} of {len(entries)} unanswered: {gaps[0]}" if gaps else ""
 
 
 def parse_tasks(raw: str, kind: str, finish_reason: str) -> records.Outcome:

@@ -85,3 +85,50 @@ def test_manifests_carry_lineage_and_row_counts(tmp_path):
 
 def test_differences_are_named_by_path():
     assert difference({"a": {"b": 1}, "c": 2}, {"a": {"b": 2}, "c": 2}) == ["a.b 1 -> 2"]
+
+
+FULL = """
+import resource, signal, sys
+from pathlib import Path
+from speed_core.artifacts import AppendLog, Store, UserError
+signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+folder, kind = Path(sys.argv[1]), sys.argv[2]
+resource.setrlimit(resource.RLIMIT_FSIZE, (5000, 5000))
+try:
+    if kind == "log":
+        with AppendLog(folder / "raw.jsonl") as log:
+            for i in range(100):
+                log.append({"id": f"r{i}", "raw": "x" * 300})
+    else:
+        with Store(folder).stage("weights", {}) as draft:
+            if kind == "torch":
+                import torch
+                from safetensors.torch import save_file
+                save_file({"w": torch.zeros(5000)}, draft.file("model.safetensors"))
+            else:
+                draft.file("big").write_bytes(b"x" * 9000)
+except UserError as error:
+    print(error)
+    sys.exit(2)
+"""
+
+
+@pytest.mark.parametrize("kind", ["log", "file", "torch"])
+def test_a_full_disk_ends_in_one_line_and_keeps_every_finished_outcome(tmp_path, kind):
+    import subprocess
+    import sys
+
+    with Store(tmp_path).stage("weights", {"x": 1}) as draft:
+        draft.file("old").write_text("old")
+    done = subprocess.run([sys.executable, "-c", FULL, str(tmp_path), kind], capture_output=True, text=True)
+    assert done.returncode == 2, done.stderr
+    line = done.stdout.strip().splitlines()[-1]
+    assert ("raw.jsonl: no room" if kind == "log" else "weights: no room") in line and "free some disk" in line
+    if kind == "log":
+        rows = read_jsonl(tmp_path / "raw.jsonl")
+        assert [r["id"] for r in rows] == [f"r{i}" for i in range(len(rows))] and len(rows) > 10
+        with AppendLog(tmp_path / "raw.jsonl") as log:
+            log.append({"id": "next", "raw": ""})
+        assert len(read_jsonl(tmp_path / "raw.jsonl")) == len(rows) + 1
+    else:
+        assert Store(tmp_path).get("weights").file("old").read_text() == "old"

@@ -70,8 +70,58 @@ def test_everything_that_decides_the_text_is_in_the_request_id():
     assert len(ids) == 6
 
 
+class Second:
+    """An engine that writes a valid record at the second attempt, and for one prompt never."""
+
+    name = "second"
+
+    def __init__(self):
+        self.issued = []
+
+    def generate(self, todo, decoding):
+        self.issued += todo
+        for r in todo:
+            good = r.attempt == 2 and not r.id.endswith("never")
+            text = '{"S1":"a b","S2":"a c","S3":"d"}' if good else "no json"
+            yield generate.Completion(r.id, text, "stop", 5, 5)
+
+    def close(self):
+        pass
+
+
+def test_an_invalid_text_is_asked_for_again_with_its_own_seed_and_not_for_ever(tmp_path, tiny_model):
+    items = [generate.Request(i, f"prompt {i}", "sts", 7) for i in ("a", "b", "never")]
+    given = dict(model=tiny_model("llama"), log=tmp_path / "log", decoding=generate.Decoding(), attempts=3)
+    engine = Second()
+    entries = generate.run(items, engine=engine, **given)
+    assert [e["status"] for e in entries] == ["ok", "ok", "invalid"] and [e["attempt"] for e in entries] == [2, 2, 3]
+    assert len(engine.issued) == 3 + 3 + 1 == len(read_jsonl(tmp_path / "log"))
+    assert len({(r.id, r.seed) for r in engine.issued}) == 7, "an attempt repeated a seed"
+    again = Second()
+    assert generate.run(items, engine=again, **given) == entries and again.issued == []
+    assert generate.replay(items, tmp_path / "log", generate.Decoding(), attempts=3) == entries
+    first = generate.replay(items, tmp_path / "log", generate.Decoding())
+    assert [e["status"] for e in first] == ["invalid"] * 3, "one attempt means the first one"
+
+
+def test_a_log_of_other_settings_is_kept_and_named_and_not_used(tmp_path, tiny_model, capsys):
+    items = [generate.Request("a", "prompt", "sts", 7)]
+    given = dict(model=tiny_model("llama"), log=tmp_path / "log")
+    generate.run(items, engine=Second(), decoding=generate.Decoding(), **given)
+    engine = Second()
+    generate.run(items, engine=engine, decoding=generate.Decoding(temperature=0.5), **given)
+    assert len(engine.issued) == 1 and len(read_jsonl(tmp_path / "log")) == 2
+    assert "log: holds 1 of these records with another prompt, model, decoding or seed; kept, not used" in capsys.readouterr().out
+
+
+def test_prompts_with_a_common_beginning_follow_each_other():
+    texts = ["b 2", "a 1", "b 1", "a 2"]
+    ordered = generate.prefix_order([generate.Request(t, t) for t in texts])
+    assert [r.text for r in ordered] == ["a 1", "a 2", "b 1", "b 2"]
+
+
 def test_an_unknown_engine_is_refused():
-    with pytest.raises(UserError, match="auto, vllm or transformers"):
+    with pytest.raises(UserError, match="auto, vllm, transformers or server"):
         generate.choose_engine("magic", 1, 1)
 
 

@@ -4,6 +4,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
 
+from speed_core import endpoint as endpoints
 from speed_core import generate, prompts, teacher
 from speed_core.artifacts import UserError
 from speed_core.profile import Teacher
@@ -64,54 +65,62 @@ def some_prompts(n):
 
 def test_every_prompt_ends_in_one_outcome_and_tokens_are_counted(endpoint, tmp_path):
     Endpoint.script += [(200, GOOD, "stop"), (200, GOOD[:20], "length"), (200, "I cannot do that.", "stop"), (200, "{", "stop")]
-    t = teacher.EndpointTeacher(settings(endpoint, usd_per_million_input=1.0))
-    entries = teacher.ask(t, some_prompts(4), purpose="seed", log=tmp_path / "log.jsonl", concurrency=1)
+    t = teacher.EndpointTeacher(settings(endpoint, prices=({"model": "tiny", "input": 1.0, "output": 0.0},)))
+    entries = teacher.ask(t, some_prompts(4), purpose="seed", log=tmp_path / "log.jsonl")
     assert generate.counts(entries) == {"ok": 1, "invalid": 1, "refused": 1, "truncated": 1, "error": 0}
     assert t.ledger.rows["seed"]["calls"] == 4 and t.ledger.rows["seed"]["input_tokens"] == 40
 
 
 def test_a_rate_limit_and_a_server_error_are_tried_again(endpoint, tmp_path):
     Endpoint.script += [(429, "", ""), (500, "", ""), (200, GOOD, "stop")]
-    entries = teacher.ask(
-        teacher.EndpointTeacher(settings(endpoint)), some_prompts(1), purpose="seed", log=tmp_path / "l", concurrency=1
-    )
+    entries = teacher.ask(teacher.EndpointTeacher(settings(endpoint)), some_prompts(1), purpose="seed", log=tmp_path / "l")
     assert entries[0]["status"] == "ok" and len(Endpoint.seen) == 3
 
 
 def test_a_bad_request_is_not_tried_again_and_loses_nothing(endpoint, tmp_path):
     Endpoint.script += [(400, "", ""), (200, GOOD, "stop")]
-    entries = teacher.ask(
-        teacher.EndpointTeacher(settings(endpoint)), some_prompts(2), purpose="seed", log=tmp_path / "l", concurrency=1
-    )
+    entries = teacher.ask(teacher.EndpointTeacher(settings(endpoint)), some_prompts(2), purpose="seed", log=tmp_path / "l")
     assert sorted(e["status"] for e in entries) == ["error", "ok"] and len(Endpoint.seen) == 2
 
 
 def test_the_budget_stops_cleanly_and_a_second_run_goes_on(endpoint, tmp_path):
     items = some_prompts(5)
-    first = teacher.ask(
-        teacher.EndpointTeacher(settings(endpoint, max_calls=2)), items, purpose="seed", log=tmp_path / "l", concurrency=1
-    )
+    first = teacher.ask(teacher.EndpointTeacher(settings(endpoint, max_calls=2)), items, purpose="seed", log=tmp_path / "l")
     assert generate.counts(first)["ok"] == 2 and generate.counts(first)["error"] == 3
     assert "max_calls" in next(e["reason"] for e in first if e["status"] == "error")
-    second = teacher.ask(teacher.EndpointTeacher(settings(endpoint)), items, purpose="seed", log=tmp_path / "l", concurrency=1)
+    second = teacher.ask(teacher.EndpointTeacher(settings(endpoint)), items, purpose="seed", log=tmp_path / "l")
     assert generate.counts(second)["ok"] == 5 and len(Endpoint.seen) == 5
 
 
-def test_the_llm_judge_sets_aside_a_pair_on_which_it_contradicts_itself(endpoint):
+def test_the_llm_judge_sets_aside_a_pair_on_which_it_contradicts_itself(endpoint, tmp_path):
     from speed_core.judge import LlmJudge
 
     same = '{"reason":"r","best":0,"worst":1}'
     Endpoint.script += [(200, same, "stop"), (200, same, "stop")]
-    verdict = LlmJudge(teacher.EndpointTeacher(settings(endpoint))).judge(some_prompts(1)[0], ["x", "y"])
+    verdict = LlmJudge(teacher.EndpointTeacher(settings(endpoint)), tmp_path / "a").judge(some_prompts(1)[0], ["x", "y"])
     assert verdict.best == verdict.worst and "contradicts" in verdict.reason
     Endpoint.script += [(200, same, "stop"), (200, '{"reason":"r","best":1,"worst":0}', "stop")]
-    judge = LlmJudge(teacher.EndpointTeacher(settings(endpoint)))
+    judge = LlmJudge(teacher.EndpointTeacher(settings(endpoint)), tmp_path / "b")
     verdict = judge.judge(some_prompts(1)[0], ["x", "y"])
     assert (verdict.best, verdict.worst) == (0, 1)
     # It named "x" in both orders, once in the first place and once in the second: no bias.
-    wanted = {"judged": 1, "agree": 1, "contradict": 0, "unreadable": 0, "first_place_best": 1, "first_place_expected": 1.0}
-    assert judge.audit == wanted
+    wanted = {"judged": 1, "agree": 1, "contradict": 0, "unanswered": 0, "unreadable": 0}
+    assert judge.audit == wanted | {"first_place_best": 1, "first_place_expected": 1.0}
     assert Endpoint.seen[0]["temperature"] == 0.0
+    asked = len(Endpoint.seen)
+    again = LlmJudge(teacher.EndpointTeacher(settings(endpoint)), tmp_path / "b")
+    assert again.judge(some_prompts(1)[0], ["x", "y"]) == verdict and len(Endpoint.seen) == asked, "the log was not read"
+
+
+def test_a_judge_that_runs_out_of_budget_says_so_and_goes_on_later(endpoint, tmp_path):
+    from speed_core.judge import LlmJudge
+
+    items = [(p, ["x", "y"]) for p in some_prompts(3)]
+    short = LlmJudge(teacher.EndpointTeacher(settings(endpoint, max_calls=4)), tmp_path / "l")
+    assert short.ask(items).startswith("2 of 6 unanswered: teacher.max_calls 4 reached")
+    short.judge(*items[2])
+    assert short.audit["unanswered"] == 1 and short.audit["judged"] == 0
+    assert LlmJudge(teacher.EndpointTeacher(settings(endpoint)), tmp_path / "l").ask(items) == "" and len(Endpoint.seen) == 6
 
 
 def test_a_model_that_is_not_served_and_a_dead_endpoint_are_named(endpoint):
@@ -154,10 +163,10 @@ def recorded_prompts(n):
 
 def test_against_a_teacher_that_fails_in_seven_ways_nothing_is_lost(practice, tmp_path, monkeypatch):
     monkeypatch.setenv("SPEED_RUNS", str(tmp_path / "runs"))
-    monkeypatch.setattr(teacher, "wait_exponential_jitter", lambda **_: lambda state: 0.01)
+    monkeypatch.setattr(endpoints, "wait_exponential_jitter", lambda **_: lambda state: 0.01)
     items = recorded_prompts(48)
     who = settings(practice.url, model="practice-teacher", concurrency=8, timeout_seconds=0.5)
-    entries = teacher.ask(teacher.EndpointTeacher(who), items, purpose="seed", log=tmp_path / "log.jsonl", concurrency=8)
+    entries = teacher.ask(teacher.EndpointTeacher(who), items, purpose="seed", log=tmp_path / "log.jsonl")
     found = generate.counts(entries)
     assert sum(found.values()) == 48 and found["error"] == 0 and found["ok"] > 30
     wanted = [practice.fault(p.digest, 99) for p in items]
@@ -166,7 +175,7 @@ def test_against_a_teacher_that_fails_in_seven_ways_nothing_is_lost(practice, tm
     recorded = {r["prompt_digest"]: r["answer"] for r in teacher.recorded_rows("seeds")}
     assert all(e["raw"] == recorded[e["prompt_digest"]] for e in entries if e["status"] == "ok")
     calls = sum(practice.asked.values())
-    again = teacher.ask(teacher.EndpointTeacher(who), items, purpose="seed", log=tmp_path / "log.jsonl", concurrency=8)
+    again = teacher.ask(teacher.EndpointTeacher(who), items, purpose="seed", log=tmp_path / "log.jsonl")
     assert again == entries and sum(practice.asked.values()) == calls, "an answer was paid for twice"
 
 
@@ -185,13 +194,13 @@ def test_a_request_that_the_endpoint_refuses_is_remembered_and_not_asked_again(p
     unknown = some_prompts(3)
     practice.faults = 0.0
     for _ in range(2):
-        entries = teacher.ask(teacher.EndpointTeacher(who), unknown, purpose="seed", log=tmp_path / "l", concurrency=2)
+        entries = teacher.ask(teacher.EndpointTeacher(who), unknown, purpose="seed", log=tmp_path / "l")
     assert [e["reason"] for e in entries] == ["BadRequestError 400"] * 3 and sum(practice.asked.values()) == 3
 
 
 def test_a_budget_of_tokens_stops_cleanly(endpoint, tmp_path):
     who = settings(endpoint, max_tokens=30)
-    entries = teacher.ask(teacher.EndpointTeacher(who), some_prompts(5), purpose="seed", log=tmp_path / "l", concurrency=1)
+    entries = teacher.ask(teacher.EndpointTeacher(who), some_prompts(5), purpose="seed", log=tmp_path / "l")
     assert generate.counts(entries)["ok"] == 2 and "max_tokens" in next(e["reason"] for e in entries if e["status"] == "error")
 
 
@@ -206,16 +215,117 @@ def test_concurrency_halves_on_a_rate_limit_and_grows_back():
     assert gate.limit == 8.0
 
 
+def test_the_gate_lets_no_more_through_than_its_limit_and_forgets_nobody():
+    import asyncio
+
+    from speed_core.limits import Gate
+
+    async def many():
+        gate, inside, most, done = Gate(3), [0], [0], []
+
+        async def one(i):
+            async with gate.slot():
+                inside[0] += 1
+                most[0] = max(most[0], inside[0])
+                await asyncio.sleep(0.001)
+                (gate.was_refused if i % 5 == 0 else gate.went_well)()
+                inside[0] -= 1
+                done.append(i)
+
+        await asyncio.wait_for(asyncio.gather(*(one(i) for i in range(60))), 20)
+        return most[0], len(done)
+
+    assert asyncio.run(many()) == (3, 60)
+
+
 def test_the_pace_never_lets_more_through_in_a_minute_than_it_says():
+    import asyncio
+
     from speed_core.limits import Pace
 
     now = [0.0]
-    pace = Pace(3, 1000, clock=lambda: now[0], sleep=lambda s: now.__setitem__(0, now[0] + s))
-    starts = []
-    for tokens in (100, 900, 50, 50, 50, 50, 2000, 10):
-        entry = pace.enter(tokens)
-        starts.append((entry[0], tokens))
-    for t, _ in starts:
-        inside = [k for s, k in starts if t <= s < t + 60]
+
+    async def sleep(seconds):
+        now[0] += seconds
+
+    async def starts():
+        pace = Pace(3, 1000, clock=lambda: now[0], sleep=sleep)
+        return [((await pace.enter(tokens))[0], tokens) for tokens in (100, 900, 50, 50, 50, 50, 2000, 10)]
+
+    found = asyncio.run(starts())
+    for t, _ in found:
+        inside = [k for s, k in found if t <= s < t + 60]
         assert len(inside) <= 3 and (sum(inside) <= 1000 or len(inside) == 1)
     assert now[0] >= 180
+
+
+# --- the budget is hard, and what it cuts short says so -------------------------------------------
+
+
+@pytest.mark.parametrize("cap", [{"max_calls": 5}, {"max_tokens": 75}, {"max_usd": 75e-6}])
+def test_no_cap_is_exceeded_however_many_calls_are_in_flight(endpoint, tmp_path, cap):
+    one_dollar = ({"model": "tiny", "input": 1.0, "output": 1.0},)
+    who = settings(endpoint, concurrency=16, max_output_tokens=5, prices=one_dollar, **cap)
+    t = teacher.EndpointTeacher(who)
+    entries = teacher.ask(t, some_prompts(40), purpose="seed", log=tmp_path / "l")
+    spent = t.ledger.rows["seed"]
+    assert 1 <= generate.counts(entries)["ok"] == spent["calls"] <= 5 and len(Endpoint.seen) <= 5
+    assert next(iter(cap)) in teacher.unanswered(entries)
+
+
+def test_an_answer_that_is_not_valid_is_asked_for_again_but_not_for_ever(endpoint, tmp_path):
+    Endpoint.script += [(200, "{", "stop"), (200, GOOD[:9], "length"), (200, GOOD, "stop")]
+    t = teacher.EndpointTeacher(settings(endpoint))
+    entry = teacher.ask(t, some_prompts(1), purpose="seed", log=tmp_path / "l", attempts=3)[0]
+    assert (entry["status"], entry["attempt"], len(Endpoint.seen)) == ("ok", 3, 3)
+    Endpoint.script += [(200, "{", "stop")] * 9
+    log = tmp_path / "m"
+    assert teacher.ask(t, some_prompts(1), purpose="seed", log=log, attempts=3)[0]["status"] == "invalid"
+    assert len(Endpoint.seen) == 6 and len(log.read_text().splitlines()) == 3
+    teacher.ask(t, some_prompts(1), purpose="seed", log=log, attempts=3)
+    assert len(Endpoint.seen) == 6, "attempts that are logged were made again"
+
+
+def test_the_key_is_in_no_log_and_in_no_message(endpoint, tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("OPENAI_API_KEY", "sk-very-secret-7731")
+    Endpoint.script += [(400, "", ""), (401, "", ""), (200, GOOD, "stop")]
+    t = teacher.EndpointTeacher(settings(endpoint))
+    entries = teacher.ask(t, some_prompts(3), purpose="seed", log=tmp_path / "l")
+    said = capsys.readouterr()
+    assert sorted(e["status"] for e in entries) == ["error", "error", "ok"]
+    assert "7731" not in (tmp_path / "l").read_text() + said.out + said.err + t.label + repr(entries)
+
+
+def test_a_stage_that_the_budget_cut_short_is_partial_and_taken_only_when_told(practice, tmp_path, monkeypatch):
+    from speed_core import pipeline
+    from speed_core.run_context import open_run
+
+    monkeypatch.setenv("SPEED_RUNS", str(tmp_path / "runs"))
+    practice.faults = 0.0
+    values = {"teacher.kind": "openai", "teacher.model": "practice-teacher", "teacher.base_url": practice.url}
+    pipeline.brainstorm(open_run("smoke", values))
+    before = sum(practice.asked.values())
+    short = values | {"teacher.max_calls": 3}
+    with pytest.raises(UserError, match="artifact 'seeds' is partial: .*max_calls 3 reached.*accept_partial=true"):
+        pipeline.seed_data(open_run("smoke", short))
+    with pytest.raises(UserError, match="is partial"):
+        open_run("smoke", short).store.need("seeds")
+    told = open_run("smoke", short | {"teacher.accept_partial": True})
+    assert pipeline.seed_data(told).manifest["outcomes"]["ok"] == 3
+    assert sum(practice.asked.values()) - before == 3, "accepting what is there asked for more"
+    whole = pipeline.seed_data(open_run("smoke", values))
+    unrecorded = whole.manifest["outcomes"]["error"]
+    assert not whole.manifest["partial"] and unrecorded + whole.manifest["outcomes"]["ok"] == len(whole.rows())
+
+
+def test_the_estimate_names_calls_tokens_money_and_time_and_the_cap_that_it_breaks():
+    priced = ({"model": "m", "input": 2.0, "output": 4.0},)
+    who = Teacher(
+        kind="openai", judge="llm", model="m", prices=priced, max_usd=0.5, requests_per_minute=10, max_output_tokens=100
+    )
+    line = teacher.estimate(who, ["x" * 400] * 600)
+    assert (
+        "600 calls" in line and "120,000 tokens" in line and "0.36 USD" in line and "60.0 min" in line and "max_usd" not in line
+    )
+    assert "more than teacher.max_usd 0.3" in teacher.estimate(who.model_copy(update={"max_usd": 0.3}), ["x" * 400] * 600)
+    assert "no price" in teacher.estimate(who.model_copy(update={"prices": ()}), ["x"])

@@ -1,0 +1,87 @@
+"""Generation through any OpenAI-compatible server, for instance a `vllm serve` on another machine.
+
+    vllm serve MODEL --structured-outputs-config '{"backend": "xgrammar", "disable_any_whitespace": true}' \\
+        --enable-lora --lora-modules junior=FOLDER revisor=FOLDER
+
+The completions interface is used with token ids, so that the server adds no template and no second <bos>. The JSON schema
+goes along as `structured_outputs`, vLLM's name for it; a server that ignores it still ends in logged outcomes, only fewer
+of them valid.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from concurrent.futures import as_completed
+from typing import Any
+
+from speed_core import models
+from speed_core.artifacts import UserError
+from speed_core.endpoint import Endpoint, final_status
+from speed_core.generate import Completion, Decoding, Request, grammar_schema
+
+
+class ServerEngine:
+    """Asks the served model `name` at `base_url`; `tokenizer` is the name or folder that its prompts are encoded with."""
+
+    name = "server"
+
+    def __init__(self, base_url: str, served: str, tokenizer: str, *, concurrency: int = 64, timeout_seconds: float = 600.0):
+        if not base_url:
+            raise UserError("generation.base_url: empty; engine 'server' needs the address of one, like http://HOST:8000/v1")
+        self._endpoint = Endpoint(base_url, concurrency=concurrency, timeout_seconds=timeout_seconds)
+        self._served = served
+        found = self._endpoint.served()
+        if served not in found:
+            self._endpoint.close()
+            raise UserError(
+                f"generation.base_url: model {served!r} is not served there, {', '.join(found[:5])} is; "
+                f"start the server with --lora-modules {served}=FOLDER, or --served-model-name {served}"
+            )
+        self._tokenizer = models.load_tokenizer(tokenizer)
+
+    def generate(self, requests: Sequence[Request], decoding: Decoding) -> Iterator[Completion]:
+        futures = [self._endpoint.submit(self._one(r, decoding)) for r in requests]
+        try:
+            for future in as_completed(futures):
+                try:
+                    yield future.result()
+                except Exception as error:  # the client raises many types; none of them loses what is logged already
+                    code = final_status(error)
+                    what = "refused a request" if code else "failed"
+                    raise UserError(
+                        f"generation.base_url: the server {what} ({type(error).__name__}{f' {code}' if code else ''}); "
+                        "finished requests are logged, mend it and run again to go on"
+                    ) from None
+        finally:
+            for future in futures:
+                future.cancel()
+
+    async def _one(self, r: Request, decoding: Decoding) -> Completion:
+        ids = models.encode_prompt(self._tokenizer, r.text)
+        extra: dict[str, Any] = {}
+        if r.kind and decoding.constrained:
+            extra["structured_outputs"] = {"json": grammar_schema(r.kind, decoding)}
+
+        async def send() -> Any:
+            return await self._endpoint.client.completions.create(
+                model=self._served,
+                prompt=ids,
+                temperature=decoding.temperature,
+                top_p=decoding.top_p,
+                max_tokens=decoding.max_new_tokens,
+                seed=r.seed,
+                extra_body=extra,
+            )
+
+        reply = await self._endpoint.call(send, len(ids) + decoding.max_new_tokens)
+        choice, usage = reply.choices[0], reply.usage
+        return Completion(
+            r.id,
+            choice.text,
+            "length" if choice.finish_reason == "length" else "stop",
+            usage.prompt_tokens if usage else len(ids),
+            usage.completion_tokens if usage else 0,
+        )
+
+    def close(self) -> None:
+        self._endpoint.close()
