@@ -104,7 +104,7 @@ def execute(
 
 @app.command(name="export")
 def export_(target: Path, profile: ProfileName = "tiny", set_: Annotated[list[str] | None, typer.Option("--set")] = None) -> None:
-    """Write the request logs of a run to one archive and print its digest."""
+    """Write the request logs of a run (and its training histories, no weights) to one archive and print its digest."""
     from speed_core.replay import export_logs
     from speed_core.run_context import open_run
 
@@ -112,11 +112,13 @@ def export_(target: Path, profile: ProfileName = "tiny", set_: Annotated[list[st
 
 
 @app.command(name="import")
-def import_(source: Path, rebuild: Annotated[bool, typer.Option(help="rebuild the data sets from the logs")] = True) -> None:
-    """Check an archive of logs, take it in, and rebuild its data sets without weights; exit code 1 when one differs."""
+def import_(
+    source: Path, rebuild: Annotated[bool, typer.Option(help="rebuild data sets and figures from the logs")] = True
+) -> None:
+    """Check an archive of logs, take it in, rebuild its data sets and figures from it; exit code 1 when one differs."""
     import os
 
-    from speed_core import replay
+    from speed_core import pipeline, replay
     from speed_core.run import run_all
     from speed_core.run_context import open_run
 
@@ -125,10 +127,13 @@ def import_(source: Path, rebuild: Annotated[bool, typer.Option(help="rebuild th
     if not rebuild:
         return
     os.environ["SPEED_REPLAY"] = "1"
-    reports = run_all(run.profile.name, only=["01", "02", "06"])
+    reports = run_all(run.profile.name, only=replay.NOTEBOOKS)
+    run = open_run(run.profile.name)
+    if run.log("raw-junior").is_file():
+        pipeline.ablation_data(run)
     rows = replay.compare(run, source)
     for name, wanted, here in rows:
-        print(f"{name:10} {wanted} {'same' if here == wanted else f'DIFFERENT: {here}'}")
+        print(f"{name:26} {wanted} {'same' if here == wanted else f'DIFFERENT: {here}'}")
     if any(r.status != "ok" for r in reports) or any(a != b for _, a, b in rows):
         raise typer.Exit(1)
 

@@ -227,17 +227,22 @@ class Store:
     """Artifacts of one run folder: `root/NAME/` with a manifest each.
 
     An artifact whose manifest says why it is `partial` (a budget ran out) is handed to later stages only with
-    `accept_partial`; without, making it goes on where it stopped.
+    `accept_partial`; without, making it goes on where it stopped. With `replay` an artifact counts although files of
+    it are missing: an export carries trained models without their weights.
     """
 
-    def __init__(self, root: Path, shipped: Path | None = None, accept_partial: bool = False):
+    def __init__(self, root: Path, shipped: Path | None = None, accept_partial: bool = False, replay: bool = False):
         self.root = root
         self.shipped = shipped
         self.accept_partial = accept_partial
+        self.replay = replay
 
     def get(self, name: str) -> Artifact | None:
-        """The published artifact `name`, or None. A folder without a manifest does not count."""
-        return self._read(self.root / name)
+        """The published artifact `name`, or None. A folder without a manifest, or without one of its files, does not count."""
+        artifact = self._read(self.root / name)
+        if artifact and not self.replay and not all(artifact.file(f).is_file() for f in artifact.manifest["files"]):
+            return None
+        return artifact
 
     @staticmethod
     def _read(path: Path, shipped: bool = False) -> Artifact | None:

@@ -53,12 +53,12 @@ def brainstorm(run: Run) -> Artifact:
     parameters = {"prompts": prompts.text_digest("".join(q.digest for q in planned)), "teacher": who.deciding()}
     with run.store.stage("tasks", parameters) as draft:
         if draft:
-            t = teacher.open_teacher(who)
+            t = teacher.open_teacher(who, run.replay)
             entries = teacher.ask(
                 t, planned, purpose="brainstorm", log=run.log("tasks"), parse=teacher.parse_tasks, attempts=who.attempts
             )
             write_jsonl(draft.file("data.jsonl"), entries)
-            write_json(draft.file("ledger.json"), t.ledger.rows)
+            write_json(draft.file("ledger.json"), teacher.spent(run.log("tasks"), planned, "brainstorm", who))
             draft.info |= {"teacher": t.label, "outcomes": generate.counts(entries), "partial": teacher.unanswered(entries)}
     return run.store.need("tasks")
 
@@ -112,10 +112,10 @@ def seed_data(run: Run) -> Artifact:
     parameters = {"prompts": prompts.text_digest("".join(q.digest for q in planned)), "teacher": who.deciding()}
     with run.store.stage("seeds", parameters, [parent]) as draft:
         if draft:
-            t = teacher.open_teacher(who)
+            t = teacher.open_teacher(who, run.replay)
             entries = teacher.ask(t, planned, purpose="seed", log=run.log("seeds"), attempts=who.attempts)
             write_jsonl(draft.file("data.jsonl"), entries)
-            write_json(draft.file("ledger.json"), t.ledger.rows)
+            write_json(draft.file("ledger.json"), teacher.spent(run.log("seeds"), planned, "seed", who))
             draft.info |= {"teacher": t.label, "outcomes": generate.counts(entries), "partial": teacher.unanswered(entries)}
     return run.store.need("seeds")
 
@@ -248,7 +248,7 @@ def preferences(run: Run, root: Artifact, planned: Sequence[Prompt]) -> Artifact
                 groups.setdefault(e["record"].partition("#")[0], []).append(e)
             items = [(q, groups[q.id]) for q in planned if q.id in groups]
             if who.judge == "llm":
-                decide: Any = judge.LlmJudge(teacher.open_teacher(who), run.log("judge"), who.judge_temperature)
+                decide: Any = judge.LlmJudge(teacher.open_teacher(who, run.replay), run.log("judge"), who.judge_temperature)
                 draft.info["partial"] = decide.ask([(q, [e["raw"] for e in group]) for q, group in items])
             else:
                 decide = rubric(run, entries, planned)
@@ -296,7 +296,8 @@ def revision_rows(run: Run) -> list[dict[str, Any]]:
         dataclasses.replace(planned[rid], id=f"{rid}/revise", text=prompts.revise(planned[rid].text, text))
         for rid, text in list(weak.items())[:count]
     ]
-    entries = teacher.ask(teacher.open_teacher(who), items, purpose="revise", log=run.log("revisions"), attempts=who.attempts)
+    t = teacher.open_teacher(who, run.replay)
+    entries = teacher.ask(t, items, purpose="revise", log=run.log("revisions"), attempts=who.attempts)
     if (gap := teacher.unanswered(entries)) and not who.accept_partial:
         raise UserError(f"revisions: {gap}; or set teacher.accept_partial=true to train on what is there")
     return [
@@ -355,6 +356,30 @@ def revised_records(run: Run, raw: Artifact, revised: Artifact, planned: Sequenc
     """Revised records; where the revision is no valid record the raw one stays, so nothing is lost to revision."""
     better = {r["id"]: r for r in to_records(run, revised.rows(), planned, "revised")}
     return [better.get(r["id"], r) for r in to_records(run, raw.rows(), planned, source)]
+
+
+def ablation_data(run: Run) -> dict[str, Artifact]:
+    """Four data sets from the same prompts (Table 2): of junior and senior, each as written and revised."""
+    everything = plan(run, "synthesis", run.profile.synthesis.count)
+    # Some records are lost on the way; 40% more prompts than records leave enough.
+    planned = everything[: min(len(everything), int(run.profile.study.ablation_examples * 1.4))]
+    ids = {q.id for q in planned}
+    raw_junior = sample(run, "raw-junior", planned, "junior")
+    revised_junior = revise(run, "revised-junior", raw_junior, planned)
+    raw_senior, revised_senior = run.store.need("raw"), run.store.need("revised")
+    rows = {
+        "jr": to_records(run, raw_junior.rows(), planned, "junior"),
+        "jr_re": revised_records(run, raw_junior, revised_junior, planned, "junior"),
+        "sr": [r for r in to_records(run, raw_senior.rows(), everything, "senior") if r["id"] in ids],
+        "sr_re": [r for r in revised_records(run, raw_senior, revised_senior, everything, "senior") if r["id"] in ids],
+    }
+    sources = {
+        "jr": [raw_junior],
+        "jr_re": [raw_junior, revised_junior],
+        "sr": [raw_senior],
+        "sr_re": [raw_senior, revised_senior],
+    }
+    return {k: dataset(run, f"synthetic-{k}", rows[k], sources[k], f"Ablation {k}, see notebook 10.") for k in rows}
 
 
 def dataset(run: Run, name: str, rows: Sequence[dict[str, Any]], parents: Sequence[Artifact], how: str) -> Artifact:

@@ -68,6 +68,11 @@ class Teacher(Part):
         """(input, output) in US dollars for a million tokens; a model that the table lacks costs nothing here."""
         return next(((p.input, p.output) for p in self.prices if p.model == self.model), (0.0, 0.0))
 
+    def cost(self, input_tokens: float, output_tokens: float) -> float:
+        """US dollars of so many tokens."""
+        price = self.price()
+        return (input_tokens * price[0] + output_tokens * price[1]) / 1e6
+
     def deciding(self) -> dict[str, Any]:
         """The values that decide an answer, without those that only decide its price, pace or permission."""
         names = (

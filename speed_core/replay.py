@@ -1,7 +1,9 @@
-"""Replay: from the request logs alone, the data sets are rebuilt offline, byte for byte, without any weights.
+"""Replay: from the request logs alone, the data sets and their figures are rebuilt offline, byte for byte.
 
 `export_logs` writes one archive with the digest of everything in it; `import_logs` refuses a damaged one. A run opened
-with SPEED_REPLAY=1 answers every request from its log (`generate.replay`) and starts no engine and no training.
+with SPEED_REPLAY=1 answers every request from its log (`generate.replay`) and starts no engine and no training. The
+trained generators travel as what is known about them (manifest, training history), without weights; the rubric judge
+reads texts with the guide model, which has to be there as in any run.
 """
 
 from __future__ import annotations
@@ -16,12 +18,18 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from speed_core.artifacts import UserError, file_digest
+from speed_core.artifacts import MANIFEST, UserError, file_digest
 from speed_core.profile import dotted
 from speed_core.run_context import Run
 
-MANIFEST = "replay.json"
-DATA = ("tasks", "seeds", "raw", "revised", "synthetic")  # what notebooks 01, 02 and 06 rebuild
+CONTENTS = "replay.json"
+NOTEBOOKS = ("01", "02", "03", "04", "05", "06")
+DATA = (
+    "tasks", "seeds", "eval-base", "eval-junior", "root", "pairs", "eval-senior", "revised-eval", "raw", "revised", "synthetic",
+    "raw-junior", "revised-junior", "synthetic-jr", "synthetic-jr_re", "synthetic-sr", "synthetic-sr_re",
+)  # fmt: skip
+TRAINED = ("junior", "senior", "revisor")
+WEIGHTS = (".safetensors", ".bin", ".pt", ".pth")
 
 
 def export_logs(run: Run, target: Path) -> str:
@@ -31,10 +39,15 @@ def export_logs(run: Run, target: Path) -> str:
         raise UserError(f"export: no log in {run.folder.name}/log; run notebook 01 first")
     contents = {f"log/{p.name}": p.read_bytes() for p in logs}
     made = {name: a.digest for name in DATA if (a := run.store.get(name))}
+    for name in TRAINED:
+        if trained := run.store.get(name):
+            kept = [f for f in trained.manifest["files"] if not f.endswith(WEIGHTS)]
+            contents |= {f"artifacts/{name}/{f}": trained.file(f).read_bytes() for f in (*kept, MANIFEST)}
     manifest = {
         "profile": run.profile.name,
         "values": dotted(run.profile),
         "artifacts": made,
+        "figures": figures(run),
         "files": {name: hashlib.sha256(data).hexdigest() for name, data in contents.items()},
     }
     work = target.with_name(target.name + ".part")
@@ -42,7 +55,7 @@ def export_logs(run: Run, target: Path) -> str:
     # Time stamps would make two exports of the same logs differ.
     with work.open("wb") as raw, gzip.GzipFile(fileobj=raw, mode="wb", mtime=0, filename="") as packed:
         with tarfile.open(fileobj=packed, mode="w") as archive:
-            for name, data in {MANIFEST: (json.dumps(manifest, indent=1, default=str) + "\n").encode(), **contents}.items():
+            for name, data in {CONTENTS: (json.dumps(manifest, indent=1, default=str) + "\n").encode(), **contents}.items():
                 entry = tarfile.TarInfo(name)
                 entry.size = len(data)
                 archive.addfile(entry, io.BytesIO(data))
@@ -59,7 +72,7 @@ def read_archive(source: Path) -> tuple[dict[str, Any], dict[str, bytes]]:
         whole = gzip.decompress(source.read_bytes())
         with tarfile.open(fileobj=io.BytesIO(whole)) as archive:
             found = {m.name: (archive.extractfile(m) or io.BytesIO()).read() for m in archive.getmembers() if m.isfile()}
-        manifest = json.loads(found.pop(MANIFEST))
+        manifest = json.loads(found.pop(CONTENTS))
         files = manifest["files"]
     except (tarfile.TarError, zlib.error, OSError, EOFError, ValueError, KeyError, TypeError) as error:
         raise UserError(f"{source.name}: not a whole export ({type(error).__name__}); fetch or export it again") from None
@@ -74,16 +87,23 @@ def read_archive(source: Path) -> tuple[dict[str, Any], dict[str, bytes]]:
     return manifest, found
 
 
+def figures(run: Run) -> dict[str, str]:
+    """{figure: digest of its plotted numbers} of the notebooks that a replay runs."""
+    found = sorted(p for p in run.figures.glob("*.json") if p.stem[:2] in NOTEBOOKS)
+    return {p.stem: json.loads(p.read_text(encoding="utf-8"))["data_sha256"] for p in found}
+
+
 def import_logs(source: Path, open_for: Callable[[str], Run]) -> Run:
-    """Check an export and put its logs into the run folder of its profile; an unequal log that is there is not touched."""
+    """Check an export and put it into the run folder of its profile; nothing unequal that is there is touched."""
     manifest, found = read_archive(source)
     run = open_for(manifest["profile"])
     for name, data in found.items():
-        path = run.folder / name
-        if Path(name).parts[0] != "log" or ".." in Path(name).parts:
-            raise UserError(f"{source.name}: {name} would land outside of the log folder; fetch or export it again")
+        path, parts = run.folder / name, Path(name).parts
+        inside = parts[0] == "log" or (parts[0] == "artifacts" and parts[1:2] and parts[1] in TRAINED)
+        if not inside or ".." in parts:
+            raise UserError(f"{source.name}: {name} would land outside of the run's logs; fetch or export it again")
         if path.exists() and path.read_bytes() != data:
-            raise UserError(f"{path.name}: another log is there already; set SPEED_RUNS to an empty folder and import again")
+            raise UserError(f"{name}: another one is there already; set SPEED_RUNS to an empty folder and import again")
     for name, data in found.items():
         path = run.folder / name
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -94,7 +114,9 @@ def import_logs(source: Path, open_for: Callable[[str], Run]) -> Run:
 
 
 def compare(run: Run, source: Path) -> list[tuple[str, str, str]]:
-    """(artifact, digest in the export, digest here or "missing") of every data set that the export names."""
+    """(artifact or figure, digest in the export, digest here or "missing") of everything that the export names."""
     manifest, _ = read_archive(source)
-    here = {name: run.store.get(name) for name in manifest["artifacts"]}
-    return [(name, wanted, a.digest if (a := here[name]) else "missing") for name, wanted in manifest["artifacts"].items()]
+    here = {name: a.digest if (a := run.store.get(name)) else "missing" for name in manifest["artifacts"]}
+    drawn = figures(run)
+    rows = [(name, wanted, here[name]) for name, wanted in manifest["artifacts"].items()]
+    return rows + [(name, wanted[:16], drawn.get(name, "missing")[:16]) for name, wanted in manifest["figures"].items()]

@@ -40,9 +40,9 @@ def open_run(profile: str = "tiny", overrides: dict[str, Any] | None = None, see
         values.setdefault("seed", seed)
     p = profiles.load(profile, values)
     folder = Path(os.environ.get("SPEED_RUNS") or ROOT / "runs") / p.name
-    store = Store(folder / "artifacts", ROOT / "speed_core" / "assets" / "shipped", p.teacher.accept_partial)
+    replay = os.environ.get("SPEED_REPLAY", "") not in ("", "0")
+    store = Store(folder / "artifacts", ROOT / "speed_core" / "assets" / "shipped", p.teacher.accept_partial, replay)
     store.root.mkdir(parents=True, exist_ok=True)
     store.recover()
     official = p.name == "tiny" and not os.environ.get("SPEED_RUNS")
-    replay = os.environ.get("SPEED_REPLAY", "") not in ("", "0")
     return Run(p, folder, store, ROOT / "figures" if official else folder / "figures", replay)

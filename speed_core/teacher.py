@@ -109,6 +109,33 @@ class RecordedTeacher:
         return {}  # an answer that is written down depends on the prompt alone
 
 
+def endpoint_label(settings: TeacherSettings) -> str:
+    """How an endpoint is named in logs and figures."""
+    return f"{settings.model} at {settings.base_url or 'the OpenAI API'}"
+
+
+def endpoint_decides(settings: TeacherSettings, temperature: float | None) -> dict[str, Any]:
+    """What decides an answer beside the prompt and the model: part of every request's digest."""
+    t = settings.temperature if temperature is None else temperature
+    return {"temperature": t, "top_p": settings.top_p, "max_output_tokens": settings.max_output_tokens}
+
+
+class LoggedTeacher:
+    """An endpoint that is not there any more: what its log lacks is an error (replay)."""
+
+    def __init__(self, settings: TeacherSettings):
+        self.settings, self.label, self.ledger = settings, endpoint_label(settings), Ledger()
+
+    def decides(self, temperature: float | None) -> dict[str, Any]:
+        return endpoint_decides(self.settings, temperature)
+
+    def answer(self, prompt: str, purpose: str, temperature: float | None = None) -> Answer:
+        raise UserError(f"replay: the log holds no {purpose} answer to one of these prompts; use the profile of the export")
+
+    def submit(self, prompt: str, purpose: str, temperature: float | None = None) -> Future[Answer]:
+        raise UserError(f"replay: the log holds no {purpose} answer to one of these prompts; use the profile of the export")
+
+
 class EndpointTeacher:
     """GPT-4o, a self-hosted `vllm serve`, or anything else that speaks the same protocol (see `speed_core.endpoint`).
 
@@ -125,7 +152,7 @@ class EndpointTeacher:
                 "or use the recorded teacher (teacher.kind=recorded)"
             )
         self.settings = settings
-        self.label = f"{settings.model} at {settings.base_url or 'the OpenAI API'}"
+        self.label = endpoint_label(settings)
         self.ledger = Ledger()
         self._price = settings.price()
         self._in_flight: dict[int, float] = {}  # tokens guessed for each running call
@@ -146,19 +173,13 @@ class EndpointTeacher:
             raise UserError(f"teacher.model {self.settings.model!r}: not served there; it serves {', '.join(served[:5])}")
 
     def decides(self, temperature: float | None) -> dict[str, Any]:
-        """What decides an answer beside the prompt and the model: part of every request's digest."""
-        s = self.settings
-        t = s.temperature if temperature is None else temperature
-        return {"temperature": t, "top_p": s.top_p, "max_output_tokens": s.max_output_tokens}
+        return endpoint_decides(self.settings, temperature)
 
     def _guess(self, prompt: str) -> float:
         """Tokens of a call that has no answer yet."""
         calls = self.ledger.total("calls")
         spent = self.ledger.total("input_tokens") + self.ledger.total("output_tokens")
         return spent / calls if calls else len(prompt) / 4 + self.settings.max_output_tokens
-
-    def _spend(self, usage: Answer) -> float:
-        return (usage.input_tokens * self._price[0] + usage.output_tokens * self._price[1]) / 1e6
 
     def _reserve(self, call: int, prompt: str) -> None:
         """Take room in the budget for one call, or raise BudgetReached that names the cap."""
@@ -209,7 +230,7 @@ class EndpointTeacher:
             usage.prompt_tokens if usage else 0,
             usage.completion_tokens if usage else 0,
         )
-        self.ledger.add(purpose, answer, self._spend(answer))
+        self.ledger.add(purpose, answer, s.cost(answer.input_tokens, answer.output_tokens))
         return answer
 
     def submit(self, prompt: str, purpose: str, temperature: float | None = None) -> Future[Answer]:
@@ -220,10 +241,12 @@ class EndpointTeacher:
         return self.submit(prompt, purpose, temperature).result()
 
 
-def open_teacher(settings: TeacherSettings) -> Teacher:
+def open_teacher(settings: TeacherSettings, replay: bool = False) -> Teacher:
     """The teacher that a profile names; an endpoint is reached once, so that a wrong one is refused before any work."""
     if settings.kind == "recorded":
         return RecordedTeacher()
+    if replay:
+        return LoggedTeacher(settings)
     teacher = EndpointTeacher(settings)
     teacher.check()
     return teacher
@@ -240,12 +263,11 @@ def estimate(settings: TeacherSettings, texts: Sequence[str]) -> str:
     """
     calls, output = len(texts), settings.max_output_tokens or OUTPUT_TOKENS
     tokens_in, tokens_out = sum(map(len, texts)) / 4, float(len(texts) * output)
-    price = settings.price()
-    usd = (tokens_in * price[0] + tokens_out * price[1]) / 1e6
+    usd = settings.cost(tokens_in, tokens_out)
     minutes = [calls * CALL_SECONDS / settings.concurrency / 60]
     minutes += [calls / settings.requests_per_minute] if settings.requests_per_minute else []
     minutes += [(tokens_in + tokens_out) / settings.tokens_per_minute] if settings.tokens_per_minute else []
-    money = f"{usd:.2f} USD" if any(price) else f"no price known for {settings.model!r} (add it to teacher.prices)"
+    money = f"{usd:.2f} USD" if any(settings.price()) else f"no price known for {settings.model!r} (add it to teacher.prices)"
     line = f"{calls:,} calls, about {tokens_in + tokens_out:,.0f} tokens, {money}, {max(minutes):.1f} min"
     caps = [
         ("max_calls", calls, settings.max_calls),
@@ -306,7 +328,7 @@ def ask(
         }  # fmt: skip
 
     def open_again(entry: dict[str, Any]) -> bool:
-        return entry["status"] == "error" and entry.get("retryable", True)
+        return entry["status"] == "error" and entry.get("retryable", True) and not isinstance(teacher, LoggedTeacher)
 
     with AppendLog(log) as entries:
         todo = list(items)
@@ -326,6 +348,20 @@ def ask(
             for p in todo:
                 tried[p.id] += 1
         return [entries.entries[key(p)] for p in items]
+
+
+def spent(log: Path, items: Sequence[prompts.Prompt], purpose: str, settings: TeacherSettings) -> dict[str, dict[str, float]]:
+    """{purpose: calls, tokens, money} of every answer to these prompts in a log: all attempts, of all runs that wrote it."""
+    wanted, ledger = {(p.id, p.digest) for p in items}, Ledger()
+    with AppendLog(log) as entries:
+        for e in entries.entries.values():
+            if e["status"] != "error" and (e["record"], e["prompt_digest"]) in wanted:
+                ledger.add(
+                    purpose,
+                    a := Answer("", "", e["prompt_tokens"], e["new_tokens"]),
+                    settings.cost(a.input_tokens, a.output_tokens),
+                )
+    return ledger.rows
 
 
 def unanswered(entries: Sequence[dict[str, Any]]) -> str:

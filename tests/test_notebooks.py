@@ -1,12 +1,15 @@
 """The notebooks as files, and all of them executed at the smoke size."""
 
 import csv
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import nbformat
 import pytest
 
-from speed_core import claims, plots, run
+from speed_core import claims, plots, replay, run
 
 ROOT = Path(__file__).resolve().parent.parent
 NOTEBOOKS = run.notebooks(ROOT / "notebooks")
@@ -29,24 +32,48 @@ def test_a_committed_notebook_is_clean_and_keeps_the_grammar(path):
     assert all(len(c.source.splitlines()) <= 18 for c in code), "cells stay short"
 
 
-def test_every_notebook_runs_at_the_smoke_size(tmp_path, monkeypatch):
-    monkeypatch.setenv("SPEED_RUNS", str(tmp_path))
-    reports = run.run_all("smoke")
+@pytest.fixture(scope="module")
+def smoke(tmp_path_factory):
+    """(folder of the runs, reports) of all notebooks at smoke, executed once for the tests below."""
+    folder = tmp_path_factory.mktemp("runs")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("SPEED_RUNS", str(folder))
+        yield folder, run.run_all("smoke")
+
+
+def test_every_notebook_runs_at_the_smoke_size(smoke):
+    runs, reports = smoke
     assert [r.status for r in reports] == ["ok"] * 13, [r for r in reports if r.status != "ok"]
-    folder = tmp_path / "smoke" / "figures"
+    folder = runs / "smoke" / "figures"
     assert plots.check(folder) == [] and len(list(folder.glob("*.svg"))) >= 15
     with (folder / "12_claims.csv").open() as f:
         rows = list(csv.DictReader(f))
     assert len(rows) == len(claims.CLAIMS) and all(r["verdict"] for r in rows)
-    for path in (tmp_path / "smoke" / "notebooks").glob("*.ipynb"):
+    for path in (runs / "smoke" / "notebooks").glob("*.ipynb"):
         for cell in nbformat.read(path, 4).cells:
             for output in cell.get("outputs", []):
                 shown = output.get("text", "") if output.output_type == "stream" else ""
                 assert "Warning" not in shown, f"{path.stem}: a warning in a cell's output: {shown[:300]}"
-    # A second run finds every artifact current and makes nothing again.
-    before = {p: p.stat().st_mtime for p in (tmp_path / "smoke" / "artifacts").glob("*/manifest.json")}
+
+
+def test_a_second_run_finds_every_artifact_current_and_makes_nothing_again(smoke):
+    runs, _ = smoke
+    before = {p: p.stat().st_mtime for p in (runs / "smoke" / "artifacts").glob("*/manifest.json")}
     assert all(r.status == "ok" for r in run.run_all("smoke", only=["02", "03", "06", "09"]))
-    assert before == {p: p.stat().st_mtime for p in before}
+    assert len(before) > 20 and before == {p: p.stat().st_mtime for p in before}
+
+
+def test_data_sets_and_figures_are_rebuilt_elsewhere_from_the_log_alone_without_weights(smoke, tmp_path):
+    speed = [sys.executable, "-m", "speed_core"]
+    archive = str(tmp_path / "smoke.tar.gz")
+    subprocess.run([*speed, "export", archive, "--profile", "smoke"], check=True, cwd=ROOT)
+    elsewhere = os.environ | {"SPEED_RUNS": str(tmp_path / "elsewhere")}
+    done = subprocess.run([*speed, "import", archive], capture_output=True, text=True, cwd=ROOT, env=elsewhere)
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
+    same = [line.split()[0] for line in done.stdout.splitlines() if line.endswith(" same")]
+    assert set(replay.DATA) <= set(same) and "DIFFERENT" not in done.stdout
+    assert {"02_seed_yield", "03_valid_rate", "04_senior_against_junior", "05_revision", "06_yield"} <= set(same)
+    assert not list((tmp_path / "elsewhere").rglob("*.safetensors"))
 
 
 def test_a_touched_figure_is_found(tmp_path):

@@ -28,6 +28,54 @@ def test_no_accepted_value_is_changed_by_a_character(a, b, c, kind):
         assert records.parse(records.to_json(outcome.record, kind), kind).record == outcome.record
 
 
+def damaged(rng, text):
+    """A few random edits: deleted, doubled, replaced or inserted characters of the kind that models get wrong, or a cut."""
+    for _ in range(rng.choice((0, 1, 1, 2, 3, 8))):
+        at = rng.randrange(len(text) + 1)
+        piece = rng.choice(
+            ("", '"', "{", "}", "\\", "\n", ",", ":", "```", "'", "\u2028", "\x00", "\ud83d", "null", text[at : at + 9] * 2)
+        )
+        text = text[:at] + piece + text[at + rng.choice((0, 0, 1, 5)) :]
+    return text[: rng.randrange(len(text) + 1)] if rng.random() < 0.1 else text
+
+
+def test_ten_thousand_damaged_records_neither_crash_the_parser_nor_lose_a_character_of_what_it_accepts():
+    import random
+    import re
+
+    rng, accepted = random.Random(0), 0
+    pieces = ("a b", "naïve", 'say "x"', "{brace}", "back\\slash", "line\nbreak", "tab\t", "emoji 🙂", "'", "1e5", "\u2028", "]")
+    for _ in range(10_000):
+        kind = rng.choice(records.KINDS)
+        values = [" ".join(rng.choices(pieces, k=3)) for _ in records.KEYS[kind]]
+        whole = json.dumps(dict(zip(records.KEYS[kind], values, strict=True)), ensure_ascii=rng.random() < 0.5)
+        raw = damaged(rng, rng.choice(("", "Sure:\n", "```json\n")) + whole + rng.choice(("", "\n```", " Done {}")))
+        outcome = records.parse(raw, kind)
+        assert outcome.raw == raw and outcome.status in ("ok", "invalid", "refused")
+        if outcome.record is None:
+            continue
+        accepted += 1
+        # Read without our parser: every string literal that stands in the text, with its escapes undone.
+        literals = {json.loads(m) for m in re.findall(r'"(?:[^"\\\x00-\x1f]|\\.)*"', raw[raw.index("{") :]) if decodes(m)}
+        whole_again = [json.loads(raw[i:j]) for i, j in spans(raw) if decodes(raw[i:j])]
+        assert all(v is None or v in literals or any(v in w.values() for w in whole_again) for v in outcome.record.values())
+    assert 2000 < accepted < 9000
+
+
+def decodes(text):
+    try:
+        json.loads(text)
+    except ValueError:
+        return False
+    return True
+
+
+def spans(raw):
+    """Every stretch from an opening to a closing brace."""
+    opens = [i for i, c in enumerate(raw) if c == "{"]
+    return [(i, j + 1) for i in opens for j, c in enumerate(raw) if c == "}" and j > i]
+
+
 @pytest.mark.parametrize(
     ("raw", "reason"),
     [

@@ -59,7 +59,7 @@ def test_an_export_comes_back_byte_for_byte_and_the_same_logs_give_the_same_arch
     assert again.log("raw").read_bytes() == run.log("raw").read_bytes() and again.log("raw") != run.log("raw")
     with again.log("raw").open("a") as f:
         f.write("{}\n")
-    with pytest.raises(UserError, match="another log is there already"):
+    with pytest.raises(UserError, match="another one is there already"):
         replay.import_logs(tmp_path / "a.tar.gz", open_run)
 
 
