@@ -29,19 +29,49 @@ def _overrides(items: list[str] | None) -> dict[str, Any]:
     return out
 
 
+def _grid(items: list[str] | None) -> dict[str, list[Any]]:
+    """NAME=VALUE or NAME=VALUE,VALUE,...: the values of each name. A JSON list or a quoted text is one value."""
+    out: dict[str, list[Any]] = {}
+    for item in items or []:
+        ((name, value),) = _overrides([item]).items()
+        written = item.partition("=")[2]
+        many = isinstance(value, str) and value == written and "," in value  # text that is no JSON
+        out[name] = [_overrides([f"{name}={v.strip()}"])[name] for v in written.split(",")] if many else [value]
+    return out
+
+
+def _seeds(text: str) -> list[int]:
+    try:
+        return [int(t) for t in text.split(",") if t.strip()]
+    except ValueError:
+        raise UserError(f"--seed {text!r}: not whole numbers; write 0 or 0,1,2") from None
+
+
 @app.command()
 def run(
     profile: ProfileName = "tiny",
     only: Annotated[str, typer.Option(help="notebook numbers, for instance 03,04")] = "",
     start: Annotated[str, typer.Option("--from", help="first notebook to run")] = "",
-    seed: Annotated[int | None, typer.Option(help="training and sampling seed")] = None,
-    set_: Annotated[list[str] | None, typer.Option("--set", help="NAME=VALUE of the profile, may be repeated")] = None,
+    seed: Annotated[str, typer.Option(help="training and sampling seed, or several: 0,1,2")] = "",
+    set_: Annotated[
+        list[str] | None, typer.Option("--set", help="NAME=VALUE of the profile, or NAME=V1,V2,... for a grid")
+    ] = None,
+    jobs: Annotated[int, typer.Option(min=1, help="runs of a sweep at a time")] = 1,
+    executor: Annotated[str, typer.Option(help="process, or ray: machines that share this folder")] = "process",
 ) -> None:
-    """Run the notebooks; exit code 0 only when all of them truly ran."""
+    """Run the notebooks, once or for every point of a sweep; exit code 0 only when all of them truly ran."""
     from speed_core.run import run_all
 
     numbers = [n.strip() for n in only.split(",") if n.strip()]
-    reports = run_all(profile, overrides=_overrides(set_), seed=seed, only=numbers, start=start)
+    grid, seeds = _grid(set_), _seeds(seed)
+    if len(seeds) > 1 or any(len(v) > 1 for v in grid.values()):
+        from speed_core.sweep import run_sweep
+
+        if any(code for _, code in run_sweep(profile, grid, seeds, only=numbers, start=start, jobs=jobs, executor=executor)):
+            raise typer.Exit(1)
+        return
+    overrides = {name: values[0] for name, values in grid.items()}
+    reports = run_all(profile, overrides=overrides, seed=seeds[0] if seeds else None, only=numbers, start=start)
     for r in reports:
         if r.status != "ok":
             print(f"{r.name}: {r.detail}", file=sys.stderr)

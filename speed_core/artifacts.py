@@ -14,6 +14,7 @@ import json
 import os
 import platform
 import re
+import resource
 import shutil
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -228,10 +229,19 @@ class Store:
 
     An artifact whose manifest says why it is `partial` (a budget ran out) is handed to later stages only with
     `accept_partial`; without, making it goes on where it stopped. With `replay` an artifact counts although files of
-    it are missing: an export carries trained models without their weights.
+    it are missing: an export carries trained models without their weights. A store over a `base` takes from there what
+    is current under its own settings, and makes only what differs: so the points of a sweep share what they have in common.
     """
 
-    def __init__(self, root: Path, shipped: Path | None = None, accept_partial: bool = False, replay: bool = False):
+    def __init__(
+        self,
+        root: Path,
+        shipped: Path | None = None,
+        accept_partial: bool = False,
+        replay: bool = False,
+        base: Store | None = None,
+    ):
+        self.base = base
         self.root = root
         self.shipped = shipped
         self.accept_partial = accept_partial
@@ -241,8 +251,8 @@ class Store:
         """The published artifact `name`, or None. A folder without a manifest, or without one of its files, does not count."""
         artifact = self._read(self.root / name)
         if artifact and not self.replay and not all(artifact.file(f).is_file() for f in artifact.manifest["files"]):
-            return None
-        return artifact
+            artifact = None
+        return artifact or (self.base.get(name) if self.base else None)
 
     @staticmethod
     def _read(path: Path, shipped: bool = False) -> Artifact | None:
@@ -292,6 +302,7 @@ class Store:
         if not reason:
             yield None
             return
+        older = self.get(name)
         print(f"{name}: making it ({reason})", flush=True)
         path = self.root / f".{name}.draft"
         shutil.rmtree(path, ignore_errors=True)
@@ -299,6 +310,8 @@ class Store:
         draft, started = Draft(path), time.time()
         with disk_errors(path.with_name(name)):
             yield draft
+            if older:  # what `plan` had predicted, to tell how good its predictions are
+                draft.info["predicted_seconds"] = older.manifest["seconds"]
             self._publish(name, draft, parameters, parents, started)
 
     def _publish(
@@ -322,6 +335,7 @@ class Store:
             "code": code_digest(),
             "device": device_name(),
             "seconds": round(time.time() - started, 1),
+            "peak_mb": round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024),  # of the process so far
             "written": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
             **draft.info,
         }
@@ -349,6 +363,7 @@ PRODUCERS = {
     "root": "04",
     "pairs": "04",
     "senior": "04",
+    "revisions": "05",
     "revisor": "05",
     "synthetic": "06",
     "embedder": "08",

@@ -288,22 +288,26 @@ def revision_rows(run: Run) -> list[dict[str, Any]]:
     if who.kind == "recorded":
         return [dict(r) for r in teacher.recorded_rows("revisions")][:count]
     planned = {q.id: q for q in plan(run, "root", run.profile.senior.prompts)}
+    root = run.store.need("root")
     weak: dict[str, str] = {}
-    for e in run.store.need("root").rows():
+    for e in root.rows():
         if e["status"] == "ok":
             weak.setdefault(e["record"].split("#")[0], e["raw"])
-    items = [
-        dataclasses.replace(planned[rid], id=f"{rid}/revise", text=prompts.revise(planned[rid].text, text))
-        for rid, text in list(weak.items())[:count]
-    ]
-    t = teacher.open_teacher(who, run.replay)
-    entries = teacher.ask(t, items, purpose="revise", log=run.log("revisions"), attempts=who.attempts)
-    if (gap := teacher.unanswered(entries)) and not who.accept_partial:
-        raise UserError(f"revisions: {gap}; or set teacher.accept_partial=true to train on what is there")
+    with run.store.stage("revisions", {"teacher": who.deciding(), "count": count}, [root]) as draft:
+        if draft:
+            items = [
+                dataclasses.replace(planned[rid], id=f"{rid}/revise", text=prompts.revise(planned[rid].text, text))
+                for rid, text in list(weak.items())[:count]
+            ]
+            t = teacher.open_teacher(who, run.replay)
+            entries = teacher.ask(t, items, purpose="revise", log=run.log("revisions"), attempts=who.attempts)
+            write_jsonl(draft.file("data.jsonl"), entries)
+            write_json(draft.file("ledger.json"), teacher.spent(run.log("revisions"), items, "revise", who))
+            draft.info |= {"teacher": t.label, "outcomes": generate.counts(entries), "partial": teacher.unanswered(entries)}
     return [
-        {"kind": q.kind, "task": q.task, "prompt": planned[rid].text, "weak": weak[rid], "answer": e["raw"]}
-        for q, e in zip(items, entries, strict=True)
-        if e["status"] == "ok" and (rid := q.id.removesuffix("/revise"))
+        {"kind": e["kind"], "task": e["task"], "prompt": planned[rid].text, "weak": weak[rid], "answer": e["raw"]}
+        for e in run.store.need("revisions").rows()
+        if e["status"] == "ok" and (rid := e["record"].removesuffix("/revise"))
     ]
 
 
@@ -382,6 +386,13 @@ def ablation_data(run: Run) -> dict[str, Artifact]:
     return {k: dataset(run, f"synthetic-{k}", rows[k], sources[k], f"Ablation {k}, see notebook 10.") for k in rows}
 
 
+def ablation_embedders(run: Run) -> dict[str, Artifact]:
+    """One embedding model for each of the four data sets, trained on equally many records."""
+    data = {k: run.store.need(f"synthetic-{k}") for k in ("jr", "jr_re", "sr", "sr_re")}
+    equal = min([run.profile.study.ablation_examples] + [d.manifest["kept"] for d in data.values()])
+    return {k: embedder(run, f"embedder-{k}", d, limit=equal) for k, d in data.items()}
+
+
 def dataset(run: Run, name: str, rows: Sequence[dict[str, Any]], parents: Sequence[Artifact], how: str) -> Artifact:
     """Artifact `name`: curated records as a folder that `datasets.load_dataset` opens, plus what was dropped."""
     from speed_core.offline_tasks import offline_texts
@@ -429,6 +440,24 @@ def embedder(
                 label=name,
             )
     return run.store.need(name)
+
+
+def student_arms(run: Run) -> list[tuple[int, int, str]]:
+    """(layers, seed, arm) of notebook 07's students; only the smallest gets the weak guide and the margin."""
+    plan, weak = run.profile.study.student, ("weak", "margin")
+    return [
+        (layers, seed, arm)
+        for layers in plan.layers
+        for seed in plan.seeds
+        for arm in ("guided", "plain") + (weak if layers == min(plan.layers) else ())
+    ]
+
+
+def scaling_sizes(run: Run) -> list[int]:
+    """Notebook 11's data sizes, as far as there are records."""
+    data = run.store.get("synthetic")
+    most = data.manifest["kept"] if data else run.profile.synthesis.count
+    return [n for n in run.profile.study.scaling if n <= most]
 
 
 def student(run: Run, layers: int, arm: str, seed: int) -> Artifact:

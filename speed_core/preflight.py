@@ -10,7 +10,7 @@ import shutil
 import sys
 from typing import Any
 
-from speed_core import models, tasks
+from speed_core import models, planning, tasks
 from speed_core import profile as profiles
 from speed_core.artifacts import UserError
 from speed_core.run_context import ROOT, Run, open_run
@@ -169,10 +169,5 @@ def plan_text(profile: str = "tiny", overrides: dict[str, Any] | None = None, to
         f"embedding: {p.embedding.examples} records, batch {p.embedding.batch}, {p.embedding.epochs} epochs",
         f"evaluation: {', '.join(p.evaluation.tasks)} at size {p.evaluation.size}",
         f"time: {p.minutes:g} minutes measured" if p.minutes else "time: not measured yet on such a machine",
-        "artifacts:",
     ]
-    names = ("tasks", "seeds", "junior", "root", "pairs", "senior", "revisor", "raw", "revised", "synthetic", "embedder-guided")
-    for name in names:
-        artifact = run.store.get(name)
-        lines.append(f"  {name:16} " + (f"made, digest {artifact.digest}" if artifact else "will be made: not made yet"))
-    return "\n".join(lines)
+    return "\n".join([*lines, planning.text(run)])

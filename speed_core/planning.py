@@ -1,0 +1,204 @@
+"""What a run would do, said before it does it: every stage, why it would run, and what that takes.
+
+The stages are asked, not described a second time: each is called with a store that makes nothing and notes the reason
+that the real store would give. Minutes, memory and disk are those of the newest run that made the same artifact.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import statistics
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager, redirect_stdout
+from dataclasses import dataclass
+from functools import partial
+from io import StringIO
+from pathlib import Path
+from typing import Any
+
+from speed_core import pipeline, sft
+from speed_core.artifacts import Artifact, Draft, Store, UserError
+from speed_core.run_context import Run
+
+RECORDED = Path(__file__).parent / "assets" / "recorded_times.json"
+
+
+@dataclass(frozen=True)
+class Step:
+    """One stage: `reason` is empty when its artifact is current; seconds, memory (MB) and disk (MB) are None when unknown.
+
+    With `follows` the stage runs only if the stage before it writes something else than it did: an input that is made
+    again with the same contents changes nothing.
+    """
+
+    notebook: str
+    name: str
+    reason: str
+    follows: bool = False
+    seconds: float | None = None
+    peak_mb: float | None = None
+    disk_mb: float | None = None
+    measured: str = ""
+
+
+class DryStore(Store):
+    """Makes nothing; remembers for each stage why it would be made."""
+
+    def __init__(self, store: Store):
+        super().__init__(store.root, store.shipped, True, store.replay, store.base)
+        self.reasons: dict[str, str] = {}
+        self.follows: set[str] = set()
+
+    @contextmanager
+    def stage(self, name: str, parameters: Mapping[str, Any], parents: Iterable[Artifact] = ()) -> Iterator[Draft | None]:
+        parents = list(parents)
+        again = [p.name for p in parents if self.reasons.get(p.name)]
+        reason = self.why_stale(name, parameters, parents)
+        if again and not reason:
+            self.follows.add(name)
+        self.reasons[name] = reason or (f"if input.{again[0]} changes" if again else "")
+        yield None
+
+
+def stages(run: Run) -> list[tuple[str, str, Callable[[], Any]]]:
+    """(notebook, artifact, the call that makes it), in order. Facts that a notebook only writes down are left out."""
+    p = run.profile
+    need = run.store.need
+
+    def unseen() -> list[Any]:
+        return pipeline.plan(run, "evaluation", p.synthesis.evaluation_prompts, held_out=True)
+
+    def root() -> list[Any]:
+        return pipeline.plan(run, "root", p.senior.prompts)
+
+    def everything() -> list[Any]:
+        return pipeline.plan(run, "synthesis", p.synthesis.count)
+
+    def evaluation(name: str, generator: str) -> tuple[str, Callable[[], Any]]:
+        return name, lambda: pipeline.sample(run, name, unseen(), generator, constrained=False)
+
+    def synthetic() -> Artifact:
+        raw, revised = need("raw"), need("revised")
+        rows = pipeline.revised_records(run, raw, revised, everything(), "senior")
+        return pipeline.dataset(run, "synthetic", rows, [raw, revised], "")
+
+    def score(name: str, model: str) -> Callable[[], Any]:
+        return lambda: pipeline.scores(run, name, need(model))
+
+    def train(name: str, **how: Any) -> Callable[[], Any]:
+        return lambda: pipeline.embedder(run, name, need("synthetic"), **how)
+
+    out: list[tuple[str, str, Callable[[], Any]]] = [
+        ("01", "tasks", lambda: pipeline.brainstorm(run)),
+        ("02", "seeds", lambda: pipeline.seed_data(run)),
+        ("03", *evaluation("eval-base", "base")),
+        ("03", "junior", lambda: pipeline.junior(run)),
+        ("03", *evaluation("eval-junior", "junior")),
+        ("04", "root", lambda: pipeline.sample(run, "root", root(), "junior", candidates=p.senior.candidates)),
+        ("04", "pairs", lambda: pipeline.preferences(run, need("root"), root())),
+        ("04", "senior", lambda: pipeline.senior(run)),
+        ("04", *evaluation("eval-senior", "senior")),
+        ("05", "revisor", lambda: pipeline.revisor(run)),
+        ("05", "revised-eval", lambda: pipeline.revise(run, "revised-eval", need("eval-junior"), unseen())),
+        ("06", "raw", lambda: pipeline.sample(run, "raw", everything(), "senior")),
+        ("06", "revised", lambda: pipeline.revise(run, "revised", need("raw"), everything())),
+        ("06", "synthetic", synthetic),
+    ]
+    if p.teacher.kind != "recorded":
+        out.insert(9, ("05", "revisions", lambda: pipeline.revision_rows(run)))
+    for layers, seed, arm in pipeline.student_arms(run):
+        name = f"student-{layers}-{arm}-{seed}"
+        out += [("07", name, partial(pipeline.student, run, layers, arm, seed)), ("07", f"scores-{name}", score(name, name))]
+    out += [("08", f"embedder-{arm}", train(f"embedder-{arm}", guided=arm == "guided")) for arm in ("guided", "plain")]
+    out += [
+        ("09", "scores-untrained", partial(pipeline.scores, run, "untrained", p.models.embedder)),
+        ("09", "scores-plain", score("plain", "embedder-plain")),
+        ("09", "scores-guided", score("guided", "embedder-guided")),
+        ("09", "scores-guide", partial(pipeline.scores, run, "guide", p.models.guide, instructed=False)),
+    ]
+    for name in ("raw-junior", "revised-junior", "synthetic-jr", "synthetic-jr_re", "synthetic-sr", "synthetic-sr_re"):
+        out.append(("10", name, partial(pipeline.ablation_data, run)))
+    for k in ("jr", "jr_re", "sr", "sr_re"):
+        out.append(("10", f"embedder-{k}", partial(pipeline.ablation_embedders, run)))
+        out.append(("10", f"scores-{k}", score(k, f"embedder-{k}")))
+    for n in pipeline.scaling_sizes(run):
+        out.append(("11", f"embedder-scale{n}", train(f"embedder-scale{n}", limit=n)))
+        out.append(("11", f"scores-scale{n}", score(f"scale{n}", f"embedder-scale{n}")))
+    return out
+
+
+def steps(run: Run) -> list[Step]:
+    """Every stage of the run with the one reason why it would be made, and what that took the last time."""
+    dry = DryStore(run.store)
+    run = dataclasses.replace(run, store=dry)
+    sft.quiet()
+    recorded = json.loads(RECORDED.read_text(encoding="utf-8")) if RECORDED.is_file() else {}
+    out = []
+    for notebook, name, call in stages(run):
+        if name not in dry.reasons:
+            try:
+                with redirect_stdout(StringIO()):
+                    call()
+            except UserError as error:
+                missing = [a for a in dry.reasons if f"artifact {a!r}" in str(error)]
+                dry.reasons.setdefault(name, f"input.{missing[0]} is not there yet" if missing else str(error))
+        made = dry.get(name)
+        reason = dry.reasons.get(name, "") if made else "not made yet"
+        dry.reasons[name] = reason
+        out.append(_cost(Step(notebook, name, reason, name in dry.follows), made, recorded.get(run.profile.name, {})))
+    return out
+
+
+def _cost(step: Step, made: Artifact | None, recorded: dict[str, Any]) -> Step:
+    if made:
+        size = sum(f["bytes"] for f in made.manifest["files"].values()) / 2**20
+        m = made.manifest
+        return dataclasses.replace(step, seconds=m["seconds"], peak_mb=m.get("peak_mb"), disk_mb=size, measured=m["device"])
+    row = recorded.get("artifacts", {}).get(step.name)
+    if not row:
+        return step
+    return dataclasses.replace(step, seconds=row[0], peak_mb=row[1], disk_mb=row[2], measured=recorded["device"])
+
+
+def past_error(run: Run) -> str:
+    """How far earlier predictions of this run's stages were off: the median of |predicted - taken| / taken, and of how many."""
+    off = []
+    for path in run.store.root.glob("*/manifest.json"):
+        m = json.loads(path.read_text(encoding="utf-8"))
+        if m.get("predicted_seconds") and m["seconds"] >= 1:  # shorter stages are all rounding
+            off.append(abs(m["predicted_seconds"] - m["seconds"]) / m["seconds"])
+    return f"past predictions were off by {100 * statistics.median(off):.0f}% (median of {len(off)} stages)" if off else ""
+
+
+def text(run: Run) -> str:
+    """The stages as lines, one a notebook for those that are current, one a stage for those that would run."""
+    found = steps(run)
+    lines, todo = [], [s for s in found if s.reason]
+    for notebook in dict.fromkeys(s.notebook for s in found):
+        part = [s for s in found if s.notebook == notebook]
+        current = [s.name for s in part if not s.reason]
+        if current:
+            lines.append(f"  {notebook} current: {', '.join(current) if len(current) < 8 else f'{len(current)} artifacts'}")
+        for s in part:
+            if s.reason:
+                time = f"{s.seconds / 60:6.1f} min" if s.seconds is not None else "         ?"
+                lines.append(f"  {notebook} {time}  {s.name}: {s.reason}")
+    known = [s for s in todo if s.seconds is not None]
+    where = sorted({s.measured for s in known})
+    if todo:
+        minutes = sum(s.seconds or 0 for s in known) / 60
+        sure = sum(not s.follows for s in todo)
+        total = f"{sure} of {len(found)} stages will run" + (
+            f", {len(todo) - sure} more if their input changes" if sure < len(todo) else ""
+        )
+        if known:
+            peak = max((s.peak_mb or 0 for s in known), default=0)
+            total += f"; {minutes:.0f} min for {len(known)} of them, measured on {', '.join(where)}"
+            total += f", disk {sum(s.disk_mb or 0 for s in known):.0f} MB" + (
+                f", memory up to {peak / 1024:.1f} GB" if peak else ""
+            )
+    else:
+        total = f"all {len(found)} stages are current; a run would only draw the figures again"
+    error = past_error(run)
+    return "\n".join(["stages:", *lines, total, *([error] if error else [])])

@@ -1,0 +1,136 @@
+"""Many runs of the same notebooks: seeds and grids of values, each point in a folder of its own, several at once.
+
+A point of a sweep is a store over the profile's own run (`artifacts.Store`, `base`): what is current there under the
+point's settings is taken, the rest is made in the point's folder. One generation so serves many trainings.
+"""
+
+from __future__ import annotations
+
+import csv
+import itertools
+import json
+import os
+import re
+import subprocess
+import sys
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from speed_core.artifacts import UserError
+from speed_core.run_context import ROOT, open_run
+
+
+@dataclass(frozen=True)
+class Point:
+    """One run of a sweep: `name` is its folder, `overrides` its values, `seed` its training and sampling seed."""
+
+    name: str
+    overrides: dict[str, Any]
+    seed: int | None
+
+
+def points(grid: Mapping[str, Sequence[Any]], seeds: Sequence[int]) -> list[Point]:
+    """Every combination of the values and seeds; {"embedding.margin": [0.05, 0.1]} and (0, 1) give four points."""
+    out = []
+    for values in itertools.product(*grid.values()):
+        for seed in seeds or (None,):
+            overrides = dict(zip(grid, values, strict=True))
+            varied = {k: v for k, v in overrides.items() if len(grid[k]) > 1} | ({"seed": seed} if len(seeds) > 1 else {})
+            name = ",".join(f"{k}={v}" for k, v in varied.items())
+            out.append(Point(re.sub(r"[^A-Za-z0-9.,=_-]+", "_", name), overrides, seed))
+    if len({p.name for p in out}) != len(out):
+        raise UserError("sweep: two points have the same name; give every value once")
+    return out
+
+
+def command(profile: str, point: Point, only: Sequence[str], start: str) -> list[str]:
+    """The command line that runs one point."""
+    out = [sys.executable, "-m", "speed_core", "run", "--profile", profile]
+    for name, value in point.overrides.items():
+        out += ["--set", f"{name}={json.dumps(value)}"]
+    out += ["--seed", str(point.seed)] if point.seed is not None else []
+    out += ["--only", ",".join(only)] if only else []
+    return out + (["--from", start] if start else [])
+
+
+def run_point(words: Sequence[str], name: str, log: str) -> int:
+    """Run one point to its end with its output in `log`; returns the exit code."""
+    Path(log).parent.mkdir(parents=True, exist_ok=True)
+    with open(log, "w", encoding="utf-8") as out:
+        return subprocess.run(words, cwd=ROOT, env=os.environ | {"SPEED_VARIANT": name}, stdout=out, stderr=out).returncode
+
+
+def run_sweep(
+    profile: str,
+    grid: Mapping[str, Sequence[Any]],
+    seeds: Sequence[int],
+    *,
+    only: Sequence[str] = (),
+    start: str = "",
+    jobs: int = 1,
+    executor: str = "process",
+) -> list[tuple[Point, int]]:
+    """Run every point, `jobs` at a time; returns each with its exit code, in order, and prints one table.
+
+    `executor` "ray" hands the points to a Ray cluster whose machines share this folder. Points that are finished
+    are found current; killed and started again, a sweep goes on from its artifacts.
+    """
+    todo = points(grid, seeds)
+    runs = [open_run(profile, p.overrides, p.seed) for p in todo]  # a bad value is refused before anything runs
+    folder = runs[0].folder
+    work = [(command(profile, p, only, start), p.name, str(folder / "variants" / p.name / "run.log")) for p in todo]
+    print(f"{len(todo)} runs, {jobs} at a time; logs in {folder.name}/variants/*/run.log", flush=True)
+    if executor == "ray":
+        codes = _with_ray(work, jobs)
+    elif executor == "process":
+        with ThreadPoolExecutor(jobs) as pool:
+            codes = list(pool.map(lambda w: run_point(*w), work))
+    else:
+        raise UserError(f"--executor {executor!r}: unknown; use process or ray")
+    done = list(zip(todo, codes, strict=True))
+    table(done, folder)
+    return done
+
+
+def _with_ray(work: Sequence[tuple[list[str], str, str]], jobs: int) -> list[int]:
+    from speed_core.ray_engine import start_ray
+
+    ray = start_ray("")
+    cpus = max(1, int(ray.cluster_resources().get("CPU", 1)) // jobs)
+    remote = ray.remote(num_cpus=cpus, max_retries=2)(run_point)
+    return ray.get([remote.remote(*w) for w in work])
+
+
+def scores(folder: Path) -> dict[str, float]:
+    """Mean score over tasks (times 100) of every scored model in a run folder."""
+    from speed_core import evaluate
+
+    found = sorted((folder / "artifacts").glob("scores-*/scores.json"))
+    return {p.parent.name.removeprefix("scores-"): evaluate.category_means(json.loads(p.read_text()))["Avg"] for p in found}
+
+
+def table(done: Sequence[tuple[Point, int]], folder: Path) -> None:
+    """One table of all points (printed, and kept as variants/sweep.csv): status and the mean scores that each made."""
+    from rich.console import Console
+    from rich.table import Table
+
+    rows = []
+    for p, code in done:
+        made = scores(folder / "variants" / p.name)
+        rows.append(
+            {"run": p.name, "status": "ok" if code == 0 else f"failed ({code})"} | {k: round(v, 2) for k, v in made.items()}
+        )
+    columns = list(dict.fromkeys(k for r in rows for k in r))
+    shown = Table(title="sweep; scores made here, mean over tasks")
+    for c in columns:
+        shown.add_column(c)
+    for r in rows:
+        shown.add_row(*(str(r.get(c, "")) for c in columns))
+    Console(width=max(110, 12 * len(columns))).print(shown)
+    with (folder / "variants" / "sweep.csv").open("w", newline="", encoding="utf-8") as f:
+        writer = csv.DictWriter(f, columns)
+        writer.writeheader()
+        writer.writerows(rows)

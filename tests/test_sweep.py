@@ -1,0 +1,77 @@
+"""Sweeps for real: notebooks 01 and 02 at the smoke size, several points at once over one shared run."""
+
+import csv
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from speed_core import sweep
+from speed_core.__main__ import _grid, _seeds
+from speed_core.artifacts import Store, UserError
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def speed(folder, *words):
+    return subprocess.run(
+        [sys.executable, "-m", "speed_core", *words], cwd=ROOT, env=os.environ | {"SPEED_RUNS": str(folder)}, capture_output=True, text=True
+    )  # fmt: skip
+
+
+def test_values_with_commas_are_a_grid_and_a_list_is_one_value():
+    assert _grid(["embedding.margin=0.05,0.1", "study.scaling=[8,16]", 'teacher.model="a,b"']) == {
+        "embedding.margin": [0.05, 0.1],
+        "study.scaling": [[8, 16]],
+        "teacher.model": ["a,b"],
+    }
+    assert _seeds("0,1, 2") == [0, 1, 2] and _seeds("") == []
+    with pytest.raises(UserError, match="0 or 0,1,2"):
+        _seeds("0;1")
+
+
+def test_every_combination_is_a_point_with_a_name_of_its_own():
+    found = sweep.points({"embedding.margin": [0.05, 0.1], "junior.epochs": [2]}, [0, 1])
+    assert [p.name for p in found] == [f"embedding.margin={m},seed={s}" for m in (0.05, 0.1) for s in (0, 1)]
+    assert all(p.overrides["junior.epochs"] == 2 for p in found)
+    with pytest.raises(UserError, match="same name"):
+        sweep.points({"embedding.margin": [0.1, 0.1]}, [0])
+
+
+def test_a_store_over_a_base_takes_what_is_current_there_and_makes_only_what_differs(tmp_path):
+    base = Store(tmp_path / "base")
+    for name, value in (("a", 1), ("b", 1)):
+        with base.stage(name, {"x": value}) as draft:
+            draft.file("f").write_text(f"base {name}")
+    point = Store(tmp_path / "point", base=base)
+    with point.stage("a", {"x": 1}) as draft:
+        assert draft is None, "what the base has was made again"
+    with point.stage("b", {"x": 2}, [point.need("a")]) as draft:
+        draft.file("f").write_text("point b")
+    assert point.need("a").path.parent.name == "base" and point.need("b").file("f").read_text() == "point b"
+    assert base.need("b").file("f").read_text() == "base b", "the base was touched"
+
+
+def test_the_points_of_a_sweep_share_the_run_below_and_a_failure_is_told(tmp_path):
+    assert speed(tmp_path, "run", "--profile", "smoke", "--only", "01").returncode == 0
+    done = speed(tmp_path, "run", "--profile", "smoke", "--only", "02", "--set", "seeds=24,32,999", "--jobs", "2")
+    assert done.returncode == 1, done.stdout + done.stderr
+    variants = tmp_path / "smoke" / "variants"
+    with (variants / "sweep.csv").open() as f:
+        assert {r["run"]: r["status"] for r in csv.DictReader(f)} == {
+            "seeds=24": "ok",
+            "seeds=32": "ok",
+            "seeds=999": "failed (2)",
+        }
+    assert "lower it or use an endpoint" in (variants / "seeds=999" / "run.log").read_text()
+    for n in (24, 32):
+        made = variants / f"seeds={n}" / "artifacts"
+        assert len((made / "seeds" / "data.jsonl").read_text().splitlines()) == n and not (made / "tasks").exists()
+    assert not (tmp_path / "smoke" / "artifacts" / "seeds").exists(), "a point wrote into the shared run"
+
+
+def test_a_wrong_value_of_a_sweep_is_refused_before_anything_runs(tmp_path):
+    done = speed(tmp_path, "run", "--profile", "smoke", "--only", "02", "--set", "seeds=8,many")
+    assert done.returncode == 2 and "'seeds'" in done.stderr and not (tmp_path / "smoke" / "variants").exists()
