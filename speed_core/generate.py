@@ -112,6 +112,7 @@ class TransformersEngine:
         self.tokenizer = models.load_tokenizer(model)
         self.model = models.load_causal_lm(model, adapter, dtype).to(models.device())
         self.batch_size = batch_size
+        self._compiler: Any = None
 
     def generate(self, requests: Sequence[Request], decoding: Decoding) -> Iterator[Completion]:
         import torch
@@ -125,9 +126,10 @@ class TransformersEngine:
             device = self.model.device
             ids = torch.tensor([[pad] * (width - len(r)) + r for r in rows], device=device)
             mask = torch.tensor([[0] * (width - len(r)) + [1] * len(r) for r in rows], device=device)
+            # Temperature and top-p are in our own processors; what the model's defaults say is switched off.
             options: dict[str, Any] = {"do_sample": decoding.temperature > 0}
             if decoding.temperature > 0:
-                options |= {"temperature": decoding.temperature, "top_p": decoding.top_p, "top_k": 0}
+                options |= {"temperature": 1.0, "top_p": 1.0, "top_k": 0}
             with torch.random.fork_rng(), torch.no_grad():
                 torch.manual_seed(int(digest([r.seed for r in batch])[:8], 16))
                 out = self.model.generate(
@@ -135,7 +137,7 @@ class TransformersEngine:
                     attention_mask=mask,
                     max_new_tokens=decoding.max_new_tokens,
                     pad_token_id=pad,
-                    logits_processor=self._grammars(batch, decoding),
+                    logits_processor=self._processors(batch, decoding),
                     **options,
                 )
             for request, row, full in zip(batch, rows, out[:, width:].tolist(), strict=True):
@@ -145,19 +147,32 @@ class TransformersEngine:
                 text = self.tokenizer.decode(new, skip_special_tokens=True)
                 yield Completion(request.id, text, "stop" if ended else "length", len(row), len(new))
 
+    def _processors(self, batch: Sequence[Request], decoding: Decoding) -> list[Any]:
+        """Grammar, temperature, nucleus, in this order: the nucleus is taken of the tokens that the grammar allows."""
+        from transformers import TemperatureLogitsWarper
+
+        from speed_core import sampling
+
+        out = self._grammars(batch, decoding) if decoding.constrained and any(r.kind for r in batch) else []
+        if decoding.temperature > 0:
+            out += [TemperatureLogitsWarper(decoding.temperature), sampling.hf_processor(decoding.top_p)]
+        return out
+
     def _grammars(self, batch: Sequence[Request], decoding: Decoding) -> list[Any]:
-        if not decoding.constrained or not any(r.kind for r in batch):
-            return []
-        import xgrammar
         from xgrammar.contrib.hf import LogitsProcessor
 
-        info = xgrammar.TokenizerInfo.from_huggingface(self.tokenizer, vocab_size=self.model.config.vocab_size)
-        compiler = xgrammar.GrammarCompiler(info)
-        compiled = {
-            k: compiler.compile_json_schema(json.dumps(grammar_schema(k, decoding)), any_whitespace=False, separators=(",", ":"))
-            for k in {r.kind for r in batch}
-        }
-        return [LogitsProcessor([compiled[r.kind] for r in batch])]
+        return [LogitsProcessor([self._compiled(r.kind, decoding) for r in batch])]
+
+    def _compiled(self, kind: str, decoding: Decoding) -> Any:
+        """The grammar of a kind, compiled once: reading a vocabulary of 262,144 words takes longer than a step."""
+        import xgrammar
+
+        if self._compiler is None:
+            info = xgrammar.TokenizerInfo.from_huggingface(self.tokenizer, vocab_size=self.model.config.vocab_size)
+            self._compiler = xgrammar.GrammarCompiler(info)
+        # The compiler keeps what it has compiled.
+        schema = json.dumps(grammar_schema(kind, decoding))
+        return self._compiler.compile_json_schema(schema, any_whitespace=False, separators=(",", ":"))
 
     def close(self) -> None:
         del self.model

@@ -1,0 +1,79 @@
+"""Nucleus (top-p) filtering without sorting the vocabulary.
+
+The usual way sorts all logits of every row at every step. With a vocabulary of 262,144 words that is most of the time
+of a small model on a CPU: 0.79 s for 64 rows, where the few hundred largest logits take 0.014 s. The nucleus is nearly
+always among those; where it is not, that row is sorted after all, so the result is the same.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+FIRST, SECOND = 256, 4096  # candidates looked at before a row is sorted
+
+
+def nucleus(logits: torch.Tensor, p: float) -> torch.Tensor:
+    """Logits (rows, vocabulary) with everything outside the nucleus at -inf; a new tensor.
+
+    The nucleus is the smallest set of most probable tokens whose probability is at least p (Holtzman et al. 2020): a
+    token stays when those that are more probable than it hold less than p together. The most probable always stays.
+    """
+    if p >= 1:
+        return logits
+    out = torch.full_like(logits, -torch.inf)
+    mass = torch.logsumexp(logits.float(), -1, keepdim=True)
+    open_rows = torch.arange(len(logits), device=logits.device)
+    for k in (FIRST, SECOND, logits.shape[-1]):
+        k = min(k, logits.shape[-1])
+        values, tokens = logits[open_rows].topk(k, sorted=True)
+        probability = torch.exp(values.float() - mass[open_rows])
+        total = probability.cumsum(-1)
+        keep = total - probability < p
+        keep[:, 0] = True
+        done = (total[:, -1] >= p) | (k == logits.shape[-1])
+        rows = open_rows[done]
+        # One scatter for all finished rows; a row's own tokens are distinct, so nothing is written twice.
+        out[rows] = out[rows].scatter(-1, tokens[done], values[done].masked_fill(~keep[done], -torch.inf))
+        open_rows = open_rows[~done]
+        if not len(open_rows):
+            break
+    return out
+
+
+def hf_processor(p: float) -> Any:
+    """`nucleus` as a logits processor of Transformers' `generate` (to be used with top_p left at 1)."""
+    from transformers import LogitsProcessor
+
+    class Nucleus(LogitsProcessor):
+        def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+            return nucleus(scores, p)
+
+    return Nucleus()
+
+
+def vllm_processor() -> Any:
+    """`nucleus` as a logits processor class of vLLM; `Nucleus.p` holds for all requests of a job (with top_p left at 1).
+
+    It does not change the most probable token, so vLLM applies it after the temperature, where its own top-p stands. With
+    per-token noise (vLLM on the CPU) the sampled text is therefore the same as with vLLM's own.
+    """
+    from vllm.v1.sample.logits_processor import LogitsProcessor
+
+    class Nucleus(LogitsProcessor):
+        p = 1.0
+
+        def __init__(self, vllm_config: Any, device: torch.device, is_pin_memory: bool):
+            pass
+
+        def is_argmax_invariant(self) -> bool:
+            return True
+
+        def update_state(self, batch_update: Any) -> None:
+            pass
+
+        def apply(self, logits: torch.Tensor) -> torch.Tensor:
+            return nucleus(logits, type(self).p)
+
+    return Nucleus
