@@ -143,7 +143,10 @@ def export_(target: Path, profile: ProfileName = "tiny", set_: Annotated[list[st
 
 @app.command(name="import")
 def import_(
-    source: Path, rebuild: Annotated[bool, typer.Option(help="rebuild data sets and figures from the logs")] = True
+    source: Annotated[
+        Path | None, typer.Argument(help="an export; without, the recorded run that ships with the package")
+    ] = None,
+    rebuild: Annotated[bool, typer.Option(help="rebuild data sets and figures from the logs")] = True,
 ) -> None:
     """Check an archive of logs, take it in, rebuild its data sets and figures from it; exit code 1 when one differs."""
     import os
@@ -152,6 +155,7 @@ def import_(
     from speed_core.run import run_all
     from speed_core.run_context import open_run
 
+    source = source or replay.RECORDED
     run = replay.import_logs(source, open_run)
     print(f"imported into {run.folder.parent.name}/{run.folder.name}")
     if not rebuild:

@@ -29,7 +29,7 @@ DATA = (
     "raw-junior", "revised-junior", "synthetic-jr", "synthetic-jr_re", "synthetic-sr", "synthetic-sr_re",
 )  # fmt: skip
 TRAINED = ("junior", "senior", "revisor")
-WEIGHTS = (".safetensors", ".bin", ".pt", ".pth")
+RECORDED = Path(__file__).parent / "assets" / "recorded_run.tar.gz"  # of the run behind the committed figures
 
 
 def export_logs(run: Run, target: Path) -> str:
@@ -41,8 +41,7 @@ def export_logs(run: Run, target: Path) -> str:
     made = {name: a.digest for name in DATA if (a := run.store.get(name))}
     for name in TRAINED:
         if trained := run.store.get(name):
-            kept = [f for f in trained.manifest["files"] if not f.endswith(WEIGHTS)]
-            contents |= {f"artifacts/{name}/{f}": trained.file(f).read_bytes() for f in (*kept, MANIFEST)}
+            contents |= {f"artifacts/{name}/{f}": trained.file(f).read_bytes() for f in ("training.json", MANIFEST)}
     manifest = {
         "profile": run.profile.name,
         "values": dotted(run.profile),

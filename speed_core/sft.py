@@ -149,9 +149,19 @@ def check_history(history: Sequence[dict[str, Any]], what: str) -> list[dict[str
 
 
 def save_adapter(model: Any, folder: Path, base: str) -> None:
-    """Write the adapter and, beside it, the digest of the weights that it belongs to."""
+    """Write the adapter and, beside it, the digest of the weights that it belongs to.
+
+    PEFT writes the folder of the base into two files; a folder on this machine means nothing elsewhere, and would make
+    equal adapters differ in digest from machine to machine.
+    """
     model.save_pretrained(str(folder))
-    write_json(folder / "base.json", {"name": base, "weights": models.weights_id(models.resolve(base))})
+    weights = models.weights_id(models.resolve(base))
+    name = f"merged weights {weights}" if os.path.isabs(base) else base
+    write_json(folder / "base.json", {"name": name, "weights": weights})
+    for path in (folder / "adapter_config.json", folder / "README.md"):
+        if path.is_file():
+            text = path.read_text(encoding="utf-8")
+            path.write_text(text.replace(models.resolve(base), name), encoding="utf-8")
 
 
 def _trainer_class() -> Any:

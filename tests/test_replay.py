@@ -122,3 +122,14 @@ def test_a_replaying_run_samples_from_the_log(run, monkeypatch):
     monkeypatch.setenv("SPEED_REPLAY", "1")
     artifact = pipeline.sample(open_run("smoke"), "made", planned, "senior")  # there is no senior, and none is needed
     assert [e["record"] for e in artifact.rows()] == [q.id for q in planned]
+
+
+def test_the_recorded_run_that_ships_is_the_one_behind_the_committed_figures():
+    from speed_core.run_context import ROOT
+
+    manifest, files = replay.read_archive(replay.RECORDED)
+    assert set(replay.DATA) == set(manifest["artifacts"]) and manifest["profile"] == "tiny"
+    assert len(manifest["figures"]) >= 9
+    for name, digest in manifest["figures"].items():
+        assert json.loads((ROOT / "figures" / f"{name}.json").read_text())["data_sha256"] == digest
+    assert not any(b"/home/" in f or b"/root/" in f or b"/tmp/" in f for f in files.values()), "a path of somebody's machine"
