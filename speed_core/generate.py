@@ -63,7 +63,8 @@ class Request:
 
 @dataclass(frozen=True)
 class Completion:
-    """What the engine returned. `finish_reason` is "stop" or "length"; token counts are for speed and cost."""
+    """What the engine returned. `finish_reason` is "stop", "length", or "error" when it refused the request for good:
+    then `text` says why. Token counts are for speed and cost."""
 
     id: str
     text: str
@@ -387,7 +388,10 @@ def _entry(
     parse: Callable[[str, str, str], records.Outcome],
 ) -> dict[str, Any]:
     """The line of the log for one completion."""
-    outcome = parse(c.text, request.kind, c.finish_reason)
+    if c.finish_reason == "error":
+        outcome = records.Outcome("error", c.text)
+    else:
+        outcome = parse(c.text, request.kind, c.finish_reason)
     more = {"attempt": request.attempt} if request.attempt > 1 else {}
     return more | {
         "id": request_id(request, model_id, decoding),
@@ -396,7 +400,7 @@ def _entry(
         "seed": request.seed,
         "status": outcome.status,
         "reason": outcome.reason,
-        "raw": c.text,
+        "raw": "" if outcome.status == "error" else c.text,
         "finish_reason": c.finish_reason,
         "prompt_tokens": c.prompt_tokens,
         "new_tokens": c.new_tokens,
@@ -438,6 +442,8 @@ def replay(requests: Sequence[Request], log: Path, decoding: Decoding, attempts:
 
 def outcome_of(entry: dict[str, Any]) -> records.Outcome:
     """Parse a logged text again; the log keeps raw text, so records are always derived from it."""
+    if entry["status"] == "error":
+        return records.Outcome("error", entry["reason"])
     return records.parse(entry["raw"], entry["kind"], entry["finish_reason"])
 
 

@@ -46,11 +46,9 @@ class ServerEngine:
                 try:
                     yield future.result()
                 except Exception as error:  # the client raises many types; none of them loses what is logged already
-                    code = final_status(error)
-                    what = "refused a request" if code else "failed"
                     raise UserError(
-                        f"generation.base_url: the server {what} ({type(error).__name__}{f' {code}' if code else ''}); "
-                        "finished requests are logged, mend it and run again to go on"
+                        f"generation.base_url: the server failed ({type(error).__name__}); finished requests are logged, "
+                        "mend it and run again to go on"
                     ) from None
         finally:
             for future in futures:
@@ -73,7 +71,12 @@ class ServerEngine:
                 extra_body=extra,
             )
 
-        reply = await self._endpoint.call(send, len(ids) + decoding.max_new_tokens)
+        try:
+            reply = await self._endpoint.call(send, len(ids) + decoding.max_new_tokens)
+        except Exception as error:
+            if (code := final_status(error)) in (400, 413, 422):  # this request, as against a wrong key or address
+                return Completion(r.id, f"refused by the server ({code})", "error", len(ids), 0)
+            raise
         choice, usage = reply.choices[0], reply.usage
         return Completion(
             r.id,

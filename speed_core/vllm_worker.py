@@ -55,6 +55,11 @@ def main() -> None:
         nucleus.p = d["top_p"]
         grammars = {k: StructuredOutputsParams(json=s) for k, s in job["schemas"].items()}
         for r in job["requests"]:
+            if len(r["ids"]) >= config["max_length"]:
+                why = f"prompt of {len(r['ids'])} tokens, limit {config['max_length']}"
+                refused = {"id": r["id"], "text": why, "finish_reason": "error", "prompt_tokens": len(r["ids"]), "new_tokens": 0}
+                out.write(json.dumps(refused) + "\n")
+                continue
             params = SamplingParams(
                 temperature=d["temperature"],
                 top_p=1.0 if cpu else d["top_p"],

@@ -48,11 +48,14 @@ def test_vllm_runs_in_a_process_of_its_own_and_ends_with_it(tmp_path):
         entries = generate.run(
             items[:6], model=BASE, log=tmp_path / "log", decoding=generate.Decoding(max_new_tokens=96), engine=engine
         )
+        long = generate.Request("long", "word " * 600, "sts", 1)
+        refused = generate.run([long], model=BASE, log=tmp_path / "log2", decoding=generate.Decoding(), engine=engine)
         text = list(engine.generate(items[6:], generate.Decoding(max_new_tokens=12, temperature=0.0, constrained=False)))[0].text
     finally:
         engine.close()
     assert engine._child.poll() is not None
     assert sum(generate.counts(entries).values()) == 6 == len(read_jsonl(tmp_path / "log"))
+    assert refused[0]["status"] == "error" and "limit 512" in refused[0]["reason"], "a long prompt ends itself, not the engine"
     assert all(e["raw"].startswith('{"') and "\n" not in e["raw"][:3] for e in entries)
     assert "100" in text, "without <bos> the model would only repeat itself"
 

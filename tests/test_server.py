@@ -85,6 +85,16 @@ def test_a_prompt_reaches_the_server_with_one_begin_token_and_no_template(server
     assert "100" in done.text and done.prompt_tokens == len(models.encode_prompt(models.load_tokenizer(BASE), item.text))
 
 
+def test_a_request_that_the_server_refuses_is_an_outcome_and_the_others_go_on(server, tmp_path):
+    short, long = [generate.Request(i, t, "sts", 1) for i, t in (("short", "Write."), ("long", "word " * 900))]
+    engine = ServerEngine(server, "tiny", BASE)
+    given = dict(model=BASE, model_id="server:tiny", log=tmp_path / "log", decoding=generate.Decoding(max_new_tokens=24))
+    entries = generate.run([long, short], engine=engine, **given)
+    engine.close()
+    assert [e["status"] for e in entries][0] == "error" and "refused by the server (400)" in entries[0]["reason"]
+    assert entries[1]["status"] != "error" and sum(generate.counts(entries).values()) == 2
+
+
 def test_a_model_that_the_server_lacks_is_named_with_the_remedy(server):
     with pytest.raises(UserError, match="'senior' is not served there, tiny is; .*--lora-modules senior=FOLDER"):
         ServerEngine(server, "senior", BASE)
