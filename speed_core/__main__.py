@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import signal
 import sys
 from pathlib import Path
 from typing import Annotated, Any
@@ -198,7 +199,11 @@ def practice_teacher(
 
 
 def main() -> None:
-    """Entry point: bad input ends in one line and exit code 2."""
+    """Entry point: bad input ends in one line and exit code 2; SIGTERM ends as Ctrl-C does, with kernels shut down."""
+    try:
+        signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
+    except ValueError:
+        pass  # not the main thread: somebody else's process, whose signals are not ours
     try:
         app()
     except UserError as error:

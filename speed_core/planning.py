@@ -136,16 +136,17 @@ def steps(run: Run) -> list[Step]:
     recorded = json.loads(RECORDED.read_text(encoding="utf-8")) if RECORDED.is_file() else {}
     out = []
     for notebook, name, call in stages(run):
-        if name not in dry.reasons:
+        made = dry.get(name)
+        if made is None:
+            dry.reasons[name] = "not made yet"
+        elif name not in dry.reasons:
             try:
                 with redirect_stdout(StringIO()):
                     call()
             except UserError as error:
                 missing = [a for a in dry.reasons if f"artifact {a!r}" in str(error)]
                 dry.reasons.setdefault(name, f"input.{missing[0]} is not there yet" if missing else str(error))
-        made = dry.get(name)
-        reason = dry.reasons.get(name, "") if made else "not made yet"
-        dry.reasons[name] = reason
+        reason = dry.reasons.setdefault(name, "")
         out.append(_cost(Step(notebook, name, reason, name in dry.follows), made, recorded.get(run.profile.name, {})))
     return out
 

@@ -116,14 +116,16 @@ def execute(
         problem = f"cell {error.exec_count}: {error.ename}: {_plain(error.evalue)}"
     except Exception as error:  # a dead kernel, a timeout: papermill raises many types; each is a failed notebook
         problem = f"{type(error).__name__}: {_plain(str(error))}"
+    except BaseException:  # Ctrl-C or SIGTERM: what ran so far is kept as a failure, and the signal goes on
+        _keep(work, target)
+        raise
     finally:
         staged.unlink(missing_ok=True)
     if not problem:
         problem = unfinished(work)
     seconds = time.time() - started
     if problem:
-        if work.exists():
-            os.replace(work, target.with_name(f"{target.stem}.failed.ipynb"))
+        _keep(work, target)
         return Report(source.stem, "failed", seconds, problem)
     done = nbformat.read(work, as_version=4)
     done.cells = [c for c in done.cells if "sentinel" not in c.metadata.get("tags", [])]
@@ -131,6 +133,12 @@ def execute(
     os.replace(work, target)
     target.with_name(f"{target.stem}.failed.ipynb").unlink(missing_ok=True)
     return Report(source.stem, "ok", seconds)
+
+
+def _keep(work: Path, target: Path) -> None:
+    """Put an unfinished notebook beside the last good one."""
+    if work.exists():
+        os.replace(work, target.with_name(f"{target.stem}.failed.ipynb"))
 
 
 def _plain(text: str) -> str:

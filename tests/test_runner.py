@@ -1,5 +1,11 @@
 """The runner tells the truth about what papermill calls completed."""
 
+import os
+import signal
+import subprocess
+import sys
+import time
+
 import nbformat
 import pytest
 from typer.testing import CliRunner
@@ -47,6 +53,50 @@ def test_exception_killed_kernel_and_exit_zero_all_count_as_failed(tmp_path, cel
 def test_a_cell_that_takes_too_long_counts_as_failed(tmp_path):
     source = notebook(tmp_path / "n.ipynb", "import time; time.sleep(60)")
     assert run.execute(source, tmp_path / "o.ipynb", {}, cell_timeout=2, show=False).status == "failed"
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_ctrl_c_and_sigterm_end_the_kernel_too_and_keep_the_last_good_output(tmp_path, number, code):
+    cell = "import os, time\nopen('kernel', 'w').write(str(os.getpid()))\ntime.sleep(600)"
+    source, target = notebook(tmp_path / "n.ipynb", "print('before')", cell), tmp_path / "out.ipynb"
+    target.write_text("the last good output")
+    child = subprocess.Popen([sys.executable, "-m", "speed_core", "execute", str(source), str(target)], stderr=subprocess.PIPE)
+    pid_file = tmp_path / "kernel"
+    while not (pid_file.exists() and pid_file.read_text()):
+        assert child.poll() is None, child.stderr.read()
+        time.sleep(0.1)
+    time.sleep(0.5)
+    child.send_signal(number)
+    assert child.wait(60) in (code, 1), "ended as if nothing had happened"
+    deadline = time.monotonic() + 30
+    while os.path.exists(f"/proc/{pid_file.read_text()}") and time.monotonic() < deadline:
+        time.sleep(0.1)
+    assert not os.path.exists(f"/proc/{pid_file.read_text()}"), "the kernel is still there"
+    assert target.read_text() == "the last good output" and not list(tmp_path.glob(".*ipynb"))
+    kept = nbformat.read(tmp_path / "out.failed.ipynb", 4)
+    assert run.unfinished(tmp_path / "out.failed.ipynb") and "before" in str(kept.cells[1].outputs)
+
+
+def test_out_of_memory_counts_as_failed(tmp_path):
+    cell = "import resource\nresource.setrlimit(resource.RLIMIT_AS, (2**31, 2**31))\nx = bytearray(2**33)"
+    report = run.execute(notebook(tmp_path / "n.ipynb", cell), tmp_path / "o.ipynb", {}, show=False)
+    assert report.status == "failed" and "MemoryError" in report.detail
+
+
+def test_twenty_thousand_progress_updates_stay_one_small_output_in_a_folder_that_was_missing(tmp_path):
+    cell = "import sys, tqdm\nfor _ in tqdm.tqdm(range(20_000), file=sys.stdout, mininterval=0): pass"
+    target = tmp_path / "not" / "yet" / "there.ipynb"
+    assert run.execute(notebook(tmp_path / "n.ipynb", cell), target, {}, show=False).status == "ok"
+    assert target.stat().st_size < 50_000 and sum(len(c.outputs) for c in nbformat.read(target, 4).cells) <= 2
+
+
+def test_the_command_keeps_numbers_numbers_and_refuses_what_the_notebook_does_not_know(tmp_path):
+    source = notebook(tmp_path / "n.ipynb", "print(type(rate).__name__, rate)")
+    speed = [sys.executable, "-m", "speed_core", "execute", str(source), str(tmp_path / "o.ipynb"), "-p"]
+    assert subprocess.run([*speed, "rate=1e-5"], capture_output=True).returncode == 0
+    assert "float 1e-05" in str(nbformat.read(tmp_path / "o.ipynb", 4).cells)
+    wrong = subprocess.run([*speed, "rat=1e-5"], capture_output=True, text=True)
+    assert wrong.returncode == 2 and "did you mean 'rate'" in wrong.stderr and len(wrong.stderr.splitlines()) == 1
 
 
 @pytest.mark.parametrize(
