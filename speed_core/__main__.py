@@ -117,6 +117,19 @@ def check() -> None:
 
 
 @app.command()
+def evaluate(
+    model: Annotated[list[str], typer.Option(help="a folder, hub id or package:NAME; give it twice to compare two")],
+    data: Annotated[Path, typer.Option(help="your texts, JSONL (speed_core/own_tasks.py says which shapes)")],
+    out: Annotated[Path, typer.Option(help="folder for scores and figure")] = Path("scorecard"),
+    instructed: Annotated[bool, typer.Option(help="queries get the instruction template of this project's models")] = True,
+) -> None:
+    """Score one or two models on your own texts, with intervals; two are compared text by text."""
+    from speed_core.own_tasks import scorecard
+
+    scorecard(model, data, out, instructed=instructed)
+
+
+@app.command()
 def execute(
     source: Path,
     target: Path,

@@ -148,10 +148,12 @@ def lee_pairs(documents: int) -> list[tuple[str, str, float]]:
 
 
 def metadata(name: str, description: str, kind: str, score: str, prompt: Any, package: str) -> TaskMetadata:
+    """What mteb wants to know of a task; `package` carries its texts (empty: the user's own file)."""
+    source = f"files of the package {package}. Made for this repository" if package else "a file given by the user"
     return TaskMetadata(
         name=name,
-        description=f"{description} Source: files of the package {package}. Made for this repository, not part of MTEB.",
-        dataset={"path": f"package/{package}", "revision": CARRIERS[package]},
+        description=f"{description} Source: {source}, not part of MTEB.",
+        dataset={"path": f"package/{package}" if package else "own/file", "revision": CARRIERS.get(package, "1")},
         type=kind,  # type: ignore[arg-type]
         category="t2c" if kind in ("Classification", "Clustering") else "t2t",
         modalities=["text"],
@@ -171,9 +173,10 @@ def metadata(name: str, description: str, kind: str, score: str, prompt: Any, pa
     )
 
 
-def _set_retrieval(
+def set_retrieval(
     task: Any, queries: dict[str, str], corpus: dict[str, str], relevant: dict[str, dict[str, int]], top: Any
 ) -> None:
+    """Give a retrieval task its data: texts by id, {query: {document: 1}}, and candidates by query (None: the corpus)."""
     task.dataset = {
         "default": {
             "test": {
@@ -198,7 +201,7 @@ def _retrieval(size: dict[str, int]) -> Any:
             pairs = random.Random(1).sample(chatterbot_pairs(), min(size["retrieval"], len(chatterbot_pairs())))
             queries = {f"q{i}": q for i, (_, q, _a) in enumerate(pairs)}
             corpus = {f"d{i}": a for i, (_, _q, a) in enumerate(pairs)}
-            _set_retrieval(self, queries, corpus, {f"q{i}": {f"d{i}": 1} for i in range(len(pairs))}, None)
+            set_retrieval(self, queries, corpus, {f"q{i}": {f"d{i}": 1} for i in range(len(pairs))}, None)
 
     return OfflineChatterBotRetrieval()
 
@@ -215,7 +218,7 @@ def _continuation(size: dict[str, int]) -> Any:
             rows = random.Random(2).sample(rows, size["continuation"])
             queries = {f"q{i}": " ".join(w[:14]) for i, w in enumerate(rows)}
             corpus = {f"d{i}": " ".join(w[14 : 14 + WORDS]) for i, w in enumerate(rows)}
-            _set_retrieval(self, queries, corpus, {f"q{i}": {f"d{i}": 1} for i in range(len(rows))}, None)
+            set_retrieval(self, queries, corpus, {f"q{i}": {f"d{i}": 1} for i in range(len(rows))}, None)
 
     return OfflineReutersContinuation()
 
@@ -241,7 +244,7 @@ def _reranking(size: dict[str, int]) -> Any:
                 if len(others) >= 4 and len(queries) < size["rerank"]:
                     queries[f"q{i}"], relevant[f"q{i}"] = q, {f"d{i}": 1}
                     top[f"q{i}"] = [f"d{i}", *rng.sample(others, min(9, len(others)))]
-            _set_retrieval(self, queries, {f"d{i}": a for i, (_, _q, a) in enumerate(drawn)}, relevant, top)
+            set_retrieval(self, queries, {f"d{i}": a for i, (_, _q, a) in enumerate(drawn)}, relevant, top)
 
     return OfflineChatterBotReranking()
 

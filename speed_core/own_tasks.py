@@ -1,0 +1,166 @@
+"""A scorecard for one's own texts: mteb tasks from a JSONL file.
+
+Each line is one of
+    {"query": ..., "positive": ...}  with an optional "negative"        -> retrieval among all positives and negatives
+    {"sentence1": ..., "sentence2": ..., "score": 0.8}                   -> STS
+    {"text": ..., "label": ...}                                          -> classification, a few texts a label to learn from
+An optional "task" groups lines into tasks of their own; an optional "instruction" is what retrieval queries are given.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import random
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from datasets import Dataset, DatasetDict
+from mteb.abstasks import AbsTaskClassification, AbsTaskRetrieval, AbsTaskSTS
+
+from speed_core.artifacts import UserError, write_json
+from speed_core.offline_tasks import metadata, set_retrieval
+
+SHAPES = {"Retrieval": ("query", "positive"), "STS": ("sentence1", "sentence2", "score"), "Classification": ("text", "label")}
+FEW = 8  # texts a label that the classifier learns from, at most half of them
+LEAST = 10  # lines a task: fewer give no interval worth printing
+
+
+def read(path: Path) -> dict[tuple[str, str], list[dict[str, Any]]]:
+    """{(task name, type): rows} of a JSONL file; a bad line is named with its number."""
+    if not path.is_file():
+        raise UserError(f"--data {path}: no such file; give a JSONL file, one object a line")
+    out: dict[tuple[str, str], list[dict[str, Any]]] = {}
+    for number, line in enumerate(path.read_text(encoding="utf-8").split("\n"), 1):
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line)
+        except ValueError:
+            raise UserError(f"{path.name}: line {number} is no JSON; write one object a line") from None
+        kind = next((k for k, fields in SHAPES.items() if isinstance(row, dict) and set(fields) <= set(row)), "")
+        if not kind:
+            shapes = "; ".join(" + ".join(f) for f in SHAPES.values())
+            raise UserError(f"{path.name}: line {number} has none of the shapes {shapes}; add the missing field")
+        for field in SHAPES[kind]:
+            number_wanted = field == "score"
+            good = isinstance(row[field], (int, float)) if number_wanted else isinstance(row[field], str) and row[field].strip()
+            if not good and not (field == "label" and isinstance(row[field], int)):
+                what = "a number" if number_wanted else "a text that is not blank"
+                raise UserError(f"{path.name}: line {number}: {field!r} is {row[field]!r}; it must be {what}")
+        out.setdefault((str(row.get("task", path.stem)), kind), []).append(row)
+    for (name, kind), rows in out.items():
+        if len(rows) < LEAST:
+            raise UserError(f"{path.name}: task {name!r} ({kind}) has {len(rows)} lines; give at least {LEAST}")
+    if not out:
+        raise UserError(f"{path.name}: empty; write one object a line")
+    return out
+
+
+def own_tasks(path: Path) -> list[Any]:
+    """mteb tasks of a JSONL file, one for each task name and type."""
+    makers: dict[str, Callable[[str, list[dict[str, Any]]], Any]] = {
+        "Retrieval": _retrieval, "STS": _sts, "Classification": _classification,
+    }  # fmt: skip
+    return [makers[kind](name, rows) for (name, kind), rows in read(path).items()]
+
+
+def scorecard(names: Sequence[str], data: Path, out: Path, *, instructed: bool = True) -> list[dict[str, Any]]:
+    """Evaluate one or two models on a JSONL file; prints a table, writes `out`/scores.json and the figure.
+
+    Returns rows {label, value, low, high} in points: scores of one model, or those of the first minus the second
+    (paired: the same texts are drawn for both).
+    """
+    from speed_core import evaluate, plots
+    from speed_core.run_context import open_run
+
+    if len(names) not in (1, 2):
+        raise UserError(f"--model: {len(names)} given; give one, or two to compare")
+    tasks, results = own_tasks(data), []
+    run = dataclasses.replace(open_run("smoke"), figures=out)
+    for name in names:
+        label = Path(name).name.replace(":", "-") or "model"
+        encoder = evaluate.load(name, label, instructed=instructed)
+        results.append(evaluate.evaluate(encoder, tasks, out / "mteb", label=label))
+    write_json(out / "scores.json", results)
+    rows = []
+    for task in results[0]["tasks"]:
+        one = [{**r, "tasks": {task: r["tasks"][task]}} for r in results]
+        found = evaluate.mean_difference(*one) if len(one) == 2 else evaluate.average_interval(one[0])
+        rows.append({"label": task, "value": found[0], "low": found[1], "high": found[2]})
+        print(f"{task:40} {found[0]:+7.2f} [{found[1]:+.2f}, {found[2]:+.2f}]")
+    title = f"{Path(names[0]).name} on {data.name}" if len(names) == 1 else f"{Path(names[0]).name} minus {Path(names[1]).name}"
+    plots.rates(run, "scorecard", rows, [], title, "points", zero=len(names) == 2)
+    print(f"figure and scores in {out}")
+    return rows
+
+
+def _about(name: str, kind: str, score: str, prompt: Any) -> Any:
+    return metadata(f"Own{kind}-{name}", "The user's own texts.", kind, score, prompt, "")
+
+
+def _retrieval(name: str, rows: Sequence[dict[str, Any]]) -> Any:
+    texts = list(dict.fromkeys(t for r in rows for t in (r["positive"], r.get("negative")) if t))
+    ids = {t: f"d{i}" for i, t in enumerate(texts)}
+    instruction = rows[0].get("instruction", "Given a query, retrieve the text that answers it")
+
+    class Own(AbsTaskRetrieval):
+        metadata = _about(name, "Retrieval", "ndcg_at_10", {"query": instruction})
+
+        def load_data(self, num_proc: int | None = None, *, timer: Any = None, **kwargs: Any) -> None:
+            queries = {f"q{i}": r["query"] for i, r in enumerate(rows)}
+            relevant = {f"q{i}": {ids[r["positive"]]: 1} for i, r in enumerate(rows)}
+            set_retrieval(self, queries, {i: t for t, i in ids.items()}, relevant, None)
+
+    return Own()
+
+
+def _sts(name: str, rows: Sequence[dict[str, Any]]) -> Any:
+    class Own(AbsTaskSTS):
+        metadata = _about(name, "STS", "cosine_spearman", "Retrieve semantically similar text")
+        min_score = min(float(r["score"]) for r in rows)
+        max_score = max(float(r["score"]) for r in rows)
+
+        def load_data(self, num_proc: int | None = None, *, timer: Any = None, **kwargs: Any) -> None:
+            columns = {k: [r[k] for r in rows] for k in ("sentence1", "sentence2")}
+            self.dataset = DatasetDict({"test": Dataset.from_dict(columns | {"score": [float(r["score"]) for r in rows]})})
+            self.data_loaded = True
+
+    if Own.min_score == Own.max_score:
+        raise UserError(f"task {name!r}: every score is {Own.min_score}; a correlation needs scores that differ")
+    return Own()
+
+
+def _classification(name: str, rows: Sequence[dict[str, Any]]) -> Any:
+    by_label: dict[str, list[str]] = {}
+    for r in rows:
+        by_label.setdefault(str(r["label"]), []).append(r["text"])
+    small = [k for k, v in by_label.items() if len(set(v)) < 2]
+    if small or len(by_label) < 2:
+        raise UserError(
+            f"task {name!r}: label {small[0]!r} has one text; give every label at least two" if small
+            else f"task {name!r}: one label only; give at least two"
+        )  # fmt: skip
+    labels = sorted(by_label)
+    rng, train, test = random.Random(0), [], []
+    for i, label in enumerate(labels):
+        texts = list(dict.fromkeys(by_label[label]))
+        rng.shuffle(texts)
+        cut = min(FEW, len(texts) // 2)
+        train += [(t, i) for t in texts[:cut]]
+        test += [(t, i) for t in texts[cut:]]
+
+    class Own(AbsTaskClassification):
+        metadata = _about(name, "Classification", "accuracy", "Identify the label of the given text")
+        samples_per_label = min(FEW, max(1, min(len(set(v)) // 2 for v in by_label.values())))
+        n_experiments = 5
+
+        def load_data(self, num_proc: int | None = None, *, timer: Any = None, **kwargs: Any) -> None:
+            splits = {"train": train, "test": test}
+            self.dataset = DatasetDict(
+                {k: Dataset.from_dict({"text": [t for t, _ in v], "label": [y for _, y in v]}) for k, v in splits.items()}
+            )
+            self.data_loaded = True
+
+    return Own()
