@@ -13,6 +13,7 @@ import dataclasses
 import json
 import random
 from collections.abc import Callable, Sequence
+from math import ceil, floor
 from pathlib import Path
 from typing import Any
 
@@ -119,16 +120,16 @@ def _retrieval(name: str, rows: Sequence[dict[str, Any]]) -> Any:
 def _sts(name: str, rows: Sequence[dict[str, Any]]) -> Any:
     class Own(AbsTaskSTS):
         metadata = _about(name, "STS", "cosine_spearman", "Retrieve semantically similar text")
-        min_score = min(float(r["score"]) for r in rows)
-        max_score = max(float(r["score"]) for r in rows)
+        min_score = floor(min(r["score"] for r in rows))
+        max_score = ceil(max(r["score"] for r in rows))
 
         def load_data(self, num_proc: int | None = None, *, timer: Any = None, **kwargs: Any) -> None:
             columns = {k: [r[k] for r in rows] for k in ("sentence1", "sentence2")}
             self.dataset = DatasetDict({"test": Dataset.from_dict(columns | {"score": [float(r["score"]) for r in rows]})})
             self.data_loaded = True
 
-    if Own.min_score == Own.max_score:
-        raise UserError(f"task {name!r}: every score is {Own.min_score}; a correlation needs scores that differ")
+    if len({float(r["score"]) for r in rows}) == 1:
+        raise UserError(f"task {name!r}: every score is {rows[0]['score']}; a correlation needs scores that differ")
     return Own()
 
 
