@@ -30,4 +30,7 @@ test: lint kernels ## lint, types, kernels, unit tests, and every notebook at sm
 lab: setup ## JupyterLab on the notebooks
 	@$(PY) -m jupyterlab notebooks/00_preflight.ipynb
 
-.PHONY: help setup reproduce plan check lint kernels test lab
+classroom: setup ## the students' copy of the notebooks, without solutions, in classroom/
+	@$(PY) -m speed_core classroom
+
+.PHONY: help setup reproduce plan check lint kernels test lab classroom

@@ -1,4 +1,4 @@
-"""`python -m speed_core run | plan | check | preflight | execute`."""
+"""`python -m speed_core run | plan | check | preflight | execute | classroom | ...`: see --help."""
 
 from __future__ import annotations
 
@@ -184,6 +184,21 @@ def import_(
         print(f"{name:26} {wanted} {'same' if here == wanted else f'DIFFERENT: {here}'}")
     if any(r.status != "ok" for r in reports) or any(a != b for _, a, b in rows):
         raise typer.Exit(1)
+
+
+@app.command()
+def classroom(
+    target: Annotated[Path | None, typer.Argument(help="folder beside notebooks/; default: classroom")] = None,
+    force: Annotated[bool, typer.Option(help="overwrite copies that somebody worked in")] = False,
+) -> None:
+    """Write the students' copy of the notebooks: exercises and checkers stay, solutions do not."""
+    from speed_core.classroom import write
+    from speed_core.run_context import ROOT
+
+    written = write(target, force=force)
+    print(f"{len(written)} notebooks in {written[0].parent}")
+    if written[0].parent.resolve().parent != ROOT:
+        print("their pictures are ../figures: put the folder into the checkout, or a copy of figures/ beside it")
 
 
 @app.command(name="practice-teacher")

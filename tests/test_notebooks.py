@@ -9,7 +9,7 @@ from pathlib import Path
 import nbformat
 import pytest
 
-from speed_core import claims, plots, replay, run
+from speed_core import claims, classroom, exercises, plots, replay, run
 
 ROOT = Path(__file__).resolve().parent.parent
 NOTEBOOKS = run.notebooks(ROOT / "notebooks")
@@ -28,7 +28,9 @@ def test_a_committed_notebook_is_clean_and_keeps_the_grammar(path):
     assert sum(c.cell_type == "markdown" for c in nb.cells) >= len(code), "each cell has a sentence"
     text = "\n".join(c.source for c in nb.cells)
     assert nb.cells[0].source.startswith(f"# {path.stem[:2]} - ")
-    assert "**Check" in text and "## Exercises" in text and "assert" in code[-1].source
+    assert "**Check" in text and "## Exercises" in text
+    check = next(i for i, c in enumerate(nb.cells) if c.source.startswith("**Check.**"))
+    assert "assert" in nb.cells[check + 1].source
     assert all(len(c.source.splitlines()) <= 18 for c in code), "cells stay short"
 
 
@@ -54,6 +56,30 @@ def test_every_notebook_runs_at_the_smoke_size(smoke):
             for output in cell.get("outputs", []):
                 shown = output.get("text", "") if output.output_type == "stream" else ""
                 assert "Warning" not in shown, f"{path.stem}: a warning in a cell's output: {shown[:300]}"
+
+
+def said(path):
+    """What the checker cells of an executed notebook printed, a line each."""
+    checkers = classroom.tagged(nbformat.read(path, 4), "checker")
+    return ["".join(o.get("text", "") for o in c.outputs).strip() for c in checkers]
+
+
+def test_every_solution_is_right_on_the_artifacts_of_a_run(smoke):
+    runs, _ = smoke
+    for path in NOTEBOOKS[1:]:
+        lines = said(runs / "smoke" / "notebooks" / path.name)
+        assert lines == [f"{path.stem[:2]}.{k}: right" for k in range(1, len(lines) + 1)] and lines
+
+
+def test_an_unsolved_copy_runs_to_its_end_and_says_what_is_missing(smoke, tmp_path, monkeypatch):
+    runs, _ = smoke
+    monkeypatch.setenv("SPEED_RUNS", str(runs))
+    for path in classroom.write(tmp_path / "classroom"):
+        if path.stem[:2] in ("01", "02", "12"):  # the light ones; tests/test_classroom.py has the stubs of all
+            report = run.execute(path, tmp_path / "done" / path.name, {"profile": "smoke"}, show=False)
+            assert report.status == "ok", report.detail
+            lines = said(tmp_path / "done" / path.name)
+            assert len(lines) == 2 and all("not yet - " in line and exercises.UNANSWERED in line for line in lines)
 
 
 def test_a_second_run_finds_every_artifact_current_and_makes_nothing_again(smoke):

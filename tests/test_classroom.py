@@ -1,0 +1,315 @@
+"""Exercises: each has a solution that is right, a stub that is not, and hints for the usual mistakes."""
+
+import math
+
+import nbformat
+import numpy as np
+import pytest
+
+from speed_core import classroom, exercises, prompts, run
+from speed_core.artifacts import UserError
+from speed_core.run_context import ROOT
+
+NOTEBOOKS = [p for p in run.notebooks(ROOT / "notebooks") if p.stem[:2] != "00"]
+
+
+def row(record, status="ok", kind="retrieval", raw=""):
+    return {"record": record, "status": status, "kind": kind, "raw": raw}
+
+
+def seed(query, positive, negative):
+    return f'{{"user_query":"{query}","positive_document":"{positive}","hard_negative_document":"{negative}"}}'
+
+
+RETRIEVAL = [
+    row("a", raw=seed("red hen", "a red hen", "a red fox")),  # 2 and 1 words shared
+    row("b", raw=seed("red hen", "a hen", "a Red fox")),  # 1 and 1
+    row("c", raw=seed("red hen", "a fox", "a red hen")),  # 0 and 2
+    row("d", raw=seed("big red hen", "red hen", "fox")),  # 2 and 0
+    row("e", kind="sts", raw='{"S1":"a","S2":"b","S3":"c"}'),
+    row("f", status="invalid", raw="{"),
+]
+PAIRS = [
+    {"chosen": "one two three", "rejected": "one two"},
+    {"chosen": "one two", "rejected": "three four five"},
+    {"chosen": "one two", "rejected": "a b"},  # as many words, more characters
+    {"chosen": "one two four", "rejected": "one"},
+    {"chosen": "a", "rejected": "b c"},
+]
+BASE = [row("a", "ok"), row("b", "invalid"), row("c", "invalid"), row("d", "ok"), row("e", "invalid"), row("f", "ok")]
+JUNIOR = [row(r, s) for r, s in zip("abcdef", ("ok", "ok", "ok", "invalid", "truncated", "ok"), strict=True)]
+POINTS = [
+    {"guide": g, "labels": s, "margin": m, "precision": p, "recall": r}
+    for g, s, values in (
+        ("MiniLM", "several answers to a question", [(-0.1, 0.9, 0.1), (0.0, 0.52, 0.2), (0.1, 0.3, 0.5), (0.2, 0.1, 0.9)]),
+        ("MiniLM", "20 Newsgroups", [(-0.1, 0.5, 0.1), (0.0, 0.3, 0.2), (0.1, 0.2, 0.5), (0.2, 0.1, 0.9)]),
+        ("TF-IDF", "several answers to a question", [(-0.1, 0.9, 0.1), (0.0, 0.8, 0.2), (0.1, 0.7, 0.5), (0.2, 0.5, 0.9)]),
+        ("MiniLM, 2 of 6 layers", "several answers to a question", [(-0.1, 0.9, 0.1), (0.2, 0.5, 0.9)]),
+    )
+    for m, p, r in values
+]
+DIFFERENCES = [
+    {"label": n, "value": v, "low": v - 1, "high": v + 1} for n, v in (("Jr + Re", 2.0), ("Sr", 0.5), ("Sr + Re", -1.5))
+]
+CALLS = {"brainstorm (the paper leaves it out)": 100, "seed": 200, "preference (a rubric makes none)": 0, "revision": 50}
+
+# What a checker is given beside the answer. `names` are what the solution cell finds in its notebook.
+FACTS = {
+    "01.1": {"topics": ["Arts/Music/Jazz/Piano/Trio", "Home/Garden", "A/B/C"]},
+    "02.2": {"rows": RETRIEVAL},
+    "03.2": {"base": BASE, "junior": JUNIOR},
+    "04.2": {"pairs": PAIRS},
+    "05.2": {"gain": [1.0, -0.5, 0.0, 0.3]},
+    "06.2": {"issued": 100, "valid": 80, "dropped": [{"dropped_by": "near-duplicate"}] * 6 + [{"dropped_by": "evaluation overlap"}] * 5},
+    "07.2": {"points": POINTS},
+    "10.1": {"rows": DIFFERENCES},
+    "12.1": {"calls": CALLS, "records": 100},
+    "12.2": {"calls": 250},
+}  # fmt: skip
+
+
+class Rows:
+    """An artifact as far as solutions read it."""
+
+    def __init__(self, rows, **manifest):
+        self._rows, self.manifest = rows, manifest
+
+    def rows(self, name="data.jsonl"):
+        return self._rows
+
+
+def names(number):
+    """What the cells before the exercises have left behind, as far as the solutions use it."""
+    from speed_core import records
+
+    known = {
+        "02": {"records": records, "rows": RETRIEVAL},
+        "03": {"base": Rows(BASE), "after": Rows(JUNIOR)},
+        "04": {"pairs": Rows(PAIRS)},
+        "05": {"prompts": prompts, "gain": FACTS["05.2"]["gain"]},
+        "06": {"data": Rows(FACTS["06.2"]["dropped"]), "ok": 80},
+        "07": {"points": POINTS},
+        "10": {"rows": DIFFERENCES},
+        "12": {"counted": 250, "data": Rows([], kept=100)},
+    }
+    return {"np": np} | known.get(number, {})
+
+
+def parts(path):
+    """(name of the exercise, source of its solution cell, its stub, source of its checker cell) for each exercise."""
+    nb = nbformat.read(path, 4)
+    solutions, checkers = classroom.tagged(nb, "solution"), classroom.tagged(nb, "checker")
+    assert len(solutions) == len(checkers)
+    return [
+        (f"{path.stem[:2]}.{k}", s.source, s.metadata["speed"]["stub"], c.source)
+        for k, (s, c) in enumerate(zip(solutions, checkers, strict=True), 1)
+    ]
+
+
+EVERY = [pytest.param(*p, id=p[0]) for path in NOTEBOOKS for p in parts(path)]
+
+
+def test_every_notebook_from_01_on_has_exercises_with_question_solution_and_checker():
+    assert sorted(p.values[0] for p in EVERY) == sorted(exercises.CHECKERS)
+    assert {p.values[0][:2] for p in EVERY} == {p.stem[:2] for p in NOTEBOOKS}
+    for path in NOTEBOOKS:
+        cells = nbformat.read(path, 4).cells
+        for i in [i for i, c in enumerate(cells) if "solution" in c.metadata.get("tags", [])]:
+            assert "**Exercise" in cells[i - 1].source and "**Is it right?**" in cells[i + 1].source
+            assert cells[i + 2].metadata["tags"] == ["checker"]
+
+
+def answer_of(source, number, k):
+    space = names(number)
+    exec(source, space)
+    return space[f"answer_{k}"]
+
+
+@pytest.mark.parametrize("name, solution, stub, checker", EVERY)
+def test_the_solution_is_right_and_the_stub_is_told_that_it_is_unanswered(name, solution, stub, checker):
+    number, k = name.split(".")
+    assert f'exercises.check("{name}", answer_{k}' in checker
+    assert exercises.hint(name, answer_of(solution, number, k), **FACTS.get(name, {})) == ""
+    assert exercises.UNANSWERED in exercises.hint(name, answer_of(stub, number, k), **FACTS.get(name, {}))
+
+
+@pytest.mark.parametrize("name, solution, stub, checker", EVERY)
+def test_a_hint_never_holds_the_solution(name, solution, stub, checker):
+    number, k = name.split(".")
+    right = answer_of(solution, number, k)
+    for wrong in (..., None, "nonsense", -7.25, [1, 2], {}, lambda *a: 1 / 0, lambda *a: "nonsense", lambda *a: -7.25):
+        why = exercises.hint(name, wrong, **FACTS.get(name, {}))
+        assert why and not any(line.strip() in why for line in solution.splitlines() if len(line.strip()) > 3)
+        for value in np.ravel(right) if isinstance(right, (float, tuple)) else []:
+            assert f"{value:.3f}" not in why
+
+
+def mask_rule(compare, sign=1):
+    return lambda g, m: compare(g, np.diag(g)[:, None] - sign * m)
+
+
+def dpo(a, b, c, d, beta):
+    return math.log1p(math.exp(-beta * (a - c - b + d)))
+
+
+def info_nce(s, own, t, rest=False):
+    z = np.asarray(s) / t
+    return np.log(np.exp(np.delete(z, own) if rest else z).sum()) - z[own]
+
+
+MISTAKES = [
+    ("01.1", lambda p, d: "/".join(p.split("/")[:d]), "the end of a path"),
+    ("01.1", lambda p, d: "/".join(p.split("/")[-d:]), "the beginning of a path"),
+    ("01.1", lambda p, d: prompts.truncate_topic(p, d).split("/"), "join them"),
+    ("01.1", lambda p, d: prompts.truncate_topic(p), "always leaves four"),
+    ("01.1", lambda p, d: "A", "cases differ"),
+    ("01.1", lambda p: p, "TypeError"),
+    ("01.1", "A/B/E/F", "a function is asked for"),
+    ("01.2", {"read": '["a task"]', "refused": "[f()]"}, "JSON already"),
+    ("01.2", {"read": "no list", "refused": "[f()]"}, "refuses it as no_list"),
+    ("01.2", {"read": "['a']", "refused": "['b']"}, "the reader takes it"),
+    ("01.2", {"read": "['a']", "refused": "[f("}, "Python itself"),
+    ("01.2", {"read": "['a']", "refused": "[1, 2]"}, "no call inside"),
+    ("01.2", {"read": "['a']", "refused": ...}, "refused"),
+    ("02.1", {"lost": "{", "kept": "{"}, "our parser says invalid"),
+    ("02.1", {"lost": seed("a", "b", "c"), "kept": "{"}, "the released parser says kept"),
+    ("02.1", {"lost": "so: " + seed("a", "b}", "c"), "kept": seed("a", "b", "c")}, "takes it as well"),
+    ("02.1", {"lost": "so: " + seed("a", "b}", "c"), "kept": "{"}, "must still be JSON"),
+    ("02.2", 1 / 4, "a tie counts"),
+    ("02.2", 50, "percentage"),
+    ("02.2", 2, "divide it"),
+    ("02.2", 2 / 5, "all seeds"),
+    ("02.2", 0.9, "another share"),
+    ("03.1", lambda p, c, e: (p + c + [e], [1] * (len(p + c) + 1)), "the prompt is scored"),
+    ("03.1", lambda p, c, e: (p + c, [0] * len(p) + [1] * len(c)), "never stops"),
+    ("03.1", lambda p, c, e: (p + c + [e], [0] * len(p) + [1] * len(c) + [0]), "never learnt"),
+    ("03.1", lambda p, c, e: (p + c + [e], [1] * len(p) + [0] * len(c + [e])), "wrong way round"),
+    ("03.1", lambda p, c, e: (p + c + [e], [0] * len(p) + [1] * len(c)), "entries"),
+    ("03.1", lambda p, c, e: p + c, "two lists"),
+    ("03.2", [2, 2, 1, 1], "wrong way round"),
+    ("03.2", [2, 1, 2, 0], "add up to 5 of 6"),
+    ("03.2", [3, 0, 2, 1], "field 'record'"),
+    ("04.1", lambda a, b, c, d, beta: dpo(b, a, d, c, beta), "turned round"),
+    ("04.1", lambda a, b, c, d, beta: math.log1p(math.exp(-(beta * (a - c) - (b - d)))), "whole difference"),
+    ("04.1", lambda a, b, c, d, beta: dpo(a, b, c, d, 1), "beta is not used"),
+    ("04.1", lambda a, b, c, d, beta: dpo(a, b, 0, 0, beta), "reference is missing"),
+    ("04.1", lambda a, b, c, d, beta: -dpo(a, b, c, d, beta), "other sign"),
+    ("04.1", lambda a, b, c, d, beta: math.exp(-dpo(a, b, c, d, beta)), "its logarithm"),
+    ("04.1", lambda a, b, c, d, beta: 0.7, "20 of 20 cases differ"),
+    ("04.2", 0.6, "equal length"),
+    ("04.2", 2, "divide it"),
+    ("04.2", 0.75, "another share"),
+    ("05.1", lambda p, w, r: (prompts.revise(p, r), r), "learn to copy"),
+    ("05.1", lambda p, w, r: (prompts.revise(p, w), w), "weak sample once more"),
+    ("05.1", lambda p, w, r: (w, r), "prompt is missing"),
+    ("05.1", lambda p, w, r: (p, r), "weak sample is missing"),
+    ("05.1", lambda p, w, r: (p + w, r), "same words"),
+    ("05.2", (0.8, 1.3), "the first is a sum"),
+    ("05.2", (0.2, 0.65), "forgets the records"),
+    ("05.2", (0.2, 0.2), "first again"),
+    ("05.2", (0.2, 0.1), "cannot be smaller"),
+    ("06.1", lambda a, b: len(set(a.split()) & set(b.split())) / len(set(a.split()) | set(b.split())), "cases differ"),
+    ("06.2", 0.69, "every loss"),
+    ("06.2", 0.74, "divided by the prompts"),
+    ("06.2", 69 / 80, "no duplicates"),
+    ("06.2", 6 / 80, "dropped"),
+    ("07.1", mask_rule(np.greater), "own pair is removed"),
+    ("07.1", lambda g, m: mask_rule(np.greater, -1)(g, m) & ~np.eye(4, dtype=bool), "wrong way"),
+    ("07.1", lambda g, m: (g > np.diag(g) - m) & ~np.eye(4, dtype=bool), "that of the column"),
+    ("07.1", lambda g, m: mask_rule(np.greater_equal)(g, m) & ~np.eye(4, dtype=bool), "exactly as alike"),
+    ("07.1", lambda g, m: ~(mask_rule(np.greater)(g, m) & ~np.eye(4, dtype=bool)), "marks what stays"),
+    ("07.1", lambda g, m: g[0] > m, "a 4 x 4 array"),
+    ("07.2", 0.1, "half of the false negatives"),
+    ("07.2", -0.1, "newsgroups"),
+    ("07.2", 0.2, "weaker guide"),
+    ("07.2", 0.07, "not tried"),
+    ("08.1", lambda s, own, t: info_nce(s, own, 1 / t), "multiplied"),
+    ("08.1", lambda s, own, t: info_nce(s, own, 1), "temperature is not used"),
+    ("08.1", lambda s, own, t: info_nce(s, own, t, rest=True), "missing below the line"),
+    ("08.1", lambda s, own, t: -info_nce(s, own, t), "other sign"),
+    ("08.1", lambda s, own, t: np.exp(-info_nce(s, own, t)), "its logarithm"),
+    ("08.2", lambda h, m: h[:, -1], "padding for every shorter"),
+    ("08.2", lambda h, m: h[:, 0], "first token"),
+    ("08.2", lambda h, m: h[np.arange(len(h)), m.sum(1)], "first padding"),
+    ("08.2", lambda h, m: (h * m[..., None]).sum(1) / m.sum(1)[:, None], "mean over tokens"),
+    ("08.2", lambda h, m: h[:, -1, 0], "a vector for each text"),
+    ("09.1", lambda r: 1 / math.log2(r + 1), "what does @10 say"),
+    ("09.1", lambda r: 1 / r if r <= 10 else 0, "reciprocal rank"),
+    ("09.1", lambda r: 1 / math.log(r + 1) if r <= 10 else 0, "another base"),
+    ("09.2", lambda a, b: np.quantile(draws(a, 0) - draws(b, 1), [0.025, 0.975]), "drawn apart"),
+    ("09.2", lambda a, b: np.quantile(draws(b - a, 0), [0.025, 0.975]), "turned round"),
+    ("09.2", lambda a, b: np.quantile(a - b, [0.025, 0.975]), "single items"),
+    ("09.2", lambda a, b: np.quantile(draws(a - b, 0), [0.975, 0.025]), "above the high end"),
+    ("09.2", lambda a, b: np.quantile(draws(a - b, 0), [0.25, 0.75]), "narrower"),
+    ("10.1", lambda t: [r["label"] for r in t if r["low"] > 0], "a loss is a result"),
+    ("10.1", lambda t: [r["label"] for r in t if r["value"] > 0], "estimate alone"),
+    ("10.1", lambda t: [r["label"] for r in t if r["low"] <= 0 <= r["high"]], "*not* resolved"),
+    ("10.1", lambda t: [r for r in t if r["low"] > 0 or r["high"] < 0], "only their labels"),
+    ("10.2", lambda a, b, n, e: n * (b - a) / 2 / e, "square root"),
+    ("10.2", lambda a, b, n, e: n * ((b - a) / e) ** 2, "whole width"),
+    ("10.2", lambda a, b, n, e: ((b - a) / 2 / e) ** 2, "how many times more"),
+    ("11.1", lambda a, x, b, y: (y - x) / (b / a), "how many doublings"),
+    ("11.1", lambda a, x, b, y: (y - x) / math.log(b / a), "natural"),
+    ("11.1", lambda a, x, b, y: (y - x) / (b - a), "points a record"),
+    ("11.2", lambda n, s, g: n * (1 + g / s), "straight line"),
+    ("11.2", lambda n, s, g: g / s, "how many doublings"),
+    ("11.2", lambda n, s, g: 2 ** (g / s), "multiply by the records"),
+    ("12.1", {"paper": 920 / 45, "ours": 2.5}, "turn it over"),
+    ("12.1", {"paper": 45 / 500, "ours": 2.5}, "E5-mistral"),
+    ("12.1", {"paper": 0.0489, "ours": 3.5}, "brainstorm calls"),
+    ("12.1", {"paper": 0.0489, "ours": 0.4}, "turn it over"),
+    ("12.2", 250 * 45 / 920, "should divide"),
+    ("12.2", 250 * 500 / 45, "E5-mistral"),
+    ("12.2", 250, "as many records"),
+    ("12.2", 1000, "0.25 a record"),
+]  # fmt: skip
+
+
+def draws(values, seed):
+    picks = np.random.default_rng(seed).integers(0, len(values), (1000, len(values)))
+    return values[picks].mean(1)
+
+
+@pytest.mark.parametrize("name, answer, wanted", MISTAKES, ids=[f"{m[0]}-{m[2][:24]}" for m in MISTAKES])
+def test_a_usual_mistake_has_a_hint_of_its_own(name, answer, wanted):
+    assert wanted in exercises.hint(name, answer, **FACTS.get(name, {}))
+
+
+def test_every_exercise_is_in_the_table_of_mistakes():
+    assert {m[0] for m in MISTAKES} == set(exercises.CHECKERS)
+
+
+def test_check_prints_one_line_and_never_stops_a_notebook(capsys):
+    exercises.check("09.1", ...)
+    exercises.check("09.1", lambda rank: {}["no"])
+    exercises.check("09.1", lambda rank: 1 / np.log2(rank + 1) * (rank <= 10))
+    first, second, third = capsys.readouterr().out.splitlines()
+    assert first.startswith("09.1: not yet - ") and "KeyError" in second and third == "09.1: right"
+    with pytest.raises(ValueError, match="unknown; there are 01.1"):
+        exercises.check("99.1", 0)
+
+
+def test_the_students_copy_holds_no_solution_and_nothing_else_changes(tmp_path):
+    for path in classroom.write(tmp_path / "copy"):
+        ours, theirs = nbformat.read(ROOT / "notebooks" / path.name, 4), nbformat.read(path, 4)
+        text = "\n".join(c.source for c in theirs.cells)
+        for _, solution, stub, _ in parts(ROOT / "notebooks" / path.name) if path.stem[:2] != "00" else []:
+            own = [line.strip() for line in solution.splitlines() if line not in stub and len(line.strip()) > 15]
+            assert own and not [line for line in own if line in text]
+        assert '"solution"' not in path.read_text() and '"stub"' not in path.read_text()
+        for a, b in zip(ours.cells, theirs.cells, strict=True):
+            if "exercise" in b.metadata.get("tags", []):
+                assert "..." in b.source and a.source not in text
+            else:
+                assert a == b
+
+
+def test_work_of_a_student_is_not_overwritten(tmp_path):
+    first = classroom.write(tmp_path)[1]
+    classroom.write(tmp_path)
+    first.write_text(first.read_text().replace("# your turn", "# my work"))
+    with pytest.raises(UserError, match="01_task_brainstorming.ipynb: somebody worked in it"):
+        classroom.write(tmp_path)
+    assert "my work" in first.read_text()
+    classroom.write(tmp_path, force=True)
+    assert "my work" not in first.read_text()
