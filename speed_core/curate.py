@@ -23,7 +23,7 @@ def near_duplicates(rows: Sequence[Mapping[str, Any]], settings: Curate) -> list
     MinHash over word shingles of query and positive (`minhash.duplicates`): in order, a row is a duplicate when
     its exact Jaccard similarity to an earlier kept row is at least the threshold. The paper names the method,
     not its settings; ours are threshold 0.7, 3-word shingles, 128 permutations: 32 bands of 4, with which a pair
-    at the threshold is found with probability 0.9998 (`minhash.banding`; never less than 0.99 at other settings).
+    at the threshold is found with probability 0.998 (`minhash.banding`; never less than 0.99 at other settings).
     """
     places: dict[str, list[int]] = {}
     for i, row in enumerate(rows):

@@ -1,3 +1,5 @@
+from itertools import combinations
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -22,12 +24,16 @@ def definition(texts, threshold, shingle, **_):
 words = st.lists(st.sampled_from(["a", "b", "C", "ß", "naïve", "10", "-", "."]), max_size=14).map(" ".join)
 
 
-# Fixed examples: a pair just above the threshold is overlooked once in some thousand times, by design.
-@settings(derandomize=True, max_examples=200, deadline=None)
-@given(st.lists(words, max_size=12), st.sampled_from([0.5, 0.7, 0.9]), st.integers(1, 4))
+@settings(max_examples=200, deadline=None)
+@given(st.lists(words, max_size=12), st.sampled_from([0.5, 0.7, 0.8]), st.integers(1, 4))
 def test_small_sets_give_what_the_definition_gives(texts, threshold, shingle):
-    given_ = {"threshold": threshold, "permutations": 128, "shingle": shingle}
-    assert minhash.duplicates(texts, **given_).tolist() == definition(texts, **given_)
+    given_ = {"threshold": threshold, "permutations": 256, "shingle": shingle}
+    found, grams = minhash.duplicates(texts, **given_).tolist(), [minhash.shingles(t, shingle) for t in texts]
+    for i, j in enumerate(found):  # whatever is overlooked, nothing is dropped for no reason
+        assert j < 0 or (j < i and found[j] < 0 and minhash.jaccard(grams[i], grams[j]) >= threshold)
+    near = [minhash.jaccard(a, b) for a, b in combinations(grams, 2)]
+    if not any(threshold <= s < threshold + 0.15 for s in near):  # pairs just above may be overlooked, by design
+        assert found == definition(texts, **given_)
 
 
 def copies(rng, count, replaced):
@@ -55,7 +61,7 @@ def test_bands_agree_as_often_as_their_formula_says():
     left, right = (minhash.band_keys([p[i] for p in pairs], 8, 4, 3, seed=1) for i in (0, 1))
     agree = (left == right).mean()
     assert agree == pytest.approx((20 / 36) ** 4, abs=0.01)
-    assert (left == right).any(0).mean() == pytest.approx(minhash.probability(20 / 36, 8, 4), abs=0.04)
+    assert ((left == right).sum(0) > 1).mean() == pytest.approx(minhash.probability(20 / 36, 8, 4), abs=0.04)
 
 
 @pytest.mark.parametrize("threshold", [0.1, 0.3, 0.5, 0.7, 0.9])
@@ -70,13 +76,14 @@ def test_a_pair_at_the_threshold_is_found_with_probability_of_at_least_99_percen
 def test_the_settings_of_the_profile_give_the_bands_that_the_text_states():
     settings_ = Curate()
     assert minhash.banding(settings_.threshold, settings_.permutations) == (32, 4)
-    assert minhash.probability(0.7, 32, 4) == pytest.approx(0.9998, abs=5e-5)
+    assert minhash.probability(0.7, 32, 4) == pytest.approx(0.998, abs=5e-4)
+    assert minhash.probability(0.8, 32, 4) > 0.999998
 
 
 def test_too_few_permutations_for_a_low_threshold_say_how_many_it_takes():
-    with pytest.raises(UserError, match="permutations 16: a threshold of 0.05 needs at least 90"):
+    with pytest.raises(UserError, match="permutations 16: a threshold of 0.05 needs at least 130"):
         minhash.banding(0.05, 16)
-    assert minhash.banding(0.05, 90) == (90, 1)
+    assert minhash.banding(0.05, 130) == (130, 1)
 
 
 def test_block_boundaries_and_the_vocabulary_limit_change_nothing(monkeypatch):
