@@ -1,6 +1,7 @@
 """Exercises: each has a solution that is right, a stub that is not, and hints for the usual mistakes."""
 
 import math
+import re
 
 import nbformat
 import numpy as np
@@ -313,3 +314,16 @@ def test_work_of_a_student_is_not_overwritten(tmp_path):
     assert "my work" in first.read_text()
     classroom.write(tmp_path, force=True)
     assert "my work" not in first.read_text()
+
+
+def test_the_lesson_plan_takes_its_running_times_from_the_notebooks_and_leaves_no_gap():
+    text = (ROOT / "notebooks" / "README.md").read_text()
+    planned = re.search(r"^\| run, minutes \|(.*)\|$", text, re.M).group(1).split("|")
+    for path, minutes in zip(run.notebooks(ROOT / "notebooks"), planned, strict=True):
+        card = nbformat.read(path, 4).cells[1].source
+        measured = re.search(r"\| time \| (\d+) min at `tiny`", card)
+        assert int(minutes) == (int(measured.group(1)) if measured else 0), path.stem
+    for part, end in (("## Half a day", 210), ("## A full day", 420)):
+        table = text[text.index(part) :].split("**Skip**")[0]
+        slots = [(int(a), int(b)) for a, b in re.findall(r"^\| (\d+) - (\d+) \|", table, re.M)]
+        assert [a for a, _ in slots] == [0, *(b for _, b in slots[:-1])] and slots[-1][1] == end
