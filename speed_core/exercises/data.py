@@ -9,7 +9,7 @@ import random
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from speed_core import curate, prompts, records
+from speed_core import minhash, prompts, records
 from speed_core.exercises import Hint, among, call, compare, exercise, mapping, number
 
 Rows = Sequence[Mapping[str, Any]]
@@ -294,7 +294,7 @@ def jaccard(answer: Any) -> None:
 
     def of(size: int = 3, below: Any = None) -> Any:
         def f(a: str, b: str) -> float:
-            x, y = curate.shingles(a, size), curate.shingles(b, size)
+            x, y = minhash.shingles(a, size), minhash.shingles(b, size)
             return len(x & y) / (below(x, y) if below else len(x | y))
 
         return f
@@ -317,7 +317,7 @@ def jaccard(answer: Any) -> None:
             "below the line stands the smaller set: a short text inside a long one would count as its duplicate": of(
                 3, lambda x, y: min(len(x), len(y))
             ),
-            "case or punctuation makes equal words differ; curate.shingles takes care of both": case_sensitive,
+            "case or punctuation makes equal words differ; minhash.shingles takes care of both": case_sensitive,
             "this is a distance: equal texts must get 1": lambda a, b: 1 - of()(a, b),
         },
         "one number",
