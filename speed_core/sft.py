@@ -21,6 +21,8 @@ from speed_core import lm_head, models
 from speed_core.artifacts import UserError, write_json
 from speed_core.profile import Lora, Training
 
+CPU_ROWS = 3  # examples in one forward pass on a CPU
+
 
 def prompt_text(text: str) -> str:
     """What a generator reads: the prompt and a line break, the same in training and in use."""
@@ -164,17 +166,42 @@ def save_adapter(model: Any, folder: Path, base: str) -> None:
             path.write_text(text.replace(models.resolve(base), name), encoding="utf-8")
 
 
+def by_length(batch: dict[str, Any], rows: int) -> list[dict[str, Any]]:
+    """A right-padded batch of tensors (B, T) in parts of at most `rows` rows of like length, each as wide as its longest."""
+    lengths = batch["attention_mask"].sum(1)
+    parts = lengths.argsort(descending=True).split(rows)
+    return [{k: v[part, : int(lengths[part[0]])] for k, v in batch.items()} for part in parts]
+
+
+def completion_loss(model: Any, batch: dict[str, Any], count: Any) -> Any:
+    """Sum of -log p over the completion tokens of `batch` {input_ids, attention_mask, labels: -100 where not scored} / `count`.
+
+    `model` as in `lm_head.token_log_probs`. With the completion tokens of the whole batch as `count`, the losses of its
+    parts add up to its mean: Eq. 1 has no term between examples.
+    """
+    logp = lm_head.token_log_probs(model, batch["input_ids"], batch["attention_mask"], batch["labels"] != -100)
+    return -logp.sum() / count
+
+
 def _trainer_class() -> Any:
-    """TRL's SFTTrainer with this package's language-model head (see `lm_head`: why, and the measurement)."""
+    """TRL's SFTTrainer with this package's language-model head (see `lm_head`) and, on a CPU, a batch read in parts."""
+    import torch
     from trl import SFTTrainer
 
     class Trainer(SFTTrainer):
+        rows_at_once: int | None = None if torch.cuda.is_available() else CPU_ROWS
+
+        def training_step(self, model: Any, inputs: Any, num_items_in_batch: Any = None) -> Any:
+            total = 0.0
+            for part in by_length(inputs, self.rows_at_once) if self.rows_at_once else [inputs]:
+                total = total + super().training_step(model, part, num_items_in_batch)  # forward, backward
+            return total
+
         def compute_loss(self, model: Any, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None) -> Any:
-            labels = inputs["labels"]
-            scored = labels != -100
-            logp = lm_head.token_log_probs(model, inputs["input_ids"], inputs["attention_mask"], scored)
-            count = scored[:, 1:].sum() if num_items_in_batch is None else num_items_in_batch
-            loss = -logp.sum() / count
+            count = (inputs["labels"] != -100).sum() if num_items_in_batch is None else num_items_in_batch
+            # The count is that of all processes, and their gradients are averaged.
+            scale = 1 if num_items_in_batch is None else self.accelerator.num_processes
+            loss = completion_loss(model, inputs, count) * scale
             return (loss, {}) if return_outputs else loss
 
     return Trainer

@@ -1,7 +1,13 @@
 """SFT and embedding training on small random models of the families that the large profiles use."""
 
+import json
+import subprocess
+import sys
+from pathlib import Path
+
 import pytest
 import torch
+from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from speed_core import embed, lm_head, models, profile, sft
@@ -58,6 +64,98 @@ def test_sft_trains_and_its_adapter_belongs_to_its_base(family, tiny_model, tmp_
     other = tiny_model("gemma3" if family != "gemma3" else "llama")
     with pytest.raises(UserError, match="trained on weights"):
         models.check_adapter(tmp_path / "a", other)
+
+
+def lora_model(base):
+    """The same LoRA model every time, moved off the identity that an adapter starts as."""
+    from peft import get_peft_model
+
+    torch.manual_seed(0)
+    model = get_peft_model(
+        AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32), sft.lora_config(Lora(rank=2, alpha=4))
+    )
+    for name, p in model.named_parameters():
+        if "lora_B" in name:
+            p.data.normal_(0, 0.1)
+    return model
+
+
+def gradients(model):
+    return {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
+
+
+UNEVEN = [(p, c + " and so on" * n) for n, (p, c) in enumerate(PAIRS)]  # rows of four lengths
+
+
+def trl_loss(base, folder):
+    """(batch, loss, gradients) of TRL's own SFTTrainer."""
+    from datasets import Dataset
+    from trl import SFTConfig, SFTTrainer
+
+    tokenizer = models.load_tokenizer(base)
+    rows, _ = sft.encode_rows(tokenizer, UNEVEN, 512)
+    arguments = SFTConfig(
+        str(folder), completion_only_loss=True, bf16=False, use_cpu=True, report_to=[], gradient_checkpointing=False
+    )
+    trainer = SFTTrainer(lora_model(base), arguments, train_dataset=Dataset.from_list(rows), processing_class=tokenizer)
+    batch = trainer.data_collator(list(trainer.train_dataset))
+    loss = trainer.compute_loss(trainer.model, dict(batch))
+    loss.backward()
+    return batch, loss.detach(), gradients(trainer.model)
+
+
+@pytest.mark.parametrize("family", ("gemma3", "llama"))
+def test_loss_and_gradients_equal_trls_however_many_rows_are_read_at_once(family, tiny_model, tmp_path):
+    base = tiny_model(family)
+    batch, wanted, expected = trl_loss(base, tmp_path)
+    assert len(set(batch["attention_mask"].sum(1).tolist())) == 4 and len(expected) > 0
+    model = lora_model(base)
+    lm_head.hidden_states_only(model)
+    for rows in (1, 3, 4):
+        model.zero_grad()
+        parts = sft.by_length(batch, rows)
+        assert [len(p["labels"]) for p in parts] == {1: [1, 1, 1, 1], 3: [3, 1], 4: [4]}[rows]
+        losses = [sft.completion_loss(model, p, (batch["labels"] != -100).sum()) for p in parts]
+        sum(losses).backward()
+        assert torch.allclose(sum(losses), wanted, atol=1e-5, rtol=1e-5), rows
+        found = gradients(model)
+        assert found.keys() == expected.keys()
+        for name, g in found.items():
+            assert torch.allclose(g, expected[name], atol=1e-5, rtol=1e-3), (rows, name)
+
+
+def trained(base, folder, micro):
+    """(losses, adapter) after two steps on the four uneven rows."""
+    s = settings("junior", batch=4, micro_batch=micro, epochs=2, lr=1e-2)
+    facts = sft.train(base, UNEVEN, s, seed=0, output=folder)
+    return [h["loss"] for h in facts["history"]], load_file(folder / "adapter_model.safetensors")
+
+
+def close(a, b):
+    return a.keys() == b.keys() and all(torch.allclose(v, b[k], atol=1e-5) for k, v in a.items())
+
+
+def test_accumulated_micro_batches_equal_one_batch(tiny_model, tmp_path):
+    (whole, a), (split, b) = (trained(tiny_model("gemma3"), tmp_path / str(m), m) for m in (4, 1))
+    assert split == pytest.approx(whole, rel=1e-4) and len(whole) == 2
+    assert close(a, b)
+
+
+def test_two_processes_equal_one_with_the_whole_batch(tiny_model, tmp_path):
+    base, folders = tiny_model("llama"), [str(Path(__file__).parent), str(Path(__file__).parents[1])]
+    script = tmp_path / "two.py"
+    script.write_text(
+        f"import os, sys; sys.path[:0] = {folders!r}\n"
+        "from pathlib import Path\nimport test_training\n"
+        f"test_training.trained({base!r}, Path({str(tmp_path)!r}) / os.environ['RANK'], 2)\n"
+    )
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--master_port=29632", str(script)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-2000:]
+    losses, adapter = trained(base, tmp_path / "one", 4)
+    facts = json.loads((tmp_path / "0" / "training.json").read_text())
+    assert [h["loss"] for h in facts["history"]] == pytest.approx(losses, rel=1e-4)
+    assert close(load_file(tmp_path / "0" / "adapter_model.safetensors"), adapter)
 
 
 def test_too_long_examples_are_counted_and_none_left_is_an_error(tiny_model, tmp_path):
