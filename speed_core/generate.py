@@ -292,8 +292,18 @@ def open_engine(
     dtype: str = "bfloat16",
     max_length: int = 1024,
     batch_size: int = 32,
+    workers: int = 0,
+    ray_address: str = "",
 ) -> Engine:
-    """Start the engine `name` ("vllm" or "transformers") on base weights, with an adapter if given."""
+    """Start the engine `name` ("vllm" or "transformers") on base weights, with an adapter if given.
+
+    `workers`: 0 for one engine of this process, else that many over the Ray at `ray_address` (`speed_core.ray_engine`).
+    """
+    if workers:
+        from speed_core.ray_engine import RayEngine
+
+        sizes: dict[str, Any] = {"dtype": dtype, "max_length": max_length, "batch_size": batch_size}
+        return RayEngine(name, model, adapter, workers=workers, address=ray_address, **sizes)
     if adapter is not None:
         models.check_adapter(adapter, model)
     if name == "vllm":
@@ -318,6 +328,8 @@ def run(
     batch_size: int = 32,
     attempts: int = 1,
     model_id: str = "",
+    workers: int = 0,
+    ray_address: str = "",
     parse: Callable[[str, str, str], records.Outcome] = records.parse,
 ) -> list[dict[str, Any]]:
     """Answer every request and return one log entry each, in the order of `requests`.
@@ -351,7 +363,8 @@ def run(
                 if todo and started is None:
                     assert isinstance(engine, str)
                     name = choose_engine(engine, len(todo), decoding.max_new_tokens)
-                    started = open_engine(name, model, adapter, dtype=dtype, max_length=max_length, batch_size=batch_size)
+                    sizes: dict[str, Any] = {"dtype": dtype, "max_length": max_length, "batch_size": batch_size}
+                    started = open_engine(name, model, adapter, workers=workers, ray_address=ray_address, **sizes)
                 if todo and started is not None:
                     named = label if attempt == 1 else f"{label}, attempt {attempt}"
                     bar = progress(len(requests), f"{named} [{started.name}]", "rec", len(requests) - len(todo))

@@ -204,6 +204,7 @@ def _generate(
             served.close()
     base, adapter = generator_weights(run, generator)
     common |= {"dtype": g.dtype, "max_length": g.max_length, "batch_size": g.batch_size}
+    common |= {"workers": g.workers if g.executor == "ray" else 0, "ray_address": g.ray_address}
     return generate.run(requests, model=base, adapter=adapter, engine=g.engine, **common)
 
 

@@ -96,12 +96,18 @@ def run_sweep(
 
 
 def _with_ray(work: Sequence[tuple[list[str], str, str]], jobs: int) -> list[int]:
-    from speed_core.ray_engine import start_ray
+    import ray
 
-    ray = start_ray("")
-    cpus = max(1, int(ray.cluster_resources().get("CPU", 1)) // jobs)
-    remote = ray.remote(num_cpus=cpus, max_retries=2)(run_point)
-    return ray.get([remote.remote(*w) for w in work])
+    from speed_core.ray_engine import connect
+
+    owned = connect()
+    try:
+        cores = max(1, int(ray.cluster_resources().get("CPU", 1)) // jobs)
+        remote = ray.remote(num_cpus=cores, max_retries=2)(run_point)  # a machine that goes away: the point runs elsewhere
+        return ray.get([remote.remote(*w) for w in work])
+    finally:
+        if owned:
+            ray.shutdown()
 
 
 def scores(folder: Path) -> dict[str, float]:

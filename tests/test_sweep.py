@@ -72,6 +72,18 @@ def test_the_points_of_a_sweep_share_the_run_below_and_a_failure_is_told(tmp_pat
     assert not (tmp_path / "smoke" / "artifacts" / "seeds").exists(), "a point wrote into the shared run"
 
 
+def test_the_points_of_a_sweep_run_over_ray_too(tmp_path):
+    assert speed(tmp_path, "run", "--profile", "smoke", "--only", "01").returncode == 0
+    done = speed(
+        tmp_path, "run", "--profile", "smoke", "--only", "02", "--set", "seeds=24,32", "--jobs", "2", "--executor", "ray"
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    variants = tmp_path / "smoke" / "variants"
+    assert [len((variants / f"seeds={n}" / "artifacts/seeds/data.jsonl").read_text().splitlines()) for n in (24, 32)] == [24, 32]
+    wrong = speed(tmp_path, "run", "--profile", "smoke", "--only", "02", "--set", "seeds=24,32", "--executor", "magic")
+    assert wrong.returncode == 2 and "use process or ray" in wrong.stderr
+
+
 def test_a_wrong_value_of_a_sweep_is_refused_before_anything_runs(tmp_path):
     done = speed(tmp_path, "run", "--profile", "smoke", "--only", "02", "--set", "seeds=8,many")
     assert done.returncode == 2 and "'seeds'" in done.stderr and not (tmp_path / "smoke" / "variants").exists()
