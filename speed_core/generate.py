@@ -2,7 +2,7 @@
 
 An engine turns requests into completions; `run` keeps the log. Three engines share one small
 interface: vLLM in a process of its own (its memory is really back after `close`), Transformers in
-this process, and any OpenAI-compatible server (`speed_core.server_engine`). With `constrained` decoding
+this process (padded batches, or continuous batching in `speed_core.continuous_engine`), and any OpenAI-compatible server (`speed_core.server_engine`). With `constrained` decoding
 the text is held to the JSON schema of its kind by a grammar; a grammar guarantees a prefix of a
 valid object, not its end, so text cut at the token limit is `truncated`, never repaired.
 """
@@ -269,19 +269,21 @@ def vllm_installed() -> bool:
 
 
 def choose_engine(name: str, requests: int, max_new_tokens: int) -> str:
-    """Resolve `auto`: vLLM when it is installed and the work is worth its start, else Transformers.
+    """Resolve `auto`: for little work Transformers; else vLLM, or Transformers' continuous batching where that is missing.
 
     A server is never chosen by itself: it needs an address (`server_engine.ServerEngine`).
     """
-    if name not in ("auto", "vllm", "transformers"):
-        raise UserError(f"generation.engine {name!r}: unknown; use auto, vllm, transformers or server")
+    if name not in ("auto", "vllm", "transformers", "continuous"):
+        raise UserError(f"generation.engine {name!r}: unknown; use auto, vllm, transformers, continuous or server")
     if name == "vllm" and not vllm_installed():
         raise UserError("generation.engine 'vllm': not installed; run make setup, or use transformers")
     if name != "auto":
         return name
     # Half of the token limit is a fair guess of what a record takes.
     worth = requests * max_new_tokens / 2 >= VLLM_WORTH_TOKENS
-    return "vllm" if vllm_installed() and worth else "transformers"
+    if not worth:
+        return "transformers"
+    return "vllm" if vllm_installed() else "continuous"
 
 
 def open_engine(
@@ -308,6 +310,10 @@ def open_engine(
         models.check_adapter(adapter, model)
     if name == "vllm":
         return VllmEngine(model, adapter, dtype, max_length)
+    if name == "continuous":
+        from speed_core.continuous_engine import ContinuousEngine
+
+        return ContinuousEngine(model, adapter, dtype)
     return TransformersEngine(model, adapter, dtype, batch_size)
 
 

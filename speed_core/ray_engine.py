@@ -149,7 +149,7 @@ class RayEngine:
         restarts: int = RESTARTS,
         opener: Callable[..., Engine] | None = None,
     ):
-        if inner not in ("vllm", "transformers"):
+        if inner not in ("vllm", "transformers", "continuous"):
             raise UserError(f"generation.engine {inner!r}: does not run over Ray; use vllm or transformers, or executor=process")
         if adapter is not None:
             models.check_adapter(adapter, model)

@@ -60,6 +60,22 @@ def test_vllm_runs_in_a_process_of_its_own_and_ends_with_it(tmp_path):
     assert "100" in text, "without <bos> the model would only repeat itself"
 
 
+def test_continuous_batching_holds_each_request_to_its_own_grammar_and_free_text_to_none(tmp_path):
+    from speed_core.continuous_engine import ContinuousEngine
+
+    engine = ContinuousEngine(BASE)
+    items = requests(6)
+    decoding = generate.Decoding(temperature=0.7, top_p=0.95, max_new_tokens=40)
+    entries = generate.run(items, model=BASE, log=tmp_path / "log", decoding=decoding, engine=engine)
+    free = generate.Request("free", sft.prompt_text("Water boils at"), "", 1)
+    text = list(engine.generate([free], generate.Decoding(max_new_tokens=12, temperature=0.0, constrained=False)))[0].text
+    engine.close()
+    assert sum(generate.counts(entries).values()) == 6 and {e["engine"] for e in entries} == {"continuous"}
+    firsts = {e["kind"]: e["raw"].split(":")[0] for e in entries}
+    assert firsts == {"sts": '{"S1"', "classification": '{"input_text"'}, "each kind has its own first key"
+    assert "100" in text and not text.startswith("{")
+
+
 def test_everything_that_decides_the_text_is_in_the_request_id():
     r, d = generate.Request("a", "text", "sts", 1), generate.Decoding()
     ids = {
@@ -124,7 +140,7 @@ def test_prompts_with_a_common_beginning_follow_each_other():
 
 
 def test_an_unknown_engine_is_refused():
-    with pytest.raises(UserError, match="auto, vllm, transformers or server"):
+    with pytest.raises(UserError, match="auto, vllm, transformers, continuous or server"):
         generate.choose_engine("magic", 1, 1)
 
 
