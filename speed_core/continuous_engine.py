@@ -55,7 +55,7 @@ def grammar_processor(vocabulary: int) -> Any:
                 matcher.fill_next_token_bitmask(self.mask, row)
             return torch.zeros(len(requests_with_new_token), dtype=torch.int32)
 
-        def __call__(self, scores: torch.Tensor, tensor_arg: torch.Tensor) -> torch.Tensor:
+        def __call__(self, scores: Any, tensor_arg: torch.Tensor) -> Any:
             # Rows beyond the mask belong to no request: prompts of which only a part was read give no token yet.
             xgrammar.apply_token_bitmask_inplace(scores[: self.mask.shape[0]], self.mask.to(scores.device))
             return scores
