@@ -23,13 +23,18 @@ RESULTS = Path(__file__).parent / "results"
 sys.path.insert(0, str(Path(__file__).parent.parent))  # run from a clone, nothing installed
 
 
-def arguments(description: str, **switches: str) -> argparse.Namespace:
-    """`--device cpu|cuda` and `--quick` (ends within five minutes on 2 cores, writes no file); more switches by name."""
+def arguments(description: str, options: dict[str, str] | None = None, **switches: str) -> argparse.Namespace:
+    """`--device cpu|cuda` and `--quick` (ends within five minutes on 2 cores, writes no file); more switches by name.
+
+    `options` take a value: name to help text.
+    """
     parser = argparse.ArgumentParser(description=description)
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--quick", action="store_true", help="small sizes, no result file")
     for name, text in switches.items():
         parser.add_argument(f"--{name}", action="store_true", help=text)
+    for name, text in (options or {}).items():
+        parser.add_argument(f"--{name}", default="", help=text)
     args = parser.parse_args()
     if args.device == "cuda" and not torch.cuda.is_available():
         parser.error("--device cuda: torch sees no GPU; use --device cpu")

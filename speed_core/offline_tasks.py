@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import importlib.metadata
 import random
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -353,23 +353,40 @@ def offline_tasks(size: str = "tiny", names: Sequence[str] | None = None) -> lis
     return [known[x] for x in names]
 
 
+TEXT_COLUMNS = ("text", "sentences", "sentence1", "sentence2", "human_summaries", "machine_summaries")
+
+
 def texts_of(task: Any) -> list[str]:
-    """Every evaluated text of a loaded task, for decontamination."""
-    if isinstance(task, AbsTaskRetrieval):
-        split = task.dataset["default"]["test"]
-        return [*split["corpus"]["text"], *split["queries"]["text"]]
-    data = task.dataset["test"]
-    columns = {"sentence1", "sentence2", "sentences", "text"} & set(data.column_names)
-    return [t for c in sorted(columns) for t in data[c]]
+    """Every evaluated text of a loaded task, of all its subsets; of its evaluation splits where it has others too.
+
+    Reads mteb's layouts: splits or subsets of splits, each a table or {corpus, queries}; cells a text or a list of texts.
+    """
+    out: list[str] = []
+
+    def walk(node: Any) -> None:
+        if isinstance(node, Dataset):
+            for column in [c for c in TEXT_COLUMNS if c in node.column_names]:
+                for cell in node[column]:
+                    out.extend([cell] if isinstance(cell, str) else cell or [])
+        elif isinstance(node, Mapping):
+            wanted = [k for k in task.metadata.eval_splits if k in node] or [k for k in ("corpus", "queries") if k in node]
+            for key in wanted or node:
+                walk(node[key])
+
+    walk(task.dataset)
+    return out
+
+
+def distinct_texts(tasks: Sequence[Any]) -> dict[str, list[str]]:
+    """The evaluated texts by task name, each once; loads the tasks."""
+    for task in tasks:
+        task.load_data()
+    return {task.metadata.name: list(dict.fromkeys(texts_of(task))) for task in tasks}
 
 
 def offline_texts(size: str = "tiny") -> dict[str, list[str]]:
-    """Evaluation texts by task name."""
-    out = {}
-    for task in offline_tasks(size):
-        task.load_data()
-        out[task.metadata.name] = list(dict.fromkeys(texts_of(task)))
-    return out
+    """Evaluation texts of the offline tasks by task name."""
+    return distinct_texts(offline_tasks(size))
 
 
 def mteb_version() -> str:

@@ -503,3 +503,25 @@ def scores(run: Run, name: str, model: Artifact | str, *, instructed: bool = Tru
             found = evaluate.resolve_tasks(e.tasks, e.size)
             write_json(draft.file("scores.json"), evaluate.evaluate(encoder, found, run.folder / "mteb", label=name))
     return run.store.need(f"scores-{name}").json("scores.json")
+
+
+def contamination(run: Run, name: str) -> dict[str, dict[str, Any]]:
+    """Artifact `contamination-NAME`: what each evaluated task's texts share with the data set NAME (`contamination.report`)."""
+    from speed_core import contamination, evaluate, offline_tasks
+
+    e, words, data = run.profile.evaluation, run.profile.curate.overlap_words, run.store.need(name)
+    parameters: dict[str, Any] = {"tasks": e.tasks, "size": e.size, "words": words, "near": contamination.NEAR}
+    parameters["guide"] = models.weights_id(models.resolve(run.profile.models.guide))
+    with run.store.stage(f"contamination-{name}", parameters, [data]) as draft:
+        if draft:
+            model = guide(run)
+            kept, dropped = data.rows("train.jsonl"), data.rows("dropped.jsonl")
+            found = contamination.report(
+                contamination.sample(offline_tasks.distinct_texts(evaluate.resolve_tasks(e.tasks, e.size))),
+                kept + dropped,
+                kept,
+                words=words,
+                embed=lambda texts: model.encode(list(texts), batch_size=64, show_progress_bar=False),
+            )
+            write_json(draft.file("report.json"), found)
+    return run.store.need(f"contamination-{name}").json("report.json")

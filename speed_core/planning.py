@@ -116,6 +116,7 @@ def stages(run: Run) -> list[tuple[str, str, Callable[[], Any]]]:
         ("09", "scores-plain", score("plain", "embedder-plain")),
         ("09", "scores-guided", score("guided", "embedder-guided")),
         ("09", "scores-guide", partial(pipeline.scores, run, "guide", p.models.guide, instructed=False)),
+        ("09", "contamination-synthetic", partial(pipeline.contamination, run, "synthetic")),
     ]
     for name in ("raw-junior", "revised-junior", "synthetic-jr", "synthetic-jr_re", "synthetic-sr", "synthetic-sr_re"):
         out.append(("10", name, partial(pipeline.ablation_data, run)))
