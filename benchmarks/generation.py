@@ -3,7 +3,7 @@
     python benchmarks/generation.py [--device cpu|cuda] [--quick] [--distilabel PYTHON]
 
 The junior generator of `make reproduce` (run that first) answers synthesis prompts at the tiny profile's decoding:
-raw `vllm.LLM.generate` (graph mode and settings as ours), ours on vLLM, raw vLLM with the adapter unmerged, ours on
+raw `vllm.LLM.generate` (graph mode and settings as ours), ours on vLLM, ours with the adapter unmerged, ours on
 Transformers, Transformers' continuous batching with the same sampling, a padded `generate` loop without a grammar, like
 the script that SPEED released, and distilabel's vLLM class, run by an interpreter that has it. Start-up is reported
 apart from the rates. Raw vLLM and ours run in alternation, a fresh process each; their ratio compares medians. Of
@@ -206,7 +206,7 @@ def compare(rows: list[dict[str, Any]]) -> dict[str, float | None]:
         "valid_vs_raw_vllm": ratio("ours_vllm", "vllm_raw", "valid_s"),
         "valid_vs_padded_loop": ratio("ours_vllm", "padded_loop", "valid_s"),
         "valid_vllm_vs_transformers": ratio("ours_vllm", "ours_transformers", "valid_s"),
-        "tokens_lora_vs_merged": ratio("vllm_raw_lora", "vllm_raw", "tokens_s"),
+        "tokens_lora_vs_merged": ratio("ours_vllm_lora", "ours_vllm", "tokens_s"),
         "valid_vs_distilabel": ratio("ours_vllm", better, "valid_s"),
     }
 
@@ -218,7 +218,7 @@ def main() -> None:
     for _ in range(1 if args.quick else 2):
         plan += [("vllm_raw", raw_vllm, (count,)), ("ours_vllm", ours, ("vllm", count))]
     plan += [
-        ("vllm_raw_lora", raw_vllm, (count, True)),
+        ("ours_vllm_lora", raw_vllm, (count, True)),
         ("ours_transformers", ours, ("transformers", count)),
         ("transformers_continuous", ours, ("continuous", count)),
         ("padded_loop", padded_loop, (count,)),
@@ -226,7 +226,7 @@ def main() -> None:
         ("distilabel_vllm_grammar", distilabel, (count, args.distilabel, True)),
     ]
     if args.quick:  # five minutes on two cores
-        plan = [p for p in plan if p[0] not in ("vllm_raw_lora", "transformers_continuous", "distilabel_vllm")]
+        plan = [p for p in plan if p[0] not in ("ours_vllm_lora", "transformers_continuous", "distilabel_vllm")]
     rows: list[dict[str, Any]] = []
     for name, function, given in plan:
         rows.append({"engine": name} | common.in_process(function, *given, limit_s=900))
