@@ -30,7 +30,6 @@ RESTARTS = 3  # fresh actors a worker may cost, over the life of the engine
 # and the last chunks short. The cap bounds what a killed worker has to write again.
 VLLM_CHUNKS, VLLM_CHUNK = 4, 1024
 WAIT_SECONDS = 60.0  # after this long without any worker the user is told what is missing
-OBJECT_STORE_BYTES = 200_000_000  # of a Ray that we start: only texts pass through; Ray would take 30% of the memory
 RUN_AGAIN = "finished requests are logged, run again to go on"
 
 
@@ -59,20 +58,32 @@ def connect(address: str = "") -> bool:
     ray = _ray()
     if ray.is_initialized():
         return False
-    quiet: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR}
-    if address != "local":
-        try:
-            ray.init(address=address or "auto", **quiet)
-            return True
-        except (ConnectionError, RuntimeError, ValueError) as error:
-            if address or os.environ.get("RAY_ADDRESS"):
-                where = address or os.environ["RAY_ADDRESS"]
-                raise UserError(
-                    f"generation.ray_address {where!r}: no Ray answers there ({_first_line(error)}); "
-                    "start one with `ray start --head`, or leave the address empty"
-                ) from None
-    ray.init(address="local", include_dashboard=False, object_store_memory=OBJECT_STORE_BYTES, **quiet)
+    given = address or os.environ.get("RAY_ADDRESS", "")
+    if given not in ("", "local", "auto"):
+        _must_answer(given)
+    try:
+        # Without an address Ray itself looks for the one that `ray start` noted, and starts one where there is none.
+        ray.init(address=address or None, include_dashboard=False, log_to_driver=False, logging_level=logging.ERROR)
+    except (ConnectionError, RuntimeError, ValueError) as error:
+        raise UserError(
+            f"generation.ray_address {given!r}: no Ray to work with ({_first_line(error)}); start one with "
+            "`ray start --head` and give its HOST:PORT, or use ray_address=local"
+        ) from error
     return True
+
+
+def _must_answer(address: str) -> None:
+    """Refuse an address that nobody listens at; Ray itself would try for more than a minute."""
+    host, _, port = address.rpartition(":")
+    if not port.isdigit() or not host or "/" in host:
+        raise UserError(f"generation.ray_address {address!r}: no HOST:PORT; give what `ray start --head` printed")
+    try:
+        socket.create_connection((host, int(port)), timeout=5).close()
+    except OSError as error:
+        raise UserError(
+            f"generation.ray_address {address!r}: nothing answers there ({_first_line(error)}); "
+            "start a Ray with `ray start --head`, or leave the address empty"
+        ) from None
 
 
 def _first_line(error: BaseException) -> str:
@@ -236,24 +247,25 @@ class RayEngine:
                 if not ready and not running:
                     print(f"generation.workers: waiting for {len(starting)}; free in Ray: {self._free()}", flush=True)
                 for ref in ready:
-                    actor = starting[ref] if ref in starting else running[ref][0]
-                    value = self._get(ref)
+                    actor, work = running.pop(ref) if ref in running else (starting.pop(ref), None)  # None: a start
+                    try:
+                        value = self._get(ref)
+                    except UserError:
+                        if work is None:
+                            self._drop(actor)
+                        raise
                     if value is None:  # the actor is dead
                         self._drop(actor)
-                        if ref in running:
-                            queue.appendleft(running.pop(ref)[1])
-                        else:
-                            del starting[ref]
+                        if work:
+                            queue.appendleft(work)
                         self._restarts_left -= 1
                         if self._restarts_left < 0:
                             raise UserError(f"generation over Ray: workers died too often, the last one {self._why}; {RUN_AGAIN}")
-                    elif ref in starting:
-                        del starting[ref]
+                        continue
+                    idle.append(actor)
+                    if work is None:
                         self.pids[actor] = value
-                        idle.append(actor)
                     else:
-                        del running[ref]
-                        idle.append(actor)
                         yield from value
         finally:
             # Only after an error, or when the caller stopped reading: nobody waits for these any more.

@@ -14,8 +14,6 @@ from speed_core.artifacts import UserError, read_jsonl
 from speed_core.ray_engine import RayEngine
 from speed_core.run_context import open_run
 
-REQUESTS = [generate.Request(f"r{i}", "Name a tool.", "sts", i) for i in range(4)]
-
 
 @pytest.fixture(scope="module")
 def base(tiny_model):
@@ -31,6 +29,12 @@ def a_ray(base):
     assert ray.is_initialized()
     first.close()
     assert not ray.is_initialized()
+
+
+@pytest.mark.parametrize(("address", "says"), [("127.0.0.1:1", "nothing answers there"), ("ray://127.0.0.1:1", "no HOST:PORT")])
+def test_an_address_without_a_ray_is_refused_at_once(base, address, says):
+    with pytest.raises(UserError, match=says):
+        RayEngine("transformers", base, address=address)
 
 
 def killed_once(bill, victim):
@@ -83,15 +87,14 @@ def test_two_workers_of_which_one_is_killed_make_the_artifact_of_one_process(tmp
     assert found.manifest == made[0].manifest, "an artifact that is there is not made again for another executor"
 
 
-def failing(how):
-    """Opener of an engine that fails in every call. A local function: Ray takes it along by value."""
+def failing():
+    """Opener of an engine that raises, or dies, as the text says. A local function: Ray takes it along by value."""
 
     def opened(*_, **__):
-        if how == "dies":
-            os.kill(os.getpid(), signal.SIGKILL)
-
         class Engine:
             def generate(self, requests, decoding):
+                if requests[0].text == "die":
+                    os.kill(os.getpid(), signal.SIGKILL)
                 raise RuntimeError("no room\nfor this")
 
             def close(self):
@@ -102,13 +105,13 @@ def failing(how):
     return opened
 
 
-@pytest.mark.parametrize(("how", "says"), [("raises", "RuntimeError: no room"), ("dies", "workers died too often")])
-def test_an_engine_that_always_fails_ends_in_one_line(tmp_path, base, a_ray, how, says):
-    engine = RayEngine("transformers", base, workers=1, restarts=0, opener=failing(how))
-    decoding = generate.Decoding(max_new_tokens=16)
-    with pytest.raises(UserError, match=f"{says}.*run again to go on") as error:
-        generate.run(REQUESTS, model=base, log=tmp_path / "log", decoding=decoding, engine=engine)
-    assert "\n" not in str(error.value)
+def test_an_engine_that_always_fails_ends_in_one_line(tmp_path, base, a_ray):
+    engine = RayEngine("transformers", base, workers=1, restarts=0, opener=failing())
+    for text, says in (("raise", "RuntimeError: no room"), ("die", "workers died too often")):
+        requests = [generate.Request("r", text, "sts", 0)]
+        with pytest.raises(UserError, match=f"{says}.*run again to go on") as error:
+            generate.run(requests, model=base, log=tmp_path / text, decoding=generate.Decoding(), engine=engine)
+        assert "\n" not in str(error.value)
     engine.close()
 
 
