@@ -146,6 +146,27 @@ def execute(
         raise typer.Exit(1)
 
 
+@app.command()
+def adapters(target: Path, profile: ProfileName = "tiny") -> None:
+    """Write junior, senior and revisor as adapters of the base model, for a server that takes --lora-modules."""
+    import shutil
+
+    from speed_core import models
+    from speed_core.run_context import open_run
+
+    run = open_run(profile)
+    for name in ("junior", "revisor"):
+        shutil.copytree(run.store.need(name).path, target / name, dirs_exist_ok=True)
+    # The senior's adapter belongs to base and junior; joined with the junior's it belongs to the base.
+    models.joined_adapter(run.store.need("junior").path, run.store.need("senior").path, target / "senior")
+    modules = " ".join(f"{name}={target / name}" for name in ("junior", "senior", "revisor"))
+    rank = max(json.loads((target / n / "adapter_config.json").read_text())["r"] for n in ("junior", "senior", "revisor"))
+    base = run.profile.models.generator
+    print(
+        f"vllm serve {models.resolve(base)} --served-model-name {base} --enable-lora --max-lora-rank {rank} --lora-modules {modules}"
+    )
+
+
 @app.command(name="export")
 def export_(target: Path, profile: ProfileName = "tiny", set_: Annotated[list[str] | None, typer.Option("--set")] = None) -> None:
     """Write the request logs of a run (and its training histories, no weights) to one archive and print its digest."""

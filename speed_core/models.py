@@ -19,7 +19,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from speed_core.artifacts import UserError, file_digest
+from speed_core.artifacts import UserError, file_digest, write_json
 
 if TYPE_CHECKING:
     import torch
@@ -279,3 +279,35 @@ def device() -> torch.device:
     import torch
 
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def joined_adapter(first: Path, second: Path, output: Path) -> Path:
+    """One LoRA adapter that does what `first`, and `second` trained on top of it, do together; exact, rank r1 + r2.
+
+    W + s1 B1 A1 + s2 B2 A2 = W + [s1 B1, s2 B2] [A1; A2]. So a server that knows the base alone can serve the senior,
+    whose adapter belongs to base and junior. Writes a PEFT folder and returns it.
+    """
+    import torch
+    from safetensors.torch import load_file, save_file
+
+    configs = [json.loads((f / "adapter_config.json").read_text(encoding="utf-8")) for f in (first, second)]
+    weights = [load_file(f / "adapter_model.safetensors") for f in (first, second)]
+    if set(weights[0]) != set(weights[1]):
+        raise UserError(
+            f"adapters {first.name} and {second.name}: they change different layers; train both with the same lora.targets"
+        )
+    scales = [c["lora_alpha"] / c["r"] for c in configs]
+    out = {}
+    for name, one in weights[0].items():
+        other = weights[1][name]
+        if ".lora_A." in name:
+            out[name] = torch.cat([one, other]).contiguous()
+        elif ".lora_B." in name:
+            out[name] = torch.cat([scales[0] * one, scales[1] * other], dim=1).contiguous()
+        else:
+            raise UserError(f"adapter {first.name}: {name} is no LoRA weight; only plain LoRA adapters can be joined")
+    rank = configs[0]["r"] + configs[1]["r"]
+    output.mkdir(parents=True, exist_ok=True)
+    save_file(out, output / "adapter_model.safetensors", metadata={"format": "pt"})
+    write_json(output / "adapter_config.json", configs[0] | {"r": rank, "lora_alpha": rank})
+    return output

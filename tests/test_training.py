@@ -200,3 +200,22 @@ def test_an_embedder_trains_saves_and_loads_alone(family, guided, tiny_model, tm
 def test_the_guide_reads_the_bare_text():
     assert embed.bare(embed.instruct("Find it", "what\nis this")) == "what\nis this"
     assert embed.bare("plain") == "plain"
+
+
+def test_two_adapters_joined_do_what_one_on_top_of_the_other_does(tiny_model, tmp_path):
+    from peft import PeftModel
+
+    base = tiny_model("llama")
+    sft.train(base, PAIRS, settings("junior", lr=1e-2, epochs=2), seed=0, output=tmp_path / "junior")
+    merged = models.merged_folder(base, tmp_path / "junior")
+    wider = settings("revisor", lr=1e-2, epochs=2, lora=Lora(rank=3, alpha=12))
+    sft.train(str(merged), PAIRS, wider, seed=1, output=tmp_path / "senior")
+    joined = models.joined_adapter(tmp_path / "junior", tmp_path / "senior", tmp_path / "joined")
+    ids = torch.randint(5, 1000, (2, 9), generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        # In float32 all the way: the merged folder itself is rounded to bfloat16.
+        below = models.load_causal_lm(base, tmp_path / "junior", "float32")
+        on_top = PeftModel.from_pretrained(below, str(tmp_path / "senior")).merge_and_unload()(ids).logits
+        together = models.load_causal_lm(base, joined, "float32")(ids).logits
+        junior = models.load_causal_lm(base, tmp_path / "junior", "float32")(ids).logits
+    assert torch.allclose(on_top, together, atol=1e-5) and not torch.allclose(junior, together, atol=1e-3)
