@@ -5,10 +5,12 @@ import json
 import os
 import random
 import signal
+import threading
 import time
 from collections import Counter
 
 import pytest
+from tqdm import tqdm
 
 from speed_core import artifacts, generate
 from speed_core.artifacts import Store, read_jsonl, write_jsonl
@@ -83,6 +85,8 @@ def killed(folder, delay):
     if child == 0:
         code = 1
         try:
+            # tqdm's lock is a semaphore that forked processes share: a child killed while it holds it stops everybody.
+            tqdm.set_lock(threading.RLock())
             os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
             work(folder, slow=True)
             code = 0
