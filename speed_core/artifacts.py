@@ -378,4 +378,6 @@ PRODUCERS = {
     "student": "07",
     "guided": "07",
     "scaling": "11",
+    "second": "05",
+    "hard": "10",
 }

@@ -1,15 +1,19 @@
 """The claim map: each claim of the papers, what they print, what this run found, and a verdict by rule.
 
-The verdict of a comparison is never typed in: it follows from the interval of a difference. A claim whose
-quantity this run did not measure says so.
+The verdict of a comparison is never typed in: it follows from the interval of a difference, which covers texts and
+training seeds (`uncertainty`). One that is not resolved says what would resolve the paper's effect. A claim whose quantity
+this run did not measure says so.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import csv
+from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
-from speed_core.evaluate import mean_difference
+from speed_core import uncertainty
+from speed_core.uncertainty import Estimate
 
 # id, claim, the paper's value, notebook. Sources: SPEED Tables 1-6 and Figs. 3-4, E5-mistral Table 5, GISTEmbed cards.
 CLAIMS: list[tuple[str, str, str, str]] = [
@@ -30,7 +34,7 @@ CLAIMS: list[tuple[str, str, str, str]] = [
     ("S15", "DPO needs fewer samples than SFT", "Fig. 3d, 10K", "10"),
     ("S16", "the revisor needs fewer samples than the junior", "Fig. 3e, 10K", "10"),
     ("S17", "log-linear scaling with diminishing returns", "63.2 @230K, 63.4 @920K", "11"),
-    ("S18", "generators without tailoring write poor hard negatives", "no number", "04"),
+    ("S18", "generators without tailoring write poor hard negatives", "no number", "10"),
     ("S19", "one revision pass suffices", "no experiment", "05"),
     ("S20", "the judge's signals are good enough", "no experiment", "04"),
     ("S21", "topics reduce narrowness", "no run without topics", "01"),
@@ -52,55 +56,72 @@ CLAIMS: list[tuple[str, str, str, str]] = [
 ]
 
 
+# The effect in points that the paper prints (or its middle), for the question what size would resolve it.
+EFFECTS = {
+    "S1": 0.3, "S4": 2.2, "S5": 1.0, "S6": 0.6, "S7": 0.3, "S8": 0.3, "S17": 0.1, "E3": 4.2,
+    "G1": 0.27, "G2": 0.46, "G3": 1.1, "G4": -1.0,
+}  # fmt: skip
+
+# What no run of this repository can measure without something that it does not have.
+NOT_POSSIBLE = {
+    "S2": "needs the 13 labelled training sets of E5, which no package carries",
+    "S21": "needs brainstorming without topics; the recorded teacher has answers for topics only",
+    "E5": "needs a base model before and after contrastive pre-training; no package carries such a pair",
+}
+
+UNRESOLVED = "not resolved at this size"
+
+
 def verdict(low: float, high: float, expected: int = 1) -> str:
     """Same direction, contradicted, or not resolved, from the interval of a difference and the claimed sign."""
     if low > 0 or high < 0:
         sign = 1 if low > 0 else -1
         return "smaller scale, same direction" if sign == expected else "contradicted"
-    return "not resolved at this size"
+    return UNRESOLVED
 
 
-def _compare(a: Mapping[str, Any], b: Mapping[str, Any], what: str, trained: int) -> dict[str, Any]:
-    """Two results, each of one training seed; `trained`: how many of the two were trained here."""
-    value, low, high = mean_difference(a, b)
-    why = f"{what}: {value:+.2f} points [{low:+.2f}, {high:+.2f}], paired bootstrap over items, one training seed"
-    said = verdict(low, high)
-    if trained > 1 and said != "not resolved at this size":
-        # Two trainings differ by their seeds too, which an interval over items does not see.
-        said, why = "not resolved at this size", why + "; the interval leaves out the seed, so its sign decides nothing"
-    return {"ours": round(value, 2), "low": round(low, 2), "high": round(high, 2), "verdict": said, "why": why}
+def judged(key: str, e: Estimate, what: str, artifact: str, *, trained: bool = True, expected: int = 1) -> dict[str, Any]:
+    """The row of a claim that is a difference in points. `trained`: both sides were trained here, so seeds must be covered."""
+    said = verdict(e.low, e.high, expected)
+    over = f"{e.seeds} training seeds and the texts" if e.seeds > 1 else "the texts; one training seed"
+    why = f"{what}: {e} points, interval over {over}"
+    if trained and e.seeds == 1 and said != UNRESOLVED:
+        # Two trainings differ by their seeds too, which an interval over texts does not see.
+        said, why = UNRESOLVED, why + "; it leaves out the seed, so its sign decides nothing"
+    elif said == UNRESOLVED and key in EFFECTS:
+        effect = EFFECTS[key]
+        why += f"; the paper's {effect:+g} would need {uncertainty.needed(e, effect)}"
+    numbers = {"ours": round(e.value, 2), "low": round(e.low, 2), "high": round(e.high, 2)}
+    return numbers | {"verdict": said, "why": why, "artifact": artifact}
 
 
-def build(scores: Mapping[str, Any], facts: Mapping[str, Any], digests: Mapping[str, str]) -> list[dict[str, Any]]:
+def build(scores: Mapping[str, Sequence[Any]], facts: Mapping[str, Any], digests: Mapping[str, str]) -> list[dict[str, Any]]:
     """Rows {id, claim, paper, ours, low, high, verdict, why, notebook, artifact} for every claim.
 
-    `scores` maps names (untrained, guided, plain, jr, jr_re, sr, sr_re) to results of `evaluate`; `facts` holds
-    the scaling slope with its interval, the mask's precision, the gains of guided students by claim, duplicates and teacher calls; `digests` maps what
-    a verdict rests on to an artifact digest.
+    `scores` maps arms (untrained, guided, bare, jr, jr_re, sr, sr_re, base, teacher) to their results, one a training seed;
+    `facts` holds estimates by claim (`estimates`: {id: {value, low, high, seeds, sd_items, sd_seeds, what, source}}), the
+    mask's precision, the share of kept records and teacher calls; `digests` maps what a verdict rests on to its artifacts.
     """
     found: dict[str, dict[str, Any]] = {}
     pairs = {
-        "S6": ("sr_re", "jr", "Sr+Re against Jr", 2),
-        "S7": ("sr_re", "sr", "Sr+Re against Sr", 2),
-        "S8": ("sr", "jr", "Sr against Jr", 2),
-        "E1": ("guided", "untrained", "trained on synthetic data against untrained", 1),
+        "S1": ("sr_re", "teacher", "Sr+Re against the recorded teacher's own examples, equally many"),
+        "S4": ("sr_re", "base", "Sr+Re against the untrained base model's records, equally many"),
+        "S5": ("sr_re", "teacher", "Sr+Re against the recorded teacher's own examples, equally many"),
+        "S6": ("sr_re", "jr", "Sr+Re against Jr"),
+        "S7": ("sr_re", "sr", "Sr+Re against Sr"),
+        "S8": ("sr", "jr", "Sr against Jr"),
+        "E1": ("guided", "untrained", "trained on synthetic data against untrained"),
+        "E3": ("guided", "bare", "the same models with instructions against without"),
     }
-    for key, (a, b, what, trained) in pairs.items():
-        if a in scores and b in scores:
-            found[key] = _compare(scores[a], scores[b], what, trained) | {"artifact": f"{digests[a]} {digests[b]}"}
-    for key, g in facts.get("guided_gain", {}).items():
-        low, high = g["low"], g["high"]
-        # G4 says that retrieval *can* fall: a loss is what it expects.
-        said = verdict(low, high, -1 if key == "G4" else 1)
-        why = f"{g['what']}: {g['value']:+.2f} points [{low:+.2f}, {high:+.2f}], bootstrap over items and {g['seeds']} training seeds"
-        rounded = {"ours": round(g["value"], 2), "low": round(low, 2), "high": round(high, 2)}
-        found[key] = rounded | {"verdict": said, "why": why, "artifact": digests["guided-gain"]}
-    if "slope" in facts:
-        s = facts["slope"]
-        found["S17"] = {
-            "ours": round(s["value"], 2), "low": round(s["low"], 2), "high": round(s["high"], 2), "verdict": "not resolved at this size",
-            "why": "points a doubling, log-linear fit over the scaling sizes, bootstrap over items; one training seed a size, and diminishing returns need more sizes", "artifact": digests["scaling"],
-        }  # fmt: skip
+    for key, (a, b, what) in pairs.items():
+        if scores.get(a) and scores.get(b):
+            e = uncertainty.difference(scores[a], scores[b])
+            found[key] = judged(key, e, what, f"{digests[a]} {digests[b]}", trained=key not in ("E1", "E3"))
+    for key, f in facts.get("estimates", {}).items():
+        e = Estimate(*(f[k] for k in ("value", "low", "high", "seeds", "sd_items", "sd_seeds")))
+        # G4 says that retrieval *can* fall, S19 that a second pass gains nothing: a loss is what they expect.
+        expected = -1 if key in ("G4", "S19") else 1
+        found[key] = judged(key, e, f["what"], digests[f["source"]], trained=f.get("trained", True), expected=expected)
     if "mask" in facts:
         m = facts["mask"]
         found["G6"] = {
@@ -111,8 +132,8 @@ def build(scores: Mapping[str, Any], facts: Mapping[str, Any], digests: Mapping[
         }  # fmt: skip
     if "kept_share" in facts:
         found["S22"] = {
-            "ours": round(facts["kept_share"], 3), "low": "", "high": "", "verdict": "not resolved at this size",
-            "why": "share of records kept after MinHash and overlap checks; no ablation was run", "artifact": digests["synthetic"],
+            "ours": round(facts["kept_share"], 3), "low": "", "high": "", "verdict": UNRESOLVED,
+            "why": "share of records kept after MinHash and overlap checks (the paper keeps 0.80); no ablation was run", "artifact": digests["synthetic"],
         }  # fmt: skip
     if "calls" in facts:
         c = facts["calls"]
@@ -123,16 +144,19 @@ def build(scores: Mapping[str, Any], facts: Mapping[str, Any], digests: Mapping[
         }  # fmt: skip
     rows = []
     for key, claim, paper, notebook in CLAIMS:
-        entry = found.get(
-            key,
-            {
-                "ours": "",
-                "low": "",
-                "high": "",
-                "verdict": "not yet tested",
-                "why": "no run of this repository measures it yet",
-                "artifact": "",
-            },
-        )
-        rows.append({"id": key, "claim": claim, "paper": paper, **entry, "notebook": notebook})
+        nothing = {"ours": "", "low": "", "high": "", "artifact": ""}
+        if key in NOT_POSSIBLE:
+            entry = nothing | {"verdict": "not possible here", "why": NOT_POSSIBLE[key]}
+        else:
+            entry = nothing | {"verdict": "not yet tested", "why": "no run of this repository measures it yet"}
+        rows.append({"id": key, "claim": claim, "paper": paper, **found.get(key, entry), "notebook": notebook})
     return rows
+
+
+def write(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
+    """The claim map as a table: id, claim, paper, ours, low, high, verdict, why, notebook, artifact."""
+    columns = ("id", "claim", "paper", "ours", "low", "high", "verdict", "why", "notebook", "artifact")
+    with path.open("w", newline="", encoding="utf-8") as f:
+        writer = csv.DictWriter(f, columns, lineterminator="\n")
+        writer.writeheader()
+        writer.writerows({k: r[k] for k in columns} for r in rows)

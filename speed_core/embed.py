@@ -1,7 +1,8 @@
 """Embedding fine-tuning (SPEED section 3.3): LoRA on a decoder, last-token pooling, contrastive loss.
 
-Queries carry the template "Instruct: {task}\\nQuery: {query}", documents none. The result is saved as
-a sentence-transformers model, adapter merged, that `SentenceTransformer(path)` loads.
+Queries carry the template "Instruct: {task}\\nQuery: {query}", documents none. With LoRA the result is the adapter
+alone (15 MB where the merged model has 540), which `load_trained` puts on its base; `merged` writes the whole model for
+`SentenceTransformer(path)`.
 """
 
 from __future__ import annotations
@@ -12,10 +13,12 @@ from pathlib import Path
 from typing import Any
 
 from speed_core import models, sft
-from speed_core.artifacts import UserError
+from speed_core.artifacts import UserError, write_json
 from speed_core.guided_loss import GuideCache, GuidedCollator, GuidedContrastiveLoss
 from speed_core.profile import Embedding
 
+ADAPTER = "adapter"
+CPU_ROWS = 4  # texts in one forward pass on a CPU, in training
 SYMMETRIC = ("sts", "short_short", "long_long")  # both sides are of one sort, but only the query is instructed
 
 
@@ -92,6 +95,72 @@ def triplets(rows: Sequence[dict[str, Any]], seed: int) -> list[dict[str, str]]:
     return out
 
 
+def by_length(model: Any, columns: Sequence[dict[str, Any]], rows: int) -> list[Any]:
+    """Embeddings [(B, D)] of right-padded columns {input_ids, attention_mask, ...} (B, T), `rows` texts of like length at a time.
+
+    Queries are short and documents long, in a column too: padded together, half of the work would be on padding.
+    """
+    import torch
+
+    lengths = torch.cat([c["attention_mask"].sum(1) for c in columns])
+    keys = [k for k, v in columns[0].items() if getattr(v, "shape", None) == columns[0]["attention_mask"].shape]
+    where = [(c, i) for c in range(len(columns)) for i in range(len(columns[c]["attention_mask"]))]
+    order = lengths.argsort(descending=True, stable=True)
+    found = []
+    for part in order.split(rows):
+        width = int(lengths[part[0]])
+        batch = {}
+        for key in keys:
+            each = [columns[c][key][i, :width] for c, i in (where[int(k)] for k in part)]
+            # What lies past the mask is never read, so zeros will do.
+            batch[key] = torch.stack([torch.nn.functional.pad(t, (0, width - len(t))) for t in each])
+        found.append(model(batch)["sentence_embedding"])
+    together = torch.cat(found)[order.argsort()]
+    return list(together.split([len(c["attention_mask"]) for c in columns]))
+
+
+def _loss_class() -> Any:
+    """The guided loss; on a CPU it embeds a batch in parts of like length."""
+    import torch
+
+    class Loss(GuidedContrastiveLoss):
+        rows_at_once: int | None = None if torch.cuda.is_available() else CPU_ROWS
+
+        def forward(self, sentence_features: Any, labels: Any = None) -> Any:
+            columns, guide, ids = self.split(sentence_features)
+            if not self.rows_at_once or not all(c["attention_mask"][:, 0].all() for c in columns):  # padded on the left
+                return super().forward(sentence_features, labels)
+            return self.loss_of(by_length(self.model, columns, self.rows_at_once), guide, ids)
+
+    return Loss
+
+
+def load_trained(path: Path | str) -> Any:
+    """The sentence-transformers model that `train` left in `path`, adapter merged.
+
+    Raises UserError when the adapter belongs to other weights than the base's name stands for now.
+    """
+    from sentence_transformers import SentenceTransformer
+
+    sft.quiet()
+    adapter = Path(path) / ADAPTER
+    if not adapter.is_dir():
+        return SentenceTransformer(str(path), device=str(models.device()))
+    from peft import PeftModel
+
+    body = json.loads((adapter / "body.json").read_text(encoding="utf-8"))
+    models.check_adapter(adapter, body["base"])
+    model = build(body["base"], body["max_length"], body["dtype"])
+    model[0].model = PeftModel.from_pretrained(model[0].model, str(adapter)).merge_and_unload()
+    return model
+
+
+def merged(path: Path | str, output: Path) -> Path:
+    """Write what `train` left in `path` as a whole sentence-transformers model, for tools that know nothing of us."""
+    load_trained(path).save_pretrained(str(output), create_model_card=False)
+    return output
+
+
 def train(
     base: str,
     rows: Sequence[dict[str, Any]],
@@ -105,8 +174,8 @@ def train(
 ) -> dict[str, Any]:
     """Fine-tune `base` on synthetic records ({instruction, query, positive, negative|null}).
 
-    Saves a sentence-transformers model in `output` and returns {"history", "rows", "seconds"}.
-    `settings.guided` decides between the guided loss and InfoNCE over the same candidates.
+    Saves an adapter that `load_trained` reads (without `settings.lora`: a sentence-transformers model) in `output` and
+    returns {"history", "rows", "guided"}. `settings.guided` decides between the guided loss and InfoNCE over the same candidates.
     """
     import torch
     from datasets import Dataset
@@ -133,7 +202,7 @@ def train(
         model=model,
         args=SentenceTransformerTrainingArguments(**arguments),
         train_dataset=Dataset.from_list(triplets(rows[: settings.examples], seed)),
-        loss=GuidedContrastiveLoss(model, guided=settings.guided, temperature=settings.temperature, margin=settings.margin),
+        loss=_loss_class()(model, guided=settings.guided, temperature=settings.temperature, margin=settings.margin),
         callbacks=[sft.bar_callback(label)],
     )
     trainer.data_collator = GuidedCollator(trainer.data_collator, cache if settings.guided else None, bare)
@@ -141,9 +210,11 @@ def train(
     trainer.train()
     history = sft.check_history(trainer.state.log_history, label)
     if settings.lora is not None:
-        model[0].model = model[0].model.merge_and_unload()
-    model[0].model.to(getattr(torch, settings.dtype))
-    model.save_pretrained(str(output), create_model_card=False)
+        sft.save_adapter(model[0].model, output / ADAPTER, base)
+        write_json(output / ADAPTER / "body.json", {"base": base, "max_length": settings.max_length, "dtype": settings.dtype})
+    else:
+        model[0].model.to(getattr(torch, settings.dtype))
+        model.save_pretrained(str(output), create_model_card=False)
     facts = {"history": history, "rows": min(len(rows), settings.examples), "guided": settings.guided}
     (output / "training.json").write_text(json.dumps(facts, indent=1))
     return facts

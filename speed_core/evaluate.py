@@ -11,8 +11,7 @@ from __future__ import annotations
 import difflib
 import hashlib
 import warnings
-import zlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +24,7 @@ from mteb.types import PromptType
 from speed_core import models, sft
 from speed_core.artifacts import UserError
 from speed_core.embed import instruct
+from speed_core.uncertainty import bootstrap_interval as bootstrap_interval  # notebooks 03 to 05 take it from here
 
 CATEGORIES = {
     "Classification": "Class.",
@@ -108,8 +108,12 @@ def load(path: str | Any, name: str, *, instructed: bool, max_length: int | None
     sft.quiet()
     model = path
     if isinstance(path, str):
-        folder = models.resolve(path)
-        if Path(folder).is_dir() and not Path(folder, "modules.json").is_file():
+        from speed_core.embed import ADAPTER, load_trained
+
+        folder = path if Path(path, ADAPTER).is_dir() else models.resolve(path)
+        if Path(folder, ADAPTER).is_dir():
+            model = load_trained(folder)
+        elif Path(folder).is_dir() and not Path(folder, "modules.json").is_file():
             from speed_core.embed import build
 
             model = build(path, max_length or 512)
@@ -170,7 +174,7 @@ def evaluate(model: Embedder, tasks: Sequence[Any], cache: Path, label: str = ""
         detail = result.scores[split][0]
         out["tasks"][task.metadata.name] = {
             "type": task.metadata.type,
-            # Constant vectors have no correlation: mteb says nan, which counts as 0 here, as in `_spearman`.
+            # Constant vectors have no correlation: mteb says nan, which counts as 0 here in `uncertainty.statistic` too.
             "score": float(np.nan_to_num(result.get_score())),
             "items": _items(model, task, detail),
         }
@@ -232,102 +236,3 @@ def category_means(result: Mapping[str, Any]) -> dict[str, float]:
     means = {k: float(np.mean(v)) for k, v in groups.items()}
     means["Avg"] = float(np.mean([100 * e["score"] for e in result["tasks"].values()]))
     return means
-
-
-# --- uncertainty ----------------------------------------------------------------------------------
-
-
-def _spearman(pairs: np.ndarray) -> float:
-    from scipy.stats import rankdata
-
-    x, y = rankdata(pairs[:, 0]), rankdata(pairs[:, 1])
-    sx, sy = x.std(), y.std()
-    return float(((x - x.mean()) * (y - y.mean())).mean() / (sx * sy)) if sx and sy else 0.0
-
-
-def statistic(kind: str) -> Callable[[np.ndarray], float]:
-    """Spearman for STS pairs, the mean for everything else."""
-    return _spearman if kind == "STS" else lambda a: float(np.mean(a))
-
-
-def interval(draws: Any, level: float = 0.95) -> tuple[float, float]:
-    """Percentile interval of bootstrap draws."""
-    tail = (1 - level) / 2
-    return float(np.quantile(draws, tail)), float(np.quantile(draws, 1 - tail))
-
-
-def bootstrap_interval(
-    items: Sequence[Any], kind: str, *, draws: int = 1000, seed: int = 0, level: float = 0.95
-) -> tuple[float, float]:
-    """Percentile interval of the statistic of `items` under resampling with replacement."""
-    data = np.asarray(items, float)
-    rng, f = np.random.default_rng(seed), statistic(kind)
-    values = [f(data[rng.integers(0, len(data), len(data))]) for _ in range(draws)]
-    return interval(values, level)
-
-
-def mean_difference(
-    a: Mapping[str, Any], b: Mapping[str, Any], *, types: Sequence[str] | None = None, draws: int = 1000, seed: int = 0
-) -> tuple[float, float, float]:
-    """(estimate, low, high) of mean score of `a` minus that of `b` over shared tasks, in points (0-100).
-
-    Paired bootstrap: within each task the same items are drawn for both models.
-    """
-    rng = np.random.default_rng(seed)
-    parts = []
-    for name, ta in a["tasks"].items():
-        tb = b["tasks"].get(name)
-        if tb is None or (types and ta["type"] not in types) or not ta["items"]:
-            continue
-        x, y, f = np.asarray(ta["items"], float), np.asarray(tb["items"], float), statistic(ta["type"])
-        picks = [rng.integers(0, len(x), len(x)) for _ in range(draws)]
-        parts.append(([f(x[i]) - f(y[i]) for i in picks], ta["score"] - tb["score"]))
-    if not parts:
-        raise UserError("difference: the two results share no task with items; evaluate both on the same tasks")
-    means = 100 * np.mean([p[0] for p in parts], axis=0)
-    return (float(100 * np.mean([p[1] for p in parts])), *interval(means))
-
-
-def seeded_draws(
-    arms: Sequence[tuple[Mapping[str, Any], Mapping[str, Any]]],
-    *,
-    types: Sequence[str] | None = None,
-    draws: int = 1000,
-    seed: int = 0,
-) -> tuple[float, np.ndarray]:
-    """As `mean_difference`, for (a, b) of several training seeds: (estimate, bootstrap draws (draws,)), in points.
-
-    A draw takes seeds with replacement (both models of a seed together) and, in every task, the same items for all.
-    Calls with the same `seed` draw the same items of a task, so their draws may be subtracted.
-    """
-    rng, value = np.random.default_rng(seed), 0.0
-    parts: list[np.ndarray] = []  # per task: (seeds, draws)
-    for name, task in arms[0][0]["tasks"].items():
-        if (types and task["type"] not in types) or not task["items"]:
-            continue
-        f, n = statistic(task["type"]), len(task["items"])
-        # By the task's name, so that other tasks beside it do not change what is drawn.
-        own = np.random.default_rng([seed, zlib.crc32(name.encode())])
-        picks = [own.integers(0, n, n) for _ in range(draws)]
-        entries = [(a["tasks"][name], b["tasks"][name]) for a, b in arms]
-        both = [(np.asarray(x["items"], float), np.asarray(y["items"], float)) for x, y in entries]
-        parts.append(np.array([[f(x[i]) - f(y[i]) for i in picks] for x, y in both]))
-        value += float(np.mean([x["score"] - y["score"] for x, y in entries]))
-    if not parts:
-        raise UserError("difference: the results share no task with items; evaluate all on the same tasks")
-    each = np.mean(parts, axis=0)  # (seeds, draws), mean over tasks
-    chosen = rng.integers(0, len(arms), (len(arms), draws))
-    return 100 * value / len(parts), 100 * np.take_along_axis(each, chosen, axis=0).mean(0)
-
-
-def average_interval(
-    result: Mapping[str, Any], types: Sequence[str] | None = None, draws: int = 1000
-) -> tuple[float, float, float]:
-    """(mean score, low, high) over the tasks of the given types, in points."""
-    nothing = {
-        "tasks": {
-            n: {**t, "score": 0.0, "items": np.zeros_like(np.asarray(t["items"], float)).tolist()}
-            for n, t in result["tasks"].items()
-        }
-    }
-    return mean_difference(result, nothing, types=types, draws=draws)

@@ -73,7 +73,7 @@ def scorecard(names: Sequence[str], data: Path, out: Path, *, instructed: bool =
     Returns rows {label, value, low, high} in points: scores of one model, or those of the first minus the second
     (paired: the same texts are drawn for both).
     """
-    from speed_core import evaluate, plots
+    from speed_core import evaluate, plots, uncertainty
     from speed_core.run_context import open_run
 
     if len(names) not in (1, 2):
@@ -87,10 +87,10 @@ def scorecard(names: Sequence[str], data: Path, out: Path, *, instructed: bool =
     write_json(out / "scores.json", results)
     rows = []
     for task in results[0]["tasks"]:
-        one = [{**r, "tasks": {task: r["tasks"][task]}} for r in results]
-        found = evaluate.mean_difference(*one) if len(one) == 2 else evaluate.average_interval(one[0])
-        rows.append({"label": task, "value": found[0], "low": found[1], "high": found[2]})
-        print(f"{task:40} {found[0]:+7.2f} [{found[1]:+.2f}, {found[2]:+.2f}]")
+        one = [[{**r, "tasks": {task: r["tasks"][task]}}] for r in results]
+        found = uncertainty.difference(one[0], one[1]) if len(one) == 2 else uncertainty.average(one[0])
+        rows.append(found.row(task))
+        print(f"{task:40} {found}")
     title = f"{Path(names[0]).name} on {data.name}" if len(names) == 1 else f"{Path(names[0]).name} minus {Path(names[1]).name}"
     plots.rates(run, "scorecard", rows, [], title, "points", zero=len(names) == 2)
     print(f"figure and scores in {out}")

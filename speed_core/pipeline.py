@@ -363,35 +363,65 @@ def revised_records(run: Run, raw: Artifact, revised: Artifact, planned: Sequenc
     return [better.get(r["id"], r) for r in to_records(run, raw.rows(), planned, source)]
 
 
+TABLE2 = ("jr", "jr_re", "sr", "sr_re")
+ARMS = (*TABLE2, "base", "teacher")  # of notebook 10
+
+
 def ablation_data(run: Run) -> dict[str, Artifact]:
-    """Four data sets from the same prompts (Table 2): of junior and senior, each as written and revised."""
+    """Six data sets: of junior and senior, each as written and revised (Table 2, the same prompts), of the base model
+    without training (Table 1's generator off the shelf), and the teacher's own examples."""
     everything = plan(run, "synthesis", run.profile.synthesis.count)
     # Some records are lost on the way; 40% more prompts than records leave enough.
     planned = everything[: min(len(everything), int(run.profile.study.ablation_examples * 1.4))]
     ids = {q.id for q in planned}
     raw_junior = sample(run, "raw-junior", planned, "junior")
     revised_junior = revise(run, "revised-junior", raw_junior, planned)
+    # Fewer of its texts are records, so the base model answers all prompts.
+    raw_base = sample(run, "raw-base", everything, "base")
     raw_senior, revised_senior = run.store.need("raw"), run.store.need("revised")
+    seeds = run.store.need("seeds")
     rows = {
         "jr": to_records(run, raw_junior.rows(), planned, "junior"),
         "jr_re": revised_records(run, raw_junior, revised_junior, planned, "junior"),
         "sr": [r for r in to_records(run, raw_senior.rows(), everything, "senior") if r["id"] in ids],
         "sr_re": [r for r in revised_records(run, raw_senior, revised_senior, everything, "senior") if r["id"] in ids],
+        "base": to_records(run, raw_base.rows(), everything, "base"),
+        "teacher": teacher_records(run),
     }
     sources = {
         "jr": [raw_junior],
         "jr_re": [raw_junior, revised_junior],
         "sr": [raw_senior],
         "sr_re": [raw_senior, revised_senior],
+        "base": [raw_base],
+        "teacher": [seeds],
     }
-    return {k: dataset(run, f"synthetic-{k}", rows[k], sources[k], f"Ablation {k}, see notebook 10.") for k in rows}
+    return {k: dataset(run, f"synthetic-{k}", rows[k], sources[k], f"Ablation {k}, see notebook 10.") for k in ARMS}
 
 
-def ablation_embedders(run: Run) -> dict[str, Artifact]:
-    """One embedding model for each of the four data sets, trained on equally many records."""
-    data = {k: run.store.need(f"synthetic-{k}") for k in ("jr", "jr_re", "sr", "sr_re")}
-    equal = min([run.profile.study.ablation_examples] + [d.manifest["kept"] for d in data.values()])
-    return {k: embedder(run, f"embedder-{k}", d, limit=equal) for k, d in data.items()}
+def teacher_records(run: Run) -> list[dict[str, Any]]:
+    """The teacher's examples as records, in the order of their ids, which mixes the kinds."""
+    by_id = {q.id: q for q in seed_plan(run)}
+    found = [(e, generate.outcome_of(e).record) for e in run.store.need("seeds").rows()]
+    return [curate.make_record(by_id[e["record"]], r, source="teacher", parent=None, seed=0) for e, r in found if r]
+
+
+def ablation_size(run: Run) -> int:
+    """Records in each compared data set: as many as the smallest of Table 2's four has, at most `study.ablation_examples`."""
+    made = [run.store.get(f"synthetic-{k}") for k in TABLE2]
+    return min([run.profile.study.ablation_examples] + [a.manifest["kept"] for a in made if a])
+
+
+def ablation_arms(run: Run) -> list[str]:
+    """The data sets that are compared: Table 2's four, and the base model's and the teacher's where they have enough records."""
+    made = {k: run.store.get(f"synthetic-{k}") for k in ARMS}
+    return [k for k, a in made.items() if k in TABLE2 or not a or a.manifest["kept"] >= ablation_size(run)]
+
+
+def ablation_embedders(run: Run) -> dict[str, list[Artifact]]:
+    """Embedding models for each of the compared data sets, one a seed, all trained on equally many records."""
+    equal = ablation_size(run)
+    return {k: embedders(run, k, run.store.need(f"synthetic-{k}"), limit=equal) for k in ablation_arms(run)}
 
 
 def dataset(run: Run, name: str, rows: Sequence[dict[str, Any]], parents: Sequence[Artifact], how: str) -> Artifact:
@@ -409,6 +439,34 @@ def dataset(run: Run, name: str, rows: Sequence[dict[str, Any]], parents: Sequen
 
 
 # --- 08, 09: embedding model and scores -----------------------------------------------------------
+
+
+def training_seeds(run: Run) -> list[int]:
+    """The seeds that every embedding model is trained with: the run's own and those after it (`study.seeds`)."""
+    return [run.profile.seed + k for k in run.profile.study.seeds]
+
+
+def embedders(run: Run, arm: str, data: Artifact, **how: Any) -> list[Artifact]:
+    """Artifacts `embedder-ARM-SEED`, one a training seed; `how` as in `embedder`."""
+    return [embedder(run, f"embedder-{arm}-{s}", data, seed=s, **how) for s in training_seeds(run)]
+
+
+def seeded_scores(run: Run, arm: str, trained: Sequence[Artifact], **how: Any) -> list[dict[str, Any]]:
+    """Scores of the models of `embedders`, in the order of the seeds: artifacts `scores-ARM-SEED`."""
+    return [scores(run, f"{arm}-{s}", m, **how) for s, m in zip(training_seeds(run), trained, strict=True)]
+
+
+def scored(run: Run, arm: str) -> list[Artifact]:
+    """The artifacts `scores-ARM-SEED` that are there, in the order of the seeds."""
+    found = [run.store.get(f"scores-{arm}-{s}") for s in training_seeds(run)]
+    return [a for a in found if a]
+
+
+def scaling_models(run: Run) -> dict[int, tuple[str, list[Artifact]]]:
+    """size -> (arm, models) of notebook 11; those of the largest size are notebook 08's own."""
+    data, sizes = run.store.need("synthetic"), scaling_sizes(run)
+    out = {n: (f"scale{n}", embedders(run, f"scale{n}", data, guided=True, limit=n)) for n in sizes[:-1]}
+    return out | {sizes[-1]: ("guided", embedders(run, "guided", data, guided=True))}
 
 
 def embedder(
@@ -455,10 +513,10 @@ def student_arms(run: Run) -> list[tuple[int, int, str]]:
 
 
 def scaling_sizes(run: Run) -> list[int]:
-    """Notebook 11's data sizes, as far as there are records."""
+    """Notebook 11's data sizes as far as there are records; the last is always the whole training set of notebook 08."""
     data = run.store.get("synthetic")
-    most = data.manifest["kept"] if data else run.profile.synthesis.count
-    return [n for n in run.profile.study.scaling if n <= most]
+    used = min(run.profile.embedding.examples, data.manifest["kept"] if data else run.profile.synthesis.count)
+    return [n for n in run.profile.study.scaling if n < used] + [used]
 
 
 def student(run: Run, layers: int, arm: str, seed: int) -> Artifact:
@@ -466,7 +524,7 @@ def student(run: Run, layers: int, arm: str, seed: int) -> Artifact:
 
     `arm`: "plain" (no mask), "guided", "margin" (mask with margin 0.05), "weak" (the mask of a guide of two layers).
     """
-    from speed_core import curate, embed
+    from speed_core import embed
 
     plan, base = run.profile.study.student, models.shallow_encoder(run.profile.models.guide, layers)
     guide_ = run.profile.models.guide if arm != "weak" else str(models.shallow_encoder(run.profile.models.guide, 2))
@@ -479,11 +537,8 @@ def student(run: Run, layers: int, arm: str, seed: int) -> Artifact:
     parameters["guide"] = models.weights_id(models.resolve(guide_))
     with run.store.stage(name, parameters, [seeds]) as draft:
         if draft:
-            by_id = {q.id: q for q in seed_plan(run)}
-            found = [(e, generate.outcome_of(e).record) for e in seeds.rows()]
-            rows = [curate.make_record(by_id[e["record"]], r, source="teacher", parent=None, seed=0) for e, r in found if r]
             embed.train(
-                str(base), rows, settings, guide=guide_, guide_cache=run.folder / "guide", seed=seed, output=draft.path, label=name
+                str(base), teacher_records(run), settings, guide=guide_, guide_cache=run.folder / "guide", seed=seed, output=draft.path, label=name
             )  # fmt: skip
     return run.store.need(name)
 

@@ -64,7 +64,7 @@ class DryStore(Store):
 def stages(run: Run) -> list[tuple[str, str, Callable[[], Any]]]:
     """(notebook, artifact, the call that makes it), in order. Facts that a notebook only writes down are left out."""
     p = run.profile
-    need = run.store.need
+    need, seeds = run.store.need, pipeline.training_seeds(run)
 
     def unseen() -> list[Any]:
         return pipeline.plan(run, "evaluation", p.synthesis.evaluation_prompts, held_out=True)
@@ -83,8 +83,8 @@ def stages(run: Run) -> list[tuple[str, str, Callable[[], Any]]]:
         rows = pipeline.revised_records(run, raw, revised, everything(), "senior")
         return pipeline.dataset(run, "synthetic", rows, [raw, revised], "")
 
-    def score(name: str, model: str) -> Callable[[], Any]:
-        return lambda: pipeline.scores(run, name, need(model))
+    def score(name: str, model: str, **how: Any) -> Callable[[], Any]:
+        return lambda: pipeline.scores(run, name, need(model), **how)
 
     def train(name: str, **how: Any) -> Callable[[], Any]:
         return lambda: pipeline.embedder(run, name, need("synthetic"), **how)
@@ -101,6 +101,7 @@ def stages(run: Run) -> list[tuple[str, str, Callable[[], Any]]]:
         ("04", *evaluation("eval-senior", "senior")),
         ("05", "revisor", lambda: pipeline.revisor(run)),
         ("05", "revised-eval", lambda: pipeline.revise(run, "revised-eval", need("eval-junior"), unseen())),
+        ("05", "revised-twice", lambda: pipeline.revise(run, "revised-twice", need("revised-eval"), unseen())),
         ("06", "raw", lambda: pipeline.sample(run, "raw", everything(), "senior")),
         ("06", "revised", lambda: pipeline.revise(run, "revised", need("raw"), everything())),
         ("06", "synthetic", synthetic),
@@ -110,22 +111,24 @@ def stages(run: Run) -> list[tuple[str, str, Callable[[], Any]]]:
     for layers, seed, arm in pipeline.student_arms(run):
         name = f"student-{layers}-{arm}-{seed}"
         out += [("07", name, partial(pipeline.student, run, layers, arm, seed)), ("07", f"scores-{name}", score(name, name))]
-    out += [("08", f"embedder-{arm}", train(f"embedder-{arm}", guided=arm == "guided")) for arm in ("guided", "plain")]
+    names = [(arm, k, f"{arm}-{k}") for arm in ("guided", "plain") for k in seeds]
+    out += [("08", f"embedder-{name}", train(f"embedder-{name}", guided=arm == "guided", seed=k)) for arm, k, name in names]
+    out += [("09", "scores-untrained", partial(pipeline.scores, run, "untrained", p.models.embedder))]
+    out += [("09", f"scores-{name}", score(name, f"embedder-{name}")) for _, _, name in names]
+    bare = [("09", f"scores-bare-{k}", score(f"bare-{k}", f"embedder-guided-{k}", instructed=False)) for k in seeds]
     out += [
-        ("09", "scores-untrained", partial(pipeline.scores, run, "untrained", p.models.embedder)),
-        ("09", "scores-plain", score("plain", "embedder-plain")),
-        ("09", "scores-guided", score("guided", "embedder-guided")),
+        *bare,
         ("09", "scores-guide", partial(pipeline.scores, run, "guide", p.models.guide, instructed=False)),
         ("09", "contamination-synthetic", partial(pipeline.contamination, run, "synthetic")),
     ]
-    for name in ("raw-junior", "revised-junior", "synthetic-jr", "synthetic-jr_re", "synthetic-sr", "synthetic-sr_re"):
+    for name in ("raw-junior", "revised-junior", "raw-base", *(f"synthetic-{k}" for k in pipeline.ARMS)):
         out.append(("10", name, partial(pipeline.ablation_data, run)))
-    for k in ("jr", "jr_re", "sr", "sr_re"):
-        out.append(("10", f"embedder-{k}", partial(pipeline.ablation_embedders, run)))
-        out.append(("10", f"scores-{k}", score(k, f"embedder-{k}")))
-    for n in pipeline.scaling_sizes(run):
-        out.append(("11", f"embedder-scale{n}", train(f"embedder-scale{n}", limit=n)))
-        out.append(("11", f"scores-scale{n}", score(f"scale{n}", f"embedder-scale{n}")))
+    for name in [f"{arm}-{k}" for arm in pipeline.ablation_arms(run) for k in seeds]:
+        out.append(("10", f"embedder-{name}", partial(pipeline.ablation_embedders, run)))
+        out.append(("10", f"scores-{name}", score(name, f"embedder-{name}")))
+    for name in [f"scale{n}-{k}" for n in pipeline.scaling_sizes(run)[:-1] for k in seeds]:
+        out.append(("11", f"embedder-{name}", partial(pipeline.scaling_models, run)))
+        out.append(("11", f"scores-{name}", score(name, f"embedder-{name}")))
     return out
 
 

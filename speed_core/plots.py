@@ -130,13 +130,20 @@ def rates(
     run: Run, name: str, rows: Sequence[Mapping[str, Any]], inputs: Sequence[Artifact], title: str, xlabel: str,
     paper: Mapping[str, float] | None = None, zero: bool = False,
 ) -> None:  # fmt: skip
-    """Estimates with intervals: rows {label, value, low, high}; the paper's value (same units) as a black diamond."""
+    """Estimates with intervals: rows {label, value, low, high}; the paper's value (same units) as a black diamond.
+
+    With `each` in a row, the values of single training seeds stand as small marks below the estimate.
+    """
     if any("low" not in r or "high" not in r for r in rows):
         raise UserError(f"figure {name}: a compared score without an interval; give low and high")
     figure, ax = canvas(7, 0.9 + 0.42 * len(rows))
     for i, r in enumerate(rows):
         error = [[max(0.0, r["value"] - r["low"])], [max(0.0, r["high"] - r["value"])]]
         ax.errorbar(r["value"], i, xerr=error, fmt="o", color=OURS, capsize=4, label="ours, 95% interval" if i == 0 else None)
+        seeds = r.get("each", ())
+        if len(seeds) > 1:
+            shown = ax.get_legend_handles_labels()[1].count("one seed")
+            ax.plot(seeds, [i + 0.22] * len(seeds), "|", color=OURS, ms=6, label=None if shown else "one seed")
         if paper and r["label"] in paper:
             shown = not ax.get_legend_handles_labels()[1].count("paper")
             ax.plot(paper[r["label"]], i, "D", color=PAPER, mfc="none", label="paper" if shown else None)
@@ -146,7 +153,7 @@ def rates(
     ax.invert_yaxis()
     ax.margins(y=0.15)
     ax.set(title=title, xlabel=xlabel)
-    figure.legend(loc="outside lower center", ncols=2, fontsize=8)
+    figure.legend(loc="outside lower center", ncols=3, fontsize=8)
     out = [dict(r) | {"paper": (paper or {}).get(r["label"], "")} for r in rows]
     save(run, name, figure, out, inputs)
 

@@ -177,13 +177,12 @@ class Curate(Part):
 
 
 class Embedding(Training):
-    """Contrastive fine-tuning. `examples` caps the synthetic records used; seeds name the repetitions."""
+    """Contrastive fine-tuning. `examples` caps the synthetic records used."""
 
     temperature: float = Field(0.02, gt=0)
     margin: float = 0.0
     guided: bool = True
     micro_chunk: int = Field(16, ge=1)
-    seeds: tuple[int, ...] = (0,)
 
 
 class Evaluation(Part):
@@ -206,7 +205,10 @@ class Student(Part):
 
 
 class Study(Part):
-    """Notebooks 07, 10 and 11: the guided-loss students, size of each ablation data set, sizes of the scaling points, seeds."""
+    """Notebooks 07 to 11: the guided-loss students, size of each ablation data set, sizes of the scaling points.
+
+    `seeds` counts from the run's own seed: every embedding model is trained once for each.
+    """
 
     ablation_examples: int = Field(ge=4)
     scaling: tuple[int, ...]
@@ -217,6 +219,8 @@ class Study(Part):
     def _sizes(self) -> Study:
         if len(self.scaling) < 2 or list(self.scaling) != sorted(set(self.scaling)):
             raise ValueError(f"scaling {list(self.scaling)}: give at least two sizes in rising order")
+        if not self.seeds or len(set(self.seeds)) != len(self.seeds):
+            raise ValueError(f"seeds {list(self.seeds)}: give at least one, each once")
         return self
 
 

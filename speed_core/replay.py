@@ -25,8 +25,9 @@ from speed_core.run_context import Run
 CONTENTS = "replay.json"
 NOTEBOOKS = ("01", "02", "03", "04", "05", "06")
 DATA = (
-    "tasks", "seeds", "eval-base", "eval-junior", "root", "pairs", "eval-senior", "revised-eval", "raw", "revised", "synthetic",
-    "raw-junior", "revised-junior", "synthetic-jr", "synthetic-jr_re", "synthetic-sr", "synthetic-sr_re",
+    "tasks", "seeds", "eval-base", "eval-junior", "root", "pairs", "eval-senior", "revised-eval", "revised-twice", "raw", "revised",
+    "synthetic", "raw-junior", "revised-junior", "raw-base", "synthetic-jr", "synthetic-jr_re", "synthetic-sr", "synthetic-sr_re",
+    "synthetic-base", "synthetic-teacher",
 )  # fmt: skip
 TRAINED = ("junior", "senior", "revisor")
 RECORDED = Path(__file__).parent / "assets" / "recorded_run.tar.gz"  # of the run behind the committed figures

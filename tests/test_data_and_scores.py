@@ -1,8 +1,10 @@
 import numpy as np
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
-from speed_core import curate, evaluate, offline_tasks
+from speed_core import curate, evaluate, offline_tasks, uncertainty
 from speed_core.artifacts import UserError
 from speed_core.profile import Curate
 
@@ -93,7 +95,7 @@ def test_items_reproduce_mtebs_own_scores(results):
     for name, task in results["good"]["tasks"].items():
         assert task["items"], name
         if task["type"] in ("Retrieval", "STS"):
-            value = evaluate.statistic(task["type"])(np.asarray(task["items"], float))
+            value = uncertainty.statistic(task["type"], np.asarray([task["items"]], float))[0]
             assert abs(value - task["score"]) < 0.005, name
 
 
@@ -104,9 +106,10 @@ def test_intervals_contain_their_estimate_and_shrink_with_more_items():
 
 
 def test_a_model_does_not_differ_from_itself_and_a_better_one_does(results):
-    assert evaluate.mean_difference(results["good"], results["good"]) == (0.0, 0.0, 0.0)
-    value, low, high = evaluate.mean_difference(results["good"], results["bad"])
-    assert 0 < low < value < high
+    same = uncertainty.difference([results["good"]], [results["good"]])
+    assert (same.value, same.low, same.high) == pytest.approx((0, 0, 0), abs=1e-9)
+    found = uncertainty.difference([results["good"]], [results["bad"]])
+    assert 0 < found.low < found.value < found.high and found.resolved
 
 
 def test_questions_with_several_answers_have_at_least_two_each():
@@ -115,13 +118,54 @@ def test_questions_with_several_answers_have_at_least_two_each():
     assert len(pairs) > 100 and min(asked.count(q) for q in asked) >= 2 and len(set(pairs)) == len(pairs)
 
 
-def test_seeds_widen_the_interval_and_one_seed_is_the_plain_difference(results):
+def test_seeds_widen_the_interval(results):
+    good, bad = [results["good"]], [results["bad"]]
+    plain = uncertainty.difference(good, bad)
+    same = uncertainty.difference(good * 3, bad * 3)
+    assert (same.value, same.sd_seeds) == (pytest.approx(plain.value), 0) and same.high == pytest.approx(plain.high)
+    mixed = uncertainty.difference(good * 2, bad + good)
+    assert mixed.value == pytest.approx(plain.value / 2) and mixed.high - mixed.low > 3 * (plain.high - plain.low)
+
+
+def test_a_difference_of_differences_and_a_slope_are_contrasts(results):
+    good, bad = [results["good"]], [results["bad"]]
+    types = ("STS",)
+    twice = uncertainty.contrast([(1, good, types), (-1, bad, types), (-1, good, types), (1, bad, types)])
+    assert twice.value == pytest.approx(0, abs=1e-9) and twice.high == pytest.approx(0, abs=1e-9)
+    line = {16: bad, 32: good, 64: good}
+    fit = np.polyfit([4, 5, 6], [uncertainty.average(r).value for r in line.values()], 1)
+    assert uncertainty.slope(line).value == pytest.approx(fit[0])
+    assert uncertainty.bend(line).value == pytest.approx(-uncertainty.difference(good, bad).value)
+
+
+def test_results_of_other_seeds_or_tasks_are_refused(results):
     good, bad = results["good"], results["bad"]
-    value, draws = evaluate.seeded_draws([(good, bad)])
-    plain = evaluate.mean_difference(good, bad)
-    assert value == pytest.approx(plain[0]) and evaluate.interval(draws) == pytest.approx(plain[1:], abs=1.0)
-    half, mixed = evaluate.seeded_draws([(good, bad), (good, good)])
-    assert half == pytest.approx(plain[0] / 2) and np.ptp(evaluate.interval(mixed)) > np.ptp(evaluate.interval(draws))
+    with pytest.raises(UserError, match="give each model the same seeds"):
+        uncertainty.difference([good] * 2, [bad] * 3)
+    less = {**bad, "tasks": dict(list(bad["tasks"].items())[:1])}
+    with pytest.raises(UserError, match="no task with items"):
+        uncertainty.difference([good], [less], types=("Nothing",))
+
+
+@given(st.integers(2, 5), st.floats(0.1, 3), st.floats(0.1, 3))
+@settings(deadline=None, max_examples=10)
+def test_intervals_cover_the_truth_as_often_as_they_say(seeds, spread, noise):
+    rng, hits = np.random.default_rng(0), 0
+    for _ in range(60):
+        # A true difference of zero: what differs is the seed (spread) and the texts (noise).
+        items = rng.normal(0, noise, 40) / 100
+        shift = rng.normal(0, spread, seeds) / 100
+        one = [{"tasks": {"t": {"type": "Retrieval", "score": float(items.mean() + k), "items": list(items + k)}}} for k in shift]
+        found = uncertainty.average(one, draws=200)
+        hits += found.low <= 0 <= found.high
+    assert hits >= 50  # 95% of 60 is 57; fewer than 50 has a chance below 0.001
+
+
+def test_what_a_size_would_have_to_be_falls_with_the_effect():
+    e = uncertainty.Estimate(0.1, -1, 1.2, 3, 0.2, 0.3)
+    assert uncertainty.needed(e, 10) == "this size is enough"
+    assert "seeds on the same texts" in uncertainty.needed(e, 0.9)
+    assert "times as many texts and" in uncertainty.needed(e, 0.3)
 
 
 def test_the_template_goes_on_queries_only_in_retrieval_and_on_all_texts_in_sts():

@@ -1,0 +1,182 @@
+"""Intervals of scores and of their differences: over the texts of the tasks and over the training seeds, both at once.
+
+Every question that the notebooks ask of scores is a weighted sum of mean scores, a *contrast*: one model's mean (weight 1),
+a difference (1, -1), a difference of two differences, the slope over data sizes (regression weights). Its variance is
+
+    V = V_items + S^2 / K
+
+V_items: bootstrap over the items of each task, the same items for every model; S^2: sample variance of the contrast over
+K training seeds. The interval is value +- t sqrt(V), with Student's t at Welch and Satterthwaite's degrees of freedom,
+V^2 / ((S^2/K)^2 / (K-1)): with three seeds an interval that took S for known would be far too narrow.
+"""
+
+from __future__ import annotations
+
+import math
+import zlib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from scipy.stats import norm, rankdata, t
+
+from speed_core.artifacts import UserError
+
+Result = Mapping[str, Any]  # what `evaluate.evaluate` returns
+Term = tuple[float, Sequence[Result], Sequence[str] | None]
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """A contrast in points (0-100) with its interval. `seeds` is 1 when no training was repeated: then `low` and `high`
+    cover the choice of texts alone. `sd_items` and `sd_seeds` are the standard errors of the two sources, in points."""
+
+    value: float
+    low: float
+    high: float
+    seeds: int
+    sd_items: float
+    sd_seeds: float
+    each: tuple[float, ...] = ()  # of each seed
+
+    @property
+    def error(self) -> float:
+        """Standard error, both sources together."""
+        return math.hypot(self.sd_items, self.sd_seeds)
+
+    @property
+    def resolved(self) -> bool:
+        """Whether the interval leaves zero out."""
+        return self.low > 0 or self.high < 0
+
+    def row(self, label: str) -> dict[str, Any]:
+        """{label, value, low, high, ...}, the row of a figure."""
+        return {
+            "label": label,
+            "value": self.value,
+            "low": self.low,
+            "high": self.high,
+            "seeds": self.seeds,
+            "sd_items": self.sd_items,
+            "sd_seeds": self.sd_seeds,
+            "each": [round(v, 4) for v in self.each],
+        }
+
+    def __str__(self) -> str:
+        return f"{self.value:+.2f} [{self.low:+.2f}, {self.high:+.2f}]"
+
+
+def contrast(terms: Sequence[Term], *, draws: int = 1000, seed: int = 0, level: float = 0.95) -> Estimate:
+    """Estimate of sum over `terms` (weight, results of K training seeds, task types or None for all) of
+    weight x mean score over the tasks of these types.
+
+    All terms have K results, in the order of the seeds, so that seeds are compared like with like; a term with one result
+    (a model that was not trained here) stands for all. Raises UserError when numbers of seeds or tasks do not fit.
+    """
+    if not terms:
+        raise UserError("contrast: no terms; give at least one (weight, results, types)")
+    count = max(len(results) for _, results, _ in terms)
+    if any(len(results) not in (1, count) for _, results, _ in terms):
+        raise UserError(f"contrast: results of {sorted({len(r) for _, r, _ in terms})} seeds; give each model the same seeds")
+    each, noise = np.zeros(count), np.zeros(draws)
+    for weight, results, types in terms:
+        names = [n for n, e in results[0]["tasks"].items() if e["items"] and (not types or e["type"] in types)]
+        if not names or any(n not in r["tasks"] for r in results for n in names):
+            raise UserError("contrast: the results share no task with items; evaluate all models on the same tasks")
+        scores = np.array([np.mean([100 * r["tasks"][n]["score"] for n in names]) for r in results])
+        each += weight * scores
+        for name in names:
+            sampled = [_resampled(r["tasks"][name], name, draws, seed) for r in results]
+            noise += weight * 100 * np.mean(sampled, axis=0) / len(names)
+    items, seeds = float(np.var(noise)), float(np.var(each, ddof=1) / count) if count > 1 else 0.0
+    free = (items + seeds) ** 2 / (seeds**2 / (count - 1)) if seeds > 0 else math.inf
+    half = float(t.ppf((1 + level) / 2, free)) * math.sqrt(items + seeds)
+    value = float(each.mean())
+    return Estimate(value, value - half, value + half, count, math.sqrt(items), math.sqrt(seeds), tuple(map(float, each)))
+
+
+def difference(a: Sequence[Result], b: Sequence[Result], types: Sequence[str] | None = None, *, draws: int = 1000) -> Estimate:
+    """Mean score of `a` minus that of `b`, each given as the results of the same training seeds."""
+    return contrast([(1, a, types), (-1, b, types)], draws=draws)
+
+
+def average(a: Sequence[Result], types: Sequence[str] | None = None, *, draws: int = 1000) -> Estimate:
+    """Mean score over tasks."""
+    return contrast([(1, a, types)], draws=draws)
+
+
+def slope(results: Mapping[int, Sequence[Result]], *, draws: int = 1000) -> Estimate:
+    """Points a doubling: least squares of the mean score on log2 of the size, as a contrast of the sizes."""
+    x = np.log2(list(results))
+    weights = (x - x.mean()) / ((x - x.mean()) ** 2).sum()
+    return contrast([(float(w), r, None) for w, r in zip(weights, results.values(), strict=True)], draws=draws)
+
+
+def bend(results: Mapping[int, Sequence[Result]], *, draws: int = 1000) -> Estimate:
+    """Points a doubling between the two largest sizes minus between the two smallest: negative where returns diminish."""
+    sizes = sorted(results)
+    if len(sizes) < 3:
+        raise UserError(f"bend: {len(sizes)} sizes; three are needed")
+    terms: list[Term] = []
+    for sign, (small, large) in ((1, sizes[-2:]), (-1, sizes[:2])):
+        weight = sign / math.log2(large / small)
+        terms += [(weight, results[large], None), (-weight, results[small], None)]
+    return contrast(terms, draws=draws)
+
+
+def needed(estimate: Estimate, effect: float, *, power: float = 0.8, level: float = 0.95) -> str:
+    """What would resolve a true `effect` (points) in `power` of all repetitions, in words.
+
+    From the observed variances: with K seeds and m times the texts the standard error is sqrt(V_items / m + S^2 / K); it
+    has to be at most effect / (z_{1-a/2} + z_power). Seeds are the cheaper of the two, so they are raised first.
+    """
+    if not estimate.error:
+        return "this size is enough"
+    if effect == 0:
+        return "no size resolves an effect of zero"
+    wanted = (effect / (norm.ppf((1 + level) / 2) + norm.ppf(power))) ** 2
+    items, one = estimate.sd_items**2, estimate.sd_seeds**2 * estimate.seeds
+    if items + estimate.sd_seeds**2 <= wanted:
+        return "this size is enough"
+    if items < wanted / 2 and estimate.seeds > 1:
+        return f"about {math.ceil(one / (wanted - items))} seeds on the same texts"
+    texts = math.ceil(2 * items / wanted)  # half of the variance for each
+    seeds = f" and {max(3, math.ceil(2 * one / wanted))} seeds" if estimate.seeds > 1 else ", seeds not counted"
+    return f"about {texts} times as many texts{seeds}"
+
+
+# --- one task ------------------------------------------------------------------------------------------
+
+
+def statistic(kind: str, data: np.ndarray) -> np.ndarray:
+    """The score of resampled items (draws, n) or, for STS, (draws, n, 2): Spearman's correlation for STS, else the mean."""
+    if kind != "STS":
+        return data.mean(axis=1)
+    x, y = (rankdata(data[..., k], axis=1) for k in (0, 1))
+    x, y = x - x.mean(axis=1, keepdims=True), y - y.mean(axis=1, keepdims=True)
+    spread = np.sqrt((x**2).sum(axis=1) * (y**2).sum(axis=1))
+    # Constant vectors have no correlation; that counts as 0.
+    return np.divide((x * y).sum(axis=1), spread, out=np.zeros(len(spread)), where=spread > 0)
+
+
+def _resampled(task: Mapping[str, Any], name: str, draws: int, seed: int) -> np.ndarray:
+    """(draws,) statistics of resampled items. By the task's name: the same items for every model, whatever stands beside it."""
+    items = np.asarray(task["items"], float)
+    picks = np.random.default_rng([seed, zlib.crc32(name.encode())]).integers(0, len(items), (draws, len(items)))
+    return statistic(task["type"], items[picks])
+
+
+def interval(draws: Any, level: float = 0.95) -> tuple[float, float]:
+    """Percentile interval of bootstrap draws."""
+    tail = (1 - level) / 2
+    return float(np.quantile(draws, tail)), float(np.quantile(draws, 1 - tail))
+
+
+def bootstrap_interval(
+    items: Sequence[Any], kind: str, *, draws: int = 1000, seed: int = 0, level: float = 0.95
+) -> tuple[float, float]:
+    """Percentile interval of the statistic of `items` under resampling with replacement."""
+    data = np.asarray(items, float)
+    picks = np.random.default_rng(seed).integers(0, len(data), (draws, len(data)))
+    return interval(statistic(kind, data[picks]), level)
