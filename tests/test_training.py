@@ -189,12 +189,41 @@ def test_an_embedder_trains_saves_and_loads_alone(family, guided, tiny_model, tm
         base, records(8), s, guide="package:all-MiniLM-L6-v2", guide_cache=tmp_path / "g", seed=0, output=tmp_path / "m"
     )
     assert facts["rows"] == 8 and len(facts["history"]) == 2
-    model = SentenceTransformer(str(tmp_path / "m"), device="cpu")
+    assert sum(p.stat().st_size for p in (tmp_path / "m").rglob("*")) < 1e6, "the adapter alone is kept"
+    model = embed.load_trained(tmp_path / "m")
+    whole = SentenceTransformer(str(embed.merged(tmp_path / "m", tmp_path / "whole")), device="cpu")
+    assert (model.encode(["a b"]) == whole.encode(["a b"])).all()
+    untrained = embed.build(base, s.max_length)
+    assert not (model.encode(["a b"]) == untrained.encode(["a b"])).all()
     short, long = model.encode(["a b"]), model.encode(["a b", "a much longer text that forces padding on the first"])[:1]
     assert abs(short - long).max() < 1e-2, "padding changes the vector"
     if family != "bert":
         ids = model.tokenizer("a b")["input_ids"]
         assert ids[0] == model.tokenizer.bos_token_id and ids[-1] == model.tokenizer.eos_token_id
+
+
+@pytest.mark.parametrize("family", ("gemma3", "bert"))
+def test_a_batch_in_parts_of_like_length_has_the_embeddings_and_gradients_of_the_whole(family, tiny_model):
+    model = embed.build("package:all-MiniLM-L6-v2" if family == "bert" else tiny_model(family), 64, "float32").eval().float()
+    texts = [["a", "b c d e f g h i j", "k l"], ["m n o", "p", "q r s t u v w x y z " * 3]]
+    columns = [model.preprocess(t) if hasattr(model, "preprocess") else model.tokenize(t) for t in texts]
+    found, grads = [], []
+    for embedded in (embed.by_length(model, columns, 2), [model(dict(c))["sentence_embedding"] for c in columns]):
+        model.zero_grad()
+        sum((k + 1) * e.pow(3).sum() for k, e in enumerate(embedded)).backward()
+        found.append(torch.cat(embedded).detach())
+        grads.append(torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None]))
+    assert torch.allclose(*found, atol=1e-4, rtol=1e-4) and torch.allclose(*grads, atol=1e-3, rtol=1e-3)
+
+
+def test_an_adapter_on_other_weights_is_refused(tiny_model, tmp_path):
+    one, other = tiny_model("llama"), tiny_model("gemma3")
+    s = settings("embedding", batch=4, micro_batch=4, examples=4, lora=Lora(rank=2, alpha=4, targets=("q_proj",)))
+    embed.train(one, records(4), s, guide="package:all-MiniLM-L6-v2", guide_cache=tmp_path / "g", seed=0, output=tmp_path / "m")
+    body = tmp_path / "m" / embed.ADAPTER / "body.json"
+    body.write_text(body.read_text().replace(one, other))
+    with pytest.raises(UserError, match="trained on weights"):
+        embed.load_trained(tmp_path / "m")
 
 
 def test_the_guide_reads_the_bare_text():
