@@ -81,6 +81,24 @@ def run(
 
 
 @app.command()
+def study(
+    profile: ProfileName = "tiny",
+    only: Annotated[
+        str, typer.Option(help="panels, for instance 3a,3c: 3a to 3e of the paper's Fig. 3, T3 for its Table 3")
+    ] = "",
+    jobs: Annotated[int, typer.Option(min=1, help="points at a time")] = 1,
+) -> None:
+    """Run the sweeps of Fig. 3 and Table 3 over a finished run, then draw notebooks 10 and 12 again."""
+    from speed_core.run import run_all
+    from speed_core.study import run_study
+
+    failed = [p.name for p, code in run_study(profile, [k.strip() for k in only.split(",") if k.strip()], jobs=jobs) if code]
+    if failed or any(r.status != "ok" for r in run_all(profile, only=["10", "12"])):
+        print(f"failed: {', '.join(failed) or 'a notebook'}", file=sys.stderr)
+        raise typer.Exit(1)
+
+
+@app.command()
 def plan(
     profile: ProfileName = "tiny",
     set_: Annotated[list[str] | None, typer.Option("--set")] = None,

@@ -380,4 +380,5 @@ PRODUCERS = {
     "scaling": "11",
     "second": "05",
     "hard": "10",
+    "study": "10",
 }

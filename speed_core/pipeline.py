@@ -368,35 +368,40 @@ ARMS = (*TABLE2, "base", "teacher")  # of notebook 10
 
 
 def ablation_data(run: Run) -> dict[str, Artifact]:
-    """Six data sets: of junior and senior, each as written and revised (Table 2, the same prompts), of the base model
-    without training (Table 1's generator off the shelf), and the teacher's own examples."""
+    """The data sets of `study.arms`: of junior and senior, each as written and revised (Table 2, the same prompts), of the
+    base model without training (Table 1's generator off the shelf), and the teacher's own examples."""
     everything = plan(run, "synthesis", run.profile.synthesis.count)
     # Some records are lost on the way; 40% more prompts than records leave enough.
     planned = everything[: min(len(everything), int(run.profile.study.ablation_examples * 1.4))]
     ids = {q.id for q in planned}
-    raw_junior = sample(run, "raw-junior", planned, "junior")
-    revised_junior = revise(run, "revised-junior", raw_junior, planned)
-    # Fewer of its texts are records, so the base model answers all prompts.
-    raw_base = sample(run, "raw-base", everything, "base")
-    raw_senior, revised_senior = run.store.need("raw"), run.store.need("revised")
-    seeds = run.store.need("seeds")
-    rows = {
-        "jr": to_records(run, raw_junior.rows(), planned, "junior"),
-        "jr_re": revised_records(run, raw_junior, revised_junior, planned, "junior"),
-        "sr": [r for r in to_records(run, raw_senior.rows(), everything, "senior") if r["id"] in ids],
-        "sr_re": [r for r in revised_records(run, raw_senior, revised_senior, everything, "senior") if r["id"] in ids],
-        "base": to_records(run, raw_base.rows(), everything, "base"),
-        "teacher": teacher_records(run),
-    }
-    sources = {
-        "jr": [raw_junior],
-        "jr_re": [raw_junior, revised_junior],
-        "sr": [raw_senior],
-        "sr_re": [raw_senior, revised_senior],
-        "base": [raw_base],
-        "teacher": [seeds],
-    }
-    return {k: dataset(run, f"synthetic-{k}", rows[k], sources[k], f"Ablation {k}, see notebook 10.") for k in ARMS}
+
+    def own(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+        return [r for r in rows if r["id"] in ids]
+
+    def made(arm: str) -> tuple[list[dict[str, Any]], list[Artifact]]:
+        """(records, artifacts that they come from) of one arm."""
+        if arm == "teacher":
+            return teacher_records(run), [run.store.need("seeds")]
+        if arm == "base":  # fewer of its texts are records, so it answers all prompts
+            raw = sample(run, "raw-base", everything, "base")
+            return to_records(run, raw.rows(), everything, "base"), [raw]
+        if arm.startswith("jr"):
+            raw = sample(run, "raw-junior", planned, "junior")
+            if arm == "jr":
+                return to_records(run, raw.rows(), planned, "junior"), [raw]
+            better = revise(run, "revised-junior", raw, planned)
+            return revised_records(run, raw, better, planned, "junior"), [raw, better]
+        raw = run.store.need("raw")
+        if arm == "sr":
+            return own(to_records(run, raw.rows(), everything, "senior")), [raw]
+        better = run.store.need("revised")
+        return own(revised_records(run, raw, better, everything, "senior")), [raw, better]
+
+    out: dict[str, Artifact] = {}
+    for arm in run.profile.study.arms:
+        rows, parents = made(arm)
+        out[arm] = dataset(run, f"synthetic-{arm}", rows, parents, f"Ablation {arm}, see notebook 10.")
+    return out
 
 
 def teacher_records(run: Run) -> list[dict[str, Any]]:
@@ -407,14 +412,14 @@ def teacher_records(run: Run) -> list[dict[str, Any]]:
 
 
 def ablation_size(run: Run) -> int:
-    """Records in each compared data set: as many as the smallest of Table 2's four has, at most `study.ablation_examples`."""
-    made = [run.store.get(f"synthetic-{k}") for k in TABLE2]
+    """Records in each compared data set: as many as the smallest of Table 2's has, at most `study.ablation_examples`."""
+    made = [run.store.get(f"synthetic-{k}") for k in run.profile.study.arms if k in TABLE2]
     return min([run.profile.study.ablation_examples] + [a.manifest["kept"] for a in made if a])
 
 
 def ablation_arms(run: Run) -> list[str]:
-    """The data sets that are compared: Table 2's four, and the base model's and the teacher's where they have enough records."""
-    made = {k: run.store.get(f"synthetic-{k}") for k in ARMS}
+    """The data sets that are compared: Table 2's, and the base model's and the teacher's where they have enough records."""
+    made = {k: run.store.get(f"synthetic-{k}") for k in run.profile.study.arms}
     return [k for k, a in made.items() if k in TABLE2 or not a or a.manifest["kept"] >= ablation_size(run)]
 
 

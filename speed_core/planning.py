@@ -121,7 +121,9 @@ def stages(run: Run) -> list[tuple[str, str, Callable[[], Any]]]:
         ("09", "scores-guide", partial(pipeline.scores, run, "guide", p.models.guide, instructed=False)),
         ("09", "contamination-synthetic", partial(pipeline.contamination, run, "synthetic")),
     ]
-    for name in ("raw-junior", "revised-junior", "raw-base", *(f"synthetic-{k}" for k in pipeline.ARMS)):
+    given = p.study.arms
+    needed = {"raw-junior": {"jr", "jr_re"}, "revised-junior": {"jr_re"}, "raw-base": {"base"}}
+    for name in [n for n, by in needed.items() if by & set(given)] + [f"synthetic-{k}" for k in given]:
         out.append(("10", name, partial(pipeline.ablation_data, run)))
     for name in [f"{arm}-{k}" for arm in pipeline.ablation_arms(run) for k in seeds]:
         out.append(("10", f"embedder-{name}", partial(pipeline.ablation_embedders, run)))

@@ -32,11 +32,11 @@ STYLE: Any = {
 }
 
 
-def canvas(width: float = 7.0, height: float = 3.4, columns: int = 1) -> tuple[Any, Any]:
+def canvas(width: float = 7.0, height: float = 3.4, columns: int = 1, lines: int = 1) -> tuple[Any, Any]:
     import matplotlib.pyplot as plt
 
     plt.rcParams.update(STYLE)
-    return plt.subplots(1, columns, figsize=(width, height), layout="constrained")
+    return plt.subplots(lines, columns, figsize=(width, height), layout="constrained")
 
 
 def save(run: Run, name: str, figure: Any, rows: Sequence[Mapping[str, Any]], inputs: Sequence[Artifact], note: str = "") -> None:
@@ -340,6 +340,33 @@ def scaling(
         {"records": 920000, "value": 63.4, "source": "paper"},
     ]
     save(run, name, figure, [dict(r) | {"source": "ours"} for r in rows] + paper, inputs)
+
+
+def sweeps(run: Run, name: str, rows: Sequence[Mapping[str, Any]], inputs: Sequence[Artifact], title: str) -> None:
+    """Fig. 3: a panel for each sweep; rows {panel, x, own, value, low, high, each, paper} as `study.rows` gives them."""
+    panels = list(dict.fromkeys(r["panel"] for r in rows))
+    columns = min(3, len(panels))
+    lines = -(-len(panels) // columns)
+    figure, axes = canvas(3.2 * columns, 2.7 * lines + 0.4, columns, lines)
+    axes = np.atleast_2d(axes)
+    for ax in axes.flat[len(panels) :]:
+        ax.set_visible(False)
+    for ax, panel in zip(axes.flat, panels, strict=False):
+        found = [r for r in rows if r["panel"] == panel]
+        for i, r in enumerate(found):
+            error = [[max(0.0, r["value"] - r["low"])], [max(0.0, r["high"] - r["value"])]]
+            face = "white" if r["own"] else OURS
+            ax.errorbar(i, r["value"], yerr=error, fmt="o", color=OURS, mfc=face, capsize=4)
+            if not r["own"]:
+                ax.plot([i + 0.15] * len(r["each"]), r["each"], "_", color=OURS, ms=6)
+        ax.axhline(0, color=GREY, lw=1, ls="--")
+        ax.set_xticks(range(len(found)), [f"{r['x']:g}" for r in found])
+        ax.margins(x=0.15)
+        ax.set_title(f"{panel}\npaper: {found[0]['paper']}", fontsize=8.5)
+    for ax in axes[:, 0]:
+        ax.set_ylabel("points against own value", fontsize=8.5)
+    figure.suptitle(title, x=0.01, ha="left", fontsize=11)
+    save(run, name, figure, rows, inputs)
 
 
 def verdicts(run: Run, name: str, rows: Sequence[Mapping[str, Any]], inputs: Sequence[Artifact]) -> None:

@@ -211,6 +211,9 @@ class Study(Part):
     """
 
     ablation_examples: int = Field(ge=4)
+    arms: tuple[Literal["jr", "jr_re", "sr", "sr_re", "base", "teacher"], ...] = (
+        "jr", "jr_re", "sr", "sr_re", "base", "teacher",
+    )  # fmt: skip
     scaling: tuple[int, ...]
     seeds: tuple[int, ...] = (0,)
     student: Student = Student()  # type: ignore[call-arg]

@@ -27,11 +27,13 @@ class Run:
         return self.folder / "log" / f"{name}.jsonl"
 
 
-def open_run(profile: str = "tiny", overrides: dict[str, Any] | None = None, seed: int | None = None) -> Run:
+def open_run(
+    profile: str = "tiny", overrides: dict[str, Any] | None = None, seed: int | None = None, variant: str | None = None
+) -> Run:
     """Open (or begin) the run of a profile.
 
     The folder is $SPEED_RUNS/PROFILE (default: runs/ in the checkout). Figures of the tiny profile land in
-    figures/, those of other profiles in their run folder, so that a smoke run never overwrites them. $SPEED_VARIANT
+    figures/, those of other profiles in their run folder, so that a smoke run never overwrites them. `variant` ($SPEED_VARIANT)
     names one point of a sweep: a run folder of its own inside, over the artifacts of the profile's run.
     """
     os.environ.setdefault("HF_HUB_OFFLINE", os.environ.get("SPEED_ONLINE", "") == "" and "1" or "0")
@@ -43,7 +45,7 @@ def open_run(profile: str = "tiny", overrides: dict[str, Any] | None = None, see
     folder = Path(os.environ.get("SPEED_RUNS") or ROOT / "runs") / p.name
     replay = os.environ.get("SPEED_REPLAY", "") not in ("", "0")
     store = Store(folder / "artifacts", ROOT / "speed_core" / "assets" / "shipped", p.teacher.accept_partial, replay)
-    variant = os.environ.get("SPEED_VARIANT", "")
+    variant = os.environ.get("SPEED_VARIANT", "") if variant is None else variant
     if variant:
         folder = folder / "variants" / variant
         store = Store(folder / "artifacts", store.shipped, p.teacher.accept_partial, replay, store)

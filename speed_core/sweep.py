@@ -78,7 +78,15 @@ def run_sweep(
     `executor` "ray" hands the points to a Ray cluster whose machines share this folder. Points that are finished
     are found current; killed and started again, a sweep goes on from its artifacts.
     """
-    todo = points(grid, seeds)
+    return run_points(profile, points(grid, seeds), only=only, start=start, jobs=jobs, executor=executor)
+
+
+def run_points(
+    profile: str, todo: Sequence[Point], *, only: Sequence[str] = (), start: str = "", jobs: int = 1, executor: str = "process"
+) -> list[tuple[Point, int]]:
+    """Run the given points, `jobs` at a time; returns each with its exit code and prints one table."""
+    if not todo:
+        return []
     runs = [open_run(profile, p.overrides, p.seed) for p in todo]  # a bad value is refused before anything runs
     folder = runs[0].folder
     work = [(command(profile, p, only, start), p.name, str(folder / "variants" / p.name / "run.log")) for p in todo]

@@ -1,0 +1,130 @@
+"""The sweeps of SPEED's Fig. 3 and Table 3: reruns of the same notebooks with one value changed, and what they say.
+
+Each point is a run of its own over the profile's run (`sweep`): it makes again only what its value decides. The score of a
+point is that of the embedding models trained on the data set that the value decides (`arm`, see `pipeline.ARMS`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from contextlib import redirect_stdout
+from dataclasses import dataclass
+from io import StringIO
+from typing import Any
+
+from speed_core import pipeline, planning, uncertainty
+from speed_core.artifacts import Artifact, UserError
+from speed_core.profile import dotted
+from speed_core.run_context import Run, open_run
+from speed_core.sweep import Point, run_points
+
+
+@dataclass(frozen=True)
+class Sweep:
+    """One panel: `parameter` over `shares` of the profile's own value (or over `values`), `notebooks` to run again.
+
+    `hump`: the paper finds the best value inside; else it finds that more is worse.
+    """
+
+    key: str
+    claim: str
+    label: str
+    parameter: str
+    arm: str
+    notebooks: tuple[str, ...]
+    paper: str
+    values: tuple[float, ...] = ()
+    shares: tuple[float, ...] = ()
+    hump: bool = True
+
+    def points(self, run: Run) -> list[Any]:
+        """The values of the sweep at a profile, in rising order; the profile's own is one of them."""
+        own = dotted(run.profile)[self.parameter]
+        found = self.values or tuple(own * s for s in self.shares)
+        return sorted({type(own)(round(v) if isinstance(own, int) else v) for v in (*found, own)})
+
+
+SWEEPS = (
+    Sweep("3a", "S12", "temperature", "generation.temperature", "jr", ("10",), "best at 1.0 of 0.2-1.5", (0.3, 0.7, 1.0, 1.3)),
+    Sweep("3b", "S13", "seed examples", "junior.examples", "jr", ("03", "10"), "25K of 5K-100K", shares=(0.125, 0.25, 0.5, 1)),
+    Sweep("3c", "S14", "beta of DPO", "senior.beta", "sr", ("04", "06", "10"), "best at 0.1 of 0.05-0.3", (0.02, 0.1, 0.5)),
+    Sweep("3d", "S15", "preference pairs", "senior.examples", "sr", ("04", "06", "10"), "10K of 5K-15K", shares=(0.25, 0.5, 1)),
+    Sweep("3e", "S16", "revisions", "revisor.examples", "jr_re", ("05", "10"), "10K of 5K-50K", shares=(0.25, 0.5, 1)),
+    Sweep(
+        "T3", "S9", "tasks a topic", "topics.tasks_per_topic", "jr", ("10",), "62.6, 61.6, 60.9 at 1, 3, 5", (1, 3, 5), hump=False
+    ),
+)
+
+
+def named(keys: Sequence[str]) -> list[Sweep]:
+    """Sweeps by key; all of them for no key."""
+    known = {s.key: s for s in SWEEPS}
+    for key in keys:
+        if key not in known:
+            raise UserError(f"sweep {key!r}: unknown; use {', '.join(known)}")
+    return [known[k] for k in keys] or list(SWEEPS)
+
+
+def point(sweep: Sweep, value: Any) -> Point:
+    """The run of one value: only the arm that is scored is made."""
+    return Point(f"{sweep.parameter}={value}", {sweep.parameter: value, "study.arms": [sweep.arm]}, None)
+
+
+def run_study(profile: str, keys: Sequence[str] = (), *, jobs: int = 1) -> list[tuple[Point, int]]:
+    """Run every point that is not the profile's own, which notebooks 00 to 12 have made; returns them with exit codes."""
+    run, done = open_run(profile), []
+    for sweep in named(keys):
+        own = dotted(run.profile)[sweep.parameter]
+        todo = [point(sweep, v) for v in sweep.points(run) if v != own]
+        done += run_points(profile, todo, only=sweep.notebooks, jobs=jobs)
+    return done
+
+
+def collect(run: Run, sweep: Sweep) -> tuple[dict[Any, list[dict[str, Any]]], list[Artifact]]:
+    """({value: scores of its training seeds} of the points that were run and are current, the artifacts of these scores)."""
+    found: dict[Any, list[dict[str, Any]]] = {}
+    inputs: list[Artifact] = []
+    own = dotted(run.profile)[sweep.parameter]
+    for value in sweep.points(run):
+        at, one = run, point(sweep, value)
+        if value != own:
+            at = open_run(run.profile.name, one.overrides, run.profile.seed, variant=one.name)
+            if not (at.folder / "times.jsonl").is_file():
+                continue
+            names = {f"scores-{sweep.arm}-{s}" for s in pipeline.training_seeds(at)}
+            with redirect_stdout(StringIO()):
+                current = {s.name for s in planning.steps(at) if not s.reason}
+            if not names <= current:
+                continue
+        scores = pipeline.scored(at, sweep.arm)
+        if len(scores) == len(pipeline.training_seeds(at)):
+            found[value] = [a.json("scores.json") for a in scores]
+            inputs += scores
+    return found, inputs
+
+
+def rows(run: Run, sweep: Sweep, found: Mapping[Any, Sequence[Any]]) -> list[dict[str, Any]]:
+    """Rows {panel, x, value, low, high, ...}: each value's mean score minus that at the profile's own value."""
+    own = dotted(run.profile)[sweep.parameter]
+    out = []
+    for value, results in found.items():
+        e = uncertainty.difference(results, found[own])
+        out.append({"panel": f"{sweep.key}: {sweep.label}", "x": value, "own": value == own, "paper": sweep.paper} | e.row(""))
+    return out
+
+
+def estimate(sweep: Sweep, found: Mapping[Any, Sequence[Any]]) -> dict[str, Any] | None:
+    """The sweep's claim as one contrast: inner values minus the two ends, or the first value minus the others.
+
+    None with fewer than three values.
+    """
+    values = sorted(found)
+    if len(values) < 3:
+        return None
+    high, low = (values[1:-1], [values[0], values[-1]]) if sweep.hump else (values[:1], values[1:])
+    terms: list[uncertainty.Term] = [(1 / len(high), found[v], None) for v in high]
+    terms += [(-1 / len(low), found[v], None) for v in low]
+    e = uncertainty.contrast(terms)
+    said = [" and ".join(f"{v:g}" for v in part) for part in (high, low)]
+    what = f"{sweep.label}: mean score at {said[0]} minus at {said[1]}, arm {sweep.arm}"
+    return e.row(sweep.claim) | {"what": what, "source": "study"}
