@@ -21,7 +21,7 @@ from mteb.models.abs_encoder import AbsEncoder
 from mteb.models.model_meta import ModelMeta
 from mteb.types import PromptType
 
-from speed_core import models, sft
+from speed_core import models, prefix, sft
 from speed_core.artifacts import UserError
 from speed_core.embed import instruct
 from speed_core.uncertainty import bootstrap_interval as bootstrap_interval  # notebooks 03 to 05 take it from here
@@ -74,11 +74,10 @@ class Embedder(AbsEncoder):
         return [instruct(text or "Represent the text", t) for t in raw]
 
     def embed(self, texts: Sequence[str]) -> np.ndarray:
-        """(n, D) unit vectors; new texts are encoded together, longest first."""
+        """(n, D) unit vectors; new texts are encoded together, longest first, and what they begin with in common once."""
         new = list(dict.fromkeys(t for t in texts if t not in self.vectors))
         if new:
-            found = self.model.encode(new, batch_size=self.batch_size, normalize_embeddings=True, show_progress_bar=False)
-            self.vectors.update(zip(new, np.asarray(found, np.float32), strict=True))
+            self.vectors.update(zip(new, prefix.encode(self.model, new, self.batch_size), strict=True))
         return np.stack([self.vectors[t] for t in texts])
 
     def encode(self, inputs: Any, *, task_metadata: Any, hf_split: str, hf_subset: str, prompt_type: Any = None, **_: Any) -> Any:

@@ -4,7 +4,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from speed_core import curate, evaluate, offline_tasks, uncertainty
+from speed_core import curate, embed, evaluate, models, offline_tasks, prefix, uncertainty
 from speed_core.artifacts import UserError
 from speed_core.profile import Curate
 
@@ -125,6 +125,28 @@ def test_seeds_widen_the_interval(results):
     assert (same.value, same.sd_seeds) == (pytest.approx(plain.value), 0) and same.high == pytest.approx(plain.high)
     mixed = uncertainty.difference(good * 2, bad + good)
     assert mixed.value == pytest.approx(plain.value / 2) and mixed.high - mixed.low > 3 * (plain.high - plain.low)
+
+
+@pytest.mark.parametrize("family", ("gemma3", "mistral"))
+def test_a_shared_beginning_read_once_gives_the_vectors_of_whole_texts(family, tiny_model):
+    model = embed.build(tiny_model(family), 64, "float32").float()
+    texts = [embed.instruct("Find the text that answers the question", t) for t in ("a", "b c d e", "a longer one " * 3, "a")]
+    assert prefix.can_share(model) and prefix.shared_length(model.tokenizer(texts)["input_ids"]) >= prefix.SHORTEST
+    for batch in (2, 8):
+        whole = model.encode(texts, batch_size=batch, normalize_embeddings=True)
+        assert np.allclose(prefix.encode(model, texts, batch), whole, atol=1e-5)
+    cut = [t + " and so on" * 60 for t in texts]  # longer than the model reads
+    assert np.allclose(prefix.encode(model, cut, 4), model.encode(cut, normalize_embeddings=True), atol=1e-5)
+
+
+def test_texts_without_a_shared_beginning_and_encoders_are_read_as_ever(tiny_model):
+    from sentence_transformers import SentenceTransformer
+
+    assert prefix.shared_length([[1, 2, 3], [1, 2], [1, 2, 4]]) == 1 and prefix.shared_length([[1, 2], [2, 2]]) == 0
+    model = embed.build(tiny_model("gemma3"), 64, "float32").float()
+    texts = ["one", "two and three"]
+    assert (prefix.encode(model, texts, 2) == model.encode(texts, batch_size=2, normalize_embeddings=True)).all()
+    assert not prefix.can_share(SentenceTransformer(models.resolve("package:all-MiniLM-L6-v2"), device="cpu"))
 
 
 def test_a_difference_of_differences_and_a_slope_are_contrasts(results):

@@ -105,6 +105,27 @@ def test_the_plan_names_exactly_the_stages_that_a_run_makes_and_why_they_would_r
     assert warmer["junior"].reason == warmer["tasks"].reason == ""
 
 
+def test_a_point_of_a_sweep_is_read_once_it_was_run_and_compared_with_the_runs_own(smoke, monkeypatch):
+    import dataclasses
+
+    from speed_core import study, sweep
+    from speed_core.run_context import open_run
+
+    runs, _ = smoke
+    monkeypatch.setenv("SPEED_RUNS", str(runs))
+    one = dataclasses.replace(study.SWEEPS[0], values=(1.0,))
+    here = open_run("smoke")
+    assert list(study.collect(here, one)[0]) == [0.7]
+    assert [code for _, code in sweep.run_points("smoke", [study.point(one, 1.0)], only=one.notebooks)] == [0]
+    made = {p.parent.name for p in (runs / "smoke" / "variants").glob("*/artifacts/*/manifest.json")}
+    assert {"raw-junior", "synthetic-jr", "embedder-jr-0", "scores-jr-0"} <= made and not any("sr" in m for m in made)
+    found, inputs = study.collect(here, one)
+    assert sorted(found) == [0.7, 1.0] and len(inputs) == 2
+    rows = study.rows(here, one, found)
+    assert [r["value"] for r in rows if r["own"]] == [0] and study.estimate(one, found) is None
+    assert study.estimate(one, {1: found[0.7], 2: found[1.0], 3: found[0.7]})["value"] == pytest.approx(rows[1]["value"])
+
+
 def test_data_sets_and_figures_are_rebuilt_elsewhere_from_the_log_alone_without_weights(smoke, tmp_path):
     speed = [sys.executable, "-m", "speed_core"]
     archive = str(tmp_path / "smoke.tar.gz")
