@@ -1,4 +1,4 @@
-"""One function a figure. Each writes NAME.svg, NAME.csv (the plotted numbers) and NAME.json (where they come from).
+"""One function a figure. Each writes NAME.svg, NAME.csv (the plotted numbers) and NAME.json (where they come from, see provenance.py).
 
 Colours are Okabe and Ito's, told apart in grey by hatching or marker too. A score that is compared is
 drawn with its interval or not at all.
@@ -6,16 +6,15 @@ drawn with its interval or not at all.
 
 from __future__ import annotations
 
-import csv
-import json
 import textwrap
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from speed_core.artifacts import Artifact, UserError, code_digest, device_name, file_digest, write_json
+from speed_core.artifacts import Artifact, UserError
+from speed_core.provenance import check as check
+from speed_core.provenance import save as save
 from speed_core.run_context import Run
 
 OURS, SECOND, THIRD, PAPER, GREY = "#0072B2", "#E69F00", "#009E73", "#000000", "#999999"
@@ -37,48 +36,6 @@ def canvas(width: float = 7.0, height: float = 3.4, columns: int = 1, lines: int
 
     plt.rcParams.update(STYLE)
     return plt.subplots(lines, columns, figsize=(width, height), layout="constrained")
-
-
-def save(run: Run, name: str, figure: Any, rows: Sequence[Mapping[str, Any]], inputs: Sequence[Artifact], note: str = "") -> None:
-    """Write the three files. `rows` is what was plotted; `inputs` are the artifacts it was computed from."""
-    folder = run.figures
-    folder.mkdir(parents=True, exist_ok=True)
-    if not rows:
-        raise UserError(f"figure {name}: nothing to plot; run the notebooks before this one")
-    with (folder / f"{name}.csv").open("w", newline="", encoding="utf-8") as f:
-        writer = csv.DictWriter(f, list(dict.fromkeys(k for r in rows for k in r)), lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(rows)
-    figure.savefig(folder / f"{name}.svg", metadata={"Date": None})
-    write_json(
-        folder / f"{name}.json",
-        {
-            "figure": name,
-            "profile": run.profile.name,
-            "seed": run.profile.seed,
-            "inputs": {a.name: a.digest for a in inputs},
-            "data_sha256": file_digest(folder / f"{name}.csv"),
-            "svg_sha256": file_digest(folder / f"{name}.svg"),
-            "device": device_name(),
-            "code": code_digest(),
-            "note": note,
-        },
-    )
-
-
-def check(folder: Path) -> list[str]:
-    """Problems of the figures in a folder: a missing companion, or data and record that disagree."""
-    out = []
-    for svg in sorted(folder.glob("*.svg")):
-        record, data = svg.with_suffix(".json"), svg.with_suffix(".csv")
-        if not record.is_file() or not data.is_file():
-            out.append(f"{svg.name}: no .csv or .json beside it; run its notebook again")
-            continue
-        said = json.loads(record.read_text(encoding="utf-8"))
-        for key, path in (("data_sha256", data), ("svg_sha256", svg)):
-            if said[key] != file_digest(path):
-                out.append(f"{path.name}: changed since {record.name} was written; run its notebook again")
-    return out
 
 
 def waterfall(run: Run, name: str, steps: Sequence[tuple[str, int]], inputs: Sequence[Artifact], title: str) -> None:
