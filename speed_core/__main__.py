@@ -139,6 +139,19 @@ def check(
 
 
 @app.command()
+def card(artifact: str, out: Path, profile: ProfileName = "tiny") -> None:
+    """Write a model's or data set's card for the Hugging Face hub, with its files and mteb's results; pushes nothing."""
+    from speed_core import cards
+    from speed_core.run_context import open_run
+
+    written = cards.write(open_run(profile), artifact, out)
+    for found in cards.local_paths(out):
+        print(f"{found}: a path of this machine; write the model's hub id in its place before you push")
+    files = [p for p in out.rglob("*") if p.is_file()]
+    print(f"{written}: with {len(files) - 1} files beside it; push the folder with `hf upload`")
+
+
+@app.command()
 def evaluate(
     model: Annotated[list[str], typer.Option(help="a folder, hub id or package:NAME; give it twice to compare two")],
     data: Annotated[Path, typer.Option(help="your texts, JSONL (speed_core/own_tasks.py says which shapes)")],
