@@ -162,7 +162,7 @@ def eval_results(run: Run, results: Mapping[str, Any]) -> list[Any]:
                 EvalResult(
                     task_type=m.type,
                     # Results of one dataset are joined: ours need a name each, several come from one package.
-                    dataset_type=f"speed-step-by-step/{name}" if ours else m.dataset["path"],
+                    dataset_type=f"speed-step-by-step/{name}" if ours else _hub_path(name, m),
                     dataset_name=f"{name} (not MTEB)" if ours else f"MTEB {name}",
                     dataset_config=row["hf_subset"],
                     dataset_split=split,
@@ -175,6 +175,12 @@ def eval_results(run: Run, results: Mapping[str, Any]) -> list[Any]:
                 for row in rows
             ]
     return out
+
+
+def _hub_path(name: str, metadata: Any) -> str:
+    """ORG/NAME of a task's data set; an aggregate such as CQADupstack has none, so its own name."""
+    path = str(metadata.dataset["path"])
+    return path if " " not in path else f"mteb/{name}"
 
 
 def score_table(results: Mapping[str, Any]) -> str:
