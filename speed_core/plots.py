@@ -45,7 +45,8 @@ def waterfall(run: Run, name: str, steps: Sequence[tuple[str, int]], inputs: Seq
     ax.barh(labels, values, color=OURS, height=0.6)
     for i, (v, before) in enumerate(zip(values, [values[0], *values[:-1]], strict=True)):
         lost = f"  (-{before - v})" if before > v else ""
-        ax.text(v, i, f" {v}{lost}", va="center")
+        # An offset, not a leading space: browsers drop the space, and the number touches the bar.
+        ax.annotate(f"{v}{lost}", (v, i), (5, 0), textcoords="offset points", va="center")
     ax.invert_yaxis()
     ax.set(title=title, xlabel="records", xlim=(0, max(values) * 1.18))
     save(run, name, figure, [{"step": a, "records": b} for a, b in steps], inputs)
@@ -64,17 +65,20 @@ def counts(
     figure, ax = canvas()
     categories = list(dict.fromkeys(k for g in groups.values() for k in g))
     width = 0.8 / len(groups)
+    whole = all(float(v).is_integer() for g in groups.values() for v in g.values())
     for i, (series, values) in enumerate(groups.items()):
+        paper = series.startswith("paper")  # the paper's values are black on white, here as in every figure
         x = np.arange(len(categories)) + (i - (len(groups) - 1) / 2) * width
         bars = ax.bar(
             x,
             [values.get(c, 0) for c in categories],
             width * 0.95,
             label=series,
-            color=(OURS, SECOND, THIRD)[i % 3],
+            color="white" if paper else (OURS, SECOND, THIRD)[i % 3],
+            edgecolor=PAPER if paper else None,
             hatch=("", "//", "..")[i % 3],
         )
-        ax.bar_label(bars, fmt="%g", fontsize=8)
+        ax.bar_label(bars, fmt="%d" if whole else "%.2f", fontsize=8, padding=1)
     ax.set_xticks(np.arange(len(categories)), [c.replace("_", "-") for c in categories])
     ax.set(title=title, ylabel=ylabel, xlabel=xlabel)
     if len(groups) > 1:
@@ -107,9 +111,8 @@ def rates(
     if zero:
         ax.axvline(0, color=GREY, lw=1, ls="--")
     ax.set_yticks(range(len(rows)), [r["label"] for r in rows])
-    ax.invert_yaxis()
-    ax.margins(y=0.15)
-    ax.set(title=title, xlabel=xlabel)
+    # Half a row above and below, however many rows: a margin in shares puts two rows on the edges and spreads nine.
+    ax.set(title=title, xlabel=xlabel, ylim=(len(rows) - 0.5, -0.5))
     figure.legend(loc="outside lower center", ncols=3, fontsize=8)
     out = [dict(r) | {"paper": (paper or {}).get(r["label"], "")} for r in rows]
     save(run, name, figure, out, inputs)
@@ -329,11 +332,11 @@ def sweeps(run: Run, name: str, rows: Sequence[Mapping[str, Any]], inputs: Seque
 def verdicts(run: Run, name: str, rows: Sequence[Mapping[str, Any]], inputs: Sequence[Artifact]) -> None:
     """The claim map as a picture: one line a claim, its verdict in words and colour."""
     colours = {"reproduced": THIRD, "smaller scale, same direction": THIRD, "not resolved at this size": GREY, "contradicted": "#D55E00", "not possible here": "#CCCCCC", "not yet tested": "#CCCCCC"}  # fmt: skip
-    figure, ax = canvas(9, 0.6 + 0.3 * len(rows))
+    figure, ax = canvas(9, 0.6 + 0.27 * len(rows))
     for i, r in enumerate(rows):
         ax.barh(i, 1, color=colours.get(r["verdict"], GREY), height=0.85)
         ax.text(
-            -0.02, i, f"{r['id']}  {textwrap.shorten(r['claim'], 62, placeholder=' ...')}", ha="right", va="center", fontsize=8
+            -0.02, i, f"{r['id']}  {textwrap.shorten(r['claim'], 84, placeholder=' ...')}", ha="right", va="center", fontsize=8
         )
         ax.text(
             0.5,
@@ -344,8 +347,7 @@ def verdicts(run: Run, name: str, rows: Sequence[Mapping[str, Any]], inputs: Seq
             fontsize=8,
             color="white" if r["verdict"] == "contradicted" else "black",
         )
-    ax.invert_yaxis()
-    ax.set(title="verdicts at this size", xticks=[], yticks=[], xlim=(0, 1))
+    ax.set(title="verdicts at this size", xticks=[], yticks=[], xlim=(0, 1), ylim=(len(rows) - 0.5, -0.5))
     for spine in ax.spines.values():
         spine.set_visible(False)
     save(run, name, figure, rows, inputs)
