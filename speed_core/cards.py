@@ -185,14 +185,14 @@ def _hub_path(name: str, metadata: Any) -> str:
 
 def score_table(results: Mapping[str, Any]) -> str:
     """A line a task: points with the bootstrap's 95% interval over its texts (or a classifier's repetitions)."""
-    from speed_core import evaluate
+    from speed_core import evaluate, uncertainty
 
     lines = ["| task | type | score | 95% interval |", "|---|---|---|---|"]
     for name, task in results["tasks"].items():
         interval = "-"
         if task["items"]:
-            _, low, high = evaluate.average_interval({**results, "tasks": {name: task}})
-            interval = f"[{low:.1f}, {high:.1f}]"
+            found = uncertainty.average([{**results, "tasks": {name: task}}]).row(name)
+            interval = f"[{found['low']:.1f}, {found['high']:.1f}]"
         lines.append(f"| {name} | {task['type']} | {100 * task['score']:.1f} | {interval} |")
     means = evaluate.category_means(results)
     return "\n".join(lines) + "\n\nMeans: " + ", ".join(f"{k} {v:.1f}" for k, v in means.items()) + "."

@@ -18,7 +18,6 @@ from speed_core import profile as profiles
 from speed_core.artifacts import (
     MANIFEST,
     Artifact,
-    Store,
     UserError,
     canonical,
     code_digest,
@@ -54,14 +53,16 @@ def save(run: Run, name: str, figure: Any, rows: Sequence[Mapping[str, Any]], in
         figure.savefig(svg, metadata={"Date": None})
     if matplotlib.get_backend().lower() == "agg":  # in a notebook the open figure is what the cell shows
         matplotlib.pyplot.close(figure)
-    upstream = dict(_upstream(run.store, inputs))
+    now = Now([run.store.root] + ([run.store.base.root] if run.store.base else []))
+    keys = {now.key(a): a for a in inputs}
+    upstream = {k: d for key in keys for k, d in now.upstream(key)}
     new = {
         "figure": name,
         "profile": run.profile.name,
         "overrides": _overrides(run.profile),
         "seed": run.profile.seed,
-        "seeds": sorted({s for a in inputs for s in _seeds(run.store, a)} or {run.profile.seed}),
-        "inputs": {a.name: a.digest for a in inputs},
+        "seeds": sorted({s for key in keys for s in now.seeds(key)} or {run.profile.seed}),
+        "inputs": {key: a.digest for key, a in keys.items()},
         "upstream": {k: upstream[k] for k in sorted(upstream)},
         "data_sha256": file_digest(data),
         "svg_sha256": file_digest(svg),
@@ -82,31 +83,13 @@ def _overrides(profile: profiles.Profile) -> dict[str, Any]:
     return {k: v for k, v in mine.items() if k not in unset and (k not in known or known[k] != v)}
 
 
-def _seeds(store: Store, artifact: Artifact) -> set[int]:
-    """The seed of an artifact, or those of what it was made from: scores have none, but the scored model has."""
-    parameters = artifact.manifest["parameters"]
-    if "seed" in parameters:
-        return {parameters["seed"]}
-    parents = [store.get(p) for p in artifact.manifest["parents"]]
-    return {s for p in parents if p for s in _seeds(store, p)}
-
-
-def _upstream(store: Store, inputs: Sequence[Artifact]) -> Iterator[tuple[str, str]]:
-    """(name, digest) of everything that the inputs were made from, by what their manifests say."""
-    for artifact in inputs:
-        for name, its_digest in artifact.manifest["parents"].items():
-            yield name, its_digest
-            if parent := store.get(name):
-                yield from _upstream(store, [parent])
-
-
 # --- checking -------------------------------------------------------------------------------------
 
 
 class Now:
     """The artifacts of a run as they are on disk; `roots` are searched in order (a point of a sweep, then its base).
 
-    With `deep` digests are taken of the files' bytes, else of what the manifests say.
+    An artifact has its name as key; one of a sweep's point, read from outside of it, "variants/POINT/NAME". With `deep` digests are taken of the files' bytes, else of what the manifests say.
     """
 
     def __init__(self, roots: Sequence[Path], deep: bool = False):
@@ -118,27 +101,58 @@ class Now:
     def read(self, name: str) -> tuple[dict[str, Any], str] | None:
         """(manifest, digest) of an artifact, or None where the run does not have it."""
         if name not in self._known:
-            path = next((r / name for r in self.roots if (r / name / MANIFEST).is_file()), None)
-            self._known[name] = None if path is None else self._read(path)
+            point, own = self._point(name)
+            roots = [self.roots[-1].parent / point / "artifacts"] if point and self.roots else self.roots
+            path = next((r / own for r in roots if (r / own / MANIFEST).is_file()), None)
+            self._known[name] = None if path is None else self._read(name, path)
         return self._known[name]
 
-    def _read(self, path: Path) -> tuple[dict[str, Any], str]:
+    def key(self, artifact: Artifact) -> str:
+        """The key of an artifact that a stage handed out; two points of a sweep have artifacts of the same name."""
+        root = artifact.path.parent
+        point = root.parent.parent.name == "variants" and root not in self.roots
+        key = f"variants/{root.parent.name}/{artifact.name}" if point else artifact.name
+        self._known[key] = (artifact.manifest, artifact.digest)
+        return key
+
+    @staticmethod
+    def _point(key: str) -> tuple[str, str]:
+        """("variants/POINT" or "", name) of a key."""
+        point, _, name = key.rpartition("/")
+        return point, name
+
+    def _read(self, key: str, path: Path) -> tuple[dict[str, Any], str]:
         manifest = json.loads((path / MANIFEST).read_text(encoding="utf-8"))
         files = manifest["files"]
         if self.deep:
             # A file that is not here (weights, after an import of logs) was not changed here either.
             now = {f: file_digest(path / f) if (path / f).is_file() else e["sha256"] for f, e in files.items()}
             if touched := [f for f, e in files.items() if e["sha256"] != now[f]]:
-                self.touched[path.name] = touched
+                self.touched[key] = touched
             files = {f: {**e, "sha256": now[f]} for f, e in files.items()}
         return manifest, digest(files)[:16]
 
     def parents(self, name: str) -> Iterator[tuple[str, str, str]]:
         """(parent, its digest when `name` was made from it, its digest now)."""
-        found = self.read(name)
+        found, (point, _) = self.read(name), self._point(name)
         for parent, then in (found[0]["parents"] if found else {}).items():
-            if now := self.read(parent):
-                yield parent, then, now[1]
+            own = f"{point}/{parent}"
+            key = own if point and self.read(own) else parent  # what a point does not have it took from its base
+            if now := self.read(key):
+                yield key, then, now[1]
+
+    def upstream(self, name: str) -> Iterator[tuple[str, str]]:
+        """(key, digest when it was used) of everything that an artifact was made from."""
+        for parent, then, _ in self.parents(name):
+            yield parent, then
+            yield from self.upstream(parent)
+
+    def seeds(self, name: str) -> set[int]:
+        """The seed of an artifact, or those of what it was made from: scores have none, but the scored model has."""
+        found = self.read(name)
+        if found and "seed" in found[0]["parameters"]:
+            return {found[0]["parameters"]["seed"]}
+        return {s for parent, _, _ in self.parents(name) for s in self.seeds(parent)}
 
     def cause(self, name: str, then: Mapping[str, str]) -> list[str]:
         """Names from the first artifact upstream that has another digest than `then` down to the parent of `name`."""

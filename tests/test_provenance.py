@@ -148,6 +148,27 @@ def test_a_point_of_a_sweep_is_checked_against_its_own_artifacts_and_those_of_it
     assert "input scores-jr is of an earlier embedder-jr" in plots.check(folder, runs)[0]
 
 
+def test_a_figure_over_several_points_keeps_their_inputs_apart(drawn, monkeypatch):
+    run, _, runs = drawn
+    points = []
+    for value in (1, 2):
+        monkeypatch.setenv("SPEED_VARIANT", f"lr={value}")
+        points.append(open_run("smoke"))
+        make(points[-1], "embedder-jr", value, ["seeds"], seed=value)
+        make(points[-1], "scores-jr", value, ["embedder-jr"])
+    inputs = [run.store.need("scores-jr"), *(p.store.need("scores-jr") for p in points)]
+    plots.rates(run, "10_sweeps", ROWS, inputs, "Sweep", "points")
+    said = json.loads((run.figures / "10_sweeps.json").read_text())
+    assert list(said["inputs"]) == ["scores-jr", "variants/lr=1/scores-jr", "variants/lr=2/scores-jr"]
+    assert said["seeds"] == [1, 2, 7] and plots.check(run.figures, runs) == plots.check(run.figures, runs, deep=True) == []
+    make(points[1], "embedder-jr", 3, ["seeds"], seed=2)
+    (line,) = plots.check(run.figures, runs)
+    assert "input variants/lr=2/scores-jr is of an earlier variants/lr=2/embedder-jr: " in line
+    make(points[1], "scores-jr", 3, ["embedder-jr"])
+    (line,) = plots.check(run.figures, runs)
+    assert "input variants/lr=2/scores-jr moved (" in line and line.endswith("because variants/lr=2/embedder-jr moved")
+
+
 def test_the_command_ends_with_one_on_a_problem_and_two_on_a_folder_that_is_none(drawn):
     run, folder, _ = drawn
     speed = [sys.executable, "-m", "speed_core", "check"]
