@@ -121,17 +121,34 @@ def preflight(profile: ProfileName = "tiny") -> None:
 
 
 @app.command()
-def check() -> None:
-    """Fail when a committed figure and its data disagree."""
-    from speed_core import plots
+def check(
+    folder: Annotated[Path | None, typer.Argument(help="folder of figures; default: figures/")] = None,
+    deep: Annotated[bool, typer.Option(help="take the digests of the inputs of their bytes, not of their manifests")] = False,
+) -> None:
+    """Fail when a figure and its data disagree, or when what it was drawn from has moved since (exit code 1)."""
+    from speed_core import provenance
     from speed_core.run_context import ROOT
 
-    problems = plots.check(ROOT / "figures")
-    for problem in problems:
-        print(problem)
-    print(f"{len(list((ROOT / 'figures').glob('*.svg')))} figures, {len(problems)} problems")
+    folder = folder or ROOT / "figures"
+    if not folder.is_dir():
+        raise UserError(f"{folder}: no such folder; give one that holds figures")
+    problems, remarks = provenance.inspect(folder, provenance.runs_folder(ROOT), deep)
+    print("\n".join([*problems, *remarks, f"{len(list(folder.glob('*.svg')))} figures, {len(problems)} problems"]))
     if problems:
         raise typer.Exit(1)
+
+
+@app.command()
+def card(artifact: str, out: Path, profile: ProfileName = "tiny") -> None:
+    """Write a model's or data set's card for the Hugging Face hub, with its files and mteb's results; pushes nothing."""
+    from speed_core import cards
+    from speed_core.run_context import open_run
+
+    written = cards.write(open_run(profile), artifact, out)
+    for found in cards.local_paths(out):
+        print(f"{found}: a path of this machine; write the model's hub id in its place before you push")
+    files = [p for p in out.rglob("*") if p.is_file()]
+    print(f"{written}: with {len(files) - 1} files beside it; push the folder with `hf upload`")
 
 
 @app.command()

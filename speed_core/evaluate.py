@@ -121,9 +121,12 @@ def load(path: str | Any, name: str, *, instructed: bool, max_length: int | None
     return Embedder(model, name, instructed, batch_size, max_length)
 
 
-def resolve_tasks(names: Sequence[str], size: str = "tiny") -> list[Any]:
-    """ "offline" gives the offline tasks; other names are offline tasks, MTEB tasks or MTEB benchmarks."""
-    from speed_core import offline_tasks
+def resolve_tasks(names: Sequence[str], size: str = "tiny", data: Path | str | None = None) -> list[Any]:
+    """ "offline" gives the offline tasks; other names are offline tasks, MTEB tasks or MTEB benchmarks.
+
+    MTEB's data come from a hub, or from the folder `data` (default $SPEED_DATA, see benchmark_data.py).
+    """
+    from speed_core import benchmark_data, offline_tasks
 
     offline = {t.metadata.name: t for t in offline_tasks.offline_tasks(size)}
     out: list[Any] = []
@@ -135,14 +138,16 @@ def resolve_tasks(names: Sequence[str], size: str = "tiny") -> list[Any]:
         elif name in (benchmarks := [b.name for b in mteb.get_benchmarks()]):
             out += list(mteb.get_benchmark(name).tasks)
         else:
-            known = [t.metadata.name for t in mteb.get_tasks()]
+            # Many of the 56 tasks of the papers are superseded by a second version; they are asked for by name.
+            known = [t.metadata.name for t in mteb.get_tasks(exclude_superseded=False)]
             if name not in known:
                 close = difflib.get_close_matches(name, [*known, *benchmarks, *offline, "offline"], 3)
                 raise UserError(
                     f"task {name!r}: unknown to mteb {mteb.__version__}; did you mean {', '.join(close) or 'offline'}?"
                 )
             out.append(mteb.get_task(name))
-    return out
+    # A task that is named twice, by itself and in a benchmark, is scored once.
+    return benchmark_data.prepare(list({t.metadata.name: t for t in out}.values()), data)
 
 
 def evaluate(model: Embedder, tasks: Sequence[Any], cache: Path, label: str = "") -> dict[str, Any]:
@@ -156,18 +161,21 @@ def evaluate(model: Embedder, tasks: Sequence[Any], cache: Path, label: str = ""
 
     from mteb.cache import ResultCache
 
+    from speed_core import benchmark_data
+
     logging.getLogger("mteb").setLevel(logging.ERROR)
     # A few-shot classifier that never predicts a class, or constant vectors, are low scores and no news.
     warnings.filterwarnings("ignore", message=".*ill-defined.*")
     warnings.filterwarnings("ignore", message=".*input array is constant.*")
+    warnings.filterwarnings("ignore", message=".*is superseded by.*")  # the papers' tasks are the first versions
     encoder: Any = model
     revision = encoder.mteb_model_meta.revision
     out: dict[str, Any] = {"model": encoder.mteb_model_meta.name, "revision": revision, "tasks": {}}
     bar = sft.progress(len(tasks), f"evaluate {label}".strip(), "task")
     for task in tasks:
-        results = mteb.evaluate(
-            encoder, [task], cache=ResultCache(cache / str(revision)), show_progress_bar=False, encode_kwargs={}
-        )
+        kept = ResultCache(cache / str(revision))
+        how: Any = benchmark_data.strategy(kept, encoder.mteb_model_meta, task)
+        results = mteb.evaluate(encoder, [task], cache=kept, overwrite_strategy=how, show_progress_bar=False, encode_kwargs={})
         result = results.task_results[0]
         split = next(iter(result.scores))
         detail = result.scores[split][0]
@@ -183,14 +191,23 @@ def evaluate(model: Embedder, tasks: Sequence[Any], cache: Path, label: str = ""
 
 
 def _items(model: Embedder, task: Any, detail: Mapping[str, Any]) -> list[Any]:
+    from speed_core import benchmark_data
+
+    if task.is_aggregate:
+        # The score is the mean over parts of different size: weighted, so that the mean of all items is that too.
+        each = [_items(model, part, {}) for part in benchmark_data.parts(task)]
+        total = sum(map(len, each))
+        return [v * total / (len(each) * len(values)) for values in each for v in values] if all(each) else []
     if not getattr(task, "dataset", None):  # mteb frees a task's data when it has scored it
         task.load_data()
     if task.metadata.type == "STS" and getattr(task, "dataset", None):
-        rows = task.dataset["test"]
-        a, b = (model.embed(model.texts(rows[c], task.metadata, None)) for c in ("sentence1", "sentence2"))
+        rows = benchmark_data.split_of(task)
+        if rows is None:
+            return []
+        a, b = (model.embed(model.texts(rows[c], task.metadata, None)) for c in task.column_names)
         return [[float(g), round(float(c), 5)] for g, c in zip(rows["score"], (a * b).sum(1), strict=True)]
     if task.metadata.type in ("Retrieval", "Reranking") and getattr(task, "dataset", None):
-        return _ranks(model, task)
+        return benchmark_data.ranks(model, task)
     if "scores_per_experiment" in detail:
         return [float(e[task.metadata.main_score]) for e in detail["scores_per_experiment"]]
     measures = detail.get("v_measures")
@@ -201,30 +218,6 @@ def _items(model: Embedder, task: Any, detail: Mapping[str, Any]) -> list[Any]:
             else [float(v) for v in measures]
         )
     return []
-
-
-def _ranks(model: Embedder, task: Any) -> list[float]:
-    """nDCG@10 (retrieval) or average precision (reranking) of each query; one relevant document a query."""
-    if set(task.dataset) != {"default"}:
-        return []
-    split = task.dataset["default"]["test"]
-    corpus = dict(zip(split["corpus"]["id"], split["corpus"]["text"], strict=True))
-    documents = list(corpus)
-    vectors = model.embed(model.texts([corpus[d] for d in documents], task.metadata, PromptType.document))
-    position = {d: i for i, d in enumerate(documents)}
-    queries = model.embed(model.texts(split["queries"]["text"], task.metadata, PromptType.query))
-    out = []
-    for qid, q in zip(split["queries"]["id"], queries, strict=True):
-        pool = [position[d] for d in split["top_ranked"][qid]] if split["top_ranked"] else list(range(len(documents)))
-        scores = vectors[pool] @ q
-        wanted = [position[d] for d, s in split["relevant_docs"][qid].items() if s > 0]
-        own = scores[pool.index(wanted[0])]
-        # Ties share the middle rank: a model that maps everything to one vector must not look perfect.
-        rank = 1 + float((scores > own).sum()) + float((scores == own).sum() - 1) / 2
-        out.append(
-            float(1 / np.log2(rank + 1)) if rank <= 10 and not split["top_ranked"] else (1 / rank if split["top_ranked"] else 0.0)
-        )
-    return out
 
 
 def category_means(result: Mapping[str, Any]) -> dict[str, float]:

@@ -1,4 +1,4 @@
-"""One function a figure. Each writes NAME.svg, NAME.csv (the plotted numbers) and NAME.json (where they come from).
+"""One function a figure. Each writes NAME.svg, NAME.csv (the plotted numbers) and NAME.json (where they come from, see provenance.py).
 
 Colours are Okabe and Ito's, told apart in grey by hatching or marker too. A score that is compared is
 drawn with its interval or not at all.
@@ -6,16 +6,15 @@ drawn with its interval or not at all.
 
 from __future__ import annotations
 
-import csv
-import json
 import textwrap
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from speed_core.artifacts import Artifact, UserError, code_digest, device_name, file_digest, write_json
+from speed_core.artifacts import Artifact, UserError
+from speed_core.provenance import check as check
+from speed_core.provenance import save as save
 from speed_core.run_context import Run
 
 OURS, SECOND, THIRD, PAPER, GREY = "#0072B2", "#E69F00", "#009E73", "#000000", "#999999"
@@ -39,48 +38,6 @@ def canvas(width: float = 7.0, height: float = 3.4, columns: int = 1, lines: int
     return plt.subplots(lines, columns, figsize=(width, height), layout="constrained")
 
 
-def save(run: Run, name: str, figure: Any, rows: Sequence[Mapping[str, Any]], inputs: Sequence[Artifact], note: str = "") -> None:
-    """Write the three files. `rows` is what was plotted; `inputs` are the artifacts it was computed from."""
-    folder = run.figures
-    folder.mkdir(parents=True, exist_ok=True)
-    if not rows:
-        raise UserError(f"figure {name}: nothing to plot; run the notebooks before this one")
-    with (folder / f"{name}.csv").open("w", newline="", encoding="utf-8") as f:
-        writer = csv.DictWriter(f, list(dict.fromkeys(k for r in rows for k in r)), lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(rows)
-    figure.savefig(folder / f"{name}.svg", metadata={"Date": None})
-    write_json(
-        folder / f"{name}.json",
-        {
-            "figure": name,
-            "profile": run.profile.name,
-            "seed": run.profile.seed,
-            "inputs": {a.name: a.digest for a in inputs},
-            "data_sha256": file_digest(folder / f"{name}.csv"),
-            "svg_sha256": file_digest(folder / f"{name}.svg"),
-            "device": device_name(),
-            "code": code_digest(),
-            "note": note,
-        },
-    )
-
-
-def check(folder: Path) -> list[str]:
-    """Problems of the figures in a folder: a missing companion, or data and record that disagree."""
-    out = []
-    for svg in sorted(folder.glob("*.svg")):
-        record, data = svg.with_suffix(".json"), svg.with_suffix(".csv")
-        if not record.is_file() or not data.is_file():
-            out.append(f"{svg.name}: no .csv or .json beside it; run its notebook again")
-            continue
-        said = json.loads(record.read_text(encoding="utf-8"))
-        for key, path in (("data_sha256", data), ("svg_sha256", svg)):
-            if said[key] != file_digest(path):
-                out.append(f"{path.name}: changed since {record.name} was written; run its notebook again")
-    return out
-
-
 def waterfall(run: Run, name: str, steps: Sequence[tuple[str, int]], inputs: Sequence[Artifact], title: str) -> None:
     """Yield waterfall: how many records are left after each step."""
     figure, ax = canvas(7, 0.5 + 0.45 * len(steps))
@@ -88,7 +45,8 @@ def waterfall(run: Run, name: str, steps: Sequence[tuple[str, int]], inputs: Seq
     ax.barh(labels, values, color=OURS, height=0.6)
     for i, (v, before) in enumerate(zip(values, [values[0], *values[:-1]], strict=True)):
         lost = f"  (-{before - v})" if before > v else ""
-        ax.text(v, i, f" {v}{lost}", va="center")
+        # An offset, not a leading space: browsers drop the space, and the number touches the bar.
+        ax.annotate(f"{v}{lost}", (v, i), (5, 0), textcoords="offset points", va="center")
     ax.invert_yaxis()
     ax.set(title=title, xlabel="records", xlim=(0, max(values) * 1.18))
     save(run, name, figure, [{"step": a, "records": b} for a, b in steps], inputs)
@@ -107,17 +65,20 @@ def counts(
     figure, ax = canvas()
     categories = list(dict.fromkeys(k for g in groups.values() for k in g))
     width = 0.8 / len(groups)
+    whole = all(float(v).is_integer() for g in groups.values() for v in g.values())
     for i, (series, values) in enumerate(groups.items()):
+        paper = series.startswith("paper")  # the paper's values are black on white, here as in every figure
         x = np.arange(len(categories)) + (i - (len(groups) - 1) / 2) * width
         bars = ax.bar(
             x,
             [values.get(c, 0) for c in categories],
             width * 0.95,
             label=series,
-            color=(OURS, SECOND, THIRD)[i % 3],
+            color="white" if paper else (OURS, SECOND, THIRD)[i % 3],
+            edgecolor=PAPER if paper else None,
             hatch=("", "//", "..")[i % 3],
         )
-        ax.bar_label(bars, fmt="%g", fontsize=8)
+        ax.bar_label(bars, fmt="%d" if whole else "%.2f", fontsize=8, padding=1)
     ax.set_xticks(np.arange(len(categories)), [c.replace("_", "-") for c in categories])
     ax.set(title=title, ylabel=ylabel, xlabel=xlabel)
     if len(groups) > 1:
@@ -150,9 +111,8 @@ def rates(
     if zero:
         ax.axvline(0, color=GREY, lw=1, ls="--")
     ax.set_yticks(range(len(rows)), [r["label"] for r in rows])
-    ax.invert_yaxis()
-    ax.margins(y=0.15)
-    ax.set(title=title, xlabel=xlabel)
+    # Half a row above and below, however many rows: a margin in shares puts two rows on the edges and spreads nine.
+    ax.set(title=title, xlabel=xlabel, ylim=(len(rows) - 0.5, -0.5))
     figure.legend(loc="outside lower center", ncols=3, fontsize=8)
     out = [dict(r) | {"paper": (paper or {}).get(r["label"], "")} for r in rows]
     save(run, name, figure, out, inputs)
@@ -372,11 +332,11 @@ def sweeps(run: Run, name: str, rows: Sequence[Mapping[str, Any]], inputs: Seque
 def verdicts(run: Run, name: str, rows: Sequence[Mapping[str, Any]], inputs: Sequence[Artifact]) -> None:
     """The claim map as a picture: one line a claim, its verdict in words and colour."""
     colours = {"reproduced": THIRD, "smaller scale, same direction": THIRD, "not resolved at this size": GREY, "contradicted": "#D55E00", "not possible here": "#CCCCCC", "not yet tested": "#CCCCCC"}  # fmt: skip
-    figure, ax = canvas(9, 0.6 + 0.3 * len(rows))
+    figure, ax = canvas(9, 0.6 + 0.27 * len(rows))
     for i, r in enumerate(rows):
         ax.barh(i, 1, color=colours.get(r["verdict"], GREY), height=0.85)
         ax.text(
-            -0.02, i, f"{r['id']}  {textwrap.shorten(r['claim'], 62, placeholder=' ...')}", ha="right", va="center", fontsize=8
+            -0.02, i, f"{r['id']}  {textwrap.shorten(r['claim'], 84, placeholder=' ...')}", ha="right", va="center", fontsize=8
         )
         ax.text(
             0.5,
@@ -387,8 +347,7 @@ def verdicts(run: Run, name: str, rows: Sequence[Mapping[str, Any]], inputs: Seq
             fontsize=8,
             color="white" if r["verdict"] == "contradicted" else "black",
         )
-    ax.invert_yaxis()
-    ax.set(title="verdicts at this size", xticks=[], yticks=[], xlim=(0, 1))
+    ax.set(title="verdicts at this size", xticks=[], yticks=[], xlim=(0, 1), ylim=(len(rows) - 0.5, -0.5))
     for spine in ax.spines.values():
         spine.set_visible(False)
     save(run, name, figure, rows, inputs)

@@ -47,7 +47,7 @@ def test_every_notebook_runs_at_the_smoke_size(smoke):
     runs, reports = smoke
     assert [r.status for r in reports] == ["ok"] * 13, [r for r in reports if r.status != "ok"]
     folder = runs / "smoke" / "figures"
-    assert plots.check(folder) == [] and len(list(folder.glob("*.svg"))) >= 15
+    assert plots.check(folder, runs) == [] and len(list(folder.glob("*.svg"))) >= 15
     with (folder / "12_claims.csv").open() as f:
         rows = list(csv.DictReader(f))
     assert len(rows) == len(claims.CLAIMS) and all(r["verdict"] for r in rows)
