@@ -11,19 +11,16 @@ from __future__ import annotations
 
 import json
 import time
-from pathlib import Path
 
-from speed_core import generate, models, pipeline, prompts, sft
+from speed_core import generate, models, pipeline, prompts, sft, widgets
 from speed_core.artifacts import device_name, write_jsonl
 from speed_core.run_context import open_run
 
-TEMPERATURES = (0.3, 0.7, 1.0, 1.3)
 PROMPTS, SAMPLES = 12, 2  # 96 samples: many prompts and few samples of each, because the interval is over prompts
-TARGET = Path(__file__).resolve().parent.parent / "speed_core" / "assets" / "recorded" / "temperatures.jsonl"
 
 
 def main() -> None:
-    """Write TARGET: a header, then a line for each sample, by temperature."""
+    """Write widgets.RECORDED: a header, then a line for each sample, by temperature."""
     run = open_run("tiny")
     g = run.profile.generation
     planned = pipeline.plan(run, "evaluation", PROMPTS, held_out=True)
@@ -33,11 +30,11 @@ def main() -> None:
             seed = int(prompts.text_digest(f"{q.id}#{k}|{run.profile.seed}")[:8], 16) & 0x7FFFFFFF
             requests.append(generate.Request(f"{q.id}#{k}", sft.prompt_text(q.text), q.kind, seed))
     base, adapter = pipeline.generator_weights(run, "junior")
-    name = generate.choose_engine("auto", len(requests) * len(TEMPERATURES), g.max_new_tokens)
+    name = generate.choose_engine("auto", len(requests) * len(widgets.TEMPERATURES), g.max_new_tokens)
     engine = generate.open_engine(name, base, adapter, dtype=g.dtype, max_length=g.max_length)
     rows = []
     try:
-        for t in TEMPERATURES:
+        for t in widgets.TEMPERATURES:
             decoding = generate.Decoding(t, g.top_p, g.max_new_tokens, constrained=False)
             log = run.log(f"temperature-{t}")
             found = generate.run(
@@ -62,7 +59,7 @@ def main() -> None:
         "date": time.strftime("%Y-%m-%d", time.gmtime()),
         "prompts": {q.id: {"kind": q.kind, "topic": q.topic, "text": q.text} for q in planned},
     }
-    write_jsonl(TARGET, [header, *rows])
+    write_jsonl(widgets.RECORDED, [header, *rows])
     print(json.dumps({k: v for k, v in header.items() if k != "prompts"}, indent=1))
 
 
