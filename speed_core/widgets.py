@@ -218,8 +218,8 @@ def temperature_slider() -> Any:
     lines = temperature_lines()
     topics = [(f"{q['kind']}: {q['topic']}", name) for name, q in header["prompts"].items()]
     slider = w.SelectionSlider(options=TEMPERATURES, value=0.7, description="temperature", style=LABELS)
-    prompt = w.Dropdown(options=topics, description="prompt", style=LABELS)
-    seed = w.ToggleButtons(options=sorted({r["record"].partition("#")[2] for r in rows}), description="seed", style=LABELS)
+    prompt = w.Dropdown(options=topics, description="prompt", style=LABELS, layout=w.Layout(width="auto"))
+    seed = w.Dropdown(options=sorted({r["record"].partition("#")[2] for r in rows}), description="seed", style=LABELS)
     page = w.HTML()
 
     def draw(_: Any = None) -> None:
@@ -243,5 +243,5 @@ def temperature() -> None:
     header, rows = recorded_samples()
     made = f"recorded {header['date']} on {header['device']}: profile {header['profile']}, junior {header['junior'][:12]}"
     record = rows[0]["record"]
-    samples = [f"{r['temperature']}: {r['raw'][:140]!r} ..." for r in rows if r["record"] == record]
+    samples = [f"{r['temperature']}: {' '.join(r['raw'].split())[:110]} ..." for r in rows if r["record"] == record]
     show("\n".join([made, *temperature_lines(), "", "one prompt, one seed:", *samples]), temperature_slider)

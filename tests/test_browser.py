@@ -38,9 +38,10 @@ def cut(source, target, last=""):
 def lab(tmp_path_factory):
     """(address with %s for a notebook's name, folder) of a JupyterLab over copies of four notebooks."""
     folder = tmp_path_factory.mktemp("lab")
-    config, notebooks = folder / "config" / "labconfig", folder / "notebooks"
+    config, notebooks = folder / "config" / "labconfig", folder / "root" / "notebooks"
     config.mkdir(parents=True)
-    notebooks.mkdir()
+    notebooks.mkdir(parents=True)
+    shutil.copytree(ROOT / "figures", folder / "root" / "figures")  # the prose shows them
     whole = {"01_task_brainstorming": "", "02_seed_data": "", "07_guided_contrastive_loss": "widgets.margin("}
     for name, last in whole.items():
         cut(ROOT / "notebooks" / f"{name}.ipynb", notebooks / f"{name}.ipynb", last)
@@ -65,11 +66,11 @@ def lab(tmp_path_factory):
         "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")]),
     }
     options = ["--no-browser", "--allow-root", "--ip=127.0.0.1", f"--port={port}", "--ServerApp.port_retries=0"]
-    command = [sys.executable, "-m", "jupyterlab", *options, f"--IdentityProvider.token={token}", str(notebooks)]
+    command = [sys.executable, "-m", "jupyterlab", *options, f"--IdentityProvider.token={token}", str(folder / "root")]
     with (folder / "lab.log").open("w") as log, subprocess.Popen(command, env=env, stdout=log, stderr=log) as server:
         try:
             wait_for(f"http://127.0.0.1:{port}/api?token={token}", folder / "lab.log")
-            yield f"http://127.0.0.1:{port}/lab/tree/%s.ipynb?token={token}&reset", notebooks
+            yield f"http://127.0.0.1:{port}/lab/tree/notebooks/%s.ipynb?token={token}&reset", notebooks
         finally:
             server.terminate()
 
@@ -102,13 +103,14 @@ def run_all(page, lab, name):
     address, folder = lab
     page.goto(address % name)
     page.locator(".jp-Notebook .jp-CodeCell").first.wait_for()
-    page.locator("[data-status=idle]").first.wait_for()
+    page.get_by_text("Python 3 (ipykernel) | Idle").wait_for()  # before it, JupyterLab lets "Run All Cells" fall flat
     page.get_by_role("menuitem", name="Run", exact=True).click()
     page.get_by_role("menuitem", name="Run All Cells", exact=True).click()
     page.wait_for_function(RAN)
     page.keyboard.press("Control+s")
     page.wait_for_function("() => !document.querySelector('.jp-mod-dirty')")
-    page.screenshot(path=folder / f"{name}.png")
+    broken = page.evaluate("() => [...document.images].filter(i => i.complete && !i.naturalWidth).map(i => i.alt)")
+    assert broken == [], f"{name}: pictures that do not load"
     nb = nbformat.read(folder / f"{name}.ipynb", 4)
     for cell in [c for c in nb.cells if c.cell_type == "code"]:
         for output in cell.outputs:
@@ -116,6 +118,11 @@ def run_all(page, lab, name):
             assert output.get("name") != "stderr" and "Warning" not in output.get("text", ""), (name, output.text)
         assert cell.execution_count, f"{name}: a cell never ran"
     return nb
+
+
+def look(page, lab, name):
+    """A picture of the page for a person, in pytest's temporary folder."""
+    page.screenshot(path=lab[1].parent / f"{name}.png")
 
 
 def test_light_notebooks_run_to_their_end_and_show_their_figure(page, lab):
@@ -134,6 +141,7 @@ def test_an_arrow_key_on_the_margin_slider_redraws_the_microscope(page, lab):
         handle.press("ArrowRight")
     page.locator('.widget-html img[alt*="margin +0.20"]').wait_for()
     assert picture.get_attribute("src") != before
+    look(page, lab, "margin")
 
 
 def test_an_arrow_key_on_the_temperature_slider_shows_another_text(page, lab):
@@ -143,3 +151,4 @@ def test_an_arrow_key_on_the_temperature_slider_shows_another_text(page, lab):
     handle.press("ArrowRight")
     page.locator(".widget-html b", has_text="temperature 1.0").wait_for()
     assert text.inner_text() != before
+    look(page, lab, "temperature")
