@@ -144,6 +144,16 @@ def test_an_arrow_key_on_the_margin_slider_redraws_the_microscope(page, lab):
     look(page, lab, "margin")
 
 
+def test_a_page_exported_from_a_notebook_with_a_widget_still_shows_the_text(page, lab):
+    from nbconvert import HTMLExporter
+
+    export = lab[1] / "export.html"
+    export.write_text(HTMLExporter().from_filename(str(lab[1] / "07_guided_contrastive_loss.ipynb"))[0])
+    page.goto(export.as_uri())
+    shown = page.locator("body").inner_text()
+    assert "query-positive" in shown and "Loading widget" not in shown and "Error" not in shown
+
+
 def test_an_arrow_key_on_the_temperature_slider_shows_another_text(page, lab):
     run_all(page, lab, "03_junior_generator")
     text, handle = page.locator(".widget-html pre").first, page.get_by_role("slider")
