@@ -14,6 +14,8 @@ from pathlib import Path
 import nbformat
 import pytest
 
+from speed_core import widgets
+
 ROOT = Path(__file__).resolve().parent.parent
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 pytestmark = pytest.mark.skipif(
@@ -151,7 +153,8 @@ def test_a_page_exported_from_a_notebook_with_a_widget_still_shows_the_text(page
     export.write_text(HTMLExporter().from_filename(str(lab[1] / "07_guided_contrastive_loss.ipynb"))[0])
     page.goto(export.as_uri())
     shown = page.locator("body").inner_text()
-    assert "query-positive" in shown and "Loading widget" not in shown and "Error" not in shown
+    assert "query-positive" in shown and widgets.NO_KERNEL in shown
+    assert "Loading widget" not in shown and "Error" not in shown
 
 
 def test_an_arrow_key_on_the_temperature_slider_shows_another_text(page, lab):
