@@ -3,7 +3,7 @@
     python scripts/record_temperatures.py        # after notebooks 01-03 at `tiny`; two minutes on two CPU cores
 
 Only the temperature differs between the samples: prompts, seeds, top-p and weights are the same, and no grammar holds the
-text. Every answer is logged under runs/tiny/log, so a broken run goes on where it stopped. The first line of the file says
+text. Every answer is logged under runs/tiny/temperatures, so a broken run goes on where it stopped. The first line of the file says
 how it was made.
 """
 
@@ -36,7 +36,7 @@ def main() -> None:
     try:
         for t in widgets.TEMPERATURES:
             decoding = generate.Decoding(t, g.top_p, g.max_new_tokens, constrained=False)
-            log = run.log(f"temperature-{t}")
+            log = run.folder / "temperatures" / f"{t}.jsonl"  # beside the stages' logs, which `export` packs
             found = generate.run(
                 requests, model=base, adapter=adapter, log=log, decoding=decoding, engine=engine, label=f"temperature {t}"
             )
