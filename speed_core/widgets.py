@@ -66,7 +66,9 @@ def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 
 def _text(title: str, body: str) -> str:
     """A titled block of preformatted text as HTML; model text is escaped, never rendered."""
-    style = "white-space: pre-wrap; max-height: 16em; overflow: auto; margin: 2px 0 8px"
+    style = (
+        "white-space: pre-wrap; word-break: normal; overflow-wrap: anywhere; max-height: 20em; overflow: auto; margin: 2px 0 8px"
+    )
     return f'<b>{escape(title)}</b><pre style="{style}" tabindex="0">{escape(body)}</pre>'
 
 
