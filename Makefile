@@ -27,10 +27,13 @@ kernels: setup ## the GPU kernels under Triton's interpreter (fetches triton int
 test: lint kernels ## lint, types, kernels, unit tests, and every notebook at smoke size
 	@$(PY) -m pytest
 
+browser: setup ## the notebooks in JupyterLab and a headless Chromium (in `test` too; needs chromium)
+	@$(PY) -m pytest tests/test_browser.py
+
 lab: setup ## JupyterLab on the notebooks
 	@$(PY) -m jupyterlab notebooks/00_preflight.ipynb
 
 classroom: setup ## the students' copy of the notebooks, without solutions, in classroom/
 	@$(PY) -m speed_core classroom
 
-.PHONY: help setup reproduce plan check lint kernels test lab classroom
+.PHONY: help setup reproduce plan check lint kernels test browser lab classroom

@@ -149,6 +149,12 @@ def curves(
 
 def mask_matrix(run: Run, name: str, view: Any, inputs: Sequence[Artifact], title: str) -> None:
     """The masking microscope: which in-batch candidates the guide removed, in each block."""
+    figure, rows = mask_picture(view, title)
+    save(run, name, figure, rows, inputs)
+
+
+def mask_picture(view: Any, title: str) -> tuple[Any, list[dict[str, Any]]]:
+    """(figure, plotted rows) of the masking microscope for a `MaskView`; nothing is written."""
     import matplotlib.colors as colors
 
     blocks = [b for b in ("ap", "an", "aa", "pp") if b in view.removed]
@@ -169,7 +175,7 @@ def mask_matrix(run: Run, name: str, view: Any, inputs: Sequence[Artifact], titl
         ]  # fmt: skip
     figure.colorbar(image, ax=axes, label="guide similarity", shrink=0.8)
     figure.suptitle(title, x=0.01, ha="left", fontsize=11)
-    save(run, name, figure, rows, inputs)
+    return figure, rows
 
 
 def packed_mask(run: Run, name: str, batch: Mapping[str, Any], inputs: Sequence[Artifact], title: str) -> None:

@@ -95,6 +95,9 @@ def execute(
     nb = nbformat.read(source, as_version=4)
     nb.cells.append(nbformat.v4.new_code_cell(f"print({SENTINEL!r})", metadata={"tags": ["sentinel"]}))
     nbformat.write(nb, staged)
+    # Nobody watches: widgets leave their text alone (see `widgets.interactive`). The kernel inherits this process's environment.
+    before = os.environ.get("SPEED_HEADLESS")
+    os.environ["SPEED_HEADLESS"] = "1"
     try:
         papermill.execute_notebook(
             str(staged),
@@ -121,6 +124,10 @@ def execute(
         raise
     finally:
         staged.unlink(missing_ok=True)
+        if before is None:
+            del os.environ["SPEED_HEADLESS"]
+        else:
+            os.environ["SPEED_HEADLESS"] = before
     if not problem:
         problem = unfinished(work)
     seconds = time.time() - started

@@ -58,6 +58,22 @@ def test_every_notebook_runs_at_the_smoke_size(smoke):
                 assert "Warning" not in shown, f"{path.stem}: a warning in a cell's output: {shown[:300]}"
 
 
+def test_an_export_to_html_shows_every_text_and_waits_for_no_widget(smoke):
+    from nbconvert import HTMLExporter
+
+    runs, _ = smoke
+    shown = {}
+    for path in NOTEBOOKS:
+        done = nbformat.read(runs / "smoke" / "notebooks" / path.name, 4)
+        assert "widgets" not in done.metadata, f"{path.stem}: a widget was made although nobody watches"
+        shown[path.stem[:2]] = page = HTMLExporter(template_name="lab").from_notebook_node(done)[0]
+        stderr = 'data-mime-type="application/vnd.jupyter.stderr"'  # the bare name is in every page's style sheet
+        for bad in ("Loading widget", 'widget-view+json">', "Traceback (most recent call last)", stderr):
+            assert bad not in page, f"{path.stem}: {bad}"
+    for number, head in {"03": "share, 95% interval", "06": "stage, status, reason", "07": "positive-positive"}.items():
+        assert head in shown[number], f"{number}: the text in place of its widget"
+
+
 def said(path):
     """What the checker cells of an executed notebook printed, a line each."""
     checkers = classroom.tagged(nbformat.read(path, 4), "checker")

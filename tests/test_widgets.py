@@ -1,0 +1,108 @@
+"""Widgets: text for everybody first, and behind each control the same real data."""
+
+import os
+
+import ipywidgets
+import matplotlib.pyplot as plt
+import nbformat
+import pytest
+import torch
+
+from speed_core import run, widgets
+from speed_core.guided_loss import false_negative_mask
+from speed_core.run_context import ROOT
+
+
+@pytest.fixture(scope="module")
+def columns():
+    """Unit vectors of 8 queries, positives near them, and negatives."""
+    g = torch.Generator().manual_seed(0)
+    q, near, far = (torch.randn(8, 6, generator=g) for _ in range(3))
+    return [torch.nn.functional.normalize(t, dim=1) for t in (q, q + near, far)]
+
+
+def controls(box):
+    """Every widget in a box, by its description."""
+    found = {}
+    for child in getattr(box, "children", ()):
+        found |= controls(child) | ({child.description: child} if getattr(child, "description", "") else {})
+    return found
+
+
+def page(box):
+    return next(c for c in reversed(box.children) if isinstance(c, ipywidgets.HTML))
+
+
+def test_outside_a_kernel_only_the_text_is_shown(columns, capsys):
+    widgets.show("text", lambda: pytest.fail("a widget was made"))
+    widgets.margin(columns)
+    assert capsys.readouterr().out.startswith("text\nmargin  query-positive")
+
+
+def test_the_runner_leaves_plain_text_in_the_notebook_and_no_widget(tmp_path):
+    nb = nbformat.read(ROOT / "notebooks" / "03_junior_generator.ipynb", 4)
+    nb.cells = [c for c in nb.cells if "parameters" in c.metadata.get("tags", []) or "widgets.temperature(" in c.source]
+    nbformat.write(nb, tmp_path / "03.ipynb")
+    report = run.execute(tmp_path / "03.ipynb", tmp_path / "done.ipynb", {}, show=False)
+    assert report.status == "ok", report.detail
+    done = nbformat.read(tmp_path / "done.ipynb", 4)
+    (output,) = done.cells[-1].outputs
+    assert output.name == "stdout" and "share, 95% interval" in output.text
+    assert "widgets" not in done.metadata and "SPEED_HEADLESS" not in os.environ
+
+
+def test_the_margin_table_counts_what_the_mask_removes_and_a_larger_margin_removes_more(columns):
+    lines = [line.split() for line in widgets.margin_table(columns).splitlines()[1:]]
+    assert [float(line[0]) for line in lines] == list(widgets.MARGINS)
+    totals = [int(line[-1]) for line in lines]
+    assert totals == sorted(totals) and totals[0] < totals[-1]
+    assert totals[3] == sum(int(gone.sum()) for gone in false_negative_mask(*columns).removed.values())
+
+
+def test_moving_the_margin_draws_another_picture_and_leaves_no_figure_open(columns):
+    box = widgets.margin_slider(columns)
+    before = page(box).value
+    controls(box)["margin m"].value = 0.1
+    assert page(box).value != before and 'alt="Masking microscope, margin +0.10' in page(box).value
+    assert plt.get_fignums() == []
+
+
+def test_the_browser_filters_and_goes_forth_and_back():
+    _, rows = widgets.recorded_samples()
+    found = [r | {"stage": "raw", "text": r["raw"]} for r in rows]
+    box = widgets.entry_browser(found)
+    control, (place,) = controls(box), [c for c in box.children[1].children if isinstance(c, ipywidgets.Label)]
+    assert place.value == f"1 of {len(rows)}" and control["previous"].disabled
+    control["status"].value = "invalid"
+    invalid = [r for r in rows if r["status"] == "invalid"]
+    control["next"].click()
+    assert place.value == f"2 of {len(invalid)}" and invalid[1]["reason"] in page(box).value
+    control["previous"].click()
+    assert place.value.startswith("1 of") and invalid[0]["reason"] in page(box).value
+    control["reason"].value = "length"  # what is cut off is truncated, not invalid
+    assert place.value == "none: widen a filter" and page(box).value == ""
+    assert control["previous"].disabled and control["next"].disabled
+
+
+def test_model_text_is_escaped():
+    entry = dict.fromkeys(widgets.FILTERS, "raw") | {"text": "<script>alert(1)</script>", "prompt": "<b>"}
+    assert "<script>" not in page(widgets.entry_browser([entry])).value
+
+
+def test_between_recorded_temperatures_nothing_differs_but_the_temperature():
+    header, rows = widgets.recorded_samples()
+    asked = {t: [(r["record"], r["seed"], r["kind"]) for r in rows if r["temperature"] == t] for t in widgets.TEMPERATURES}
+    assert len(asked[0.3]) == 24 and all(a == asked[0.3] for a in asked.values()) and len(rows) == 96
+    assert {r["prompt"] for r in rows} == set(header["prompts"])
+    assert {"profile", "junior", "decoding", "device", "date", "engine"} <= set(header)
+
+
+def test_every_recorded_text_can_be_reached_and_says_whether_it_is_valid():
+    _, rows = widgets.recorded_samples()
+    box = widgets.temperature_slider()
+    control = controls(box)
+    for r in rows[::7]:
+        control["temperature"].value, control["prompt"].value = r["temperature"], r["prompt"]
+        control["seed"].value = r["record"].partition("#")[2]
+        word = "a valid record" if r["status"] == "ok" else f"no valid record: {r['status']}, {r['reason']}"
+        assert f"temperature {r['temperature']}, {word}" in page(box).value
