@@ -111,7 +111,7 @@ def generation_text(run: Run, tokens_per_second: float = 0.0) -> str:
     Rate and mean length come from this run's own log if it has one, else the rate from the newest recorded benchmark
     and the length from the paper (about 300 of its 400 tokens a seed call are output, Table 5).
     """
-    p, raw = run.profile, run.store.get("raw")
+    p, raw = run.profile, run.store.made("raw")
     mean, source, rate = min(300.0, p.generation.max_new_tokens / 2), "the paper's length", 0.0
     if raw and raw.manifest.get("new_tokens"):
         mean = raw.manifest["new_tokens"] / sum(raw.manifest["outcomes"].values())
