@@ -31,10 +31,21 @@ PACKAGES = {
 }
 
 
+BUNDLED = Path(__file__).resolve().parent.parent / "cache"  # where an offline bundle unpacks weights
+
+
 def cache_dir() -> Path:
-    """Folder for converted weights: $SPEED_CACHE, else the user's cache folder."""
-    base = os.environ.get("SPEED_CACHE") or Path(os.environ.get("XDG_CACHE_HOME", "~/.cache")) / "speed-step-by-step"
-    return Path(base).expanduser()
+    """Folder for converted weights: $SPEED_CACHE, else cache/ of an unpacked bundle, else the user's cache folder."""
+    if os.environ.get("SPEED_CACHE"):
+        return Path(os.environ["SPEED_CACHE"]).expanduser()
+    if BUNDLED.is_dir():
+        return BUNDLED
+    return Path(os.environ.get("XDG_CACHE_HOME", "~/.cache")).expanduser() / "speed-step-by-step"
+
+
+def digest_of(file: Path) -> str:
+    """SHA-256 of a file's bytes, remembered in the cache; empty when there is no such file."""
+    return _remembered_digest(file) if file.is_file() else ""
 
 
 def resolve(name: str) -> str:
