@@ -229,7 +229,7 @@ def import_(
 def bundle(
     target: Annotated[Path, typer.Argument(help="the archive, .tar")],
     profile: ProfileName = "tiny",
-    wheels: Annotated[bool, typer.Option("--wheels", help="the whole environment as wheels, not only the data packages")] = False,
+    wheels: Annotated[bool, typer.Option("--wheels", help="the whole environment as wheels")] = False,
     weights: Annotated[bool, typer.Option(help="models, trained generators, data packages")] = True,
     incomplete: Annotated[bool, typer.Option("--incomplete", help="also of a run that lacks artifacts")] = False,
     verify: Annotated[
@@ -258,7 +258,7 @@ def record(profile: ProfileName = "tiny") -> None:
     entry = planning.record(run)
     print(f"{planning.RECORDED.name}: {len(entry['artifacts'])} stages, {entry['device']} ({entry['cpu']}), {entry['date']}")
     print(f"assets/shipped/{profile}: {len(bundles.carry(run))} artifacts")
-    if profile == "tiny":  # the run behind the committed figures
+    if profile == "tiny":  # behind the committed figures
         print(f"{replay.RECORDED.name}: sha256 {replay.export_logs(run, replay.RECORDED)}")
 
 

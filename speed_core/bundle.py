@@ -174,7 +174,11 @@ def write(run: Run, target: Path, *, wheels: bool = False, with_weights: bool = 
             wanted = requirements(wheels)
             print(f"bundle: fetching {len(wanted)} wheels", flush=True)
             entries |= fetch_wheels(wanted, Path(folder))
-        about = {"profile": run.profile.name, "commit": _commit(), "artifacts": {n: a.digest for n, a in found.items()}}
+        about: dict[str, object] = {
+            "profile": run.profile.name,
+            "commit": _commit(),
+            "artifacts": {n: a.digest for n, a in found.items()},
+        }
         about |= {"wheels": wheels, "weights": with_weights, "repository": tracked}
         entries[ABOUT] = Entry((json.dumps(about, indent=1) + "\n").encode())
         with disk_errors(target):

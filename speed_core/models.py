@@ -172,6 +172,26 @@ def weights_id(folder: str | Path) -> str:
     return h.hexdigest()[:16]
 
 
+def broken_weights(folder: str | Path) -> Path | None:
+    """The first weights file of a folder that is shorter or longer than its own header says; None when all are whole."""
+    from safetensors import SafetensorError, safe_open
+
+    for file in sorted(Path(folder).glob("*.safetensors")):
+        try:
+            with safe_open(file, framework="pt"):
+                pass
+        except (SafetensorError, OSError):
+            return file
+    return None
+
+
+def in_hub_cache(name: str) -> bool:
+    """Is a hub model in the hub library's cache, so that no network is needed?"""
+    from huggingface_hub import try_to_load_from_cache
+
+    return isinstance(try_to_load_from_cache(name, "config.json"), str)
+
+
 def _remembered_digest(file: Path) -> str:
     stat = file.stat()
     key = hashlib.sha256(f"{file.resolve()}|{stat.st_size}|{stat.st_mtime_ns}".encode()).hexdigest()

@@ -182,7 +182,6 @@ def steps(run: Run) -> list[Step]:
     dry = DryStore(run.store)
     run = dataclasses.replace(run, store=dry)
     sft.quiet()
-    recorded = json.loads(RECORDED.read_text(encoding="utf-8")) if RECORDED.is_file() else {}
     out = []
     for notebook, name, call in stages(run):
         made = dry.made(name)
@@ -198,16 +197,19 @@ def steps(run: Run) -> list[Step]:
         reason = dry.reasons.setdefault(name, "")
         shipped = None if made else dry.get(name)
         step = Step(notebook, name, reason, name in dry.follows, shipped=shipped is not None)
-        out.append(_cost(step, made, shipped, recorded.get(run.profile.name, {})))
+        out.append(_cost(step, made, shipped, recorded(run.profile.name)))
     return out
 
 
-def _cost(step: Step, made: Artifact | None, shipped: Artifact | None, recorded: dict[str, Any]) -> Step:
-    row = recorded.get("artifacts", {}).get(step.name)
+def recorded(profile: str) -> dict[str, Any]:
+    """What `record` wrote for a profile: device, cpu, cores, gflops, date, weights, artifacts; empty when it never ran."""
+    return json.loads(RECORDED.read_text(encoding="utf-8")).get(profile, {}) if RECORDED.is_file() else {}
+
+
+def _cost(step: Step, made: Artifact | None, shipped: Artifact | None, there: dict[str, Any]) -> Step:
+    row = there.get("artifacts", {}).get(step.name)
     if not made and row:
-        return dataclasses.replace(
-            step, seconds=row[0], peak_mb=row[1], disk_mb=row[2], measured=recorded["device"], recorded=True
-        )
+        return dataclasses.replace(step, seconds=row[0], peak_mb=row[1], disk_mb=row[2], measured=there["device"], recorded=True)
     known = made or shipped
     if not known:
         return step
