@@ -129,7 +129,7 @@ def _time_text(run: Run, todo: Sequence[planning.Step]) -> str:
         source = f"as recorded on {there['cpu']}, {there['cores']} cores, {there['date']}"
         if "cpu" in there["device"]:
             scale = there["gflops"] / machine.gflops()
-            source += f", times {scale:.1f} because a matrix product takes that much longer here"
+            source += f", times {scale:.1f}, which is what a matrix product takes here against there"
     minutes: dict[str, float] = {}
     for s in known:
         minutes[s.notebook] = minutes.get(s.notebook, 0) + (s.seconds or 0) * (scale if s.recorded else 1) / 60
