@@ -21,16 +21,15 @@ from dataclasses import dataclass
 from hashlib import sha256
 from pathlib import Path
 
-from speed_core import models
+from speed_core import models, pipeline
 from speed_core.artifacts import MANIFEST, Artifact, Store, UserError, disk_errors, file_digest
 from speed_core.offline_tasks import CARRIERS
 from speed_core.run_context import CARRIED, ROOT, Run
 
 NAME, SUMS, ABOUT = "speed-step-by-step", "SHA256SUMS", "BUNDLE.json"
 # What notebooks read that an earlier one wrote. Everything else with weights (students, ablations) is read by its own notebook.
-DATA = ("tasks", "seeds", "root", "raw", "revised", "synthetic", "mask", "guided-gain", "scaling")
-SCORES = tuple(f"scores-{k}" for k in ("untrained", "plain", "guided", "jr", "jr_re", "sr", "sr_re"))
-TRAINED = ("junior", "senior", "revisor", "embedder-guided", "embedder-plain")
+DATA = ("tasks", "seeds", "root", "raw", "revised", "synthetic", "mask", "guided-gain", "scaling", "scores-untrained")
+GENERATORS, EMBEDDERS = ("junior", "senior", "revisor"), ("embedder-guided-", "embedder-plain-")
 WEIGHTS = (".safetensors", ".bin", ".pt")
 CARRIED_NOT = ("scores-student-", "scores-scale")  # read by the notebook that made them only
 
@@ -57,7 +56,7 @@ def artifacts(store: Store, weights: bool = True) -> dict[str, Artifact]:
         if artifact is None or artifact.manifest.get("partial"):
             continue
         heavy = any(f.endswith(WEIGHTS) for f in artifact.manifest["files"])
-        if name not in TRAINED and not heavy or name in TRAINED and weights:
+        if not heavy or weights and (name in GENERATORS or name.startswith(EMBEDDERS)):
             found[name] = artifact
     return found
 
@@ -144,7 +143,9 @@ def fetch_wheels(wanted: list[str], folder: Path) -> dict[str, Entry]:
 
 def missing(run: Run, found: dict[str, Artifact], with_weights: bool) -> list[str]:
     """Names of artifacts that some notebook reads and the run does not have."""
-    wanted = [*DATA, *SCORES, *(TRAINED if with_weights else ())]
+    trained = [f"{arm}-{k}" for arm in ("guided", "plain") for k in pipeline.training_seeds(run)]
+    wanted = [*DATA, *(f"scores-{t}" for t in trained)]
+    wanted += [*GENERATORS, *(f"embedder-{t}" for t in trained)] if with_weights else []
     return [name for name in wanted if name not in found]
 
 

@@ -85,7 +85,7 @@ def smoke(alone):
 
 OWN = {
     "01": "tasks", "02": "seeds", "03": "junior", "04": "senior", "05": "revisor", "06": "synthetic", "07": "guided-gain",
-    "08": "embedder-guided", "09": "scores-guided", "10": "scores-sr_re", "11": "scaling",
+    "08": "embedder-guided-0", "09": "scores-guided-0", "10": "scores-sr_re-0", "11": "scaling",
 }  # fmt: skip
 
 

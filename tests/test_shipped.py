@@ -89,7 +89,7 @@ def fresh(tmp_path, monkeypatch):
 
 def test_a_fresh_clone_has_data_and_scores_at_tiny_but_no_weights(fresh, capsys):
     store = open_run("tiny").store
-    for name in ("tasks", "seeds", "root", "raw", "revised", "synthetic", "scores-guided", "scaling", "mask", "guided-gain"):
+    for name in ("tasks", "seeds", "root", "raw", "revised", "synthetic", "scores-untrained"):
         assert store.need(name).shipped and f"using shipped upstream {name!r}" in capsys.readouterr().out
     with pytest.raises(UserError, match="--profile tiny --only 03"):
         store.need("junior")
@@ -107,8 +107,8 @@ def test_a_notebook_that_reads_data_only_starts_in_a_fresh_clone(tmp_path, monke
 
 
 def test_upstream_made_with_another_value_is_used_and_the_value_is_said(fresh, capsys):
-    open_run("tiny", {"generation.temperature": 0.9}).store.need("synthetic")
-    assert "made with raw: decoding.temperature 0.7, this run says 0.9" in capsys.readouterr().out
+    open_run("tiny", {"generation.temperature": 0.9, "curate.overlap_words": 4}).store.need("synthetic")
+    assert "made with curate.overlap_words " in (out := capsys.readouterr().out) and ", this run says 4" in out
     open_run("tiny", {"embedding.margin": 0.1}).store.need("synthetic")
     assert capsys.readouterr().out.count("made with") == 0, "what later stages do is no matter of this one"
 
