@@ -68,9 +68,9 @@ def _weights(profile: profiles.Profile) -> list[tuple[str, str, str]]:
                 fetch = f"set SPEED_ONLINE=1 so that {name} can be fetched, or give a local folder"
                 out.append((f"{role} model", f"{name} [hub]", "" if online or models.in_hub_cache(name) else fetch))
             elif broken:
-                again = "it is converted again" if name.startswith("package:") else "put it there again"
+                again = "the next run converts it again" if name.startswith("package:") else "then put a whole copy there"
                 out.append(
-                    (f"{role} model", f"{name}: {broken.name} is cut off", f"delete {broken.parent}; {again} by the next run")
+                    (f"{role} model", f"{name}: {broken.name} is cut off", f"delete {broken.parent}; {again}")
                 )
             else:
                 digest = models.weights_id(where)
