@@ -36,4 +36,8 @@ lab: setup ## JupyterLab on the notebooks
 classroom: setup ## the students' copy of the notebooks, without solutions, in classroom/
 	@$(PY) -m speed_core classroom
 
-.PHONY: help setup reproduce plan check lint kernels test browser lab classroom
+OUT ?= speed-$(PROFILE).tar
+bundle: setup ## one archive for machines without a network, of PROFILE's run: OUT (speed-PROFILE.tar); WHEELS=1 puts the environment in
+	@$(PY) -m speed_core bundle --profile $(PROFILE) $(if $(WHEELS),--wheels) $(OUT)
+
+.PHONY: help setup reproduce plan check lint kernels test browser lab classroom bundle

@@ -243,6 +243,43 @@ def import_(
 
 
 @app.command()
+def bundle(
+    target: Annotated[Path, typer.Argument(help="the archive, .tar")],
+    profile: ProfileName = "tiny",
+    wheels: Annotated[bool, typer.Option("--wheels", help="the whole environment as wheels")] = False,
+    weights: Annotated[bool, typer.Option(help="models, trained generators, data packages")] = True,
+    incomplete: Annotated[bool, typer.Option("--incomplete", help="also of a run that lacks artifacts")] = False,
+    verify: Annotated[
+        bool, typer.Option("--verify", help="compare an archive with its SHA256SUMS instead of writing one")
+    ] = False,
+) -> None:
+    """Write one archive for machines without a network: repository, weights, a run's artifacts, wheels; print its digest."""
+    from speed_core import bundle as bundles
+    from speed_core.run_context import open_run
+
+    if verify:
+        print(f"{target}: {bundles.verify(target)} files, all as in {bundles.SUMS}")
+        return
+    digest = bundles.write(open_run(profile), target, wheels=wheels, with_weights=weights, incomplete=incomplete)
+    print(f"{target}: sha256 {digest}")
+
+
+@app.command()
+def record(profile: ProfileName = "tiny") -> None:
+    """Take a finished run into the package: its logs, what each stage took, and the data sets that a fresh clone starts on."""
+    from speed_core import bundle as bundles
+    from speed_core import planning, replay
+    from speed_core.run_context import open_run
+
+    run = open_run(profile)
+    entry = planning.record(run)
+    print(f"{planning.RECORDED.name}: {len(entry['artifacts'])} stages, {entry['device']} ({entry['cpu']}), {entry['date']}")
+    print(f"assets/shipped/{profile}: {len(bundles.carry(run))} artifacts")
+    if profile == "tiny":  # behind the committed figures
+        print(f"{replay.RECORDED.name}: sha256 {replay.export_logs(run, replay.RECORDED)}")
+
+
+@app.command()
 def classroom(
     target: Annotated[Path | None, typer.Argument(help="folder beside notebooks/; default: classroom")] = None,
     force: Annotated[bool, typer.Option(help="overwrite copies that somebody worked in")] = False,

@@ -1,15 +1,11 @@
-"""What a stage leaves on disk: an append log while it works, a published artifact when it is done.
+"""What a stage leaves on disk: an append log while it works (`files.AppendLog`), a published artifact when it is done.
 
-Two layers. The log takes one line per finished request with a single write, so a killed process
-loses at most the line it was writing; a torn last line is cut off when the log is opened again.
 The artifact appears at once: every file is written under a temporary name in the same folder,
 synced, renamed, and `manifest.json` is renamed last. A reader sees the old artifact or the new one.
 """
 
 from __future__ import annotations
 
-import errno
-import hashlib
 import json
 import os
 import platform
@@ -17,53 +13,31 @@ import re
 import resource
 import shutil
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
+from speed_core.files import (
+    AppendLog,
+    UserError,
+    canonical,
+    digest,
+    disk_errors,
+    file_digest,
+    read_jsonl,
+    write_json,
+    write_jsonl,
+)
+
+__all__ = [
+    "AppendLog", "Artifact", "Draft", "Store", "UserError", "canonical", "code_digest", "device_name", "difference", "digest",
+    "disk_errors", "file_digest", "read_jsonl", "write_json", "write_jsonl",
+]  # fmt: skip
+
 MANIFEST = "manifest.json"
-
-
-class UserError(Exception):
-    """Bad input. One line: what, which rule, what to do. The command line exits with 2 on it."""
-
-
-@contextmanager
-def disk_errors(where: Path) -> Iterator[None]:
-    """Turn a full disk, an exhausted quota or a file size limit into one line that says what is kept."""
-    try:
-        yield
-    except Exception as error:
-        full = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-        # Weights are written by a library in Rust, whose error is no OSError but quotes the system's.
-        if not full and not re.search(r"\(os error (27|28|122)\)", str(error)):
-            raise
-        raise UserError(
-            f"{where.name}: no room to write it ({getattr(error, 'strerror', None) or error}); free some disk, or set SPEED_RUNS to another one, and run "
-            "again: what is finished is kept"
-        ) from None
-
-
-def canonical(value: Any) -> str:
-    """Canonical JSON: sorted keys, no spaces. The text that digests are taken of."""
-    return json.dumps(value, sort_keys=True, ensure_ascii=False, separators=(",", ":"), default=str)
-
-
-def digest(value: Any) -> str:
-    """SHA-256 (hex) of canonical JSON."""
-    return hashlib.sha256(canonical(value).encode()).hexdigest()
-
-
-def file_digest(path: Path) -> str:
-    """SHA-256 (hex) of a file's bytes, read in pieces."""
-    h = hashlib.sha256()
-    with path.open("rb") as f:
-        while piece := f.read(1 << 20):
-            h.update(piece)
-    return h.hexdigest()
 
 
 @lru_cache(maxsize=1)
@@ -85,95 +59,6 @@ def device_name() -> str:
     return f"cpu {platform.machine()} x{os.cpu_count()}"
 
 
-def _write_atomic(path: Path, data: bytes) -> None:
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    with temporary.open("wb") as f:
-        f.write(data)
-        f.flush()
-        os.fsync(f.fileno())
-    os.replace(temporary, path)
-
-
-def write_json(path: Path, value: Any) -> None:
-    """Write JSON so that a reader never sees half of it."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    _write_atomic(path, (json.dumps(value, indent=1, ensure_ascii=False, default=str) + "\n").encode())
-
-
-def write_jsonl(path: Path, rows: Iterable[Mapping[str, Any]]) -> int:
-    """Write rows as JSON lines, atomically; returns the number of rows."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    lines = [json.dumps(row, ensure_ascii=False) for row in rows]
-    _write_atomic(path, "".join(line + "\n" for line in lines).encode())
-    return len(lines)
-
-
-def read_jsonl(path: Path) -> list[dict[str, Any]]:
-    """Read JSON lines. Splits on newline only: text may hold other line separators (U+2028)."""
-    with path.open(encoding="utf-8", newline="\n") as f:
-        return [json.loads(line) for line in f if line.strip()]
-
-
-class AppendLog:
-    """Outcomes of one stage, one JSON object a line, keyed by `id`.
-
-    Opening cuts a torn tail (bytes after the last newline, or a last line that is not JSON).
-    The last entry of an id wins, so a retried request replaces its earlier outcome.
-    """
-
-    def __init__(self, path: Path):
-        self.path = path
-        path.parent.mkdir(parents=True, exist_ok=True)
-        self.entries: dict[str, dict[str, Any]] = {}
-        self._recover()
-        self._file = path.open("ab", buffering=0)
-
-    def _recover(self) -> None:
-        if not self.path.exists():
-            return
-        data = self.path.read_bytes()
-        good = 0
-        for line in data.splitlines(keepends=True) if b"\r" not in data else _split_newlines(data):
-            if not line.endswith(b"\n"):
-                break
-            try:
-                entry = json.loads(line)
-                self.entries[entry["id"]] = entry
-            except (ValueError, KeyError, TypeError):
-                break
-            good += len(line)
-        if good < len(data):
-            with self.path.open("r+b") as f:
-                f.truncate(good)
-
-    def append(self, entry: Mapping[str, Any]) -> None:
-        """Add one outcome with a single write call; on a full disk nothing of it stays."""
-        line, before = (json.dumps(entry, ensure_ascii=True) + "\n").encode(), self._file.seek(0, os.SEEK_END)
-        with disk_errors(self.path):
-            try:
-                written = self._file.write(line)
-                while written < len(line):  # a disk that is nearly full takes a part first, then refuses
-                    written += self._file.write(line[written:])
-            except OSError:
-                self._file.truncate(before)
-                raise
-        self.entries[entry["id"]] = dict(entry)
-
-    def close(self) -> None:
-        os.fsync(self._file.fileno())
-        self._file.close()
-
-    def __enter__(self) -> AppendLog:
-        return self
-
-    def __exit__(self, *exc: object) -> None:
-        self.close()
-
-
-def _split_newlines(data: bytes) -> list[bytes]:
-    return [piece + b"\n" for piece in data.split(b"\n")[:-1]] + [data.rsplit(b"\n", 1)[-1]]
-
-
 @dataclass
 class Artifact:
     """One published folder: files plus a manifest."""
@@ -193,6 +78,15 @@ class Artifact:
 
     def file(self, name: str) -> Path:
         return self.path / name
+
+    def complete(self) -> bool:
+        """Are all files there that the manifest names?"""
+        return all(self.file(f).is_file() for f in self.manifest["files"])
+
+    def changes(self, parameters: Mapping[str, Any], parents: Iterable[Artifact]) -> list[str]:
+        """What was otherwise when it was made: ['decoding.temperature 1.0 -> 0.7', 'input.seeds 4c6c -> 99fe']."""
+        found = difference(self.manifest["parameters"], json.loads(canonical(parameters)))
+        return found + difference(self.manifest["parents"], {p.name: p.digest for p in parents}, "input.")
 
     def rows(self, name: str = "data.jsonl") -> list[dict[str, Any]]:
         return read_jsonl(self.path / name)
@@ -231,6 +125,10 @@ class Store:
     `accept_partial`; without, making it goes on where it stopped. With `replay` an artifact counts although files of
     it are missing: an export carries trained models without their weights. A store over a `base` takes from there what
     is current under its own settings, and makes only what differs: so the points of a sweep share what they have in common.
+
+    `shipped` is a folder of artifacts that somebody else made. It is only read: what this run made comes first, and a stage
+    never counts as done because a shipped artifact of its name is there. `differs` tells what a shipped artifact was made
+    with that this run would do otherwise; it is used all the same and that is said, unless it answers other prompts.
     """
 
     def __init__(
@@ -246,13 +144,19 @@ class Store:
         self.shipped = shipped
         self.accept_partial = accept_partial
         self.replay = replay
+        self.differs: Callable[[Artifact], list[str]] | None = None
+        self._checked: dict[str, list[str]] = {}  # shipped artifacts that were checked and said, with their differences
+
+    def made(self, name: str) -> Artifact | None:
+        """The artifact `name` that this run made, or None. A folder without a manifest, or without one of its files, does not count."""
+        artifact = self._read(self.root / name)
+        if artifact and not self.replay and not artifact.complete():
+            artifact = None
+        return artifact or (self.base.made(name) if self.base else None)
 
     def get(self, name: str) -> Artifact | None:
-        """The published artifact `name`, or None. A folder without a manifest, or without one of its files, does not count."""
-        artifact = self._read(self.root / name)
-        if artifact and not self.replay and not all(artifact.file(f).is_file() for f in artifact.manifest["files"]):
-            artifact = None
-        return artifact or (self.base.get(name) if self.base else None)
+        """The artifact `name` of this run, else the shipped one (said aloud, once), else None."""
+        return self.made(name) or self._from_shipped(name)
 
     @staticmethod
     def _read(path: Path, shipped: bool = False) -> Artifact | None:
@@ -261,36 +165,63 @@ class Store:
             return None
         return Artifact(path, json.loads(manifest.read_text(encoding="utf-8")), shipped)
 
+    def _from_shipped(self, name: str, joined: bool = False) -> Artifact | None:
+        artifact = self._read(self.shipped / name, shipped=True) if self.shipped else None
+        if artifact is None or not artifact.complete():
+            return None
+        first = name not in self._checked
+        if first:
+            for file, entry in artifact.manifest["files"].items():
+                if (found := file_digest(artifact.file(file))) != entry["sha256"]:
+                    raise UserError(
+                        f"shipped artifact {name!r}: {file} has digest {found[:12]}, its manifest says {entry['sha256'][:12]}; "
+                        "unpack the bundle again"
+                    )
+            self._checked[name] = self.differs(artifact) if self.differs else []
+        # Its rows answer prompts that this run does not have, so nothing later could be joined to them.
+        if joined and any(d.startswith("prompts ") for d in self._checked[name]):
+            raise UserError(
+                f"shipped artifact {name!r} answers other prompts than this run's; run the notebook that writes it: "
+                f"{self._way_out(name)}, or leave topics, seeds and synthesis as the profile has them"
+            )
+        if first:
+            self._say(artifact, self._checked[name])
+        return artifact
+
+    def _say(self, artifact: Artifact, differences: Sequence[str]) -> None:
+        more = f", and {len(differences) - 1} more" if len(differences) > 1 else ""
+        first = "".join(differences[:1]).replace(" -> ", ", this run says ")
+        note = "; made with " + re.sub(r"\b([0-9a-f]{8})[0-9a-f]{8,}\b", r"\1", first) + more if first else ""
+        print(f"using shipped upstream {artifact.name!r}, digest {artifact.digest}{note}", flush=True)
+
+    def _way_out(self, name: str) -> str:
+        profile = (self.base or self).root.parent.name
+        return f"python -m speed_core run --profile {profile} --only {PRODUCERS.get(name.split('-')[0]) or 'NN'}"
+
     def need(self, name: str) -> Artifact:
-        """The artifact `name`, else the small one shipped with the repository, said aloud, else an error."""
-        artifact = self.get(name)
-        if artifact is not None:
-            if (why := artifact.manifest.get("partial")) and not self.accept_partial:
-                raise UserError(
-                    f"artifact {name!r} is partial: {why}; or set teacher.accept_partial=true to go on with what is there"
-                )
-            return artifact
-        if self.shipped is not None and (artifact := self._read(self.shipped / name, shipped=True)):
-            print(f"using shipped upstream {name!r}, digest {artifact.digest}")
-            return artifact
-        notebook = PRODUCERS.get(name.split("-")[0], "")
-        raise UserError(
-            f"artifact {name!r}: not in {self.root} and none is shipped; "
-            f"run the notebook that writes it first: python -m speed_core run --profile {self.root.parent.name} --only {notebook or 'NN'}"
-        )
+        """The artifact `name` of this run, else the shipped one, said aloud, else an error that names the ways out."""
+        artifact = self.made(name) or self._from_shipped(name, joined=True)
+        if artifact is None:
+            raise UserError(
+                f"artifact {name!r}: not in {self.root} and none is shipped; run the notebook that writes it first: "
+                f"{self._way_out(name)}, or unpack an offline bundle and set SPEED_SHIPPED to its folder shipped/"
+            )
+        if (why := artifact.manifest.get("partial")) and not self.accept_partial:
+            raise UserError(
+                f"artifact {name!r} is partial: {why}; or set teacher.accept_partial=true to go on with what is there"
+            )
+        return artifact
 
     def why_stale(self, name: str, parameters: Mapping[str, Any], parents: Iterable[Artifact] = ()) -> str:
-        """Empty when the artifact is current, else the one reason why it has to be made again."""
-        artifact = self.get(name)
+        """Empty when the artifact that this run made is current, else the one reason why it has to be made again."""
+        artifact = self.made(name)
         if artifact is None:
             return "not made yet"
-        old = artifact.manifest
-        if self.replay and not all(artifact.file(f).is_file() for f in old["files"]):
+        if self.replay and not artifact.complete():
             return ""  # it came with an export, without weights: nothing here could make it again
-        if old.get("partial") and not self.accept_partial:
-            return f"partial, {old['partial']}"
-        changes = difference(old["parameters"], json.loads(canonical(parameters)))
-        changes += difference(old["parents"], {p.name: p.digest for p in parents}, "input.")
+        if artifact.manifest.get("partial") and not self.accept_partial:
+            return f"partial, {artifact.manifest['partial']}"
+        changes = artifact.changes(parameters, parents)
         return changes[0] if changes else ""
 
     @contextmanager
@@ -304,7 +235,7 @@ class Store:
         if not reason:
             yield None
             return
-        older = self.get(name)
+        older = self.made(name)
         print(f"{name}: making it ({reason})", flush=True)
         path = self.root / f".{name}.draft"
         shutil.rmtree(path, ignore_errors=True)

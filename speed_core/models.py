@@ -31,10 +31,21 @@ PACKAGES = {
 }
 
 
+BUNDLED = Path(__file__).resolve().parent.parent / "cache"  # where an offline bundle unpacks weights
+
+
 def cache_dir() -> Path:
-    """Folder for converted weights: $SPEED_CACHE, else the user's cache folder."""
-    base = os.environ.get("SPEED_CACHE") or Path(os.environ.get("XDG_CACHE_HOME", "~/.cache")) / "speed-step-by-step"
-    return Path(base).expanduser()
+    """Folder for converted weights: $SPEED_CACHE, else cache/ of an unpacked bundle, else the user's cache folder."""
+    if os.environ.get("SPEED_CACHE"):
+        return Path(os.environ["SPEED_CACHE"]).expanduser()
+    if BUNDLED.is_dir():
+        return BUNDLED
+    return Path(os.environ.get("XDG_CACHE_HOME", "~/.cache")).expanduser() / "speed-step-by-step"
+
+
+def digest_of(file: Path) -> str:
+    """SHA-256 of a file's bytes, remembered in the cache; empty when there is no such file."""
+    return _remembered_digest(file) if file.is_file() else ""
 
 
 def resolve(name: str) -> str:
@@ -159,6 +170,26 @@ def weights_id(folder: str | Path) -> str:
     for file in sorted([*path.glob("*.safetensors"), *path.glob("*.bin")]):
         h.update(_remembered_digest(file).encode())
     return h.hexdigest()[:16]
+
+
+def broken_weights(folder: str | Path) -> Path | None:
+    """The first weights file of a folder that is shorter or longer than its own header says; None when all are whole."""
+    from safetensors import SafetensorError, safe_open
+
+    for file in sorted(Path(folder).glob("*.safetensors")):
+        try:
+            with safe_open(file, framework="pt"):
+                pass
+        except (SafetensorError, OSError):
+            return file
+    return None
+
+
+def in_hub_cache(name: str) -> bool:
+    """Is a hub model in the hub library's cache, so that no network is needed?"""
+    from huggingface_hub import try_to_load_from_cache
+
+    return isinstance(try_to_load_from_cache(name, "config.json"), str)
 
 
 def _remembered_digest(file: Path) -> str:

