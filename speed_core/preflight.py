@@ -69,9 +69,7 @@ def _weights(profile: profiles.Profile) -> list[tuple[str, str, str]]:
                 out.append((f"{role} model", f"{name} [hub]", "" if online or models.in_hub_cache(name) else fetch))
             elif broken:
                 again = "the next run converts it again" if name.startswith("package:") else "then put a whole copy there"
-                out.append(
-                    (f"{role} model", f"{name}: {broken.name} is cut off", f"delete {broken.parent}; {again}")
-                )
+                out.append((f"{role} model", f"{name}: {broken.name} is cut off", f"delete {broken.parent}; {again}"))
             else:
                 digest = models.weights_id(where)
                 same = {"": "", digest: ", as in the recorded run"}.get(recorded.get(role, ""), ", not those of the recorded run")

@@ -95,6 +95,8 @@ def execute(
     nb = nbformat.read(source, as_version=4)
     nb.cells.append(nbformat.v4.new_code_cell(f"print({SENTINEL!r})", metadata={"tags": ["sentinel"]}))
     nbformat.write(nb, staged)
+    outer = os.environ.get("SPEED_NOTEBOOK")
+    os.environ["SPEED_NOTEBOOK"] = source.name  # the kernel inherits it
     try:
         papermill.execute_notebook(
             str(staged),
@@ -121,6 +123,7 @@ def execute(
         raise
     finally:
         staged.unlink(missing_ok=True)
+        os.environ.pop("SPEED_NOTEBOOK") if outer is None else os.environ.update(SPEED_NOTEBOOK=outer)
     if not problem:
         problem = unfinished(work)
     seconds = time.time() - started
