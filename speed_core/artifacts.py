@@ -127,8 +127,10 @@ class Store:
     is current under its own settings, and makes only what differs: so the points of a sweep share what they have in common.
 
     `shipped` is a folder of artifacts that somebody else made. It is only read: what this run made comes first, and a stage
-    never counts as done because a shipped artifact of its name is there. `differs` tells what a shipped artifact was made
+    of the open notebook never counts as done because a shipped artifact of its name is there. `differs` tells what a shipped artifact was made
     with that this run would do otherwise; it is used all the same and that is said, unless it answers other prompts.
+    `upstream` tells whether a stage belongs to an earlier notebook than the one that is open: that one is not made again when
+    its shipped artifact is exactly what it would be made from.
     """
 
     def __init__(
@@ -145,6 +147,7 @@ class Store:
         self.accept_partial = accept_partial
         self.replay = replay
         self.differs: Callable[[Artifact], list[str]] | None = None
+        self.upstream: Callable[[str], bool] | None = None
         self._checked: dict[str, list[str]] = {}  # shipped artifacts that were checked and said, with their differences
 
     def made(self, name: str) -> Artifact | None:
@@ -232,7 +235,7 @@ class Store:
         """
         parents = list(parents)
         reason = self.why_stale(name, parameters, parents)
-        if not reason:
+        if not reason or self._made_upstream(name, parameters, parents):
             yield None
             return
         older = self.made(name)
@@ -246,6 +249,12 @@ class Store:
             if older:  # what `plan` had predicted, to tell how good its predictions are
                 draft.info["predicted_seconds"] = older.manifest["seconds"]
             self._publish(name, draft, parameters, parents, started)
+
+    def _made_upstream(self, name: str, parameters: Mapping[str, Any], parents: Sequence[Artifact]) -> bool:
+        if self.made(name) or not self.shipped or not self.upstream or not self.upstream(name):
+            return False
+        artifact = self._from_shipped(name)
+        return artifact is not None and not artifact.manifest.get("partial") and not artifact.changes(parameters, parents)
 
     def _publish(
         self, name: str, draft: Draft, parameters: Mapping[str, Any], parents: Sequence[Artifact], started: float

@@ -66,6 +66,12 @@ class DryStore(Store):
         """Nothing is used yet, so nothing is said."""
 
 
+def notebook_of(run: Run, name: str) -> str:
+    """Number of the notebook that makes an artifact, empty for one that is no stage."""
+    dry = dataclasses.replace(run, store=DryStore(run.store))
+    return next((notebook for notebook, made, _ in stages(dry) if made == name), "")
+
+
 class ShippedView(DryStore):
     """Makes nothing; remembers for each stage what its shipped artifact was made with that this run would do otherwise."""
 

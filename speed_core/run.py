@@ -15,7 +15,8 @@ import os
 import re
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -80,6 +81,21 @@ def check_parameters(path: Path, given: Mapping[str, Any]) -> None:
             )
 
 
+@contextmanager
+def environment(**values: str) -> Iterator[None]:
+    """Set environment variables for a while."""
+    before = {k: os.environ.get(k) for k in values}
+    os.environ.update(values)
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            if value is None:
+                os.environ.pop(name, None)
+            else:
+                os.environ[name] = value
+
+
 def execute(
     source: Path, target: Path, parameters: Mapping[str, Any], *, cell_timeout: int = 4 * 3600, show: bool = True
 ) -> Report:
@@ -95,26 +111,25 @@ def execute(
     nb = nbformat.read(source, as_version=4)
     nb.cells.append(nbformat.v4.new_code_cell(f"print({SENTINEL!r})", metadata={"tags": ["sentinel"]}))
     nbformat.write(nb, staged)
-    # Nobody watches: widgets leave their text alone (see `widgets.interactive`). The kernel inherits this process's environment.
-    before = os.environ.get("SPEED_HEADLESS")
-    os.environ["SPEED_HEADLESS"] = "1"
     try:
-        papermill.execute_notebook(
-            str(staged),
-            str(work),
-            parameters=dict(parameters),
-            cwd=str(source.parent),
-            progress_bar=False,
-            log_output=False,
-            stdout_file=sys.stdout if show else None,
-            kernel_name="python3",
-            language="python",
-            execution_timeout=cell_timeout,
-            interrupt_on_timeout=True,
-            coalesce_streams=True,
-            # ipykernel warns on every start that it talks TCP, as every local kernel does.
-            extra_arguments=["--IPKernelApp.log_level=40"],
-        )
+        # Nobody watches: widgets leave their text alone (`widgets.interactive`). The kernel inherits this environment.
+        with environment(SPEED_HEADLESS="1", SPEED_NOTEBOOK=source.name):
+            papermill.execute_notebook(
+                str(staged),
+                str(work),
+                parameters=dict(parameters),
+                cwd=str(source.parent),
+                progress_bar=False,
+                log_output=False,
+                stdout_file=sys.stdout if show else None,
+                kernel_name="python3",
+                language="python",
+                execution_timeout=cell_timeout,
+                interrupt_on_timeout=True,
+                coalesce_streams=True,
+                # ipykernel warns on every start that it talks TCP, as every local kernel does.
+                extra_arguments=["--IPKernelApp.log_level=40"],
+            )
     except PapermillExecutionError as error:
         problem = f"cell {error.exec_count}: {error.ename}: {_plain(error.evalue)}"
     except Exception as error:  # a dead kernel, a timeout: papermill raises many types; each is a failed notebook
@@ -124,10 +139,6 @@ def execute(
         raise
     finally:
         staged.unlink(missing_ok=True)
-        if before is None:
-            del os.environ["SPEED_HEADLESS"]
-        else:
-            os.environ["SPEED_HEADLESS"] = before
     if not problem:
         problem = unfinished(work)
     seconds = time.time() - started

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -40,6 +41,16 @@ def shipped_folder(profile: str) -> Path | None:
     return next((p for p in places if p.is_dir()), None)
 
 
+def open_notebook() -> str:
+    """Number of the notebook that this process executes ("08"), empty where none is known.
+
+    `run.execute` names it in SPEED_NOTEBOOK, Jupyter's server in JPY_SESSION_NAME.
+    """
+    path = os.environ.get("SPEED_NOTEBOOK") or os.environ.get("JPY_SESSION_NAME", "")
+    found = re.match(r"\d\d(?=_)", Path(path).name)
+    return found.group() if found else ""
+
+
 def open_run(
     profile: str = "tiny", overrides: dict[str, Any] | None = None, seed: int | None = None, variant: str | None = None
 ) -> Run:
@@ -73,5 +84,10 @@ def open_run(
 
         return planning.differences(run, artifact)
 
-    store.differs = differs
+    def upstream(name: str) -> bool:
+        from speed_core import planning
+
+        return "" < planning.notebook_of(run, name) < open_notebook()
+
+    store.differs, store.upstream = differs, upstream
     return run

@@ -37,12 +37,34 @@ def test_what_was_made_here_wins_over_what_was_shipped(two):
     assert mine.need("a").file("f").read_text() == "mine a 2" and not mine.get("a").shipped
 
 
-def test_a_stage_of_this_run_is_made_although_one_of_its_name_is_shipped(two, capsys):
+def test_a_stage_of_the_open_notebook_is_made_although_one_of_its_name_is_shipped(two, capsys):
     mine, theirs = two
     put(theirs, "a", 1)
     assert mine.why_stale("a", {"x": 1}) == "not made yet"
     put(mine, "a", 1)
     assert "a: making it (not made yet)" in capsys.readouterr().out
+
+
+def test_a_stage_of_an_earlier_notebook_is_taken_as_shipped_only_when_it_would_be_made_from_the_same(two):
+    mine, theirs = two
+    parent = put(theirs, "parent", 1)
+    put(theirs, "a", 1, [parent])
+    mine.upstream = lambda name: name == "a"
+    with mine.stage("a", {"x": 1}, [mine.need("parent")]) as draft:
+        assert draft is None
+    assert mine.need("a").shipped
+    assert put(mine, "a", 2, [parent]).file("f").read_text() == "mine a 2"
+    put(mine, "parent", 1)
+    assert put(mine, "parent", 3).digest != parent.digest and mine.why_stale("a", {"x": 2}, [mine.need("parent")])
+
+
+def test_the_open_notebook_decides_which_stages_are_upstream(fresh, monkeypatch):
+    run = open_run("tiny")
+    for path, number in (("11_scaling_law.ipynb", "11"), ("classroom/05_data_revisor.ipynb", "05"), ("mine.ipynb", ""), ("", "")):
+        monkeypatch.setenv("JPY_SESSION_NAME", path)
+        assert run_context.open_notebook() == number
+        assert run.store.upstream("eval-junior") == (number != "") and run.store.upstream("seeds") == (number != "")
+        assert run.store.upstream("embedder-guided-0") == (number == "11") and not run.store.upstream("scaling")
 
 
 def test_a_result_of_shipped_upstream_is_current_until_upstream_has_other_contents(two):
