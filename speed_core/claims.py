@@ -81,16 +81,18 @@ def verdict(low: float, high: float, expected: int = 1) -> str:
 
 
 def judged(key: str, e: Estimate, what: str, artifact: str, *, trained: bool = True, expected: int = 1) -> dict[str, Any]:
-    """The row of a claim that is a difference in points. `trained`: both sides were trained here, so seeds must be covered."""
+    """The row of a claim that is a difference in points. `trained`: models were trained for it, so seeds must be covered."""
     said = verdict(e.low, e.high, expected)
     over = f"{e.seeds} training seeds and the texts" if e.seeds > 1 else "the texts; one training seed"
     why = f"{what}: {e} points, interval over {over}"
     if trained and e.seeds == 1 and said != UNRESOLVED:
-        # Two trainings differ by their seeds too, which an interval over texts does not see.
+        # Trainings differ by their seeds too, which an interval over texts does not see.
         said, why = UNRESOLVED, why + "; it leaves out the seed, so its sign decides nothing"
     elif said == UNRESOLVED and key in EFFECTS:
         effect = EFFECTS[key]
-        why += f"; the paper's {effect:+g} would need {uncertainty.needed(e, effect)}"
+        needed = uncertainty.needed(e, effect)
+        enough = needed == uncertainty.ENOUGH
+        why += f"; the paper's {effect:+g} would " + ("have been resolved here" if enough else f"need {needed}")
     numbers = {"ours": round(e.value, 2), "low": round(e.low, 2), "high": round(e.high, 2)}
     return numbers | {"verdict": said, "why": why, "artifact": artifact}
 
@@ -116,7 +118,7 @@ def build(scores: Mapping[str, Sequence[Any]], facts: Mapping[str, Any], digests
     for key, (a, b, what) in pairs.items():
         if scores.get(a) and scores.get(b):
             e = uncertainty.difference(scores[a], scores[b])
-            found[key] = judged(key, e, what, f"{digests[a]} {digests[b]}", trained=key not in ("E1", "E3"))
+            found[key] = judged(key, e, what, f"{digests[a]} {digests[b]}")
     for key, f in facts.get("estimates", {}).items():
         e = Estimate(*(f[k] for k in ("value", "low", "high", "seeds", "sd_items", "sd_seeds")))
         # G4 says that retrieval *can* fall, S19 that a second pass gains nothing: a loss is what they expect.

@@ -23,6 +23,7 @@ from scipy.stats import norm, rankdata, t
 
 from speed_core.artifacts import UserError
 
+ENOUGH = "this size is enough"  # what `needed` says of an effect that would be seen
 Result = Mapping[str, Any]  # what `evaluate.evaluate` returns
 Term = tuple[float, Sequence[Result], Sequence[str] | None]
 
@@ -132,13 +133,13 @@ def needed(estimate: Estimate, effect: float, *, power: float = 0.8, level: floa
     has to be at most effect / (z_{1-a/2} + z_power). Seeds are the cheaper of the two, so they are raised first.
     """
     if not estimate.error:
-        return "this size is enough"
+        return ENOUGH
     if effect == 0:
         return "no size resolves an effect of zero"
     wanted = (effect / (norm.ppf((1 + level) / 2) + norm.ppf(power))) ** 2
     items, one = estimate.sd_items**2, estimate.sd_seeds**2 * estimate.seeds
     if items + estimate.sd_seeds**2 <= wanted:
-        return "this size is enough"
+        return ENOUGH
     if items < wanted / 2 and estimate.seeds > 1:
         return f"about {math.ceil(one / (wanted - items))} seeds on the same texts"
     texts = math.ceil(2 * items / wanted)  # half of the variance for each
