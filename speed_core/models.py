@@ -238,9 +238,7 @@ def load_causal_lm(name: str, adapter: str | Path | None = None, dtype: str = "b
     """A causal LM from a name that `resolve` knows, with a LoRA adapter merged in if given."""
     import torch
     from transformers import AutoModelForCausalLM
-    from transformers.utils.logging import disable_progress_bar
 
-    disable_progress_bar()  # in a notebook it is a widget, which an exported page cannot show
     model = AutoModelForCausalLM.from_pretrained(resolve(name), dtype=getattr(torch, dtype))
     if adapter is not None:
         from peft import PeftModel

@@ -147,10 +147,19 @@ def execute(
         return Report(source.stem, "failed", seconds, problem)
     done = nbformat.read(work, as_version=4)
     done.cells = [c for c in done.cells if "sentinel" not in c.metadata.get("tags", [])]
+    _without_widgets(done)
     nbformat.write(done, work)
     os.replace(work, target)
     target.with_name(f"{target.stem}.failed.ipynb").unlink(missing_ok=True)
     return Report(source.stem, "ok", seconds)
+
+
+def _without_widgets(nb: Any) -> None:
+    """Take out the libraries' progress bars: in a kernel they are widgets, which an exported page would wait for."""
+    for cell in nb.cells:
+        if cell.cell_type == "code":
+            cell.outputs = [o for o in cell.outputs if "application/vnd.jupyter.widget-view+json" not in o.get("data", {})]
+    nb.metadata.pop("widgets", None)
 
 
 def _keep(work: Path, target: Path) -> None:

@@ -51,6 +51,17 @@ def test_the_runner_leaves_plain_text_in_the_notebook_and_no_widget(tmp_path):
     assert "widgets" not in done.metadata and "SPEED_HEADLESS" not in os.environ
 
 
+def test_a_progress_bar_of_a_library_does_not_stay_in_the_notebook_that_the_runner_writes(tmp_path):
+    nb = nbformat.read(ROOT / "notebooks" / "03_junior_generator.ipynb", 4)
+    nb.cells = [c for c in nb.cells if "parameters" in c.metadata.get("tags", [])]
+    bar = "from tqdm.auto import tqdm\nfor _ in tqdm(range(3)):\n    print('said')"
+    nb.cells.append(nbformat.v4.new_code_cell(bar))
+    nbformat.write(nb, tmp_path / "bar.ipynb")
+    assert run.execute(tmp_path / "bar.ipynb", tmp_path / "done.ipynb", {}, show=False).status == "ok"
+    done = nbformat.read(tmp_path / "done.ipynb", 4)
+    assert [o.get("text") for o in done.cells[-1].outputs] == ["said\n" * 3] and "widgets" not in done.metadata
+
+
 def test_the_margin_table_counts_what_the_mask_removes_and_a_larger_margin_removes_more(columns):
     lines = [line.split() for line in widgets.margin_table(columns).splitlines()[1:]]
     assert [float(line[0]) for line in lines] == list(widgets.MARGINS)
