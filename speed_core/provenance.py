@@ -6,11 +6,14 @@ when an input has another digest now, or when something upstream of an input was
 
 from __future__ import annotations
 
+import base64
 import csv
+import io
 import json
 import os
 import time
 from collections.abc import Iterator, Mapping, Sequence
+from html import escape
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -51,8 +54,7 @@ def save(run: Run, name: str, figure: Any, rows: Sequence[Mapping[str, Any]], in
     # Without a salt of its own matplotlib names clip paths at random, and without None it writes the date.
     with matplotlib.rc_context({"svg.hashsalt": "speed-step-by-step", "svg.fonttype": "none"}):
         figure.savefig(svg, metadata={"Date": None})
-    if matplotlib.get_backend().lower() == "agg":  # in a notebook the open figure is what the cell shows
-        matplotlib.pyplot.close(figure)
+    show(figure, alternative_text(figure, name))
     now = Now([run.store.root] + ([run.store.base.root] if run.store.base else []))
     keys = {now.key(a): a for a in inputs}
     upstream = {k: d for key in keys for k, d in now.upstream(key)}
@@ -73,6 +75,34 @@ def save(run: Run, name: str, figure: Any, rows: Sequence[Mapping[str, Any]], in
     old = _record(record) if record.is_file() else None
     if old is None or canonical({k: v for k, v in old.items() if k != "written"}) != canonical(new):
         write_json(record, new | {"written": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())})
+
+
+def alternative_text(figure: Any, name: str) -> str:
+    """What a figure shows, for those who cannot see it: its titles and axes, and where its numbers are."""
+    title = figure.get_suptitle()
+    panels = []
+    for ax in figure.axes:
+        axes = " against ".join(t for t in (ax.get_ylabel(), ax.get_xlabel()) if t)
+        if said := ": ".join(t.replace("\n", ", ") for t in (ax.get_title("left") or ax.get_title(), axes) if t):
+            panels.append(said)
+    return f"Figure {name}. " + ". ".join([title] * bool(title) + panels) + f". Numbers: figures/{name}.csv"
+
+
+def show(figure: Any, text: str) -> None:
+    """Display a figure once, as the cell's output, with its alternative text; outside of a notebook, only close it."""
+    import matplotlib.pyplot
+    from IPython.core.getipython import get_ipython
+
+    if getattr(get_ipython(), "kernel", None) is not None:
+        from IPython.display import display
+
+        png = io.BytesIO()
+        figure.savefig(png, format="png")
+        data = base64.b64encode(png.getvalue()).decode()
+        # As HTML, since neither JupyterLab nor nbconvert gives an image/png output an alternative text.
+        picture = f'<img style="max-width: 100%" alt="{escape(text)}" src="data:image/png;base64,{data}">'
+        display({"text/html": picture, "text/plain": text}, raw=True)
+    matplotlib.pyplot.close(figure)  # an open figure would be drawn once more, at the end of the cell
 
 
 def _overrides(profile: profiles.Profile) -> dict[str, Any]:

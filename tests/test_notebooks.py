@@ -133,6 +133,10 @@ def test_an_export_to_html_shows_every_text_and_waits_for_no_widget(smoke):
         stderr = 'data-mime-type="application/vnd.jupyter.stderr"'  # the bare name is in every page's style sheet
         for bad in ("Loading widget", 'widget-view+json">', "Traceback (most recent call last)", stderr):
             assert bad not in page, f"{path.stem}: {bad}"
+        pictures = re.findall(r"<img[^>]*>", page)
+        assert all('alt="' in p and 'alt=""' not in p for p in pictures), f"{path.stem}: a picture without alternative text"
+        levels = [int(n) for n in re.findall(r"<h([1-6])", page)]
+        assert levels[0] == 1 and all(b <= a + 1 for a, b in zip(levels, levels[1:], strict=False)), f"{path.stem}: {levels}"
     for number, head in {"03": "share, 95% interval", "06": "stage, status, reason", "07": "positive-positive"}.items():
         assert head in shown[number], f"{number}: the text in place of its widget"
 
