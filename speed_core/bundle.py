@@ -182,8 +182,13 @@ def write(run: Run, target: Path, *, wheels: bool = False, with_weights: bool = 
         }
         about |= {"wheels": wheels, "weights": with_weights, "repository": tracked}
         entries[ABOUT] = Entry((json.dumps(about, indent=1) + "\n").encode())
-        with disk_errors(target):
-            _pack(entries, target)
+        try:
+            with disk_errors(target):
+                _pack(entries, target)
+        except FileNotFoundError as error:
+            raise UserError(
+                f"bundle: {error.filename} went away meanwhile; let the run come to its end, then try again"
+            ) from None
     size = target.stat().st_size / 2**20
     print(f"bundle: {len(entries)} files, {len(found)} artifacts, {size:,.0f} MB in {time.time() - started:.0f} s", flush=True)
     return file_digest(target)

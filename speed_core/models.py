@@ -79,8 +79,8 @@ def package_folder(package: str) -> Path:
 def _package_model(package: str) -> Path:
     if package not in PACKAGES:
         raise UserError(f"model package:{package}: unknown package; use one of {', '.join(PACKAGES)}")
-    folder = package_folder(package)
     if package == "all-MiniLM-L6-v2":
+        folder = package_folder(package)
         found = sorted(folder.rglob("modules.json"))
         if not found:
             raise UserError(f"model package:{package}: no modules.json in {folder}; reinstall {PACKAGES[package][1]}")
@@ -95,6 +95,7 @@ def _gemma_folder() -> Path:
     target.parent.mkdir(parents=True, exist_ok=True)
     with file_lock(target.with_suffix(".lock")):
         if not (target / "complete.json").is_file():
+            package_folder("gemma-3-270m")  # says in one line what to install; a bundle brings the converted weights instead
             _convert_gemma(target)
     return target
 

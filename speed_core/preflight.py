@@ -123,6 +123,8 @@ def _time_text(run: Run, todo: Sequence[planning.Step]) -> str:
     if not known:
         return f"unknown: none of the {len(todo)} stages was measured at {run.profile.name} yet"
     there, scale, source = planning.recorded(run.profile.name), 1.0, "measured in this run folder"
+    if any(s.shipped for s in known):
+        source = f"as the shipped artifacts took on {', '.join(sorted({s.measured for s in known}))}"
     if any(s.recorded for s in known):
         source = f"as recorded on {there['cpu']}, {there['cores']} cores, {there['date']}"
         if "cpu" in there["device"]:

@@ -121,7 +121,9 @@ def test_weights_of_packages_and_of_the_hub_are_laid_out_where_they_are_looked_f
         bundle.weights(open_run("workshop"))
     monkeypatch.delenv("SPEED_CACHE", raising=False)
     monkeypatch.setattr(models, "BUNDLED", tmp_path)
-    assert models.cache_dir() == tmp_path
+    monkeypatch.setattr(models, "PACKAGES", {k: ("not_installed", "x") for k in models.PACKAGES})
+    (tmp_path / Path(tokenizer_folder).name).symlink_to(tokenizer_folder)
+    assert models.resolve("package:gemma-3-270m") == str(tmp_path / Path(tokenizer_folder).name), "the carrier is not needed"
 
 
 # --- preflight ------------------------------------------------------------------------------------
