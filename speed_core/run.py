@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import ast
 import difflib
+import itertools
 import json
 import os
 import re
@@ -25,6 +26,7 @@ import nbformat
 
 from speed_core.artifacts import UserError
 
+PROGRESS = re.compile(r": making it \(|\d+%\|[ #]*\|")
 SENTINEL = "speed-core: every cell ran"
 
 
@@ -148,6 +150,7 @@ def execute(
     done = nbformat.read(work, as_version=4)
     done.cells = [c for c in done.cells if "sentinel" not in c.metadata.get("tags", [])]
     _without_widgets(done)
+    _folded(done)
     nbformat.write(done, work)
     os.replace(work, target)
     target.with_name(f"{target.stem}.failed.ipynb").unlink(missing_ok=True)
@@ -160,6 +163,23 @@ def _without_widgets(nb: Any) -> None:
         if cell.cell_type == "code":
             cell.outputs = [o for o in cell.outputs if "application/vnd.jupyter.widget-view+json" not in o.get("data", {})]
     nb.metadata.pop("widgets", None)
+
+
+def fold(text: str) -> str:
+    """A printed text with each long run of progress lines ("NAME: making it", finished bars) cut to its ends."""
+    out: list[str] = []
+    for progress, group in itertools.groupby(text.splitlines(keepends=True), lambda line: bool(PROGRESS.search(line))):
+        lines = list(group)
+        if progress and len(lines) > 12:
+            lines = [*lines[:4], f"    ({len(lines) - 8} more lines of progress)\n", *lines[-4:]]
+        out += lines
+    return "".join(out)
+
+
+def _folded(nb: Any) -> None:
+    """Fold the progress of cells that make many things, so that their results stay in sight."""
+    for output in (o for c in nb.cells if c.cell_type == "code" for o in c.outputs if o.output_type == "stream"):
+        output["text"] = fold(output["text"])
 
 
 def _keep(work: Path, target: Path) -> None:

@@ -159,3 +159,12 @@ def test_a_missing_model_folder_and_a_missing_package_name_the_remedy():
         models.resolve("/nowhere/model")
     with pytest.raises(UserError, match="known packages|use one of"):
         models.resolve("package:nothing")
+
+
+def test_long_progress_is_folded_and_results_and_short_progress_stay():
+    bars = "".join(f"m{i}: making it (not made yet)\nm{i}: 100%|####| 4/4 [00:01<00:00]\n" for i in range(20))
+    folded = run.fold("first\n" + bars + "result 3.1\n")
+    assert (
+        folded.startswith("first\nm0: making it") and folded.endswith("result 3.1\n") and "(32 more lines of progress)" in folded
+    )
+    assert len(folded.splitlines()) == 11 and run.fold(bars[:200] + "\nx") == bars[:200] + "\nx"
