@@ -127,12 +127,12 @@ def check(
 ) -> None:
     """Fail when a figure and its data disagree, or when what it was drawn from has moved since (exit code 1)."""
     from speed_core import provenance
-    from speed_core.run_context import ROOT
+    from speed_core.run_context import ROOT, runs_folder
 
     folder = folder or ROOT / "figures"
     if not folder.is_dir():
         raise UserError(f"{folder}: no such folder; give one that holds figures")
-    problems, remarks = provenance.inspect(folder, provenance.runs_folder(ROOT), deep)
+    problems, remarks = provenance.inspect(folder, runs_folder(), deep)
     print("\n".join([*problems, *remarks, f"{len(list(folder.glob('*.svg')))} figures, {len(problems)} problems"]))
     if problems:
         raise typer.Exit(1)

@@ -119,20 +119,15 @@ def by_length(model: Any, columns: Sequence[dict[str, Any]], rows: int) -> list[
     return list(together.split([len(c["attention_mask"]) for c in columns]))
 
 
-def _loss_class() -> Any:
+class _Loss(GuidedContrastiveLoss):
     """The guided loss; on a CPU it embeds a batch in parts of like length."""
-    import torch
 
-    class Loss(GuidedContrastiveLoss):
-        rows_at_once: int | None = None if torch.cuda.is_available() else CPU_ROWS
-
-        def forward(self, sentence_features: Any, labels: Any = None) -> Any:
-            columns, guide, ids = self.split(sentence_features)
-            if not self.rows_at_once or not all(c["attention_mask"][:, 0].all() for c in columns):  # padded on the left
-                return super().forward(sentence_features, labels)
-            return self.loss_of(by_length(self.model, columns, self.rows_at_once), guide, ids)
-
-    return Loss
+    def forward(self, sentence_features: Any, labels: Any = None) -> Any:
+        columns, guide, ids = self.split(sentence_features)
+        # `by_length` cuts on the right: what is padded on the left is embedded whole.
+        if models.device().type == "cuda" or not all(c["attention_mask"][:, 0].all() for c in columns):
+            return super().forward(sentence_features, labels)
+        return self.loss_of(by_length(self.model, columns, CPU_ROWS), guide, ids)
 
 
 def load_trained(path: Path | str) -> Any:
@@ -202,7 +197,7 @@ def train(
         model=model,
         args=SentenceTransformerTrainingArguments(**arguments),
         train_dataset=Dataset.from_list(triplets(rows[: settings.examples], seed)),
-        loss=_loss_class()(model, guided=settings.guided, temperature=settings.temperature, margin=settings.margin),
+        loss=_Loss(model, guided=settings.guided, temperature=settings.temperature, margin=settings.margin),
         callbacks=[sft.bar_callback(label)],
     )
     trainer.data_collator = GuidedCollator(trainer.data_collator, cache if settings.guided else None, bare)

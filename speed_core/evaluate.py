@@ -23,7 +23,7 @@ from mteb.types import PromptType
 
 from speed_core import models, prefix, sft
 from speed_core.artifacts import UserError
-from speed_core.embed import instruct
+from speed_core.embed import ADAPTER, build, instruct, load_trained
 from speed_core.uncertainty import bootstrap_interval as bootstrap_interval  # notebooks 03 to 05 take it from here
 
 CATEGORIES = {
@@ -102,22 +102,13 @@ def _tensor(value: Any) -> Any:
 
 def load(path: str | Any, name: str, *, instructed: bool, max_length: int | None = None, batch_size: int = 32) -> Embedder:
     """An Embedder from a saved folder, a hub id, package:NAME, or a loaded SentenceTransformer."""
-    from sentence_transformers import SentenceTransformer
 
     sft.quiet()
     model = path
     if isinstance(path, str):
-        from speed_core.embed import ADAPTER, load_trained
-
-        folder = path if Path(path, ADAPTER).is_dir() else models.resolve(path)
-        if Path(folder, ADAPTER).is_dir():
-            model = load_trained(folder)
-        elif Path(folder).is_dir() and not Path(folder, "modules.json").is_file():
-            from speed_core.embed import build
-
-            model = build(path, max_length or 512)
-        else:
-            model = SentenceTransformer(folder, device=str(models.device()))
+        folder = Path(models.resolve(path))
+        bare = folder.is_dir() and not any((folder / part).exists() for part in (ADAPTER, "modules.json"))
+        model = build(path, max_length or 512) if bare else load_trained(str(folder))
     return Embedder(model, name, instructed, batch_size, max_length)
 
 

@@ -10,7 +10,6 @@ import base64
 import csv
 import io
 import json
-import os
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from html import escape
@@ -205,11 +204,6 @@ def roots_of(folder: Path, profile: str, runs: Path) -> list[Path]:
     if not (mine / "artifacts").is_dir():
         return [runs / profile / "artifacts"]
     return [mine / "artifacts"] + ([mine.parents[1] / "artifacts"] if mine.parent.name == "variants" else [])
-
-
-def runs_folder(root: Path) -> Path:
-    """$SPEED_RUNS, else runs/ in the checkout `root`."""
-    return Path(os.environ.get("SPEED_RUNS") or root / "runs")
 
 
 def _record(path: Path) -> dict[str, Any] | None:

@@ -29,6 +29,11 @@ class Run:
         return self.folder / "log" / f"{name}.jsonl"
 
 
+def runs_folder() -> Path:
+    """$SPEED_RUNS, else runs/ in the checkout."""
+    return Path(os.environ.get("SPEED_RUNS") or ROOT / "runs")
+
+
 def shipped_folder(profile: str) -> Path | None:
     """Where artifacts that others made are looked for: one folder, so that two runs are never mixed.
 
@@ -66,7 +71,7 @@ def open_run(
     if seed is not None:
         values.setdefault("seed", seed)
     p = profiles.load(profile, values)
-    folder = Path(os.environ.get("SPEED_RUNS") or ROOT / "runs") / p.name
+    folder = runs_folder() / p.name
     replay = os.environ.get("SPEED_REPLAY", "") not in ("", "0")
     # A replay is rebuilt from its logs alone, so nothing shipped may slip in.
     store = Store(folder / "artifacts", None if replay else shipped_folder(p.name), p.teacher.accept_partial, replay)
