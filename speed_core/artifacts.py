@@ -251,7 +251,9 @@ class Store:
             self._publish(name, draft, parameters, parents, started)
 
     def _made_upstream(self, name: str, parameters: Mapping[str, Any], parents: Sequence[Artifact]) -> bool:
-        if self.made(name) or not self.shipped or not self.upstream or not self.upstream(name):
+        if self.made(name) or not self.shipped or not (self.shipped / name).is_dir():
+            return False
+        if not self.upstream or not self.upstream(name):  # asked last: it lists every stage of the run
             return False
         artifact = self._from_shipped(name)
         return artifact is not None and not artifact.manifest.get("partial") and not artifact.changes(parameters, parents)
