@@ -69,11 +69,18 @@ NOT_POSSIBLE = {
     "E5": "needs a base model before and after contrastive pre-training; no package carries such a pair",
 }
 
+LITTLE = 1.0  # points; a claim that something matters little (E4 prints up to 0.5) holds when the whole interval is inside
 UNRESOLVED = "not resolved at this size"
 
 
 def verdict(low: float, high: float, expected: int = 1) -> str:
-    """Same direction, contradicted, or not resolved, from the interval of a difference and the claimed sign."""
+    """Same direction, contradicted, or not resolved, from the interval of a difference and the claimed sign.
+
+    An expected sign of 0 claims that the difference is no larger than `LITTLE` either way.
+    """
+    if not expected:
+        inside, outside = -LITTLE < low <= high < LITTLE, low > LITTLE or high < -LITTLE
+        return "smaller scale, same direction" if inside else "contradicted" if outside else UNRESOLVED
     if low > 0 or high < 0:
         sign = 1 if low > 0 else -1
         return "smaller scale, same direction" if sign == expected else "contradicted"
@@ -122,7 +129,7 @@ def build(scores: Mapping[str, Sequence[Any]], facts: Mapping[str, Any], digests
     for key, f in facts.get("estimates", {}).items():
         e = Estimate(*(f[k] for k in ("value", "low", "high", "seeds", "sd_items", "sd_seeds")))
         # G4 says that retrieval *can* fall, S19 that a second pass gains nothing: a loss is what they expect.
-        expected = -1 if key in ("G4", "S19") else 1
+        expected = {"G4": -1, "S19": -1, "E4": 0}.get(key, 1)
         found[key] = judged(key, e, f["what"], digests[f["source"]], trained=f.get("trained", True), expected=expected)
     if "mask" in facts:
         m = facts["mask"]

@@ -7,8 +7,10 @@ alone (15 MB where the merged model has 540), which `load_trained` puts on its b
 
 from __future__ import annotations
 
+import copy
 import json
 from collections.abc import Sequence
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -32,30 +34,44 @@ def bare(text: str) -> str:
     return text.split("\nQuery: ", 1)[1] if text.startswith("Instruct: ") and "\nQuery: " in text else text
 
 
-def build(name: str, max_length: int, dtype: str = "bfloat16") -> Any:
-    """A fresh sentence-transformers model: causal decoders pool the last token, encoders the mean.
+def build(name: str, max_length: int, dtype: str = "bfloat16", pooling: str = "last") -> Any:
+    """A fresh sentence-transformers model: causal decoders pool the last token (or the mean), encoders the mean.
 
     Decoders get <eos> behind every text (the vector is read there) and <bos> before it, through the
     tokenizer itself, so that the saved model does the same wherever it is loaded.
     """
+    sft.quiet()
+    folder = models.resolve(name)
+    if models.device().type == "cpu":
+        # Most of the time to load gemma-3-270m goes into its vocabulary, and the study loads it some eighty times.
+        known = _known(folder, dtype, pooling)
+        backend = getattr(known.tokenizer, "backend_tokenizer", None)
+        model = copy.deepcopy(known, {id(backend): backend})
+    else:
+        model = _read(folder, dtype, pooling)
+    model.max_seq_length = max_length
+    return model
+
+
+def _read(folder: str, dtype: str, pooling: str) -> Any:
     import torch
     from sentence_transformers import SentenceTransformer
     from sentence_transformers.sentence_transformer.modules import Pooling, Transformer
     from transformers import AutoConfig
 
-    sft.quiet()
-    folder = models.resolve(name)
     if Path(folder, "modules.json").is_file():
-        model = SentenceTransformer(folder, device=str(models.device()))
-        model.max_seq_length = max_length
-        return model
+        return SentenceTransformer(folder, device=str(models.device()))
     config = AutoConfig.from_pretrained(folder)
     decoder = any("CausalLM" in a or "LMHead" in a for a in (config.architectures or []))
-    body = Transformer(folder, max_seq_length=max_length, model_kwargs={"dtype": getattr(torch, dtype)})
-    pooling = Pooling(config.get_text_config().hidden_size, pooling_mode="lasttoken" if decoder else "mean")
+    body = Transformer(folder, model_kwargs={"dtype": getattr(torch, dtype)})
+    mode = "lasttoken" if decoder and pooling == "last" else "mean"
+    head = Pooling(config.get_text_config().hidden_size, pooling_mode=mode)
     if decoder:
         frame(body.tokenizer)
-    return SentenceTransformer(modules=[body, pooling], device=str(models.device()))
+    return SentenceTransformer(modules=[body, head], device=str(models.device()))
+
+
+_known = lru_cache(maxsize=1)(_read)
 
 
 def frame(tokenizer: Any) -> None:
@@ -143,9 +159,9 @@ def load_trained(path: Path | str) -> Any:
         return SentenceTransformer(str(path), device=str(models.device()))
     from peft import PeftModel
 
-    body = json.loads((adapter / "body.json").read_text(encoding="utf-8"))
-    models.check_adapter(adapter, body["base"])
-    model = build(body["base"], body["max_length"], body["dtype"])
+    how = json.loads((adapter / "body.json").read_text(encoding="utf-8"))
+    models.check_adapter(adapter, base := how.pop("base"))
+    model = build(base, **how)
     model[0].model = PeftModel.from_pretrained(model[0].model, str(adapter)).merge_and_unload()
     return model
 
@@ -188,7 +204,8 @@ def train(
             f"{label}: micro_batch {settings.micro_batch} is not batch {settings.batch}; in-batch negatives need the whole batch at once"
         )
     torch.manual_seed(seed)
-    model = build(base, settings.max_length, settings.dtype)
+    how: dict[str, Any] = {"max_length": settings.max_length, "dtype": settings.dtype, "pooling": settings.pooling}
+    model = build(base, **how)
     if settings.lora is not None:
         model[0].model = get_peft_model(model[0].model, sft.lora_config(settings.lora, "FEATURE_EXTRACTION"))
     cache = GuideCache(SentenceTransformer(models.resolve(guide), device=str(models.device())), guide_cache)
@@ -206,7 +223,7 @@ def train(
     history = sft.check_history(trainer.state.log_history, label)
     if settings.lora is not None:
         sft.save_adapter(model[0].model, output / ADAPTER, base)
-        write_json(output / ADAPTER / "body.json", {"base": base, "max_length": settings.max_length, "dtype": settings.dtype})
+        write_json(output / ADAPTER / "body.json", {"base": base, **how})
     else:
         model[0].model.to(getattr(torch, settings.dtype))
         model.save_pretrained(str(output), create_model_card=False)

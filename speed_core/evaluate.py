@@ -24,7 +24,6 @@ from mteb.types import PromptType
 from speed_core import models, prefix, sft
 from speed_core.artifacts import UserError
 from speed_core.embed import ADAPTER, build, instruct, load_trained
-from speed_core.uncertainty import bootstrap_interval as bootstrap_interval  # notebooks 03 to 05 take it from here
 
 CATEGORIES = {
     "Classification": "Class.",

@@ -12,9 +12,10 @@ import hashlib
 import importlib.util
 import json
 import os
+import re
 import shutil
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -52,8 +53,11 @@ def resolve(name: str) -> str:
     """Turn a model name of a profile into something `from_pretrained` loads.
 
     `package:NAME` gives a local folder (assembled and converted on first use), a path gives itself,
-    anything else is returned as a hub id. Raises UserError with the remedy.
+    anything else is returned as a hub id. `NAME[:12]` is a language model cut to its first 12 layers, a weaker base.
+    Raises UserError with the remedy.
     """
+    if cut := re.fullmatch(r"(.+)\[:(\d+)\]", name):
+        return str(_shallow_decoder(cut[1], int(cut[2])))
     if name.startswith("package:"):
         return str(_package_model(name.removeprefix("package:")))
     path = Path(name).expanduser()
@@ -264,46 +268,71 @@ def check_adapter(adapter: Path, base: str) -> None:
             )
 
 
+def _once(target: Path, fill: Callable[[Path], None]) -> Path:
+    """The folder `target` of the cache, which `fill` writes when it is not there whole; processes wait for each other."""
+    done = "complete.json"
+    if not (target / done).is_file():
+        with file_lock(target.with_suffix(".lock")):
+            if not (target / done).is_file():
+                work = target.with_name(target.name + ".part")
+                shutil.rmtree(work, ignore_errors=True)
+                work.mkdir(parents=True)
+                fill(work)
+                (work / done).write_text(json.dumps({"made": time.time()}))
+                shutil.rmtree(target, ignore_errors=True)
+                os.replace(work, target)
+    return target
+
+
 def merged_folder(base: str, adapter: Path) -> Path:
     """Base weights with the adapter merged, as a folder in the cache (vLLM runs merged weights faster)."""
     check_adapter(adapter, base)
     key = hashlib.sha256(f"{weights_id(resolve(base))}|{weights_id(adapter)}".encode()).hexdigest()[:16]
-    target = cache_dir() / "merged" / key
-    if (target / "complete.json").is_file():
-        return target
-    with file_lock(target.with_suffix(".lock")):
-        if not (target / "complete.json").is_file():
-            work = target.with_name(target.name + ".part")
-            shutil.rmtree(work, ignore_errors=True)
-            load_causal_lm(base, adapter).save_pretrained(work)
-            load_tokenizer(base).save_pretrained(work)
-            (work / "complete.json").write_text(json.dumps({"made": time.time()}))
-            os.replace(work, target)
-    return target
+
+    def fill(work: Path) -> None:
+        load_causal_lm(base, adapter).save_pretrained(work)
+        load_tokenizer(base).save_pretrained(work)
+
+    return _once(cache_dir() / "merged" / key, fill)
 
 
 def shallow_encoder(name: str, layers: int) -> Path:
     """The first `layers` layers of a sentence-transformers encoder, as a folder in the cache: a small student."""
     source = resolve(name)
-    target = cache_dir() / "shallow" / f"{weights_id(source)[:16]}-{layers}"
-    if (target / "modules.json").is_file():
-        return target
-    from sentence_transformers import SentenceTransformer
 
-    with file_lock(target.with_suffix(".lock")):
-        if not (target / "modules.json").is_file():
-            model = SentenceTransformer(source, device="cpu")
-            body: Any = model[0].model
-            stack = body.encoder.layer
-            if not 1 <= layers <= len(stack):
-                raise UserError(f"{name}: has {len(stack)} layers, cannot keep {layers}; give 1 to {len(stack)}")
-            body.encoder.layer = stack[:layers]
-            body.config.num_hidden_layers = layers
-            work = target.with_name(target.name + ".part")
-            shutil.rmtree(work, ignore_errors=True)
-            model.save_pretrained(str(work), create_model_card=False)
-            os.replace(work, target)
-    return target
+    def fill(work: Path) -> None:
+        from sentence_transformers import SentenceTransformer
+
+        model = SentenceTransformer(source, device="cpu")
+        body: Any = model[0].model
+        body.encoder.layer = _first(body.encoder.layer, layers, name)
+        body.config.num_hidden_layers = layers
+        model.save_pretrained(str(work), create_model_card=False)
+
+    return _once(cache_dir() / "shallow" / f"{weights_id(source)[:16]}-{layers}", fill)
+
+
+def _shallow_decoder(name: str, layers: int) -> Path:
+    """The first `layers` layers of a causal language model under its own head: a weaker base model, not trained any further."""
+    source = resolve(name)
+
+    def fill(work: Path) -> None:
+        model = load_causal_lm(source)
+        model.model.layers = _first(model.model.layers, layers, name)
+        config = model.config.get_text_config()
+        config.num_hidden_layers = layers
+        if getattr(config, "layer_types", None):
+            config.layer_types = config.layer_types[:layers]
+        model.save_pretrained(work)
+        load_tokenizer(source).save_pretrained(work)
+
+    return _once(cache_dir() / "shallow" / f"{weights_id(source)[:16]}-{layers}", fill)
+
+
+def _first(stack: Any, layers: int, name: str) -> Any:
+    if not 1 <= layers <= len(stack):
+        raise UserError(f"{name}: has {len(stack)} layers, cannot keep {layers}; give 1 to {len(stack)}")
+    return stack[:layers]
 
 
 def device() -> torch.device:

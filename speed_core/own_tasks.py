@@ -92,7 +92,7 @@ def scorecard(names: Sequence[str], data: Path, out: Path, *, instructed: bool =
         rows.append(found.row(task))
         print(f"{task:40} {found}")
     title = f"{Path(names[0]).name} on {data.name}" if len(names) == 1 else f"{Path(names[0]).name} minus {Path(names[1]).name}"
-    plots.rates(run, "scorecard", rows, [], title, "points", zero=len(names) == 2)
+    plots.rates(run, "scorecard", rows, [], title, "points", line=0 if len(names) == 2 else None)
     print(f"figure and scores in {out}")
     return rows
 

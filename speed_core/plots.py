@@ -89,11 +89,12 @@ def counts(
 
 def rates(
     run: Run, name: str, rows: Sequence[Mapping[str, Any]], inputs: Sequence[Artifact], title: str, xlabel: str,
-    paper: Mapping[str, float] | None = None, zero: bool = False,
+    paper: Mapping[str, float] | None = None, line: float | None = None,
 ) -> None:  # fmt: skip
     """Estimates with intervals: rows {label, value, low, high}; the paper's value (same units) as a black diamond.
 
-    With `each` in a row, the values of single training seeds stand as small marks below the estimate.
+    With `each` in a row, the values of single training seeds stand as small marks below the estimate. `line`: the value that
+    says "no difference", drawn dashed.
     """
     if any("low" not in r or "high" not in r for r in rows):
         raise UserError(f"figure {name}: a compared score without an interval; give low and high")
@@ -108,8 +109,8 @@ def rates(
         if paper and r["label"] in paper:
             shown = not ax.get_legend_handles_labels()[1].count("paper")
             ax.plot(paper[r["label"]], i, "D", color=PAPER, mfc="none", label="paper" if shown else None)
-    if zero:
-        ax.axvline(0, color=GREY, lw=1, ls="--")
+    if line is not None:
+        ax.axvline(line, color=GREY, lw=1, ls="--")
     ax.set_yticks(range(len(rows)), [r["label"] for r in rows])
     # Half a row above and below, however many rows: a margin in shares puts two rows on the edges and spreads nine.
     ax.set(title=title, xlabel=xlabel, ylim=(len(rows) - 0.5, -0.5))
@@ -326,7 +327,7 @@ def sweeps(run: Run, name: str, rows: Sequence[Mapping[str, Any]], inputs: Seque
             if not r["own"]:
                 ax.plot([i + 0.15] * len(r["each"]), r["each"], "_", color=OURS, ms=6)
         ax.axhline(0, color=GREY, lw=1, ls="--")
-        ax.set_xticks(range(len(found)), [f"{r['x']:g}" for r in found])
+        ax.set_xticks(range(len(found)), [r["x"] for r in found])
         ax.margins(x=0.15)
         ax.set_title(f"{panel}\npaper: {found[0]['paper']}", fontsize=8.5)
     for ax in axes[:, 0]:

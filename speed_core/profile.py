@@ -177,12 +177,12 @@ class Curate(Part):
 
 
 class Embedding(Training):
-    """Contrastive fine-tuning. `examples` caps the synthetic records used."""
+    """Contrastive fine-tuning. `examples` caps the synthetic records used; `pooling` is that of a decoder."""
 
     temperature: float = Field(0.02, gt=0)
     margin: float = 0.0
     guided: bool = True
-    micro_chunk: int = Field(16, ge=1)
+    pooling: Literal["last", "mean"] = "last"
 
 
 class Evaluation(Part):

@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from contextlib import redirect_stdout
 from dataclasses import dataclass
 from io import StringIO
-from typing import Any
+from typing import Any, Literal
 
 from speed_core import pipeline, planning, uncertainty
 from speed_core.artifacts import Artifact, UserError
@@ -23,7 +23,8 @@ from speed_core.sweep import Point, run_points
 class Sweep:
     """One panel: `parameter` over `shares` of the profile's own value (or over `values`), `notebooks` to run again.
 
-    `hump`: the paper finds the best value inside; else it finds that more is worse.
+    `kind`, what the paper finds: "hump", the best value inside; "fall", the first value best; "flat", no difference.
+    A value may be text: another model, where {own} is the profile's.
     """
 
     key: str
@@ -33,13 +34,15 @@ class Sweep:
     arm: str
     notebooks: tuple[str, ...]
     paper: str
-    values: tuple[float, ...] = ()
+    values: tuple[Any, ...] = ()
     shares: tuple[float, ...] = ()
-    hump: bool = True
+    kind: Literal["hump", "fall", "flat"] = "hump"
 
     def points(self, run: Run) -> list[Any]:
-        """The values of the sweep at a profile, in rising order; the profile's own is one of them."""
+        """The values of the sweep at a profile, numbers in rising order; the profile's own is one of them."""
         own = dotted(run.profile)[self.parameter]
+        if isinstance(own, str):
+            return list(dict.fromkeys([own, *(v.format(own=own) for v in self.values)]))
         found = self.values or tuple(own * s for s in self.shares)
         return sorted({type(own)(round(v) if isinstance(own, int) else v) for v in (*found, own)})
 
@@ -51,18 +54,32 @@ SWEEPS = (
     Sweep("3d", "S15", "preference pairs", "senior.examples", "sr", ("04", "06", "10"), "10K of 5K-15K", shares=(0.25, 0.5, 1)),
     Sweep("3e", "S16", "revisions", "revisor.examples", "jr_re", ("05", "10"), "10K of 5K-50K", shares=(0.25, 0.5, 1)),
     Sweep(
-        "T3", "S9", "tasks a topic", "topics.tasks_per_topic", "jr", ("10",), "62.6, 61.6, 60.9 at 1, 3, 5", (1, 3, 5), hump=False
+        "T3",
+        "S9",
+        "tasks a topic",
+        "topics.tasks_per_topic",
+        "jr",
+        ("10",),
+        "62.6, 61.6, 60.9 at 1, 3, 5",
+        (1, 3, 5),
+        kind="fall",
     ),
+    # Table 4. The packages carry one base model, so the weaker one is that model without its last layers.
+    Sweep("T4", "S11", "base model", "models.generator", "jr", ("03", "10"), "62.6 to 62.3", ("{own}[:12]",), kind="fall"),
+    Sweep(
+        "E4", "E4", "LoRA rank", "embedding.lora.rank", "sr_re", ("10",), "+0.3, 0, +0.1 at 8, 16, 32", (4, 16, 64), kind="flat"
+    ),
+    Sweep("E4", "E4", "pooling", "embedding.pooling", "sr_re", ("10",), "mean -0.4", ("mean",), kind="flat"),
 )
 
 
 def named(keys: Sequence[str]) -> list[Sweep]:
     """Sweeps by key; all of them for no key."""
-    known = {s.key: s for s in SWEEPS}
+    known = list(dict.fromkeys(s.key for s in SWEEPS))
     for key in keys:
         if key not in known:
             raise UserError(f"sweep {key!r}: unknown; use {', '.join(known)}")
-    return [known[k] for k in keys] or list(SWEEPS)
+    return [s for k in keys or known for s in SWEEPS if s.key == k]
 
 
 def point(sweep: Sweep, value: Any) -> Point:
@@ -109,22 +126,42 @@ def rows(run: Run, sweep: Sweep, found: Mapping[Any, Sequence[Any]]) -> list[dic
     out = []
     for value, results in found.items():
         e = uncertainty.difference(results, found[own])
-        out.append({"panel": f"{sweep.key}: {sweep.label}", "x": value, "own": value == own, "paper": sweep.paper} | e.row(""))
+        out.append(
+            {"panel": f"{sweep.key}: {sweep.label}", "x": named_value(value), "own": value == own, "paper": sweep.paper}
+            | e.row("")
+        )
     return out
 
 
 def estimate(sweep: Sweep, found: Mapping[Any, Sequence[Any]]) -> dict[str, Any] | None:
-    """The sweep's claim as one contrast: inner values minus the two ends, or the first value minus the others.
-
-    None with fewer than three values.
+    """The sweep's claim as one contrast: inner values minus the two ends ("hump"), the first value minus the others ("fall"),
+    the last value minus the first ("flat"). None with too few values for it.
     """
-    values = sorted(found)
-    if len(values) < 3:
+    values = list(found)
+    if len(values) < (3 if sweep.kind == "hump" else 2):
         return None
-    high, low = (values[1:-1], [values[0], values[-1]]) if sweep.hump else (values[:1], values[1:])
+    high, low = {
+        "hump": (values[1:-1], [values[0], values[-1]]),
+        "fall": (values[:1], values[1:]),
+        "flat": (values[-1:], values[:1]),
+    }[sweep.kind]
     terms: list[uncertainty.Term] = [(1 / len(high), found[v], None) for v in high]
     terms += [(-1 / len(low), found[v], None) for v in low]
     e = uncertainty.contrast(terms)
-    said = [" and ".join(f"{v:g}" for v in part) for part in (high, low)]
+    said = [" and ".join(map(named_value, part)) for part in (high, low)]
     what = f"{sweep.label}: mean score at {said[0]} minus at {said[1]}, arm {sweep.arm}"
     return e.row(sweep.claim) | {"what": what, "source": "study"}
+
+
+def estimates(found: Mapping[Sweep, Mapping[Any, Sequence[Any]]]) -> dict[str, dict[str, Any]]:
+    """{claim: estimate}; of two sweeps for one claim, the one whose interval reaches farthest from zero speaks for it."""
+    out: dict[str, dict[str, Any]] = {}
+    for sweep, points in found.items():
+        if e := estimate(sweep, points):
+            out[sweep.claim] = max((out.get(sweep.claim, e), e), key=lambda x: max(abs(x["low"]), abs(x["high"])))
+    return out
+
+
+def named_value(value: Any) -> str:
+    """A value as figures and sentences print it."""
+    return value.removeprefix("package:") if isinstance(value, str) else f"{value:g}"

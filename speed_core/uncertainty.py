@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-from scipy.stats import norm, rankdata, t
+from scipy.stats import binomtest, norm, rankdata, t
 
 from speed_core.artifacts import UserError
 
@@ -172,6 +172,12 @@ def interval(draws: Any, level: float = 0.95) -> tuple[float, float]:
     """Percentile interval of bootstrap draws."""
     tail = (1 - level) / 2
     return float(np.quantile(draws, tail)), float(np.quantile(draws, 1 - tail))
+
+
+def share_interval(values: Sequence[bool | float], level: float = 0.95) -> tuple[float, float]:
+    """Wilson's score interval of the share of true values: none of 48 is [0, 0.07], where a bootstrap would say [0, 0]."""
+    found = binomtest(sum(map(bool, values)), len(values)).proportion_ci(level, method="wilson")
+    return float(found.low), float(found.high)
 
 
 def bootstrap_interval(

@@ -198,14 +198,14 @@ def recorded_samples() -> tuple[dict[str, Any], list[dict[str, Any]]]:
 
 def temperature_lines() -> list[str]:
     """A head and a line for each temperature: share of valid records, its 95% interval over prompts, what was wrong."""
-    from speed_core import evaluate
+    from speed_core import uncertainty
 
     header, rows = recorded_samples()
     lines = []
     for t in TEMPERATURES:
         here = [r for r in rows if r["temperature"] == t]
         by_prompt = [[r["status"] == "ok" for r in here if r["prompt"] == p] for p in header["prompts"]]
-        low, high = evaluate.bootstrap_interval([sum(v) / len(v) for v in by_prompt], "mean")
+        low, high = uncertainty.bootstrap_interval([sum(v) / len(v) for v in by_prompt], "mean")
         valid = sum(map(sum, by_prompt))
         families = [r["reason"].partition(":")[0] for r in here if r["status"] != "ok"]
         wrong = Counter(FAULTS.get(f, f) for f in families).most_common()

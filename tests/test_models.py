@@ -58,3 +58,17 @@ def test_a_shallow_encoder_keeps_the_first_layers_and_refuses_more_than_there_ar
     assert all(torch.equal(first[k], also[k].to(first[k].device)) for k in first)
     with pytest.raises(UserError, match="has 6 layers, cannot keep 7"):
         models.shallow_encoder("package:all-MiniLM-L6-v2", 7)
+
+
+@pytest.mark.parametrize("family", ["gemma3", "llama"])
+def test_a_model_name_with_a_slice_is_that_model_cut_to_its_first_layers(tiny_model, family, tmp_path, monkeypatch):
+    monkeypatch.setenv("SPEED_CACHE", str(tmp_path))
+    whole, cut = (models.load_causal_lm(tiny_model(family) + end, dtype="float32") for end in ("", "[:1]"))
+    ids = torch.tensor([[2, 17, 230, 4051]])
+    with torch.inference_mode():
+        # hidden_states[-1] is normalised already, [1] is what the first layer hands on.
+        expected = whole.model.norm(whole.model(ids, output_hidden_states=True).hidden_states[1])
+        assert torch.allclose(cut.model(ids).last_hidden_state, expected.to(torch.float32), atol=2e-2)
+    assert models.weights_id(models.resolve(tiny_model(family) + "[:1]")) != models.weights_id(tiny_model(family))
+    with pytest.raises(UserError, match="has 2 layers, cannot keep 3"):
+        models.resolve(tiny_model(family) + "[:3]")

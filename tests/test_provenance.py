@@ -32,7 +32,7 @@ def chain(run, seeds=1, embedder=1, scores=1):
 
 
 def draw(run, rows=ROWS):
-    plots.rates(run, "10_table2", rows, [run.store.need("scores-jr")], "Difference", "points", paper={"Sr": 0.3}, zero=True)
+    plots.rates(run, "10_table2", rows, [run.store.need("scores-jr")], "Difference", "points", paper={"Sr": 0.3}, line=0)
     return run.figures
 
 

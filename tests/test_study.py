@@ -1,0 +1,80 @@
+"""The sweeps: which points a profile gets, and what they say of a claim. tests/test_notebooks.py runs one."""
+
+import dataclasses
+
+import pytest
+
+from speed_core import claims, study
+from speed_core.artifacts import UserError
+from speed_core.run_context import open_run
+
+
+def scores(mean: float) -> list[dict]:
+    """Three training seeds of a model with one task of forty texts."""
+    return [
+        {"tasks": {"t": {"type": "Clustering", "score": mean + d, "items": [mean + d] * 40}}} for d in (-0.001, 0.0, 0.001)
+    ]  # fmt: skip
+
+
+@pytest.fixture
+def run(tmp_path, monkeypatch):
+    monkeypatch.setenv("SPEED_RUNS", str(tmp_path))
+    return open_run("tiny")
+
+
+def by_label(label: str) -> study.Sweep:
+    return next(s for s in study.SWEEPS if s.label == label)
+
+
+def test_every_sweep_has_the_profiles_own_value_and_another_and_a_claim_of_the_map(run):
+    known = {key for key, *_ in claims.CLAIMS}
+    for sweep in study.SWEEPS:
+        values = sweep.points(run)
+        assert len(values) == len(set(values)) > 1 and sweep.claim in known
+        numbers = [v for v in values if not isinstance(v, str)]
+        assert numbers == sorted(numbers)
+
+
+def test_another_base_model_is_named_after_the_profiles_own(run):
+    own = run.profile.models.generator
+    assert by_label("base model").points(run) == [own, own + "[:12]"]
+    assert study.named_value(own + "[:12]") == "gemma-3-270m[:12]" and study.named_value(0.5) == "0.5"
+
+
+def test_sweeps_are_chosen_by_key_and_one_key_may_name_several():
+    assert [s.label for s in study.named(["E4", "T4"])] == ["LoRA rank", "pooling", "base model"]
+    assert study.named([]) == list(study.SWEEPS)
+    with pytest.raises(UserError, match="'4z': unknown; use 3a, 3b"):
+        study.named(["4z"])
+
+
+def test_a_hump_needs_both_ends_and_is_the_middle_minus_their_mean():
+    temperature = by_label("temperature")
+    assert study.estimate(temperature, {0.3: scores(0.4), 1.0: scores(0.5)}) is None
+    found = study.estimate(temperature, {0.3: scores(0.40), 1.0: scores(0.50), 1.3: scores(0.44)})
+    assert found["value"] == pytest.approx(8.0) and "at 1 minus at 0.3 and 1.3" in found["what"]
+
+
+def test_what_falls_is_the_first_value_against_all_others():
+    found = study.estimate(by_label("tasks a topic"), {1: scores(0.5), 3: scores(0.48), 5: scores(0.44)})
+    assert found["value"] == pytest.approx(4.0)
+
+
+def test_of_two_sweeps_for_one_claim_the_larger_effect_speaks():
+    rank, pooling = by_label("LoRA rank"), by_label("pooling")
+    found = study.estimates({rank: {4: scores(0.5), 64: scores(0.501)}, pooling: {"last": scores(0.5), "mean": scores(0.47)}})
+    assert set(found) == {"E4"} and found["E4"]["value"] == pytest.approx(-3.0)
+
+
+def test_a_claim_of_no_difference_holds_only_when_the_whole_interval_is_small():
+    assert claims.verdict(-0.4, 0.6, 0) == "smaller scale, same direction"
+    assert claims.verdict(-2.0, 0.6, 0) == claims.UNRESOLVED
+    assert claims.verdict(1.2, 2.0, 0) == claims.verdict(-2.0, -1.2, 0) == "contradicted"
+
+
+def test_a_sweep_of_text_values_changes_one_setting_like_any_other(run):
+    base = dataclasses.replace(by_label("base model"), values=("{own}[:6]",))
+    point = study.point(base, base.points(run)[1])
+    assert point.overrides["models.generator"].endswith("[:6]") and open_run("tiny", point.overrides).profile.study.arms == (
+        "jr",
+    )
