@@ -221,7 +221,7 @@ def import_(
     """Check an archive of logs, take it in, rebuild its data sets and figures from it; exit code 1 when one differs."""
     import os
 
-    from speed_core import pipeline, replay
+    from speed_core import experiments, replay
     from speed_core.run import run_all
     from speed_core.run_context import open_run
 
@@ -234,7 +234,7 @@ def import_(
     reports = run_all(run.profile.name, only=replay.NOTEBOOKS)
     run = open_run(run.profile.name)
     if run.log("raw-junior").is_file():
-        pipeline.ablation_data(run)
+        experiments.ablation_data(run)
     rows = replay.compare(run, source)
     for name, wanted, here in rows:
         print(f"{name:26} {wanted} {'same' if here == wanted else f'DIFFERENT: {here}'}")

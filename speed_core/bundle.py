@@ -21,7 +21,7 @@ from dataclasses import dataclass
 from hashlib import sha256
 from pathlib import Path
 
-from speed_core import models, pipeline
+from speed_core import experiments, models
 from speed_core.artifacts import MANIFEST, Artifact, Store, UserError, disk_errors, file_digest
 from speed_core.offline_tasks import CARRIERS
 from speed_core.run_context import CARRIED, ROOT, Run
@@ -143,7 +143,7 @@ def fetch_wheels(wanted: list[str], folder: Path) -> dict[str, Entry]:
 
 def missing(run: Run, found: dict[str, Artifact], with_weights: bool) -> list[str]:
     """Names of artifacts that some notebook reads and the run does not have."""
-    trained = [f"{arm}-{k}" for arm in ("guided", "plain") for k in pipeline.training_seeds(run)]
+    trained = [f"{arm}-{k}" for arm in ("guided", "plain") for k in experiments.training_seeds(run)]
     wanted = [*DATA, *(f"scores-{t}" for t in trained)]
     wanted += [*GENERATORS, *(f"embedder-{t}" for t in trained)] if with_weights else []
     return [name for name in wanted if name not in found]

@@ -17,7 +17,7 @@ from io import StringIO
 from pathlib import Path
 from typing import Any
 
-from speed_core import machine, models, pipeline, sft
+from speed_core import experiments, machine, models, pipeline, sft
 from speed_core.artifacts import Artifact, Draft, Store, UserError, write_json
 from speed_core.run_context import Run
 
@@ -113,7 +113,7 @@ def differences(run: Run, artifact: Artifact) -> list[str]:
 def stages(run: Run) -> list[tuple[str, str, Callable[[], Any]]]:
     """(notebook, artifact, the call that makes it), in order. Facts that a notebook only writes down are left out."""
     p = run.profile
-    need, seeds = run.store.need, pipeline.training_seeds(run)
+    need, seeds = run.store.need, experiments.training_seeds(run)
 
     def unseen() -> list[Any]:
         return pipeline.plan(run, "evaluation", p.synthesis.evaluation_prompts, held_out=True)
@@ -133,10 +133,10 @@ def stages(run: Run) -> list[tuple[str, str, Callable[[], Any]]]:
         return pipeline.dataset(run, "synthetic", rows, [raw, revised], "")
 
     def score(name: str, model: str, **how: Any) -> Callable[[], Any]:
-        return lambda: pipeline.scores(run, name, need(model), **how)
+        return lambda: experiments.scores(run, name, need(model), **how)
 
     def train(name: str, **how: Any) -> Callable[[], Any]:
-        return lambda: pipeline.embedder(run, name, need("synthetic"), **how)
+        return lambda: experiments.embedder(run, name, need("synthetic"), **how)
 
     out: list[tuple[str, str, Callable[[], Any]]] = [
         ("01", "tasks", lambda: pipeline.brainstorm(run)),
@@ -157,28 +157,28 @@ def stages(run: Run) -> list[tuple[str, str, Callable[[], Any]]]:
     ]
     if p.teacher.kind != "recorded":
         out.insert(9, ("05", "revisions", lambda: pipeline.revision_rows(run)))
-    for layers, seed, arm in pipeline.student_arms(run):
+    for layers, seed, arm in experiments.student_arms(run):
         name = f"student-{layers}-{arm}-{seed}"
-        out += [("07", name, partial(pipeline.student, run, layers, arm, seed)), ("07", f"scores-{name}", score(name, name))]
+        out += [("07", name, partial(experiments.student, run, layers, arm, seed)), ("07", f"scores-{name}", score(name, name))]
     names = [(arm, k, f"{arm}-{k}") for arm in ("guided", "plain") for k in seeds]
     out += [("08", f"embedder-{name}", train(f"embedder-{name}", guided=arm == "guided", seed=k)) for arm, k, name in names]
-    out += [("09", "scores-untrained", partial(pipeline.scores, run, "untrained", p.models.embedder))]
+    out += [("09", "scores-untrained", partial(experiments.scores, run, "untrained", p.models.embedder))]
     out += [("09", f"scores-{name}", score(name, f"embedder-{name}")) for _, _, name in names]
     bare = [("09", f"scores-bare-{k}", score(f"bare-{k}", f"embedder-guided-{k}", instructed=False)) for k in seeds]
     out += [
         *bare,
-        ("09", "scores-guide", partial(pipeline.scores, run, "guide", p.models.guide, instructed=False)),
-        ("09", "contamination-synthetic", partial(pipeline.contamination, run, "synthetic")),
+        ("09", "scores-guide", partial(experiments.scores, run, "guide", p.models.guide, instructed=False)),
+        ("09", "contamination-synthetic", partial(experiments.contamination, run, "synthetic")),
     ]
     given = p.study.arms
     needed = {"raw-junior": {"jr", "jr_re"}, "revised-junior": {"jr_re"}, "raw-base": {"base"}}
     for name in [n for n, by in needed.items() if by & set(given)] + [f"synthetic-{k}" for k in given]:
-        out.append(("10", name, partial(pipeline.ablation_data, run)))
-    for name in [f"{arm}-{k}" for arm in pipeline.ablation_arms(run) for k in seeds]:
-        out.append(("10", f"embedder-{name}", partial(pipeline.ablation_embedders, run)))
+        out.append(("10", name, partial(experiments.ablation_data, run)))
+    for name in [f"{arm}-{k}" for arm in experiments.ablation_arms(run) for k in seeds]:
+        out.append(("10", f"embedder-{name}", partial(experiments.ablation_embedders, run)))
         out.append(("10", f"scores-{name}", score(name, f"embedder-{name}")))
-    for name in [f"scale{n}-{k}" for n in pipeline.scaling_sizes(run)[:-1] for k in seeds]:
-        out.append(("11", f"embedder-{name}", partial(pipeline.scaling_models, run)))
+    for name in [f"scale{n}-{k}" for n in experiments.scaling_sizes(run)[:-1] for k in seeds]:
+        out.append(("11", f"embedder-{name}", partial(experiments.scaling_models, run)))
         out.append(("11", f"scores-{name}", score(name, f"embedder-{name}")))
     return out
 

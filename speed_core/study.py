@@ -1,7 +1,7 @@
 """The sweeps of SPEED's Fig. 3 and Table 3: reruns of the same notebooks with one value changed, and what they say.
 
 Each point is a run of its own over the profile's run (`sweep`): it makes again only what its value decides. The score of a
-point is that of the embedding models trained on the data set that the value decides (`arm`, see `pipeline.ARMS`).
+point is that of the embedding models trained on the data set that the value decides (`arm`, see `experiments.ARMS`).
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from io import StringIO
 from typing import Any, Literal
 
-from speed_core import pipeline, planning, uncertainty
+from speed_core import experiments, planning, uncertainty
 from speed_core.artifacts import Artifact, UserError
 from speed_core.profile import dotted
 from speed_core.run_context import Run, open_run
@@ -108,13 +108,13 @@ def collect(run: Run, sweep: Sweep) -> tuple[dict[Any, list[dict[str, Any]]], li
             at = open_run(run.profile.name, one.overrides, run.profile.seed, variant=one.name)
             if not (at.folder / "times.jsonl").is_file():
                 continue
-            names = {f"scores-{sweep.arm}-{s}" for s in pipeline.training_seeds(at)}
+            names = {f"scores-{sweep.arm}-{s}" for s in experiments.training_seeds(at)}
             with redirect_stdout(StringIO()):
                 current = {s.name for s in planning.steps(at) if not s.reason}
             if not names <= current:
                 continue
-        scores = pipeline.scored(at, sweep.arm)
-        if len(scores) == len(pipeline.training_seeds(at)):
+        scores = experiments.scored(at, sweep.arm)
+        if len(scores) == len(experiments.training_seeds(at)):
             found[value] = [a.json("scores.json") for a in scores]
             inputs += scores
     return found, inputs
