@@ -1,0 +1,214 @@
+"""The study's stages (notebooks 07 to 11): embedding models trained on the data sets that are compared, and their scores.
+
+Stages like those of `pipeline`, whose data sets they read. Each compared model is trained once for every seed of
+`training_seeds`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from speed_core import models, pipeline
+from speed_core.artifacts import Artifact, write_json
+from speed_core.profile import dotted
+from speed_core.run_context import Run
+
+TABLE2 = ("jr", "jr_re", "sr", "sr_re")
+ARMS = (*TABLE2, "base", "teacher")  # of notebook 10
+
+
+def ablation_data(run: Run) -> dict[str, Artifact]:
+    """The data sets of `study.arms`: of junior and senior, each as written and revised (Table 2, the same prompts), of the
+    base model without training (Table 1's generator off the shelf), and the teacher's own examples."""
+    everything = pipeline.plan(run, "synthesis", run.profile.synthesis.count)
+    # Some records are lost on the way; 40% more prompts than records leave enough.
+    planned = everything[: min(len(everything), int(run.profile.study.ablation_examples * 1.4))]
+    ids = {q.id for q in planned}
+
+    def own(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+        return [r for r in rows if r["id"] in ids]
+
+    def made(arm: str) -> tuple[list[dict[str, Any]], list[Artifact]]:
+        """(records, artifacts that they come from) of one arm."""
+        if arm == "teacher":
+            return pipeline.teacher_records(run), [run.store.need("seeds")]
+        if arm == "base":  # fewer of its texts are records, so it answers all prompts
+            raw = pipeline.sample(run, "raw-base", everything, "base")
+            return pipeline.to_records(run, raw.rows(), everything, "base"), [raw]
+        if arm.startswith("jr"):
+            raw = pipeline.sample(run, "raw-junior", planned, "junior")
+            if arm == "jr":
+                return pipeline.to_records(run, raw.rows(), planned, "junior"), [raw]
+            better = pipeline.revise(run, "revised-junior", raw, planned)
+            return pipeline.revised_records(run, raw, better, planned, "junior"), [raw, better]
+        raw = run.store.need("raw")
+        if arm == "sr":
+            return own(pipeline.to_records(run, raw.rows(), everything, "senior")), [raw]
+        better = run.store.need("revised")
+        return own(pipeline.revised_records(run, raw, better, everything, "senior")), [raw, better]
+
+    out: dict[str, Artifact] = {}
+    for arm in run.profile.study.arms:
+        rows, parents = made(arm)
+        out[arm] = pipeline.dataset(run, f"synthetic-{arm}", rows, parents, f"Ablation {arm}, see notebook 10.")
+    return out
+
+
+def ablation_size(run: Run) -> int:
+    """Records in each compared data set: as many as the smallest of Table 2's has, at most `study.ablation_examples`."""
+    made = [run.store.get(f"synthetic-{k}") for k in run.profile.study.arms if k in TABLE2]
+    return min([run.profile.study.ablation_examples] + [a.manifest["kept"] for a in made if a])
+
+
+def ablation_arms(run: Run) -> list[str]:
+    """The data sets that are compared: Table 2's, and the base model's and the teacher's where they have enough records."""
+    made = {k: run.store.get(f"synthetic-{k}") for k in run.profile.study.arms}
+    return [k for k, a in made.items() if k in TABLE2 or not a or a.manifest["kept"] >= ablation_size(run)]
+
+
+def ablation_embedders(run: Run) -> dict[str, list[Artifact]]:
+    """Embedding models for each of the compared data sets, one a seed, all trained on equally many records."""
+    equal = ablation_size(run)
+    return {k: embedders(run, k, run.store.need(f"synthetic-{k}"), limit=equal) for k in ablation_arms(run)}
+
+
+def training_seeds(run: Run) -> list[int]:
+    """The seeds that every embedding model is trained with: the run's own and those after it (`study.seeds`)."""
+    return [run.profile.seed + k for k in run.profile.study.seeds]
+
+
+def embedders(run: Run, arm: str, data: Artifact, **how: Any) -> list[Artifact]:
+    """Artifacts `embedder-ARM-SEED`, one a training seed; `how` as in `embedder`."""
+    return [embedder(run, f"embedder-{arm}-{s}", data, seed=s, **how) for s in training_seeds(run)]
+
+
+def seeded_scores(run: Run, arm: str, trained: Sequence[Artifact], **how: Any) -> list[dict[str, Any]]:
+    """Scores of the models of `embedders`, in the order of the seeds: artifacts `scores-ARM-SEED`."""
+    return [scores(run, f"{arm}-{s}", m, **how) for s, m in zip(training_seeds(run), trained, strict=True)]
+
+
+def scored(run: Run, arm: str) -> list[Artifact]:
+    """The artifacts `scores-ARM-SEED` that are there, in the order of the seeds."""
+    found = [run.store.get(f"scores-{arm}-{s}") for s in training_seeds(run)]
+    return [a for a in found if a]
+
+
+def scaling_models(run: Run) -> dict[int, tuple[str, list[Artifact]]]:
+    """size -> (arm, models) of notebook 11; those of the largest size are notebook 08's own."""
+    data, sizes = run.store.need("synthetic"), scaling_sizes(run)
+    out = {n: (f"scale{n}", embedders(run, f"scale{n}", data, guided=True, limit=n)) for n in sizes[:-1]}
+    return out | {sizes[-1]: ("guided", embedders(run, "guided", data, guided=True))}
+
+
+def embedder(
+    run: Run, name: str, data: Artifact, *, seed: int | None = None, limit: int | None = None, guided: bool | None = None
+) -> Artifact:
+    """Artifact `name`: a sentence-transformers model trained on (the first `limit` of) a data set."""
+    from speed_core import embed
+
+    settings = run.profile.embedding
+    changes = {k: v for k, v in (("guided", guided), ("examples", limit)) if v is not None}
+    settings = settings.model_copy(update=changes)
+    seed = run.profile.seed if seed is None else seed
+    base = run.profile.models.embedder
+    parameters = {
+        "training": dotted(settings),
+        "seed": seed,
+        "base": models.weights_id(models.resolve(base)),
+        "guide": run.profile.models.guide,
+    }
+    with run.store.stage(name, parameters, [data]) as draft:
+        if draft:
+            embed.train(
+                base,
+                data.rows("train.jsonl"),
+                settings,
+                guide=run.profile.models.guide,
+                guide_cache=run.folder / "guide",
+                seed=seed,
+                output=draft.path,
+                label=name,
+            )
+    return run.store.need(name)
+
+
+def student_arms(run: Run) -> list[tuple[int, int, str]]:
+    """(layers, seed, arm) of notebook 07's students; only the smallest gets the weak guide and the margin."""
+    plan, weak = run.profile.study.student, ("weak", "margin")
+    return [
+        (layers, seed, arm)
+        for layers in plan.layers
+        for seed in plan.seeds
+        for arm in ("guided", "plain") + (weak if layers == min(plan.layers) else ())
+    ]
+
+
+def scaling_sizes(run: Run) -> list[int]:
+    """Notebook 11's data sizes as far as there are records; the last is always the whole training set of notebook 08."""
+    data = run.store.get("synthetic")
+    used = min(run.profile.embedding.examples, data.manifest["kept"] if data else run.profile.synthesis.count)
+    return [n for n in run.profile.study.scaling if n < used] + [used]
+
+
+def student(run: Run, layers: int, arm: str, seed: int) -> Artifact:
+    """Artifact `student-...`: the guide's first `layers` layers, trained on the seed data.
+
+    `arm`: "plain" (no mask), "guided", "margin" (mask with margin 0.05), "weak" (the mask of a guide of two layers).
+    """
+    from speed_core import embed
+
+    plan, base = run.profile.study.student, models.shallow_encoder(run.profile.models.guide, layers)
+    guide_ = run.profile.models.guide if arm != "weak" else str(models.shallow_encoder(run.profile.models.guide, 2))
+    changes = {"lora": None, "dtype": "float32", "guided": arm != "plain", "micro_batch": plan.batch}
+    changes |= {k: getattr(plan, k) for k in ("examples", "epochs", "batch", "lr")} | {"margin": 0.05 if arm == "margin" else 0.0}
+    settings = run.profile.embedding.model_copy(update=changes)
+    seeds = run.store.need("seeds")
+    name = f"student-{layers}-{arm}-{seed}"
+    parameters = {"training": dotted(settings), "seed": seed, "base": models.weights_id(base)}
+    parameters["guide"] = models.weights_id(models.resolve(guide_))
+    with run.store.stage(name, parameters, [seeds]) as draft:
+        if draft:
+            embed.train(
+                str(base), pipeline.teacher_records(run), settings, guide=guide_, guide_cache=run.folder / "guide", seed=seed, output=draft.path, label=name
+            )  # fmt: skip
+    return run.store.need(name)
+
+
+def scores(run: Run, name: str, model: Artifact | str, *, instructed: bool = True) -> dict[str, Any]:
+    """Artifact `scores-NAME`: mteb's scores of a model (an `embedder` artifact, or a model name)."""
+    e = run.profile.evaluation
+    parents = [model] if isinstance(model, Artifact) else []
+    parameters: dict[str, Any] = {"tasks": e.tasks, "size": e.size, "max_length": e.max_length, "instructed": instructed}
+    parameters["model"] = model if isinstance(model, str) else "artifact"
+    with run.store.stage(f"scores-{name}", parameters, parents) as draft:
+        if draft:
+            from speed_core import evaluate
+
+            where = str(model.path) if isinstance(model, Artifact) else model
+            encoder = evaluate.load(where, name, instructed=instructed, max_length=e.max_length, batch_size=e.batch_size)
+            found = evaluate.resolve_tasks(e.tasks, e.size)
+            write_json(draft.file("scores.json"), evaluate.evaluate(encoder, found, run.folder / "mteb", label=name))
+    return run.store.need(f"scores-{name}").json("scores.json")
+
+
+def contamination(run: Run, name: str) -> dict[str, dict[str, Any]]:
+    """Artifact `contamination-NAME`: what each evaluated task's texts share with the data set NAME (`contamination.report`)."""
+    from speed_core import contamination, evaluate, offline_tasks
+
+    e, words, data = run.profile.evaluation, run.profile.curate.overlap_words, run.store.need(name)
+    parameters: dict[str, Any] = {"tasks": e.tasks, "size": e.size, "words": words, "near": contamination.NEAR}
+    parameters["guide"] = models.weights_id(models.resolve(run.profile.models.guide))
+    with run.store.stage(f"contamination-{name}", parameters, [data]) as draft:
+        if draft:
+            model = pipeline.guide(run)
+            kept, dropped = data.rows("train.jsonl"), data.rows("dropped.jsonl")
+            found = contamination.report(
+                contamination.sample(offline_tasks.distinct_texts(evaluate.resolve_tasks(e.tasks, e.size))),
+                kept + dropped,
+                kept,
+                words=words,
+                embed=lambda texts: model.encode(list(texts), batch_size=64, show_progress_bar=False),
+            )
+            write_json(draft.file("report.json"), found)
+    return run.store.need(f"contamination-{name}").json("report.json")
