@@ -207,7 +207,8 @@ class Student(Part):
 class Study(Part):
     """Notebooks 07 to 11: the guided-loss students, size of each ablation data set, sizes of the scaling points.
 
-    `seeds` counts from the run's own seed: every embedding model is trained once for each.
+    `seeds` counts from the run's own seed: every embedding model is trained once for each. `sweep_seeds`: the first of
+    them, when the points of a sweep (`study.SWEEPS`) are to be trained with fewer.
     """
 
     ablation_examples: int = Field(ge=4)
@@ -216,6 +217,7 @@ class Study(Part):
     )  # fmt: skip
     scaling: tuple[int, ...]
     seeds: tuple[int, ...] = (0,)
+    sweep_seeds: tuple[int, ...] | None = None
     student: Student = Student()  # type: ignore[call-arg]
 
     @model_validator(mode="after")
@@ -224,6 +226,8 @@ class Study(Part):
             raise ValueError(f"scaling {list(self.scaling)}: give at least two sizes in rising order")
         if not self.seeds or len(set(self.seeds)) != len(self.seeds):
             raise ValueError(f"seeds {list(self.seeds)}: give at least one, each once")
+        if self.sweep_seeds is not None and self.sweep_seeds != self.seeds[: len(self.sweep_seeds) or None]:
+            raise ValueError(f"sweep_seeds {list(self.sweep_seeds)}: not the first of seeds {list(self.seeds)}")
         return self
 
 

@@ -82,9 +82,12 @@ def named(keys: Sequence[str]) -> list[Sweep]:
     return [s for k in keys or known for s in SWEEPS if s.key == k]
 
 
-def point(sweep: Sweep, value: Any) -> Point:
-    """The run of one value: only the arm that is scored is made."""
-    return Point(f"{sweep.parameter}={value}", {sweep.parameter: value, "study.arms": [sweep.arm]}, None)
+def point(run: Run, sweep: Sweep, value: Any) -> Point:
+    """The run of one value: only the arm that is scored is made, with `study.sweep_seeds`."""
+    values = {sweep.parameter: value, "study.arms": [sweep.arm]}
+    if run.profile.study.sweep_seeds is not None:
+        values |= {"study.seeds": run.profile.study.sweep_seeds, "study.sweep_seeds": None}
+    return Point(f"{sweep.parameter}={value}", values, None)
 
 
 def run_study(profile: str, keys: Sequence[str] = (), *, jobs: int = 1) -> list[tuple[Point, int]]:
@@ -92,7 +95,7 @@ def run_study(profile: str, keys: Sequence[str] = (), *, jobs: int = 1) -> list[
     run, done = open_run(profile), []
     for sweep in named(keys):
         own = dotted(run.profile)[sweep.parameter]
-        todo = [point(sweep, v) for v in sweep.points(run) if v != own]
+        todo = [point(run, sweep, v) for v in sweep.points(run) if v != own]
         done += run_points(profile, todo, only=sweep.notebooks, jobs=jobs)
     return done
 
@@ -101,9 +104,9 @@ def collect(run: Run, sweep: Sweep) -> tuple[dict[Any, list[dict[str, Any]]], li
     """({value: scores of its training seeds} of the points that were run and are current, the artifacts of these scores)."""
     found: dict[Any, list[dict[str, Any]]] = {}
     inputs: list[Artifact] = []
-    own = dotted(run.profile)[sweep.parameter]
+    own, count = dotted(run.profile)[sweep.parameter], len(run.profile.study.sweep_seeds or run.profile.study.seeds)
     for value in sweep.points(run):
-        at, one = run, point(sweep, value)
+        at, one = run, point(run, sweep, value)
         if value != own:
             at = open_run(run.profile.name, one.overrides, run.profile.seed, variant=one.name)
             if not (at.folder / "times.jsonl").is_file():
@@ -113,8 +116,8 @@ def collect(run: Run, sweep: Sweep) -> tuple[dict[Any, list[dict[str, Any]]], li
                 current = {s.name for s in planning.steps(at) if not s.reason}
             if not names <= current:
                 continue
-        scores = experiments.scored(at, sweep.arm)
-        if len(scores) == len(experiments.training_seeds(at)):
+        scores = experiments.scored(at, sweep.arm)[:count]
+        if len(scores) == count:
             found[value] = [a.json("scores.json") for a in scores]
             inputs += scores
     return found, inputs

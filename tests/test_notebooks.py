@@ -199,7 +199,7 @@ def test_a_point_of_a_sweep_is_read_once_it_was_run_and_compared_with_the_runs_o
     one = dataclasses.replace(study.SWEEPS[0], values=(1.0,))
     here = open_run("smoke")
     assert list(study.collect(here, one)[0]) == [0.7]
-    assert [code for _, code in sweep.run_points("smoke", [study.point(one, 1.0)], only=one.notebooks)] == [0]
+    assert [code for _, code in sweep.run_points("smoke", [study.point(here, one, 1.0)], only=one.notebooks)] == [0]
     made = {p.parent.name for p in (runs / "smoke" / "variants").glob("*/artifacts/*/manifest.json")}
     assert {"raw-junior", "synthetic-jr", "embedder-jr-0", "scores-jr-0"} <= made and not any("sr" in m for m in made)
     found, inputs = study.collect(here, one)

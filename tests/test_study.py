@@ -74,7 +74,16 @@ def test_a_claim_of_no_difference_holds_only_when_the_whole_interval_is_small():
 
 def test_a_sweep_of_text_values_changes_one_setting_like_any_other(run):
     base = dataclasses.replace(by_label("base model"), values=("{own}[:6]",))
-    point = study.point(base, base.points(run)[1])
+    point = study.point(run, base, base.points(run)[1])
     assert point.overrides["models.generator"].endswith("[:6]") and open_run("tiny", point.overrides).profile.study.arms == (
         "jr",
     )
+
+
+def test_a_sweep_can_do_with_fewer_seeds_than_the_run(tmp_path, monkeypatch):
+    monkeypatch.setenv("SPEED_RUNS", str(tmp_path))
+    run = open_run("tiny", {"study.seeds": [0, 1, 2, 3], "study.sweep_seeds": [0, 1]})
+    point = study.point(run, by_label("temperature"), 1.0)
+    assert open_run("tiny", point.overrides).profile.study.seeds == (0, 1)
+    with pytest.raises(UserError, match="not the first of seeds"):
+        open_run("tiny", {"study.sweep_seeds": [2]})
