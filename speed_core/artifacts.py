@@ -323,4 +323,5 @@ PRODUCERS = {
     "second": "05",
     "hard": "10",
     "study": "10",
+    "judge": "04",
 }

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from speed_core import models, pipeline
+from speed_core import models, pipeline, prompts
 from speed_core.artifacts import Artifact, write_json
 from speed_core.profile import dotted
 from speed_core.run_context import Run
@@ -134,13 +134,13 @@ def embedder(
 
 
 def student_arms(run: Run) -> list[tuple[int, int, str]]:
-    """(layers, seed, arm) of notebook 07's students; only the smallest gets the weak guide and the margin."""
-    plan, weak = run.profile.study.student, ("weak", "margin")
+    """(layers, seed, arm) of notebook 07's students; only the smallest gets the arms beside guided and plain."""
+    plan, more = run.profile.study.student, ("weak", "margin", "labelled", "both")
     return [
         (layers, seed, arm)
         for layers in plan.layers
         for seed in plan.seeds
-        for arm in ("guided", "plain") + (weak if layers == min(plan.layers) else ())
+        for arm in ("guided", "plain") + (more if layers == min(plan.layers) else ())
     ]
 
 
@@ -154,23 +154,30 @@ def scaling_sizes(run: Run) -> list[int]:
 def student(run: Run, layers: int, arm: str, seed: int) -> Artifact:
     """Artifact `student-...`: the guide's first `layers` layers, trained on the seed data.
 
-    `arm`: "plain" (no mask), "guided", "margin" (mask with margin 0.05), "weak" (the mask of a guide of two layers).
+    `arm`: "plain" (no mask), "guided", "margin" (mask with margin 0.05), "weak" (the mask of a guide of two layers), and
+    guided on other data: "labelled" (equally many pairs that people labelled, `offline_tasks.labelled_pairs`), "both".
     """
-    from speed_core import embed
+    from speed_core import embed, offline_tasks
 
     plan, base = run.profile.study.student, models.shallow_encoder(run.profile.models.guide, layers)
     guide_ = run.profile.models.guide if arm != "weak" else str(models.shallow_encoder(run.profile.models.guide, 2))
     changes = {"lora": None, "dtype": "float32", "guided": arm != "plain", "micro_batch": plan.batch}
     changes |= {k: getattr(plan, k) for k in ("examples", "epochs", "batch", "lr")} | {"margin": 0.05 if arm == "margin" else 0.0}
     settings = run.profile.embedding.model_copy(update=changes)
-    seeds = run.store.need("seeds")
     name = f"student-{layers}-{arm}-{seed}"
     parameters = {"training": dotted(settings), "seed": seed, "base": models.weights_id(base)}
     parameters["guide"] = models.weights_id(models.resolve(guide_))
-    with run.store.stage(name, parameters, [seeds]) as draft:
+    rows, parents = [], []
+    if arm in ("labelled", "both"):
+        rows = offline_tasks.labelled_pairs(plan.examples, run.profile.data_seed, run.profile.evaluation.size)
+        parameters["labelled"] = prompts.text_digest("".join(r["query"] + r["positive"] for r in rows))
+    if arm != "labelled":
+        rows, parents = pipeline.teacher_records(run)[: plan.examples] + rows, [run.store.need("seeds")]
+    with run.store.stage(name, parameters, parents) as draft:
         if draft:
+            settings = settings.model_copy(update={"examples": len(rows)})
             embed.train(
-                str(base), pipeline.teacher_records(run), settings, guide=guide_, guide_cache=run.folder / "guide", seed=seed, output=draft.path, label=name
+                str(base), rows, settings, guide=guide_, guide_cache=run.folder / "guide", seed=seed, output=draft.path, label=name
             )  # fmt: skip
     return run.store.need(name)
 

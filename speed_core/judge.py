@@ -10,7 +10,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -275,3 +275,11 @@ def win_rate(judge: RubricJudge, items: Sequence[tuple[Prompt, dict[str, Any], d
         sb = judge.score(b["raw"], prompt, b["finish_reason"])[0]
         out.append(0.5 if abs(sa - sb) < 1e-9 else float(sa > sb))
     return np.array(out)
+
+
+def knows_better(judge: RubricJudge, rows: Sequence[Mapping[str, Any]]) -> np.ndarray:
+    """For rows {kind, task, prompt, weak, answer}: 1 where the judge prefers the revision `answer` to the `weak` sample
+    that it was made from, 0.5 for a tie, 0 otherwise."""
+    items = [prompts.read_back(r["kind"], r["task"], r["prompt"]) for r in rows]
+    pairs = [({"raw": r["answer"], "finish_reason": "stop"}, {"raw": r["weak"], "finish_reason": "stop"}) for r in rows]
+    return win_rate(judge, [(q, *pair) for q, pair in zip(items, pairs, strict=True)])

@@ -320,6 +320,27 @@ def drawn(rows: list[tuple[str, str, float]], count: int, seed: int) -> list[tup
     return random.Random(seed).sample(rows, min(count, len(rows)))
 
 
+def labelled_pairs(count: int, seed: int, size: str) -> list[dict[str, Any]]:
+    """`count` training records that people labelled: two posts of one newsgroup each, from the training split of 20 Newsgroups.
+
+    No text of a task of `size` is among them: what they share with the Newsgroups tasks is the collection, nothing else.
+    """
+    known = {t for texts in offline_texts(size).values() for t in texts}
+    posts = [(label, cut(text)) for label, text in labelled("20newsgroups-train")]
+    posts = [p for p in dict.fromkeys(posts) if p[1] not in known]
+    groups = sorted({label for label, _ in posts})
+    each = -(-count // len(groups))
+    out = []
+    for label, mine in ((g, [p for p in posts if p[0] == g]) for g in groups):
+        drawn = per_label(mine, [label], 2 * each, seed)
+        out += [{"query": a, "positive": b} for (_, a), (_, b) in zip(drawn[::2], drawn[1::2], strict=False)]
+    random.Random(seed).shuffle(out)
+    if len(out) < count:
+        raise UserError(f"20 Newsgroups: {len(out)} labelled pairs, {count} wanted; lower study.student.examples")
+    same = {"kind": "long_long", "instruction": "Retrieve a post of the same newsgroup", "negative": None, "source": "labelled"}
+    return [{"id": f"labelled-{i}", **same, **r} for i, r in enumerate(out[:count])]
+
+
 def offline_tasks(size: str = "tiny", names: Sequence[str] | None = None) -> list[Any]:
     """The offline tasks at `size` (smoke, tiny, full), or those named. Raises UserError for an unknown size or name."""
     if size not in SIZES:

@@ -15,6 +15,7 @@ import hashlib
 import importlib.util
 import json
 import random
+import re
 from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
@@ -79,6 +80,18 @@ class Prompt:
     @property
     def digest(self) -> str:
         return text_digest(self.text)
+
+
+def read_back(kind: str, task: str, text: str) -> Prompt:
+    """A `Prompt` from the text of a synthesis prompt in our own words: topic of an STS prompt, and the lengths asked for."""
+    patterns = {
+        "document_words": r"Each document has at least (\d+) words",
+        "classification_length": r"The input_text has ((?:at least|less than) \d+) words",
+        "long_words": r"Both texts are a document of at least (\d+) words",
+    }
+    found = {k: m[1] for k, pattern in patterns.items() if (m := re.search(pattern, text))}
+    topic = re.search(r"similarity on the topic: (.+)", text)
+    return Prompt(text_digest(text)[:16], kind, topic[1] if topic else "", task, text, found)
 
 
 def text_digest(text: str) -> str:

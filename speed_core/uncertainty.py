@@ -69,8 +69,8 @@ class Estimate:
 
 
 def contrast(terms: Sequence[Term], *, draws: int = 1000, seed: int = 0, level: float = 0.95) -> Estimate:
-    """Estimate of sum over `terms` (weight, results of K training seeds, task types or None for all) of
-    weight x mean score over the tasks of these types.
+    """Estimate of sum over `terms` (weight, results of K training seeds, task types or names or None for all) of
+    weight x mean score over these tasks.
 
     All terms have K results, in the order of the seeds, so that seeds are compared like with like; a term with one result
     (a model that was not trained here) stands for all. Raises UserError when numbers of seeds or tasks do not fit.
@@ -82,7 +82,7 @@ def contrast(terms: Sequence[Term], *, draws: int = 1000, seed: int = 0, level: 
         raise UserError(f"contrast: results of {sorted({len(r) for _, r, _ in terms})} seeds; give each model the same seeds")
     each, noise = np.zeros(count), np.zeros(draws)
     for weight, results, types in terms:
-        names = [n for n, e in results[0]["tasks"].items() if e["items"] and (not types or e["type"] in types)]
+        names = [n for n, e in results[0]["tasks"].items() if e["items"] and (not types or {e["type"], n} & set(types))]
         if not names or any(n not in r["tasks"] for r in results for n in names):
             raise UserError("contrast: the results share no task with items; evaluate all models on the same tasks")
         scores = np.array([np.mean([100 * r["tasks"][n]["score"] for n in names]) for r in results])
