@@ -105,6 +105,33 @@ def test_intervals_contain_their_estimate_and_shrink_with_more_items():
     assert narrow[0] < data.mean() < narrow[1] and narrow[1] - narrow[0] < wide[1] - wide[0]
 
 
+@given(st.lists(st.booleans(), min_size=1, max_size=60))
+def test_the_interval_of_a_share_is_never_a_point_and_stays_within_zero_and_one(values):
+    low, high = uncertainty.share_interval(values)
+    assert 0 <= low < high <= 1 and low - 1e-9 <= np.mean(values) <= high + 1e-9
+
+
+def test_none_of_48_may_be_up_to_one_in_thirteen():
+    assert uncertainty.share_interval([False] * 48) == pytest.approx((0, 0.0741), abs=1e-3)
+
+
+def test_a_contrast_may_name_tasks_instead_of_types(results):
+    good = [results["good"]]
+    one = uncertainty.contrast([(1, good, ["OfflineReutersR8Classification"])])
+    assert one.value == pytest.approx(100 * results["good"]["tasks"]["OfflineReutersR8Classification"]["score"])
+
+
+def test_labelled_pairs_share_a_newsgroup_and_no_text_with_a_task():
+    rows = offline_tasks.labelled_pairs(60, 0, "tiny")
+    group = {offline_tasks.cut(t): label for label, t in offline_tasks.labelled("20newsgroups-train")}
+    assert len(rows) == 60 and rows == offline_tasks.labelled_pairs(60, 0, "tiny") != offline_tasks.labelled_pairs(60, 1, "tiny")
+    assert all(group[r["query"]] == group[r["positive"]] and r["query"] != r["positive"] for r in rows)
+    evaluated = {t for texts in offline_tasks.offline_texts("tiny").values() for t in texts}
+    assert not evaluated & {r[c] for r in rows for c in ("query", "positive")}
+    with pytest.raises(UserError, match="lower study.student.examples"):
+        offline_tasks.labelled_pairs(10**6, 0, "tiny")
+
+
 def test_a_model_does_not_differ_from_itself_and_a_better_one_does(results):
     same = uncertainty.difference([results["good"]], [results["good"]])
     assert (same.value, same.low, same.high) == pytest.approx((0, 0, 0), abs=1e-9)

@@ -176,6 +176,15 @@ def test_the_rubric_prefers_a_good_record_to_a_leaking_a_looping_and_a_broken_on
     assert "invalid: not_json" in verdict.reason and "length" in verdict.reason
 
 
+def test_the_judge_is_asked_about_pairs_whose_order_is_known():
+    p = prompts.synthesis("sts", "Home", "", table="short")
+    good = '{"S1":"a cat sat on the mat","S2":"a cat sat down on the mat","S3":"rain on the mat"}'
+    bad = '{"S1":"rain rain rain rain rain","S2":"a cat","S3":"rain rain rain rain"}'
+    row = {"kind": "sts", "task": "", "prompt": p.text}
+    rows = [row | {"weak": bad, "answer": good}, row | {"weak": good, "answer": bad}, row | {"weak": good, "answer": good}]
+    assert judge.knows_better(judge.RubricJudge(Guide()), rows).tolist() == [1, 0, 0.5]
+
+
 def test_preference_counts_add_up():
     p = prompts.synthesis("sts", "Home", "", table="short")
     valid = {"raw": '{"S1":"a cat sat","S2":"a cat sat down","S3":"rain"}', "finish_reason": "stop", "status": "ok"}

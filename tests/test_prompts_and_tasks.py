@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from speed_core import prompts, records, tasks, teacher
+from speed_core import judge, prompts, records, tasks, teacher
 from speed_core.artifacts import UserError
 
 TABLE = {(r["kind"], r["topic"]): json.loads(r["answer"]) for r in teacher.recorded_rows("tasks")}
@@ -70,6 +70,14 @@ def test_every_recorded_seed_answers_a_prompt_that_is_really_built():
     assert built == {r["prompt_digest"] for r in teacher.recorded_rows("tasks")}
     for r in teacher.recorded_rows("revisions"):
         assert prompts.text_digest(prompts.revise(r["prompt"], r["weak"])) == r["prompt_digest"]
+
+
+@given(st.sampled_from(records.KINDS), st.sampled_from(("short", "paper")), st.integers(0, 200))
+def test_a_prompt_read_back_from_its_text_asks_the_judge_for_the_same(kind, table, index):
+    built = prompts.synthesis(kind, "Health/Sleep", "" if kind == "sts" else "Find it.", index=index, table=table)
+    again = prompts.read_back(kind, built.task, built.text)
+    assert judge._wanted_words(again) == judge._wanted_words(built) and again.text == built.text
+    assert again.topic == ("Health/Sleep" if kind == "sts" else "")
 
 
 def test_the_faithful_style_without_a_clone_says_what_to_do():

@@ -5,6 +5,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -214,6 +215,33 @@ def test_a_batch_in_parts_of_like_length_has_the_embeddings_and_gradients_of_the
         found.append(torch.cat(embedded).detach())
         grads.append(torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None]))
     assert torch.allclose(*found, atol=1e-4, rtol=1e-4) and torch.allclose(*grads, atol=1e-3, rtol=1e-3)
+
+
+def test_pooling_is_kept_with_the_adapter(tiny_model, tmp_path):
+    vectors = {}
+    for pooling in ("last", "mean"):
+        s = settings(
+            "embedding", batch=4, micro_batch=4, examples=4, pooling=pooling, lora=Lora(rank=2, alpha=4, targets=("q_proj",))
+        )
+        out = tmp_path / pooling
+        embed.train(
+            tiny_model("gemma3"), records(4), s, guide="package:all-MiniLM-L6-v2", guide_cache=tmp_path / "g", seed=0, output=out
+        )
+        model = embed.load_trained(out)
+        assert model[1].pooling_mode == {"last": "lasttoken", "mean": "mean"}[pooling]
+        vectors[pooling] = model.encode(["a b c"])
+    assert not np.allclose(vectors["last"], vectors["mean"], atol=1e-3)
+
+
+def test_models_built_one_after_the_other_share_neither_weights_nor_length_limit(tiny_model):
+    one, two = embed.build(tiny_model("gemma3"), 32), embed.build(tiny_model("gemma3"), 8)
+    assert (one.max_seq_length, two.max_seq_length) == (32, 8)
+    before = two.encode(["a b"])
+    with torch.no_grad():
+        next(one.parameters()).add_(1.0)
+    assert (two.encode(["a b"]) == before).all()
+    assert (embed.build(tiny_model("gemma3"), 8).encode(["a b"]) == before).all()
+    assert (one.tokenizer.padding_side, two.tokenizer.padding_side) == ("right", "right")
 
 
 def test_an_adapter_on_other_weights_is_refused(tiny_model, tmp_path):
