@@ -153,8 +153,8 @@ def check_history(history: Sequence[dict[str, Any]], what: str) -> list[dict[str
 def save_adapter(model: Any, folder: Path, base: str) -> None:
     """Write the adapter and, beside it, the digest of the weights that it belongs to.
 
-    PEFT writes the folder of the base into two files; a folder on this machine means nothing elsewhere, and would make
-    equal adapters differ in digest from machine to machine.
+    PEFT writes the folder of the base into two files, and the adapted layers in an order that differs from process to
+    process: with either, equal adapters would differ in digest.
     """
     model.save_pretrained(str(folder))
     weights = models.weights_id(models.resolve(base))
@@ -164,6 +164,10 @@ def save_adapter(model: Any, folder: Path, base: str) -> None:
         if path.is_file():
             text = path.read_text(encoding="utf-8")
             path.write_text(text.replace(models.resolve(base), name), encoding="utf-8")
+    config = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
+    if isinstance(config.get("target_modules"), list):
+        config["target_modules"].sort()
+    write_json(folder / "adapter_config.json", config)
 
 
 def by_length(batch: dict[str, Any], rows: int) -> list[dict[str, Any]]:
