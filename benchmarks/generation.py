@@ -58,11 +58,11 @@ def summary(done: list[Any], start_s: float, spent: float, requests: list[Any]) 
 
 
 def ours(engine: str, count: int) -> dict[str, Any]:
-    from speed_core import generate
+    from speed_core import engines
 
     base, junior, decoding, requests = setting(count)
     begun = time.perf_counter()
-    started = generate.open_engine(engine, base, junior)
+    started = engines.open_engine(engine, base, junior)
     list(started.generate(requests[:1], decoding))  # grammars compile on first use
     ready = time.perf_counter()
     done = list(started.generate(requests, decoding))
@@ -81,7 +81,7 @@ def raw_vllm(count: int, lora: bool = False) -> dict[str, Any]:
     os.environ |= {"VLLM_LOGGING_LEVEL": "ERROR", "VLLM_CPU_KVCACHE_SPACE": "2", "VLLM_ENABLE_V1_MULTIPROCESSING": "0"}
     import torch
 
-    from speed_core import generate, models, sampling
+    from speed_core import engines, models, sampling
 
     base, junior, decoding, requests = setting(count)
     folder = models.resolve(base) if lora else str(models.merged_folder(base, junior))
@@ -109,14 +109,14 @@ def raw_vllm(count: int, lora: bool = False) -> dict[str, Any]:
         params = [
             SamplingParams(
                 temperature=decoding.temperature, top_p=top_p, max_tokens=decoding.max_new_tokens, seed=r.seed,
-                structured_outputs=StructuredOutputsParams(json=generate.grammar_schema(r.kind, decoding)),
+                structured_outputs=StructuredOutputsParams(json=engines.grammar_schema(r.kind, decoding)),
             )
             for r in some
         ]  # fmt: skip
         prompts: Any = [{"prompt_token_ids": models.encode_prompt(tokenizer, r.text)} for r in some]
         outputs = llm.generate(prompts, params, use_tqdm=False, lora_request=adapter)
         return [
-            generate.Completion(r.id, o.outputs[0].text, str(o.outputs[0].finish_reason), 0, len(o.outputs[0].token_ids))
+            engines.Completion(r.id, o.outputs[0].text, str(o.outputs[0].finish_reason), 0, len(o.outputs[0].token_ids))
             for r, o in zip(some, outputs, strict=True)
         ]
 
@@ -128,7 +128,7 @@ def raw_vllm(count: int, lora: bool = False) -> dict[str, Any]:
 
 def distilabel(count: int, python: str, grammar: bool) -> dict[str, Any]:
     """distilabel's vLLM class on the same merged weights and prompts, run by the interpreter `python` (distilabel_row.py)."""
-    from speed_core import generate, models
+    from speed_core import engines, models
 
     if not python:
         raise RuntimeError("not asked for; give --distilabel PYTHON, an interpreter with distilabel and vllm")
@@ -137,7 +137,7 @@ def distilabel(count: int, python: str, grammar: bool) -> dict[str, Any]:
     job = asdict(decoding) | {
         "model": folder,
         "grammar": grammar,
-        "schemas": {k: generate.grammar_schema(k, decoding) for k in {r.kind for r in requests}},
+        "schemas": {k: engines.grammar_schema(k, decoding) for k in {r.kind for r in requests}},
         "requests": [{"id": r.id, "kind": r.kind, "text": r.text} for r in requests],
     }
     tokenizer = models.load_tokenizer(folder)
@@ -153,7 +153,7 @@ def distilabel(count: int, python: str, grammar: bool) -> dict[str, Any]:
     found = json.loads(ran.stdout.splitlines()[-1])
     done = [
         # distilabel hands back no finish reason: text that took every token it may take was cut.
-        generate.Completion(
+        engines.Completion(
             r["id"], r["text"], "length" if r["new_tokens"] >= decoding.max_new_tokens else "stop", 0, r["new_tokens"]
         )
         for r in found.pop("rows")
@@ -165,7 +165,7 @@ def padded_loop(count: int) -> dict[str, Any]:
     """Batches of 32 in the given order, padded to the longest, sampled until the slowest row ends; no grammar."""
     import torch
 
-    from speed_core import generate, models
+    from speed_core import engines, models
 
     base, junior, decoding, requests = setting(count)
     begun = time.perf_counter()
@@ -185,7 +185,7 @@ def padded_loop(count: int) -> dict[str, Any]:
             ended = tokenizer.eos_token_id in full
             new = full[: full.index(tokenizer.eos_token_id)] if ended else full
             text = tokenizer.decode(new, skip_special_tokens=True)
-            done.append(generate.Completion(r.id, text, "stop" if ended else "length", 0, len(new)))
+            done.append(engines.Completion(r.id, text, "stop" if ended else "length", 0, len(new)))
     return summary(done, ready - begun, time.perf_counter() - ready, requests)
 
 

@@ -12,7 +12,7 @@ from __future__ import annotations
 import json
 import time
 
-from speed_core import generate, models, pipeline, prompts, sft, widgets
+from speed_core import engines, generate, models, pipeline, prompts, sft, widgets
 from speed_core.artifacts import device_name, write_jsonl
 from speed_core.run_context import open_run
 
@@ -30,8 +30,8 @@ def main() -> None:
             seed = int(prompts.text_digest(f"{q.id}#{k}|{run.profile.seed}")[:8], 16) & 0x7FFFFFFF
             requests.append(generate.Request(f"{q.id}#{k}", sft.prompt_text(q.text), q.kind, seed))
     base, adapter = pipeline.generator_weights(run, "junior")
-    name = generate.choose_engine("auto", len(requests) * len(widgets.TEMPERATURES), g.max_new_tokens)
-    engine = generate.open_engine(name, base, adapter, dtype=g.dtype, max_length=g.max_length)
+    name = engines.choose_engine("auto", len(requests) * len(widgets.TEMPERATURES), g.max_new_tokens)
+    engine = engines.open_engine(name, base, adapter, dtype=g.dtype, max_length=g.max_length)
     rows = []
     try:
         for t in widgets.TEMPERATURES:

@@ -18,7 +18,7 @@ import torch
 
 from speed_core import models, sampling
 from speed_core.artifacts import UserError
-from speed_core.generate import Completion, Decoding, Request, grammar_schema
+from speed_core.engines import Completion, Decoding, Request, grammar_schema
 
 # Sizes that the library reads from a GPU's memory; on a CPU they are given.
 CPU_SIZES: dict[str, Any] = {"page_size": 256, "num_blocks": 256, "max_batch_tokens": 1024, "max_requests_per_batch": 64}

@@ -23,7 +23,7 @@ from typing import Any
 
 from speed_core import models
 from speed_core.artifacts import UserError
-from speed_core.generate import Completion, Decoding, Engine, Request, open_engine
+from speed_core.engines import Completion, Decoding, Engine, Request, open_engine
 
 RESTARTS = 3  # fresh actors a worker may cost, over the life of the engine
 # vLLM batches by itself and drains at the end of a chunk; this many chunks a worker keep the drains rare
@@ -92,7 +92,7 @@ def _first_line(error: BaseException) -> str:
 
 @dataclasses.dataclass(frozen=True)
 class EngineSpec:
-    """What an actor opens: the arguments of `generate.open_engine`, and the digests that its weights must have."""
+    """What an actor opens: the arguments of `engines.open_engine`, and the digests that its weights must have."""
 
     inner: str
     model: str

@@ -17,7 +17,7 @@ from typing import Any
 from speed_core import models
 from speed_core.artifacts import UserError
 from speed_core.endpoint import Endpoint, final_status
-from speed_core.generate import Completion, Decoding, Request, grammar_schema
+from speed_core.engines import Completion, Decoding, Request, grammar_schema
 
 
 class ServerEngine:

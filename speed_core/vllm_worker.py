@@ -1,4 +1,4 @@
-"""The child process of `generate.VllmEngine`: jobs come in on stdin, completions leave on a pipe.
+"""The child process of `engines.VllmEngine`: jobs come in on stdin, completions leave on a pipe.
 
 Run as `python -m speed_core.vllm_worker FD CONFIG`. One JSON line a job in, one JSON line a
 completion out, as soon as it is finished. The process ends when stdin closes.

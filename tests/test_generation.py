@@ -5,7 +5,7 @@ import json
 
 import pytest
 
-from speed_core import generate, judge, prompts, records, sft
+from speed_core import engines, generate, judge, prompts, records, sft
 from speed_core.artifacts import UserError, read_jsonl
 
 BASE = "package:gemma-3-270m"
@@ -42,7 +42,7 @@ def test_transformers_answers_every_request_once_and_resumes_from_the_log(tmp_pa
 
 @pytest.mark.skipif(importlib.util.find_spec("vllm") is None, reason="vLLM is not installed")
 def test_vllm_runs_in_a_process_of_its_own_and_ends_with_it(tmp_path):
-    engine = generate.VllmEngine(BASE, max_length=512)
+    engine = engines.VllmEngine(BASE, max_length=512)
     try:
         items = [*requests(6), generate.Request("free", sft.prompt_text("Water boils at"), "", 1)]
         entries = generate.run(
@@ -102,7 +102,7 @@ class Second:
         for r in todo:
             good = r.attempt == 2 and not r.id.endswith("never")
             text = '{"S1":"a b","S2":"a c","S3":"d"}' if good else "no json"
-            yield generate.Completion(r.id, text, "stop", 5, 5)
+            yield engines.Completion(r.id, text, "stop", 5, 5)
 
     def close(self):
         pass
@@ -141,12 +141,12 @@ def test_prompts_with_a_common_beginning_follow_each_other():
 
 def test_an_unknown_engine_is_refused():
     with pytest.raises(UserError, match="auto, vllm, transformers, continuous or server"):
-        generate.choose_engine("magic", 1, 1)
+        engines.choose_engine("magic", 1, 1)
 
 
 def test_the_grammar_bounds_every_string():
     for kind in records.KINDS:
-        schema = generate.grammar_schema(kind, generate.Decoding(max_new_tokens=50))
+        schema = engines.grammar_schema(kind, generate.Decoding(max_new_tokens=50))
         assert all(0 < v["maxLength"] <= 300 for v in schema["properties"].values())
 
 

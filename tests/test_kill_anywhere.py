@@ -12,7 +12,7 @@ from collections import Counter
 import pytest
 from tqdm import tqdm
 
-from speed_core import artifacts, generate
+from speed_core import artifacts, engines, generate
 from speed_core.artifacts import Store, read_jsonl, write_jsonl
 
 REQUESTS = [generate.Request(f"r{i:03}", f"prompt {i} with \u2028 and \u00e9", "sts", i) for i in range(40)]
@@ -36,7 +36,7 @@ class Paid:
             with self.bill.open("a") as f:
                 f.write(r.id + "\n")
             time.sleep(0.0005)
-            yield generate.Completion(r.id, text, "length" if r.seed % 5 == 4 else "stop", 10, 20)
+            yield engines.Completion(r.id, text, "length" if r.seed % 5 == 4 else "stop", 10, 20)
 
     def close(self):
         pass

@@ -9,7 +9,7 @@ from collections import Counter
 import pytest
 import ray
 
-from speed_core import generate, pipeline, profile, prompts, ray_engine
+from speed_core import engines, generate, pipeline, profile, prompts, ray_engine
 from speed_core.artifacts import UserError, read_jsonl
 from speed_core.ray_engine import RayEngine
 from speed_core.run_context import open_run
@@ -41,7 +41,7 @@ def killed_once(bill, victim):
     """Opener of the usual engine. Each chunk is noted in `bill`; the first that holds `victim` is killed half-way."""
 
     def opened(*arguments, **options):
-        engine = generate.open_engine(*arguments, **options)
+        engine = engines.open_engine(*arguments, **options)
         write = engine.generate
 
         def noted(requests, decoding):

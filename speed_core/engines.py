@@ -1,0 +1,298 @@
+"""Engines: what turns requests into completions.
+
+They share one small interface: vLLM in a process of its own (its memory is really back after `close`), Transformers in
+this process (padded batches here, continuous batching in `speed_core.continuous_engine`), and any OpenAI-compatible server
+(`speed_core.server_engine`). With `constrained` decoding the text is held to the JSON schema of its kind by a grammar; a
+grammar guarantees a prefix of a valid object, not its end.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import threading
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any, Protocol
+
+from speed_core import models, records
+from speed_core.artifacts import UserError, digest
+
+# Measured on 2 cores (gemma-3-270m, 32 to 64 requests with a grammar): vLLM starts in 24 s without graph
+# compilation and then writes about 150 tokens a second, `generate` about 30; below this many tokens the
+# start costs more than it saves.
+VLLM_WORTH_TOKENS = 1000
+# Free text in a JSON value costs characters, not tokens; this many characters a token bounds the
+# grammar so that a value can never outgrow the token budget by whitespace or repetition alone.
+CHARS_PER_TOKEN = 6
+
+
+@dataclass(frozen=True)
+class Decoding:
+    """How text is sampled. Temperature and top_p as in SPEED appendix B (1.0 and 1.0)."""
+
+    temperature: float = 1.0
+    top_p: float = 1.0
+    max_new_tokens: int = 200
+    constrained: bool = True
+
+
+@dataclass(frozen=True)
+class Request:
+    """One text to be written: `id` names it, `kind` decides the schema (empty: free text), `attempt` counts from 1."""
+
+    id: str
+    text: str
+    kind: str = ""
+    seed: int = 0
+    attempt: int = 1
+
+    def again(self) -> Request:
+        """The next attempt: the same prompt with a seed of its own."""
+        seed = int(digest([self.seed, self.attempt])[:8], 16) & 0x7FFFFFFF
+        return replace(self, seed=seed, attempt=self.attempt + 1)
+
+
+@dataclass(frozen=True)
+class Completion:
+    """What the engine returned. `finish_reason` is "stop", "length", or "error" when it refused the request for good:
+    then `text` says why. Token counts are for speed and cost."""
+
+    id: str
+    text: str
+    finish_reason: str
+    prompt_tokens: int
+    new_tokens: int
+
+
+class Engine(Protocol):
+    """Anything that streams one completion per request, in any order."""
+
+    name: str
+
+    def generate(self, requests: Sequence[Request], decoding: Decoding) -> Iterator[Completion]: ...
+
+    def close(self) -> None: ...
+
+
+def grammar_schema(kind: str, decoding: Decoding) -> dict[str, Any]:
+    """Schema handed to the grammar: string lengths bounded by the token budget."""
+    return records.schema(kind, min(records.MAX_CHARS, decoding.max_new_tokens * CHARS_PER_TOKEN))
+
+
+class TransformersEngine:
+    """`model.generate` in this process, requests sorted by length so that padding stays small."""
+
+    name = "transformers"
+
+    def __init__(self, model: str, adapter: Path | None = None, dtype: str = "bfloat16", batch_size: int = 32):
+        self.tokenizer = models.load_tokenizer(model)
+        self.model = models.load_causal_lm(model, adapter, dtype).to(models.device())
+        self.batch_size = batch_size
+        self._compiler: Any = None
+
+    def generate(self, requests: Sequence[Request], decoding: Decoding) -> Iterator[Completion]:
+        import torch
+
+        encoded = {r.id: models.encode_prompt(self.tokenizer, r.text) for r in requests}
+        order = sorted(requests, key=lambda r: len(encoded[r.id]))
+        for start in range(0, len(order), self.batch_size):
+            batch = order[start : start + self.batch_size]
+            rows = [encoded[r.id] for r in batch]
+            width, pad = max(map(len, rows)), self.tokenizer.pad_token_id
+            device = self.model.device
+            ids = torch.tensor([[pad] * (width - len(r)) + r for r in rows], device=device)
+            mask = torch.tensor([[0] * (width - len(r)) + [1] * len(r) for r in rows], device=device)
+            # Temperature and top-p are in our own processors; what the model's defaults say is switched off.
+            options: dict[str, Any] = {"do_sample": decoding.temperature > 0}
+            if decoding.temperature > 0:
+                options |= {"temperature": 1.0, "top_p": 1.0, "top_k": 0}
+            with torch.random.fork_rng(), torch.no_grad():
+                torch.manual_seed(int(digest([r.seed for r in batch])[:8], 16))
+                out = self.model.generate(
+                    ids,
+                    attention_mask=mask,
+                    max_new_tokens=decoding.max_new_tokens,
+                    pad_token_id=pad,
+                    logits_processor=self._processors(batch, decoding),
+                    **options,
+                )
+            for request, row, full in zip(batch, rows, out[:, width:].tolist(), strict=True):
+                eos = self.tokenizer.eos_token_id
+                ended = eos in full
+                new = full[: full.index(eos)] if ended else full
+                text = self.tokenizer.decode(new, skip_special_tokens=True)
+                yield Completion(request.id, text, "stop" if ended else "length", len(row), len(new))
+
+    def _processors(self, batch: Sequence[Request], decoding: Decoding) -> list[Any]:
+        """Grammar, temperature, nucleus, in this order: the nucleus is taken of the tokens that the grammar allows."""
+        from transformers import TemperatureLogitsWarper
+
+        from speed_core import sampling
+
+        out = self._grammars(batch, decoding) if decoding.constrained and any(r.kind for r in batch) else []
+        if decoding.temperature > 0:
+            out += [TemperatureLogitsWarper(decoding.temperature), sampling.hf_processor(decoding.top_p)]
+        return out
+
+    def _grammars(self, batch: Sequence[Request], decoding: Decoding) -> list[Any]:
+        from xgrammar.contrib.hf import LogitsProcessor
+
+        return [LogitsProcessor([self._compiled(r.kind, decoding) for r in batch])]
+
+    def _compiled(self, kind: str, decoding: Decoding) -> Any:
+        """The grammar of a kind, compiled once: reading a vocabulary of 262,144 words takes longer than a step."""
+        import xgrammar
+
+        if self._compiler is None:
+            info = xgrammar.TokenizerInfo.from_huggingface(self.tokenizer, vocab_size=self.model.config.vocab_size)
+            self._compiler = xgrammar.GrammarCompiler(info)
+        # The compiler keeps what it has compiled.
+        schema = json.dumps(grammar_schema(kind, decoding))
+        return self._compiler.compile_json_schema(schema, any_whitespace=False, separators=(",", ":"))
+
+    def close(self) -> None:
+        del self.model
+
+
+class VllmEngine:
+    """vLLM in a child process. The parent never touches the accelerator; memory is back after `close`."""
+
+    name = "vllm"
+
+    def __init__(self, model: str, adapter: Path | None = None, dtype: str = "bfloat16", max_length: int = 1024):
+        folder = str(models.merged_folder(model, adapter)) if adapter else models.resolve(model)
+        config = {"model": folder, "dtype": dtype, "max_length": max_length}
+        self._errors = tempfile.TemporaryFile("w+b")
+        read_end, write_end = os.pipe()
+        self._child = subprocess.Popen(
+            [sys.executable, "-m", "speed_core.vllm_worker", str(write_end), json.dumps(config)],
+            stdin=subprocess.PIPE,
+            stdout=self._errors,
+            stderr=self._errors,
+            pass_fds=[write_end],
+            env={**os.environ, "PYTHONPATH": os.pathsep.join([str(Path(__file__).parents[1]), *sys.path])},
+        )
+        os.close(write_end)
+        self._out = os.fdopen(read_end, encoding="utf-8")
+        self._tokenizer = models.load_tokenizer(folder)
+        self._wait_ready()
+
+    def _wait_ready(self) -> None:
+        line = self._out.readline()
+        if not line:
+            raise UserError(f"vllm: the engine did not start ({self._last_error()}); use generation.engine=transformers")
+
+    def _last_error(self) -> str:
+        self._child.wait()
+        self._errors.seek(0)
+        lines = [s for s in self._errors.read().decode(errors="replace").splitlines() if "Error" in s]
+        return lines[-1].strip()[:300] if lines else f"exit code {self._child.returncode}"
+
+    def generate(self, requests: Sequence[Request], decoding: Decoding) -> Iterator[Completion]:
+        assert self._child.stdin is not None
+        job = {
+            "decoding": asdict(decoding),
+            "schemas": {k: grammar_schema(k, decoding) for k in {r.kind for r in requests} if k},
+            "requests": [
+                {
+                    "id": r.id,
+                    "ids": models.encode_prompt(self._tokenizer, r.text),
+                    "kind": r.kind if decoding.constrained else "",
+                    "seed": r.seed,
+                }
+                for r in requests
+            ],
+        }
+        payload = (json.dumps(job) + "\n").encode()
+        # A thread writes, so that a large job cannot block while the child's answers fill the pipe.
+        writer = threading.Thread(target=self._send, args=(payload,), daemon=True)
+        writer.start()
+        for _ in requests:
+            line = self._out.readline()
+            if not line:
+                raise UserError(
+                    f"vllm: the engine ended in the middle ({self._last_error()}); finished requests are logged, run again to go on"
+                )
+            yield Completion(**json.loads(line))
+        writer.join()
+
+    def _send(self, payload: bytes) -> None:
+        assert self._child.stdin is not None
+        try:
+            self._child.stdin.write(payload)
+            self._child.stdin.flush()
+        except BrokenPipeError:
+            pass  # the reader reports the dead child with its own error
+
+    def close(self) -> None:
+        if self._child.stdin and not self._child.stdin.closed:
+            try:
+                self._child.stdin.close()
+            except BrokenPipeError:
+                pass
+        try:
+            self._child.wait(timeout=20)
+        except subprocess.TimeoutExpired:
+            self._child.kill()
+            self._child.wait()
+        self._out.close()
+        self._errors.close()
+
+
+def vllm_installed() -> bool:
+    return importlib.util.find_spec("vllm") is not None
+
+
+def choose_engine(name: str, requests: int, max_new_tokens: int) -> str:
+    """Resolve `auto`: for little work Transformers; else vLLM, or Transformers' continuous batching where that is missing.
+
+    A server is never chosen by itself: it needs an address (`server_engine.ServerEngine`).
+    """
+    if name not in ("auto", "vllm", "transformers", "continuous"):
+        raise UserError(f"generation.engine {name!r}: unknown; use auto, vllm, transformers, continuous or server")
+    if name == "vllm" and not vllm_installed():
+        raise UserError("generation.engine 'vllm': not installed; run make setup, or use transformers")
+    if name != "auto":
+        return name
+    # Half of the token limit is a fair guess of what a record takes.
+    worth = requests * max_new_tokens / 2 >= VLLM_WORTH_TOKENS
+    if not worth:
+        return "transformers"
+    return "vllm" if vllm_installed() else "continuous"
+
+
+def open_engine(
+    name: str,
+    model: str,
+    adapter: Path | None = None,
+    *,
+    dtype: str = "bfloat16",
+    max_length: int = 1024,
+    batch_size: int = 32,
+    workers: int = 0,
+    ray_address: str = "",
+) -> Engine:
+    """Start the engine `name` ("vllm" or "transformers") on base weights, with an adapter if given.
+
+    `workers`: 0 for one engine of this process, else that many over the Ray at `ray_address` (`speed_core.ray_engine`).
+    """
+    if workers:
+        from speed_core.ray_engine import RayEngine
+
+        sizes: dict[str, Any] = {"dtype": dtype, "max_length": max_length, "batch_size": batch_size}
+        return RayEngine(name, model, adapter, workers=workers, address=ray_address, **sizes)
+    if adapter is not None:
+        models.check_adapter(adapter, model)
+    if name == "vllm":
+        return VllmEngine(model, adapter, dtype, max_length)
+    if name == "continuous":
+        from speed_core.continuous_engine import ContinuousEngine
+
+        return ContinuousEngine(model, adapter, dtype)
+    return TransformersEngine(model, adapter, dtype, batch_size)
