@@ -257,8 +257,16 @@ def past_error(run: Run) -> str:
     return f"past predictions were off by {100 * statistics.median(off):.0f}% (median of {len(off)} stages)" if off else ""
 
 
+def _line(group: Sequence[Step]) -> str:
+    seconds = [s.seconds for s in group if s.seconds is not None]
+    time = f"{sum(seconds) / 60:6.1f} min" if len(seconds) == len(group) else "         ?"
+    names = group[0].name if len(group) == 1 else f"{group[0].name} to {group[-1].name} ({len(group)} stages)"
+    return f"{time}  {names}: {group[0].reason}{', shipped' if group[0].shipped else ''}"
+
+
 def text(run: Run) -> str:
-    """The stages as lines, one a notebook for those that are current, one a stage for those that would run."""
+    """The stages as lines: for each notebook one for what is current, and one for each sort of stage that would run (all
+    `embedder-...`, for instance) and its one reason."""
     found = steps(run)
     lines, todo = [], [s for s in found if s.reason]
     for notebook in dict.fromkeys(s.notebook for s in found):
@@ -266,10 +274,11 @@ def text(run: Run) -> str:
         current = [s.name for s in part if not s.reason]
         if current:
             lines.append(f"  {notebook} current: {', '.join(current) if len(current) < 8 else f'{len(current)} artifacts'}")
+        alike: dict[tuple[str, str, bool], list[Step]] = {}
         for s in part:
             if s.reason:
-                time = f"{s.seconds / 60:6.1f} min" if s.seconds is not None else "         ?"
-                lines.append(f"  {notebook} {time}  {s.name}: {s.reason}{', shipped' if s.shipped else ''}")
+                alike.setdefault((s.name.partition("-")[0], s.reason, s.shipped), []).append(s)
+        lines += [f"  {notebook} {_line(group)}" for group in alike.values()]
     known = [s for s in todo if s.seconds is not None]
     where = sorted({s.measured for s in known})
     if todo:

@@ -151,6 +151,7 @@ def execute(
     done.cells = [c for c in done.cells if "sentinel" not in c.metadata.get("tags", [])]
     _without_widgets(done)
     _folded(done)
+    _relinked(done, source.parent.resolve(), target.parent.resolve())
     nbformat.write(done, work)
     os.replace(work, target)
     target.with_name(f"{target.stem}.failed.ipynb").unlink(missing_ok=True)
@@ -163,6 +164,18 @@ def _without_widgets(nb: Any) -> None:
         if cell.cell_type == "code":
             cell.outputs = [o for o in cell.outputs if "application/vnd.jupyter.widget-view+json" not in o.get("data", {})]
     nb.metadata.pop("widgets", None)
+
+
+def _relinked(nb: Any, here: Path, there: Path) -> None:
+    """Let the relative links of the text, pictures among them, lead from `there` to where they lead from `here`."""
+
+    def moved(found: re.Match[str]) -> str:
+        to = here / found[1]
+        return f"]({os.path.relpath(to, there)})" if to.is_file() else found[0]
+
+    for cell in nb.cells if here != there else ():
+        if cell.cell_type == "markdown":
+            cell.source = re.sub(r"\]\((?![a-z]+:|/|#)([^)\s]+)\)", moved, cell.source)
 
 
 def fold(text: str) -> str:

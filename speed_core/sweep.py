@@ -32,6 +32,11 @@ class Point:
     seed: int | None
 
 
+def folder_name(text: str) -> str:
+    """A point's name as every file system takes it."""
+    return re.sub(r"[^A-Za-z0-9.,=_-]+", "_", text)
+
+
 def points(grid: Mapping[str, Sequence[Any]], seeds: Sequence[int]) -> list[Point]:
     """Every combination of the values and seeds; {"embedding.margin": [0.05, 0.1]} and (0, 1) give four points."""
     out = []
@@ -40,7 +45,7 @@ def points(grid: Mapping[str, Sequence[Any]], seeds: Sequence[int]) -> list[Poin
             overrides = dict(zip(grid, values, strict=True))
             varied = {k: v for k, v in overrides.items() if len(grid[k]) > 1} | ({"seed": seed} if len(seeds) > 1 else {})
             name = ",".join(f"{k}={v}" for k, v in varied.items())
-            out.append(Point(re.sub(r"[^A-Za-z0-9.,=_-]+", "_", name), overrides, seed))
+            out.append(Point(folder_name(name), overrides, seed))
     if len({p.name for p in out}) != len(out):
         raise UserError("sweep: two points have the same name; give every value once")
     return out

@@ -33,6 +33,20 @@ def test_a_good_run_takes_the_parameters_and_leaves_no_sentinel_behind(tmp_path)
     assert text == "7 1e-05 a\n"
 
 
+def test_relative_links_and_pictures_lead_to_the_same_files_from_the_output(tmp_path):
+    (tmp_path / "in").mkdir()
+    (tmp_path / "figures").mkdir()
+    (tmp_path / "figures" / "a.svg").write_text("<svg/>")
+    source = notebook(tmp_path / "in" / "n.ipynb", "print(1)")
+    nb = nbformat.read(source, 4)
+    text = "![a](../figures/a.svg) [web](https://example.org/a.svg) [gone](../figures/b.svg) [here](#top)"
+    nb.cells.append(nbformat.v4.new_markdown_cell(text))
+    nbformat.write(nb, source)
+    assert run.execute(source, tmp_path / "runs" / "deep" / "n.ipynb", {}, show=False).status == "ok"
+    found = nbformat.read(tmp_path / "runs" / "deep" / "n.ipynb", 4).cells[-1].source
+    assert found == text.replace("![a](../figures/a.svg)", "![a](../../figures/a.svg)")
+
+
 @pytest.mark.parametrize(
     ("cell", "says"),
     [

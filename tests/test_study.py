@@ -75,6 +75,7 @@ def test_a_claim_of_no_difference_holds_only_when_the_whole_interval_is_small():
 def test_a_sweep_of_text_values_changes_one_setting_like_any_other(run):
     base = dataclasses.replace(by_label("base model"), values=("{own}[:6]",))
     point = study.point(run, base, base.points(run)[1])
+    assert point.name == "models.generator=package_gemma-3-270m_6_"
     assert point.overrides["models.generator"].endswith("[:6]") and open_run("tiny", point.overrides).profile.study.arms == (
         "jr",
     )
