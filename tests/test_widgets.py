@@ -71,12 +71,12 @@ def test_the_margin_table_counts_what_the_mask_removes_and_a_larger_margin_remov
 
 
 def test_moving_the_margin_draws_another_picture_and_leaves_no_figure_open(columns):
-    already = plt.get_fignums()  # of other tests in this process
+    plt.close("all")  # what other tests of this process left
     box = widgets.margin_slider(columns)
     before = page(box).value
     controls(box)["margin m"].value = 0.1
     assert page(box).value != before and 'alt="Masking microscope, margin +0.10' in page(box).value
-    assert plt.get_fignums() == already
+    assert plt.get_fignums() == []
 
 
 def test_the_browser_filters_and_goes_forth_and_back():
