@@ -167,9 +167,10 @@ def student(run: Run, layers: int, arm: str, seed: int) -> Artifact:
     name = f"student-{layers}-{arm}-{seed}"
     parameters = {"training": dotted(settings), "seed": seed, "base": models.weights_id(base)}
     parameters["guide"] = models.weights_id(models.resolve(guide_))
-    rows, parents = [], []
+    rows: list[dict[str, Any]] = []
+    parents: list[Artifact] = []
     if arm in ("labelled", "both"):
-        rows = offline_tasks.labelled_pairs(plan.examples, run.profile.data_seed, run.profile.evaluation.size)
+        rows += offline_tasks.labelled_pairs(plan.examples, run.profile.data_seed, run.profile.evaluation.size)
         parameters["labelled"] = prompts.text_digest("".join(r["query"] + r["positive"] for r in rows))
     if arm != "labelled":
         rows, parents = pipeline.teacher_records(run)[: plan.examples] + rows, [run.store.need("seeds")]

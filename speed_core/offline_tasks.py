@@ -320,7 +320,8 @@ def drawn(rows: list[tuple[str, str, float]], count: int, seed: int) -> list[tup
     return random.Random(seed).sample(rows, min(count, len(rows)))
 
 
-def labelled_pairs(count: int, seed: int, size: str) -> list[dict[str, Any]]:
+@lru_cache(maxsize=1)
+def labelled_pairs(count: int, seed: int, size: str) -> tuple[dict[str, Any], ...]:
     """`count` training records that people labelled: two posts of one newsgroup each, from the training split of 20 Newsgroups.
 
     No text of a task of `size` is among them: what they share with the Newsgroups tasks is the collection, nothing else.
@@ -338,7 +339,7 @@ def labelled_pairs(count: int, seed: int, size: str) -> list[dict[str, Any]]:
     if len(out) < count:
         raise UserError(f"20 Newsgroups: {len(out)} labelled pairs, {count} wanted; lower study.student.examples")
     same = {"kind": "long_long", "instruction": "Retrieve a post of the same newsgroup", "negative": None, "source": "labelled"}
-    return [{"id": f"labelled-{i}", **same, **r} for i, r in enumerate(out[:count])]
+    return tuple({"id": f"labelled-{i}", **same, **r} for i, r in enumerate(out[:count]))
 
 
 def offline_tasks(size: str = "tiny", names: Sequence[str] | None = None) -> list[Any]:

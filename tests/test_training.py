@@ -151,10 +151,11 @@ def test_two_processes_equal_one_with_the_whole_batch(tiny_model, tmp_path):
         f"import os, sys; sys.path[:0] = {folders!r}\n"
         "from pathlib import Path\nimport test_training\n"
         f"test_training.trained({base!r}, Path({str(tmp_path)!r}) / os.environ['RANK'], 2)\n"
+        "import torch\ntorch.distributed.destroy_process_group()\n"  # left open, gloo's threads may outlive the interpreter and abort
     )
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--master_port=29632", str(script)]
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", str(script)]
     done = subprocess.run(command, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr[-2000:]
+    assert done.returncode == 0, done.stderr
     losses, adapter = trained(base, tmp_path / "one", 4)
     facts = json.loads((tmp_path / "0" / "training.json").read_text())
     assert [h["loss"] for h in facts["history"]] == pytest.approx(losses, rel=1e-4)
