@@ -48,8 +48,10 @@ def build(name: str, max_length: int, dtype: str = "bfloat16", pooling: str = "l
     if models.device().type == "cpu":
         # Most of the time to load gemma-3-270m goes into its vocabulary, and the study loads it some eighty times.
         known = _known(folder, dtype, pooling)
-        backend = getattr(known.tokenizer, "backend_tokenizer", None)
-        model = copy.deepcopy(known, {id(backend): backend})
+        # What never changes of the tokenizer is shared: copying its 262,144 words and 514,906 merges takes 2.5 s.
+        parts = vars(known.tokenizer).values()
+        shared = [v for v in parts if type(v).__name__ == "Tokenizer" or (isinstance(v, (dict, list)) and len(v) > 1000)]
+        model = copy.deepcopy(known, {id(v): v for v in shared})
     else:
         model = _read(folder, dtype, pooling)
     model.max_seq_length = max_length

@@ -43,7 +43,7 @@ def weights_digest(model: Any) -> str:
     h = hashlib.sha256()
     for name, value in sorted(model.state_dict().items()):
         h.update(name.encode())
-        h.update(value.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
+        h.update(value.detach().cpu().contiguous().view(torch.uint8).numpy().data)
     return h.hexdigest()[:16]
 
 

