@@ -31,7 +31,7 @@ browser: setup ## the notebooks in JupyterLab and a headless Chromium (in `test`
 	@$(PY) -m pytest tests/test_browser.py
 
 lab: setup ## JupyterLab on the notebooks
-	@$(PY) -m jupyterlab notebooks/00_preflight.ipynb
+	@$(PY) -m jupyterlab --ServerApp.root_dir=. notebooks/00_preflight.ipynb
 
 classroom: setup ## the students' copy of the notebooks, without solutions, in classroom/
 	@$(PY) -m speed_core classroom

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import signal
 import sys
 from pathlib import Path
@@ -26,8 +27,24 @@ def _overrides(items: list[str] | None) -> dict[str, Any]:
         try:
             out[name] = json.loads(value)
         except ValueError:
-            out[name] = value
+            out[name] = {"True": True, "False": False, "None": None}.get(value, value)
     return out
+
+
+def _file(path: Path | None) -> dict[str, Any]:
+    """Parameters of a file, {name: value}; numbers that YAML 1.1 takes for text (1e-5) are numbers here."""
+    import yaml
+
+    if path is None:
+        return {}
+    try:
+        found = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (OSError, yaml.YAMLError) as error:
+        raise UserError(f"-f {path}: {type(error).__name__}; give a JSON or YAML file of name: value") from None
+    if not isinstance(found, dict):
+        raise UserError(f"-f {path}: holds no name: value pairs; write one a line")
+    numbers = {k: float(v) for k, v in found.items() if isinstance(v, str) and re.fullmatch(r"[+-]?\d+(\.\d*)?[eE][+-]?\d+", v)}
+    return found | numbers
 
 
 def _grid(items: list[str] | None) -> dict[str, list[Any]]:
@@ -59,6 +76,7 @@ def run(
     ] = None,
     jobs: Annotated[int, typer.Option(min=1, help="runs of a sweep at a time")] = 1,
     executor: Annotated[str, typer.Option(help="process, or ray: machines that share this folder")] = "process",
+    cell_timeout: Annotated[int | None, typer.Option(min=1, help="seconds that one cell may take; no limit without")] = None,
 ) -> None:
     """Run the notebooks, once or for every point of a sweep; exit code 0 only when all of them truly ran."""
     from speed_core.run import run_all
@@ -68,11 +86,15 @@ def run(
     if len(seeds) > 1 or any(len(v) > 1 for v in grid.values()):
         from speed_core.sweep import run_sweep
 
-        if any(code for _, code in run_sweep(profile, grid, seeds, only=numbers, start=start, jobs=jobs, executor=executor)):
+        more: dict[str, Any] = {"only": numbers, "start": start, "jobs": jobs, "executor": executor, "cell_timeout": cell_timeout}
+        if any(code for _, code in run_sweep(profile, grid, seeds, **more)):
             raise typer.Exit(1)
         return
+    if executor != "process" or jobs > 1:
+        raise UserError("--executor and --jobs are for a sweep, and this is one run; give --seed 0,1 or --set NAME=V1,V2")
     overrides = {name: values[0] for name, values in grid.items()}
-    reports = run_all(profile, overrides=overrides, seed=seeds[0] if seeds else None, only=numbers, start=start)
+    one = seeds[0] if seeds else None
+    reports = run_all(profile, overrides=overrides, seed=one, only=numbers, start=start, cell_timeout=cell_timeout)
     for r in reports:
         if r.status != "ok":
             print(f"{r.name}: {r.detail}", file=sys.stderr)
@@ -103,19 +125,26 @@ def plan(
     profile: ProfileName = "tiny",
     set_: Annotated[list[str] | None, typer.Option("--set")] = None,
     tokens_per_second: Annotated[float, typer.Option(min=0, help="of your GPU, from benchmarks/generation.py")] = 0.0,
+    only: Annotated[str, typer.Option(help="notebook numbers, for instance 03,04")] = "",
+    start: Annotated[str, typer.Option("--from", help="first notebook")] = "",
+    seed: Annotated[int | None, typer.Option(help="training and sampling seed")] = None,
 ) -> None:
     """Say what a profile would do: models, counts, teacher calls and cost, GPU-hours, what is already made."""
     from speed_core import preflight
 
-    print(preflight.plan_text(profile, _overrides(set_), tokens_per_second))
+    numbers = [n.strip() for n in only.split(",") if n.strip()]
+    print(preflight.plan_text(profile, _overrides(set_), tokens_per_second, seed=seed, only=numbers, start=start))
 
 
 @app.command()
-def preflight(profile: ProfileName = "tiny") -> None:
+def preflight(
+    profile: ProfileName = "tiny",
+    set_: Annotated[list[str] | None, typer.Option("--set", help="NAME=VALUE of the profile")] = None,
+) -> None:
     """Check this machine for a profile; ends in "ready" or in numbered remedies."""
     from speed_core import preflight as checks
 
-    problems = checks.report(profile)
+    problems = checks.report(profile, _overrides(set_))
     if problems:
         raise typer.Exit(2)
 
@@ -169,13 +198,19 @@ def execute(
     source: Path,
     target: Path,
     parameter: Annotated[list[str] | None, typer.Option("-p", help="name=value, value as JSON")] = None,
+    raw: Annotated[list[str] | None, typer.Option("-r", help="name=text, kept as text")] = None,
+    file: Annotated[Path | None, typer.Option("-f", help="parameters of a JSON or YAML file")] = None,
+    kernel: Annotated[str, typer.Option("-k", help="kernel; the notebook's own without")] = "",
+    cwd: Annotated[Path | None, typer.Option(help="folder to run in; the notebook's own without")] = None,
+    cell_timeout: Annotated[int | None, typer.Option(min=1, help="seconds that one cell may take; no limit without")] = None,
 ) -> None:
     """Execute any notebook with the same honesty: typed parameters, true failure, no half-written output."""
     from speed_core.run import execute as execute_one
 
     if not source.is_file():
         raise UserError(f"notebook {source}: no such file; give a path to an .ipynb")
-    report = execute_one(source, target, _overrides(parameter))
+    given = _file(file) | _overrides(parameter) | dict(text.partition("=")[::2] for text in raw or [])
+    report = execute_one(source, target, given, cell_timeout=cell_timeout, kernel=kernel, cwd=cwd)
     print(f"{report.name}: {report.status} in {report.seconds:.0f} s {report.detail}")
     if report.status != "ok":
         raise typer.Exit(1)
@@ -268,8 +303,9 @@ def bundle(
 def record(profile: ProfileName = "tiny") -> None:
     """Take a finished run into the package: its logs, what each stage took, and the data sets that a fresh clone starts on."""
     from speed_core import bundle as bundles
-    from speed_core import planning, replay
-    from speed_core.run_context import open_run
+    from speed_core import planning, readings, replay
+    from speed_core.run import notebooks
+    from speed_core.run_context import ROOT, open_run
 
     run = open_run(profile)
     entry = planning.record(run)
@@ -277,6 +313,7 @@ def record(profile: ProfileName = "tiny") -> None:
     print(f"assets/shipped/{profile}: {len(bundles.carry(run))} artifacts")
     if profile == "tiny":  # behind the committed figures
         print(f"{replay.RECORDED.name}: sha256 {replay.export_logs(run, replay.RECORDED)}")
+        print(f"notebooks: {readings.write(notebooks(ROOT / 'notebooks'), ROOT / 'figures')} sentences under figures changed")
 
 
 @app.command()

@@ -23,6 +23,7 @@ from typing import Any
 from speed_core.files import (
     AppendLog,
     UserError,
+    alone,
     canonical,
     digest,
     disk_errors,
@@ -239,12 +240,12 @@ class Store:
             yield None
             return
         older = self.made(name)
-        print(f"{name}: making it ({reason})", flush=True)
         path = self.root / f".{name}.draft"
-        shutil.rmtree(path, ignore_errors=True)
-        path.mkdir(parents=True)
-        draft, started = Draft(path), time.time()
-        with disk_errors(path.with_name(name)):
+        with alone(self.root / f".{name}.lock", name), disk_errors(path.with_name(name)):
+            print(f"{name}: making it ({reason})", flush=True)
+            shutil.rmtree(path, ignore_errors=True)
+            path.mkdir(parents=True)
+            draft, started = Draft(path), time.time()
             yield draft
             if older:  # what `plan` had predicted, to tell how good its predictions are
                 draft.info["predicted_seconds"] = older.manifest["seconds"]

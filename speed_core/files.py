@@ -7,6 +7,7 @@ writing; a torn last line is cut off when the log is opened again.
 from __future__ import annotations
 
 import errno
+import fcntl
 import hashlib
 import json
 import os
@@ -35,6 +36,25 @@ def disk_errors(where: Path) -> Iterator[None]:
             f"{where.name}: no room to write it ({getattr(error, 'strerror', None) or error}); free some disk, or set SPEED_RUNS to another one, and run "
             "again: what is finished is kept"
         ) from None
+
+
+@contextmanager
+def alone(lock: Path, name: str) -> Iterator[None]:
+    """Refuse to make `name` while another process does; a lock that a killed process left counts for nothing."""
+    lock.parent.mkdir(parents=True, exist_ok=True)
+    with lock.open("w") as f:
+        try:
+            fcntl.flock(f, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise UserError(
+                f"{name}: another process is making it in this folder; wait until it has, or set SPEED_RUNS to a new folder"
+            ) from None
+        except OSError:
+            pass  # a file system without locks
+        try:
+            yield
+        finally:
+            lock.unlink(missing_ok=True)
 
 
 def canonical(value: Any) -> str:

@@ -62,7 +62,7 @@ def gpu() -> tuple[str, str]:
     if torch.version.cuda is None:
         return (
             f"driver {driver}, but this PyTorch is a CPU build",
-            "export SPEED_LOCK=cuda and run `make setup`, or unset the GPU",
+            "export SPEED_LOCK=cuda and run `make setup`",
         )
     return (
         f"driver {driver}, but CUDA {torch.version.cuda} cannot use it",

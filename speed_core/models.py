@@ -93,29 +93,19 @@ def _package_model(package: str) -> Path:
 
 
 def _gemma_folder() -> Path:
-    target = cache_dir() / f"gemma-3-270m-{GEMMA_SHA256[:12]}"
-    if (target / "complete.json").is_file():
-        return target
-    target.parent.mkdir(parents=True, exist_ok=True)
-    with file_lock(target.with_suffix(".lock")):
-        if not (target / "complete.json").is_file():
-            package_folder("gemma-3-270m")  # says in one line what to install; a bundle brings the converted weights instead
-            _convert_gemma(target)
-    return target
+    return _once(cache_dir() / f"gemma-3-270m-{GEMMA_SHA256[:12]}", _convert_gemma)
 
 
-def _convert_gemma(target: Path) -> None:
+def _convert_gemma(work: Path) -> None:
     """GGUF to a bfloat16 Hugging Face folder, about 50 s on two cores, once per cache."""
-    free = shutil.disk_usage(target.parent).free / 2**30
+    data = package_folder("gemma-3-270m") / "data"  # says in one line what to install; a bundle brings converted weights instead
+    free = shutil.disk_usage(work).free / 2**30
     if free < 2:
-        raise UserError(f"disk: {free:.1f} GB free in {target.parent}, 2 GB needed; free some or set SPEED_CACHE")
+        raise UserError(f"disk: {free:.1f} GB free in {work.parent}, 2 GB needed; free some or set SPEED_CACHE")
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    print(f"converting gemma-3-270m once into {target} (about a minute)", flush=True)
-    work = target.with_name(target.name + ".part")
-    shutil.rmtree(work, ignore_errors=True)
-    work.mkdir(parents=True)
+    print(f"converting gemma-3-270m once into {work.with_suffix('')} (about a minute)", flush=True)
     gguf = work / "gemma-3-270m-q4_k_m.gguf"
     _assemble(gguf)
     found = file_digest(gguf)
@@ -129,15 +119,13 @@ def _convert_gemma(target: Path) -> None:
     if hasattr(model.config, "quantization_config"):
         del model.config.quantization_config
     setattr(model, "hf_quantizer", None)  # noqa: B010
-    model.save_pretrained(work / "model")
+    model.save_pretrained(work)
     tokenizer.padding_side = "left"
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
-    tokenizer.save_pretrained(work / "model")
-    shutil.copy(package_folder("gemma-3-270m") / "data" / "NOTICE.md", work / "model" / "NOTICE.md")
-    (work / "model" / "complete.json").write_text(json.dumps({"gguf_sha256": found}))
-    os.replace(work / "model", target)
-    shutil.rmtree(work, ignore_errors=True)
+    tokenizer.save_pretrained(work)
+    shutil.copy(data / "NOTICE.md", work)
+    gguf.unlink()
 
 
 def _assemble(target: Path) -> None:

@@ -15,6 +15,7 @@ from speed_core import bundle, machine, models, planning, tasks
 from speed_core import profile as profiles
 from speed_core.artifacts import UserError
 from speed_core.offline_tasks import CARRIERS
+from speed_core.run import choose
 from speed_core.run_context import ROOT, Run, open_run
 from speed_core.teacher import CALL_SECONDS
 
@@ -45,10 +46,12 @@ def checks(run: Run) -> list[tuple[str, str, str]]:
         out.append((what, f"{free:.0f} GB free, {need_disk:.0f} GB needed", "" if free >= need_disk else short))
         need_disk = 2
     memory = machine.memory_gb()
-    short = f"close programs until {need_memory:.0f} GB are available, or take profile smoke"
+    smaller = "" if profile.name == "smoke" else ", or take profile smoke"
+    short = f"close programs until {need_memory:.0f} GB are available{smaller}"
     out.append(("memory", f"{memory:.0f} GB available, {need_memory:.0f} GB needed", "" if memory >= need_memory else short))
     out.append(("processor", f"{machine.cpu()}, {machine.cores()} cores", ""))
-    out.append(("GPU and driver", *machine.gpu()))
+    found, remedy = machine.gpu()
+    out.append(("GPU and driver", found, remedy if "GPU" in profile.hardware else ""))  # a CPU profile runs without
     return [*out, *_weights(profile), *_carriers(profile), *_reach(profile), ("predicted time", _time_text(run, todo), "")]
 
 
@@ -193,9 +196,18 @@ def generation_text(run: Run, tokens_per_second: float = 0.0) -> str:
     return f"{text}; at {rate:,.0f} tokens/s ({where}) {tokens / rate / 3600:,.1f} {unit}"
 
 
-def plan_text(profile: str = "tiny", overrides: dict[str, Any] | None = None, tokens_per_second: float = 0.0) -> str:
-    """The plan of a profile: sizes, teacher calls, tokens and cost, and which artifacts exist already."""
-    run = open_run(profile, overrides)
+def plan_text(
+    profile: str = "tiny",
+    overrides: dict[str, Any] | None = None,
+    tokens_per_second: float = 0.0,
+    *,
+    seed: int | None = None,
+    only: Sequence[str] = (),
+    start: str = "",
+) -> str:
+    """The plan of a profile: sizes, teacher calls, tokens and cost, and which stages (of the chosen notebooks) would run."""
+    run = open_run(profile, overrides, seed)
+    chosen = [path.stem[:2] for path in choose(ROOT / "notebooks", only, start)]
     p = run.profile
     calls = {"seed": p.seeds, "judge": 2 * p.senior.prompts if p.teacher.judge == "llm" else 0}
     calls["revise"] = p.revisor.examples
@@ -215,7 +227,7 @@ def plan_text(profile: str = "tiny", overrides: dict[str, Any] | None = None, to
         f"generator {p.models.generator}, embedder {p.models.embedder}, guide {p.models.guide}",
         f"teacher: {p.teacher.model or p.teacher.kind}; {brainstorm} brainstorm calls, "
         + ", ".join(f"{n} {k}" for k, n in calls.items()),
-        f"teacher tokens about {tokens:,} (paper's tokens a call)"
+        f"teacher tokens about {tokens:,} for the whole profile without brainstorming (paper's tokens a call)"
         + (f", about {usd:.2f} USD" if usd else ", no price in teacher.prices" if endpoint else ", no cost")
         + (f", {max(pace):,.0f} minutes at {CALL_SECONDS:g} s a call; {caps}" if endpoint else ""),
         f"root data: {p.senior.prompts} prompts x {p.senior.candidates} candidates; DPO on up to {p.senior.examples} pairs, beta {p.senior.beta}",
@@ -225,4 +237,4 @@ def plan_text(profile: str = "tiny", overrides: dict[str, Any] | None = None, to
         f"evaluation: {', '.join(p.evaluation.tasks)} at size {p.evaluation.size}",
         f"time: {p.minutes:g} minutes measured" if p.minutes else "time: not measured yet on such a machine",
     ]
-    return "\n".join([*lines, planning.text(run)])
+    return "\n".join([*lines, planning.text(run, chosen)])

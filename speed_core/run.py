@@ -52,7 +52,13 @@ def parameters_of(path: Path) -> dict[str, Any]:
     if len(cells) != 1:
         raise UserError(f"{path.name}: {len(cells)} cells tagged 'parameters', needs exactly one; tag its parameter cell")
     out: dict[str, Any] = {}
-    for node in ast.parse(cells[0].source).body:
+    try:
+        body = ast.parse(cells[0].source).body
+    except SyntaxError as error:
+        raise UserError(
+            f"{path.name}: line {error.lineno} of the parameters cell is no Python; keep only NAME = literal"
+        ) from None
+    for node in body:
         target = node.targets[0] if isinstance(node, ast.Assign) else node.target if isinstance(node, ast.AnnAssign) else None
         value = node.value if isinstance(node, (ast.Assign, ast.AnnAssign)) else None
         if not isinstance(target, ast.Name) or value is None:
@@ -67,7 +73,9 @@ def parameters_of(path: Path) -> dict[str, Any]:
 
 
 def check_parameters(path: Path, given: Mapping[str, Any]) -> None:
-    """Refuse an unknown name (with the nearest known) or a value of another type than the default."""
+    """Refuse an unknown name (with the nearest known) or a value of another type than the default (None takes any)."""
+    if not given:
+        return  # any notebook may be executed as it is
     known = parameters_of(path)
     for name, value in given.items():
         if name not in known:
@@ -75,7 +83,7 @@ def check_parameters(path: Path, given: Mapping[str, Any]) -> None:
             hint = f"did you mean {close[0]!r}?" if close else f"it has {', '.join(known)}"
             raise UserError(f"parameter {name!r}: {path.name} has none of that name; {hint}")
         default = known[name]
-        fits = isinstance(value, type(default)) and isinstance(value, bool) == isinstance(default, bool)
+        fits = default is None or (isinstance(value, type(default)) and isinstance(value, bool) == isinstance(default, bool))
         if not fits and not (isinstance(default, float) and type(value) is int):
             raise UserError(
                 f"parameter {name!r} of {path.name}: {value!r} is {type(value).__name__}, "
@@ -99,9 +107,20 @@ def environment(**values: str) -> Iterator[None]:
 
 
 def execute(
-    source: Path, target: Path, parameters: Mapping[str, Any], *, cell_timeout: int = 4 * 3600, show: bool = True
+    source: Path,
+    target: Path,
+    parameters: Mapping[str, Any],
+    *,
+    cell_timeout: int | None = None,
+    kernel: str = "",
+    cwd: Path | None = None,
+    show: bool = True,
 ) -> Report:
-    """Execute one notebook; `target` changes only if every cell ran."""
+    """Execute one notebook; `target` changes only if every cell ran.
+
+    `cell_timeout`: seconds that one cell may take (None: no limit). `kernel`: its name, empty for the notebook's own.
+    `cwd`: the folder in which it runs, by default the notebook's own.
+    """
     import papermill
     from papermill.exceptions import PapermillExecutionError
 
@@ -120,11 +139,11 @@ def execute(
                 str(staged),
                 str(work),
                 parameters=dict(parameters),
-                cwd=str(source.parent),
+                cwd=str(cwd or source.parent),
                 progress_bar=False,
                 log_output=False,
                 stdout_file=sys.stdout if show else None,
-                kernel_name="python3",
+                kernel_name=kernel or nb.metadata.get("kernelspec", {}).get("name", "python3"),
                 language="python",
                 execution_timeout=cell_timeout,
                 interrupt_on_timeout=True,
@@ -133,9 +152,9 @@ def execute(
                 extra_arguments=["--IPKernelApp.log_level=40"],
             )
     except PapermillExecutionError as error:
-        problem = f"cell {error.exec_count}: {error.ename}: {_plain(error.evalue)}"
+        problem = f"cell {error.exec_count}{_line(error.traceback)}: {error.ename}: {_plain(error.evalue)}"
     except Exception as error:  # a dead kernel, a timeout: papermill raises many types; each is a failed notebook
-        problem = f"{type(error).__name__}: {_plain(str(error))}"
+        problem = f"{_last_started(work)}{type(error).__name__}: {_plain(str(error))}"
     except BaseException:  # Ctrl-C or SIGTERM: what ran so far is kept as a failure, and the signal goes on
         _keep(work, target)
         raise
@@ -205,6 +224,21 @@ def _plain(text: str) -> str:
     return re.sub(r"\x1b\[[0-9;]*m", "", text).strip().split("\n")[-1][:400]
 
 
+def _line(traceback: Sequence[str]) -> str:
+    """The line of the cell that failed, of IPython's traceback: ", line `...`", empty when it shows none."""
+    shown = re.sub(r"\x1b\[[0-9;]*m", "", "\n".join(traceback))
+    found = re.search(r"^-+> ?\d+ (.+)$", shown, re.MULTILINE)
+    return f", line `{found[1].strip()[:120]}`" if found else ""
+
+
+def _last_started(work: Path) -> str:
+    """ "cell N, `its first line`: " of the last cell that papermill began, empty when there is none."""
+    cells = nbformat.read(work, as_version=4).cells if work.exists() else []
+    code = [c for c in cells if c.cell_type == "code"]
+    begun = [(n, c) for n, c in enumerate(code, 1) if c.metadata.get("papermill", {}).get("start_time")]
+    return f"cell {begun[-1][0]}, `{begun[-1][1].source.strip().splitlines()[0][:120]}`: " if begun else ""
+
+
 def unfinished(path: Path) -> str:
     """Why an executed notebook does not count as complete; empty when it does."""
     nb = nbformat.read(path, as_version=4)
@@ -216,6 +250,19 @@ def unfinished(path: Path) -> str:
     return "" if SENTINEL in said else "the last cell did not print the sentinel"
 
 
+def choose(folder: Path, only: Sequence[str] = (), start: str = "") -> list[Path]:
+    """The notebooks whose numbers `only` names (all, when it names none), from number `start` on. Refuses unknown numbers."""
+    found = {p.stem[:2]: p for p in notebooks(folder)}
+    for option, numbers in (("--only", only), ("--from", [start] if start else [])):
+        if unknown := [n for n in numbers if n.zfill(2) not in found]:
+            raise UserError(f"{option} {unknown[0]}: no such notebook; numbers are {', '.join(found)}")
+    wanted = {n.zfill(2) for n in only} or set(found)
+    chosen = [p for number, p in found.items() if number in wanted and number >= start.zfill(2)]
+    if not chosen:
+        raise UserError(f"--only {','.join(only)} --from {start}: leaves no notebook; give one of the two")
+    return chosen
+
+
 def run_all(
     profile: str,
     *,
@@ -224,24 +271,21 @@ def run_all(
     only: Sequence[str] = (),
     start: str = "",
     folder: Path | None = None,
+    cell_timeout: int | None = None,
 ) -> list[Report]:
     """Run the numbered notebooks at a profile, in order, stopping at the first failure; prints one table at the end."""
     from speed_core.run_context import ROOT, open_run
 
     run = open_run(profile, dict(overrides or {}), seed)  # a bad profile or parameter is refused here
     folder = folder or ROOT / "notebooks"
-    chosen = [p for p in notebooks(folder) if (not only or p.stem[:2] in only) and p.stem[:2] >= start[:2]]
-    if not chosen:
-        raise UserError(
-            f"--only {','.join(only)}: no such notebook; numbers are {', '.join(p.stem[:2] for p in notebooks(folder))}"
-        )
+    chosen = choose(folder, only, start)
     given = {"profile": profile, "overrides": dict(overrides or {})} | ({"seed": seed} if seed is not None else {})
     for path in chosen:
         check_parameters(path, given)
     reports: list[Report] = []
     for number, path in enumerate(chosen, 1):
         print(f"\n[{number}/{len(chosen)}] {path.stem}", flush=True)
-        report = execute(path, run.folder / "notebooks" / path.name, given)
+        report = execute(path, run.folder / "notebooks" / path.name, given, cell_timeout=cell_timeout)
         reports.append(report)
         line = {"notebook": path.stem, "status": report.status, "seconds": round(report.seconds, 1), "detail": report.detail}
         with (run.folder / "times.jsonl").open("a") as f:

@@ -19,8 +19,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from speed_core import run
 from speed_core.artifacts import UserError
 from speed_core.run_context import ROOT, open_run
+
+EXECUTORS = ("process", "ray")
 
 
 @dataclass(frozen=True)
@@ -51,21 +54,56 @@ def points(grid: Mapping[str, Sequence[Any]], seeds: Sequence[int]) -> list[Poin
     return out
 
 
-def command(profile: str, point: Point, only: Sequence[str], start: str) -> list[str]:
+def command(profile: str, point: Point, only: Sequence[str], start: str, cell_timeout: int | None = None) -> list[str]:
     """The command line that runs one point."""
     out = [sys.executable, "-m", "speed_core", "run", "--profile", profile]
     for name, value in point.overrides.items():
         out += ["--set", f"{name}={json.dumps(value)}"]
     out += ["--seed", str(point.seed)] if point.seed is not None else []
     out += ["--only", ",".join(only)] if only else []
-    return out + (["--from", start] if start else [])
+    out += ["--from", start] if start else []
+    return out + (["--cell-timeout", str(cell_timeout)] if cell_timeout else [])
 
 
-def run_point(words: Sequence[str], name: str, log: str) -> int:
-    """Run one point to its end with its output in `log`; returns the exit code."""
+def run_point(
+    words: Sequence[str],
+    name: str,
+    log: str,
+    given: Mapping[str, str] | None = None,
+    running: list[subprocess.Popen[bytes]] | None = None,
+) -> int:
+    """Run one point to its end with its output in `log`; returns the exit code.
+
+    `given`: environment variables beside this process's own. Its process is put into `running`.
+    """
     Path(log).parent.mkdir(parents=True, exist_ok=True)
-    with open(log, "w", encoding="utf-8") as out:
-        return subprocess.run(words, cwd=ROOT, env=os.environ | {"SPEED_VARIANT": name}, stdout=out, stderr=out).returncode
+    environment = os.environ | dict(given or {}) | {"SPEED_VARIANT": name}
+    with (
+        open(log, "w", encoding="utf-8") as out,
+        subprocess.Popen(words, cwd=ROOT, env=environment, stdout=out, stderr=out) as one,
+    ):
+        if running is not None:
+            running.append(one)
+        return one.wait()
+
+
+def _in_processes(work: Sequence[tuple[list[str], str, str]], jobs: int) -> list[int]:
+    """Exit codes of the points, `jobs` at a time. SIGTERM and Ctrl-C end those that run, and no other is begun."""
+    running: list[subprocess.Popen[bytes]] = []
+    with ThreadPoolExecutor(jobs) as pool:
+        futures = [pool.submit(run_point, *w, None, running) for w in work]
+        try:
+            return [f.result() for f in futures]
+        except BaseException:
+            pool.shutdown(wait=False, cancel_futures=True)
+            for one in running:
+                one.terminate()  # each keeps what it has and shuts its kernel down, then the pool's threads end
+            raise
+
+
+def _passed_on() -> dict[str, str]:
+    """The environment that a point needs elsewhere: this project's settings, the hub's, the teacher's key."""
+    return {k: v for k, v in os.environ.items() if k.startswith(("SPEED_", "HF_")) or k == "OPENAI_API_KEY"}
 
 
 def run_sweep(
@@ -77,32 +115,38 @@ def run_sweep(
     start: str = "",
     jobs: int = 1,
     executor: str = "process",
+    cell_timeout: int | None = None,
 ) -> list[tuple[Point, int]]:
     """Run every point, `jobs` at a time; returns each with its exit code, in order, and prints one table.
 
     `executor` "ray" hands the points to a Ray cluster whose machines share this folder. Points that are finished
     are found current; killed and started again, a sweep goes on from its artifacts.
     """
-    return run_points(profile, points(grid, seeds), only=only, start=start, jobs=jobs, executor=executor)
+    more: dict[str, Any] = {"only": only, "start": start, "jobs": jobs, "executor": executor, "cell_timeout": cell_timeout}
+    return run_points(profile, points(grid, seeds), **more)
 
 
 def run_points(
-    profile: str, todo: Sequence[Point], *, only: Sequence[str] = (), start: str = "", jobs: int = 1, executor: str = "process"
+    profile: str,
+    todo: Sequence[Point],
+    *,
+    only: Sequence[str] = (),
+    start: str = "",
+    jobs: int = 1,
+    executor: str = "process",
+    cell_timeout: int | None = None,
 ) -> list[tuple[Point, int]]:
     """Run the given points, `jobs` at a time; returns each with its exit code and prints one table."""
     if not todo:
         return []
+    if executor not in EXECUTORS:
+        raise UserError(f"--executor {executor!r}: unknown; use {' or '.join(EXECUTORS)}")
+    run.choose(ROOT / "notebooks", only, start)
     runs = [open_run(profile, p.overrides, p.seed) for p in todo]  # a bad value is refused before anything runs
     folder = runs[0].folder
-    work = [(command(profile, p, only, start), p.name, str(folder / "variants" / p.name / "run.log")) for p in todo]
+    work = [(command(profile, p, only, start, cell_timeout), p.name, str(folder / "variants" / p.name / "run.log")) for p in todo]
     print(f"{len(todo)} runs, {jobs} at a time; logs in {folder.name}/variants/*/run.log", flush=True)
-    if executor == "ray":
-        codes = _with_ray(work, jobs)
-    elif executor == "process":
-        with ThreadPoolExecutor(jobs) as pool:
-            codes = list(pool.map(lambda w: run_point(*w), work))
-    else:
-        raise UserError(f"--executor {executor!r}: unknown; use process or ray")
+    codes = _with_ray(work, jobs) if executor == "ray" else _in_processes(work, jobs)
     done = list(zip(todo, codes, strict=True))
     table(done, folder)
     return done
@@ -117,7 +161,7 @@ def _with_ray(work: Sequence[tuple[list[str], str, str]], jobs: int) -> list[int
     try:
         cores = max(1, int(ray.cluster_resources().get("CPU", 1)) // jobs)
         remote = ray.remote(num_cpus=cores, max_retries=2)(run_point)  # a machine that goes away: the point runs elsewhere
-        return ray.get([remote.remote(*w) for w in work])
+        return ray.get([remote.remote(*w, _passed_on()) for w in work])
     finally:
         if owned:
             ray.shutdown()

@@ -68,6 +68,13 @@ class Estimate:
         return f"{self.value:+.2f} [{self.low:+.2f}, {self.high:+.2f}]"
 
 
+def fact(value: float, low: float, high: float, what: str) -> dict[str, Any]:
+    """A result for the claim map (notebook 12) in which no model was trained several times: its interval [low, high] is over
+    texts alone. `what` says in words what was measured."""
+    known = Estimate(value, low, high, 1, (high - low) / (2 * 1.96), 0.0).row("")
+    return {k: v for k, v in known.items() if k not in ("label", "each")} | {"what": what, "trained": False}
+
+
 def contrast(terms: Sequence[Term], *, draws: int = 1000, seed: int = 0, level: float = 0.95) -> Estimate:
     """Estimate of sum over `terms` (weight, results of K training seeds, task types or names or None for all) of
     weight x mean score over these tasks.

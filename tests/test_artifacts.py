@@ -27,6 +27,21 @@ def test_a_log_cut_at_any_byte_keeps_every_whole_line(cut):
         assert rows[-1]["id"] == "next" and len(rows) == data[:cut].count(b"\n") + 1
 
 
+def test_a_stage_that_another_process_is_making_is_refused_in_one_line_and_made_when_that_one_is_gone(tmp_path):
+    with Store(tmp_path).stage("a", {"x": 1}) as first:
+        with (
+            pytest.raises(UserError, match="^a: another process is making it.*SPEED_RUNS") as error,
+            Store(tmp_path).stage("a", {}),
+        ):
+            pass
+        first.file("data.jsonl").write_text("{}\n")
+    assert "\n" not in str(error.value) and Store(tmp_path).get("a").rows() == [{}]
+    (tmp_path / ".b.lock").touch()  # as a killed process leaves it
+    with Store(tmp_path).stage("b", {}) as draft:
+        draft.file("data.jsonl").write_text("{}\n")
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["a", "b"]
+
+
 def test_a_failed_stage_leaves_the_old_artifact_untouched(tmp_path):
     store = Store(tmp_path)
     with store.stage("a", {"x": 1}) as draft:

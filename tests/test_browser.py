@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import secrets
 import shutil
 import socket
@@ -68,8 +69,13 @@ def lab(tmp_path_factory):
         "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")]),
     }
     options = ["--no-browser", "--allow-root", "--ip=127.0.0.1", f"--port={port}", "--ServerApp.port_retries=0"]
-    command = [sys.executable, "-m", "jupyterlab", *options, f"--IdentityProvider.token={token}", str(folder / "root")]
-    with (folder / "lab.log").open("w") as log, subprocess.Popen(command, env=env, stdout=log, stderr=log) as server:
+    words = re.search(r"-m jupyterlab (.+)", (ROOT / "Makefile").read_text())[1]  # as `make lab` starts it
+    opened = words.replace("00_preflight", "01_task_brainstorming").split()
+    command = [sys.executable, "-m", "jupyterlab", *options, f"--IdentityProvider.token={token}", *opened]
+    with (
+        (folder / "lab.log").open("w") as log,
+        subprocess.Popen(command, env=env, stdout=log, stderr=log, cwd=folder / "root") as server,
+    ):
         try:
             wait_for(f"http://127.0.0.1:{port}/api?token={token}", folder / "lab.log")
             yield f"http://127.0.0.1:{port}/lab/tree/notebooks/%s.ipynb?token={token}&reset", notebooks

@@ -158,7 +158,10 @@ def test_preflight_covers_the_machine_and_ends_in_ready(empty, capsys):
 def test_preflight_ends_in_numbered_remedies(empty, monkeypatch, capsys):
     monkeypatch.setattr(machine, "memory_gb", lambda: 3.0)
     monkeypatch.setattr(machine, "gpu", lambda: ("driver 550, but this PyTorch is a CPU build", "export SPEED_LOCK=cuda"))
-    remedies = preflight.report("smoke", {"teacher.kind": "openai", "teacher.base_url": "http://127.0.0.1:9/v1"})
+    endpoint = {"teacher.kind": "openai", "teacher.base_url": "http://127.0.0.1:9/v1"}
+    assert len(preflight.report("smoke", endpoint)) == 2, "a GPU that a CPU profile does not need"
+    capsys.readouterr()
+    remedies = preflight.report("smoke", endpoint | {"hardware": "one GPU"})
     shown = capsys.readouterr().out
     assert len(remedies) == 3 and shown.endswith(f"  3. {remedies[2]}\n")
     assert "1. memory: close programs until 6 GB" in shown and "2. GPU and driver: export SPEED_LOCK=cuda" in shown

@@ -11,7 +11,7 @@ from pathlib import Path
 import nbformat
 import pytest
 
-from speed_core import claims, classroom, exercises, plots, replay, run
+from speed_core import claims, classroom, exercises, plots, readings, replay, run
 from speed_core.artifacts import file_digest
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -35,6 +35,17 @@ def test_a_committed_notebook_is_clean_and_keeps_the_grammar(path):
     check = next(i for i, c in enumerate(nb.cells) if c.source.startswith("**Check.**"))
     assert "assert" in nb.cells[check + 1].source
     assert all(len(c.source.splitlines()) <= 18 for c in code), "cells stay short"
+
+
+def test_each_recorded_figure_is_read_in_a_sentence_of_its_own_numbers():
+    seen = []
+    for path in NOTEBOOKS:
+        for cell in nbformat.read(path, 4).cells:
+            if cell.cell_type == "markdown" and (found := readings.PICTURE.search(cell.source)):
+                seen.append(found[1])
+                assert cell.source.startswith(readings.LEADS), f"{path.stem}: {found[1]} is not said to be recorded"
+                assert readings.under_pictures(cell.source, ROOT / "figures") == cell.source, "run `python -m speed_core record`"
+    assert sorted(seen) == sorted(readings.READINGS)
 
 
 def digests(folder):

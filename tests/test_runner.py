@@ -1,10 +1,12 @@
 """The runner tells the truth about what papermill calls completed."""
 
+import json
 import os
 import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import nbformat
 import pytest
@@ -13,6 +15,8 @@ from typer.testing import CliRunner
 from speed_core import run
 from speed_core.__main__ import main
 from speed_core.artifacts import UserError
+
+ROOT = Path(__file__).resolve().parent.parent
 
 
 def notebook(path, *cells, parameters="x = 1  # a number\nrate = 0.1\nname = 'a'"):
@@ -51,7 +55,8 @@ def test_relative_links_and_pictures_lead_to_the_same_files_from_the_output(tmp_
     ("cell", "says"),
     [
         ("raise ValueError('bad thing')", "bad thing"),
-        ("import os, signal; os.kill(os.getpid(), signal.SIGKILL)", ""),
+        ("import os, signal; os.kill(os.getpid(), signal.SIGKILL)", "cell 2, `import os, signal; os.kill"),
+        ("x = 1\nassert x == 2", "line `assert x == 2`: AssertionError"),
         ("import sys; sys.exit(0)", ""),
     ],
 )
@@ -65,8 +70,11 @@ def test_exception_killed_kernel_and_exit_zero_all_count_as_failed(tmp_path, cel
 
 
 def test_a_cell_that_takes_too_long_counts_as_failed(tmp_path):
-    source = notebook(tmp_path / "n.ipynb", "import time; time.sleep(60)")
-    assert run.execute(source, tmp_path / "o.ipynb", {}, cell_timeout=2, show=False).status == "failed"
+    source, target = notebook(tmp_path / "n.ipynb", "import time; time.sleep(60)"), tmp_path / "o.ipynb"
+    target.write_text("the last good output")
+    report = run.execute(source, target, {}, cell_timeout=2, show=False)
+    assert report.status == "failed" and "time.sleep(60)" in report.detail
+    assert target.read_text() == "the last good output"
 
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
@@ -182,3 +190,89 @@ def test_long_progress_is_folded_and_results_and_short_progress_stay():
         folded.startswith("first\nm0: making it") and folded.endswith("result 3.1\n") and "(32 more lines of progress)" in folded
     )
     assert len(folded.splitlines()) == 11 and run.fold(bars[:200] + "\nx") == bars[:200] + "\nx"
+
+
+def test_any_notebook_is_executed_as_it_is_and_refused_parameters_that_it_has_no_cell_for(tmp_path):
+    nb = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell("import os\nprint(os.path.basename(os.getcwd()))")])
+    nbformat.write(nb, source := tmp_path / "theirs.ipynb")
+    (elsewhere := tmp_path / "elsewhere").mkdir()
+    assert run.execute(source, target := tmp_path / "o.ipynb", {}, cwd=elsewhere, show=False).status == "ok"
+    assert nbformat.read(target, 4).cells[0].outputs[0].text == "elsewhere\n"
+    with pytest.raises(UserError, match="0 cells tagged 'parameters'"):
+        run.execute(source, target, {"a": 1}, show=False)
+
+
+def test_a_parameter_without_a_default_takes_any_value_and_one_of_another_type_is_refused(tmp_path):
+    nb = nbformat.v4.new_notebook(
+        cells=[nbformat.v4.new_code_cell("name = None\nflag = False", metadata={"tags": ["parameters"]})]
+    )
+    nbformat.write(nb, source := tmp_path / "n.ipynb")
+    run.check_parameters(source, {"name": "a", "flag": True})
+    run.check_parameters(source, {"name": 1.5})
+    with pytest.raises(UserError, match="'flag'.*bool"):
+        run.check_parameters(source, {"flag": "True"})
+    nb.cells[0].source = "%matplotlib inline\nname = 1"
+    nbformat.write(nb, source)
+    with pytest.raises(UserError, match="line 1 of the parameters cell is no Python"):
+        run.check_parameters(source, {"name": 2})
+
+
+def test_parameters_of_a_file_and_of_the_command_line_come_as_papermill_takes_them(tmp_path):
+    from speed_core.__main__ import _file, _overrides
+
+    (path := tmp_path / "p.yaml").write_text("rate: 1e-5\nname: a\nlist: [1, 2]\n")
+    assert _file(path) == {"rate": 1e-5, "name": "a", "list": [1, 2]}
+    assert _overrides(["flag=True", "none=None", "x=1e-5", "t=abc"]) == {"flag": True, "none": None, "x": 1e-5, "t": "abc"}
+    path.write_text("[1")
+    with pytest.raises(UserError, match="give a JSON or YAML file"):
+        _file(path)
+
+
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        (["--only", "03,77"], "--only 77: no such notebook; numbers are 00, 01"),
+        (["--from", "99"], "--from 99: no such notebook"),
+        (["--only", "3", "--from", "4"], "leaves no notebook"),
+        (["--executor", "ray", "--only", "00"], "are for a sweep, and this is one run"),
+        (["--executor", "magic", "--seed", "0,1"], "--executor 'magic': unknown; use process or ray"),
+    ],
+)
+def test_what_names_no_notebook_or_does_nothing_is_refused_before_anything_runs(options, says, tmp_path, monkeypatch):
+    monkeypatch.setenv("SPEED_RUNS", str(tmp_path))
+    done = subprocess.run(
+        [sys.executable, "-m", "speed_core", "run", "--profile", "smoke", *options], capture_output=True, text=True
+    )
+    assert done.returncode == 2 and says in done.stderr and len(done.stderr.splitlines()) == 1
+    assert not list(tmp_path.rglob("*.ipynb"))
+
+
+def test_a_number_without_its_zero_is_that_notebook(tmp_path):
+    assert [p.stem for p in run.choose(ROOT / "notebooks", ["3", "04"])] == ["03_junior_generator", "04_senior_generator"]
+    assert [p.stem[:2] for p in run.choose(ROOT / "notebooks", start="11")] == ["11", "12"]
+
+
+def test_past_predictions_are_compared_with_what_the_stages_took(tmp_path, monkeypatch):
+    from speed_core import planning
+    from speed_core.run_context import open_run
+
+    monkeypatch.setenv("SPEED_RUNS", str(tmp_path))
+    monkeypatch.setattr(planning, "recorded", lambda profile: {"artifacts": {"first": [10.0, 1, 1], "same": [3.0, 1, 1]}})
+    here = open_run("smoke")
+    assert planning.past_error(here) == ""
+    took = {"again": (5.0, 4.0), "first": (8.0, None), "same": (3.0, None), "unknown": (7.0, None), "short": (0.5, 9.0)}
+    for name, (seconds, said) in took.items():
+        (here.store.root / name).mkdir(parents=True)
+        manifest = {"name": name, "seconds": seconds} | ({"predicted_seconds": said} if said else {})
+        (here.store.root / name / "manifest.json").write_text(json.dumps(manifest))
+    assert planning.past_error(here) == "past predictions were off by 22% (median of 2 stages)"
+
+
+def test_a_plan_takes_the_options_of_a_run(tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("SPEED_RUNS", str(tmp_path))
+    from speed_core import preflight
+
+    shown = preflight.plan_text("smoke", {}, only=["3"], seed=1).split("stages:")[1]
+    assert " 03 " in shown and "junior" in shown and " 04 " not in shown and "senior" not in shown
+    with pytest.raises(UserError, match="--from 44: no such notebook"):
+        preflight.plan_text("smoke", {}, start="44")

@@ -4,6 +4,7 @@ import csv
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -87,3 +88,26 @@ def test_the_points_of_a_sweep_run_over_ray_too(tmp_path):
 def test_a_wrong_value_of_a_sweep_is_refused_before_anything_runs(tmp_path):
     done = speed(tmp_path, "run", "--profile", "smoke", "--only", "02", "--set", "seeds=8,many")
     assert done.returncode == 2 and "'seeds'" in done.stderr and not (tmp_path / "smoke" / "variants").exists()
+
+
+def test_sigterm_ends_the_points_that_run_and_begins_no_other(tmp_path):
+    """Three points, two at a time, each a process that sleeps; the sweep is told to end."""
+    (one := tmp_path / "one.py").write_text(
+        f"import os, time\nopen(os.path.join({str(tmp_path)!r}, f'{{os.getpid()}}.pid'), 'w').close()\ntime.sleep(600)\n"
+    )
+    (script := tmp_path / "script.py").write_text(
+        "import signal, sys\nfrom speed_core import sweep\n"
+        "signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))\n"
+        f"sweep.command = lambda *_: [sys.executable, {str(one)!r}]\n"
+        "sweep.run_points('smoke', sweep.points({}, [0, 1, 2]), jobs=2)\n"
+    )
+    env = os.environ | {"SPEED_RUNS": str(tmp_path / "runs"), "PYTHONPATH": os.pathsep.join([str(ROOT), *sys.path])}
+    child = subprocess.Popen([sys.executable, str(script)], env=env, stderr=subprocess.PIPE)
+    deadline = time.monotonic() + 60
+    while len(list(tmp_path.glob("*.pid"))) < 2 and time.monotonic() < deadline:
+        assert child.poll() is None, child.stderr.read()
+        time.sleep(0.1)
+    child.terminate()
+    assert child.wait(30) == 143
+    pids = [p.stem for p in tmp_path.glob("*.pid")]
+    assert len(pids) == 2 and not any(os.path.exists(f"/proc/{pid}") for pid in pids)
