@@ -153,6 +153,8 @@ def execute(
             )
     except PapermillExecutionError as error:
         problem = f"cell {error.exec_count}{_line(error.traceback)}: {error.ename}: {_plain(error.evalue)}"
+        if error.ename == "KeyboardInterrupt" and cell_timeout:
+            problem += f"the cell took longer than {cell_timeout} s (--cell-timeout)"
     except Exception as error:  # a dead kernel, a timeout: papermill raises many types; each is a failed notebook
         problem = f"{_last_started(work)}{type(error).__name__}: {_plain(str(error))}"
     except BaseException:  # Ctrl-C or SIGTERM: what ran so far is kept as a failure, and the signal goes on

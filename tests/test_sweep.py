@@ -111,3 +111,19 @@ def test_sigterm_ends_the_points_that_run_and_begins_no_other(tmp_path):
     assert child.wait(30) == 143
     pids = [p.stem for p in tmp_path.glob("*.pid")]
     assert len(pids) == 2 and not any(os.path.exists(f"/proc/{pid}") for pid in pids)
+
+
+def test_a_run_that_was_killed_goes_on_from_its_artifacts(tmp_path):
+    words = ["run", "--profile", "smoke", "--only", "01,02"]
+    env = os.environ | {"SPEED_RUNS": str(tmp_path)}
+    child = subprocess.Popen([sys.executable, "-m", "speed_core", *words], cwd=ROOT, env=env, stdout=subprocess.DEVNULL)
+    first, second = (tmp_path / "smoke" / "artifacts" / name / "manifest.json" for name in ("tasks", "seeds"))
+    while not first.is_file():
+        assert child.poll() is None
+        time.sleep(0.02)
+    child.kill()
+    child.wait()
+    before = first.stat().st_mtime_ns
+    done = speed(tmp_path, *words)
+    assert done.returncode == 0, done.stderr
+    assert first.stat().st_mtime_ns == before and second.is_file() and "tasks: making it" not in done.stdout
