@@ -160,7 +160,7 @@ def _with_ray(work: Sequence[tuple[list[str], str, str]], jobs: int) -> list[int
     owned = connect()
     try:
         cores = max(1, int(ray.cluster_resources().get("CPU", 1)) // jobs)
-        remote = ray.remote(num_cpus=cores, max_retries=2)(run_point)  # a machine that goes away: the point runs elsewhere
+        remote: Any = ray.remote(num_cpus=cores, max_retries=2)(run_point)  # a machine that goes away: the point runs elsewhere
         return ray.get([remote.remote(*w, _passed_on()) for w in work])
     finally:
         if owned:
