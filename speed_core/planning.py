@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import re
 import statistics
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, redirect_stdout
@@ -26,7 +27,9 @@ RECORDED = Path(__file__).parent / "assets" / "recorded_times.json"
 
 @dataclass(frozen=True)
 class Step:
-    """One stage: `reason` is empty when its artifact is current; seconds, memory (MB) and disk (MB) are None when unknown.
+    """One stage: `reason` is empty when its artifact is current; seconds, memory (MB), disk (MB) and tokens are None when unknown.
+
+    `inputs` are the artifacts that it reads, as far as they are known: the edges of the graph.
 
     With `follows` the stage runs only if the stage before it writes something else than it did: an input that is made
     again with the same contents changes nothing.
@@ -39,6 +42,8 @@ class Step:
     seconds: float | None = None
     peak_mb: float | None = None
     disk_mb: float | None = None
+    tokens: int | None = None  # that its generator writes
+    inputs: tuple[str, ...] = ()
     measured: str = ""
     recorded: bool = False  # the cost is that of the recorded run, perhaps of another machine
     shipped: bool = False  # not made here, but later notebooks can start on one that somebody else made
@@ -219,16 +224,19 @@ def recorded(profile: str) -> dict[str, Any]:
 def _cost(step: Step, made: Artifact | None, shipped: Artifact | None, there: dict[str, Any]) -> Step:
     row = there.get("artifacts", {}).get(step.name)
     if not made and row:
-        return dataclasses.replace(step, seconds=row[0], peak_mb=row[1], disk_mb=row[2], measured=there["device"], recorded=True)
+        took = {"seconds": row[0], "peak_mb": row[1], "disk_mb": row[2], "tokens": row[3], "inputs": tuple(row[4])}
+        return dataclasses.replace(step, **took, measured=there["device"], recorded=True)
     known = made or shipped
     if not known:
         return step
     m, size = known.manifest, sum(f["bytes"] for f in known.manifest["files"].values()) / 2**20
-    return dataclasses.replace(step, seconds=m["seconds"], peak_mb=m.get("peak_mb"), disk_mb=size, measured=m["device"])
+    took = {"seconds": m["seconds"], "peak_mb": m.get("peak_mb"), "disk_mb": size, "tokens": m.get("new_tokens")}
+    return dataclasses.replace(step, **took, inputs=tuple(m["parents"]), measured=m["device"])
 
 
 def record(run: Run, target: Path = RECORDED) -> dict[str, Any]:
-    """Write what each stage of `run` took into `target`, under the profile's name: {artifact: [seconds, peak MB, disk MB]}.
+    """Write what each stage of `run` took into `target`, under the profile's name:
+    {artifact: [seconds, peak MB, disk MB, tokens generated, [inputs]]}.
 
     To be called on the machine that made the run: its speed is measured with it (`machine.gflops`), so that another machine
     can tell how it compares. Predictions of machines that have run nothing yet come from here (`steps`).
@@ -244,7 +252,7 @@ def record(run: Run, target: Path = RECORDED) -> dict[str, Any]:
         "gflops": round(machine.gflops(), 1),
         "date": max(dates)[:10],
         "weights": {role: models.weights_id(models.resolve(name)) for role, name in run.profile.models},
-        "artifacts": {n: [s.seconds, s.peak_mb, round(s.disk_mb or 0, 2)] for n, s in found.items()},
+        "artifacts": {n: [s.seconds, s.peak_mb, round(s.disk_mb or 0, 2), s.tokens, list(s.inputs)] for n, s in found.items()},
     }
     known = json.loads(target.read_text(encoding="utf-8")) if target.is_file() else {}
     write_json(target, known | {run.profile.name: entry})
@@ -266,10 +274,17 @@ def past_error(run: Run) -> str:
 
 
 def _line(group: Sequence[Step]) -> str:
+    """Minutes, memory, disk and tokens of alike stages, their names, the reason, and the sorts of artifacts that they read."""
     seconds = [s.seconds for s in group if s.seconds is not None]
-    time = f"{sum(seconds) / 60:6.1f} min" if len(seconds) == len(group) else "         ?"
+    took = f"{sum(seconds) / 60:6.1f} min" if len(seconds) == len(group) else "         ?"
+    if len(seconds) == len(group):
+        took += f" {max(s.peak_mb or 0 for s in group) / 1024:5.1f} GB {sum(s.disk_mb or 0 for s in group):6.1f} MB"
+    tokens = sum(s.tokens or 0 for s in group)
     names = group[0].name if len(group) == 1 else f"{group[0].name} to {group[-1].name} ({len(group)} stages)"
-    return f"{time}  {names}: {group[0].reason}{', shipped' if group[0].shipped else ''}"
+    inputs = list(dict.fromkeys(re.sub(r"(-\d+)+$", "", i) for s in group for i in s.inputs))
+    read = f"; reads {', '.join(inputs[:4])}{f' and {len(inputs) - 4} more' if len(inputs) > 4 else ''}" if inputs else ""
+    reason = f"{group[0].reason}{', shipped' if group[0].shipped else ''}"
+    return f"{took}  {names}: {reason}{f'; {tokens:,} tokens' if tokens else ''}{read}"
 
 
 def text(run: Run, notebooks: Sequence[str] = ()) -> str:
@@ -306,4 +321,5 @@ def text(run: Run, notebooks: Sequence[str] = ()) -> str:
     if shipped := sum(s.shipped for s in found):
         total += f"; {shipped} artifacts are there as shipped: notebooks that read only those can start first"
     error = past_error(run)
-    return "\n".join(["stages:", *lines, total, *([error] if error else [])])
+    head = "stages (minutes, memory of the process, disk; why it runs; what it generates and reads):"
+    return "\n".join([head, *lines, total, *([error] if error else [])])

@@ -272,7 +272,7 @@ def test_a_plan_takes_the_options_of_a_run(tmp_path, monkeypatch, capsys):
     monkeypatch.setenv("SPEED_RUNS", str(tmp_path))
     from speed_core import preflight
 
-    shown = preflight.plan_text("smoke", {}, only=["3"], seed=1).split("stages:")[1]
+    shown = preflight.plan_text("smoke", {}, only=["3"], seed=1).split("\nstages ")[1]
     assert " 03 " in shown and "junior" in shown and " 04 " not in shown and "senior" not in shown
     with pytest.raises(UserError, match="--from 44: no such notebook"):
         preflight.plan_text("smoke", {}, start="44")

@@ -146,6 +146,8 @@ def test_the_plan_says_what_is_shipped_and_still_counts_its_stage(fresh):
     assert found["seeds"].shipped and found["seeds"].reason == "not made yet" and not found["junior"].shipped
     text = planning.text(open_run("tiny"))
     assert "seeds: not made yet, shipped" in text and "can start first" in text and "using shipped" not in text
+    line = next(x for x in text.splitlines() if "raw: not made yet" in x)
+    assert re.fullmatch(r"  06 +\d+\.\d min +\d+\.\d GB +\d+\.\d MB  raw: .*; [\d,]+ tokens; reads senior", line), line
 
 
 def test_a_replay_takes_nothing_shipped(fresh, monkeypatch):
