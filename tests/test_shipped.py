@@ -1,5 +1,7 @@
 """Upstream that somebody else made: when it is used, what is said, and that it is only read."""
 
+import re
+
 import pytest
 
 from speed_core import pipeline, planning, run, run_context
