@@ -31,20 +31,27 @@ def _overrides(items: list[str] | None) -> dict[str, Any]:
     return out
 
 
-def _file(path: Path | None) -> dict[str, Any]:
-    """Parameters of a file, {name: value}; numbers that YAML 1.1 takes for text (1e-5) are numbers here."""
+def _yaml(text: str, option: str) -> dict[str, Any]:
+    """Parameters written as YAML or JSON; numbers that YAML 1.1 takes for text (1e-5) are numbers here."""
     import yaml
 
-    if path is None:
-        return {}
     try:
-        found = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (OSError, yaml.YAMLError) as error:
-        raise UserError(f"-f {path}: {type(error).__name__}; give a JSON or YAML file of name: value") from None
+        found = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise UserError(f"{option}: {type(error).__name__}; give JSON or YAML, name: value") from None
     if not isinstance(found, dict):
-        raise UserError(f"-f {path}: holds no name: value pairs; write one a line")
+        raise UserError(f"{option}: holds no name: value pairs; write one a line")
     numbers = {k: float(v) for k, v in found.items() if isinstance(v, str) and re.fullmatch(r"[+-]?\d+(\.\d*)?[eE][+-]?\d+", v)}
     return found | numbers
+
+
+def _file(path: Path) -> dict[str, Any]:
+    """Parameters of a JSON or YAML file."""
+    try:
+        text = path.read_text(encoding="utf-8")
+    except OSError as error:
+        raise UserError(f"-f {path}: {error.strerror}; give a JSON or YAML file of name: value") from None
+    return _yaml(text, f"-f {path}")
 
 
 def _grid(items: list[str] | None) -> dict[str, list[Any]]:
@@ -200,6 +207,7 @@ def execute(
     parameter: Annotated[list[str] | None, typer.Option("-p", help="name=value, value as JSON")] = None,
     raw: Annotated[list[str] | None, typer.Option("-r", help="name=text, kept as text")] = None,
     file: Annotated[Path | None, typer.Option("-f", help="parameters of a JSON or YAML file")] = None,
+    written: Annotated[list[str] | None, typer.Option("-y", help="parameters as YAML")] = None,
     kernel: Annotated[str, typer.Option("-k", help="kernel; the notebook's own without")] = "",
     cwd: Annotated[Path | None, typer.Option(help="folder to run in; the notebook's own without")] = None,
     cell_timeout: Annotated[int | None, typer.Option(min=1, help="seconds that one cell may take; no limit without")] = None,
@@ -209,7 +217,10 @@ def execute(
 
     if not source.is_file():
         raise UserError(f"notebook {source}: no such file; give a path to an .ipynb")
-    given = _file(file) | _overrides(parameter) | dict(text.partition("=")[::2] for text in raw or [])
+    given: dict[str, Any] = _file(file) if file else {}
+    for text in written or []:
+        given |= _yaml(text, "-y")
+    given |= _overrides(parameter) | dict(text.partition("=")[::2] for text in raw or [])
     report = execute_one(source, target, given, cell_timeout=cell_timeout, kernel=kernel, cwd=cwd)
     print(f"{report.name}: {report.status} in {report.seconds:.0f} s {report.detail}")
     if report.status != "ok":
