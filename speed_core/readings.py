@@ -130,7 +130,7 @@ def _training(rows: Rows) -> str:
     for name in dict.fromkeys(r["series"] for r in rows):
         mine = [r for r in rows if r["series"] == name]
         said.append(f"{name} from {_f(mine[0], 'loss'):.1f} to {_f(mine[-1], 'loss'):.1f}")
-    return f"the loss falls, {_listed(said)}; the guided one sums over fewer candidates."
+    return f"the loss falls, {_listed(said)}."
 
 
 def _generators(rows: Rows) -> str:
