@@ -287,8 +287,13 @@ def _line(group: Sequence[Step]) -> str:
     return f"{took}  {names}: {reason}{f'; {tokens:,} tokens' if tokens else ''}{read}"
 
 
-def text(run: Run, notebooks: Sequence[str] = ()) -> str:
-    """The stages (of `notebooks`, numbers; all without) as lines: for each notebook one for what is current, and one for each sort of stage that would run (all
+def _teacher(group: Sequence[Step], asked: Mapping[str, str]) -> str:
+    said = [asked[s.name] for s in group if s.name in asked]
+    return f"; asks the teacher: {', '.join(said)}" if said else ""
+
+
+def text(run: Run, notebooks: Sequence[str] = (), asked: Mapping[str, str] | None = None) -> str:
+    """The stages (of `notebooks`, numbers; all without) as lines, with what each asks of the teacher (`asked`, by artifact): for each notebook one for what is current, and one for each sort of stage that would run (all
     `embedder-...`, for instance) and its one reason."""
     found = [s for s in steps(run) if not notebooks or s.notebook in notebooks]
     lines, todo = [], [s for s in found if s.reason]
@@ -301,7 +306,7 @@ def text(run: Run, notebooks: Sequence[str] = ()) -> str:
         for s in part:
             if s.reason:
                 alike.setdefault((s.name.partition("-")[0], s.reason, s.shipped), []).append(s)
-        lines += [f"  {notebook} {_line(group)}" for group in alike.values()]
+        lines += [f"  {notebook} {_line(group)}{_teacher(group, asked or {})}" for group in alike.values()]
     known = [s for s in todo if s.seconds is not None]
     where = sorted({s.measured for s in known})
     if todo:

@@ -237,4 +237,17 @@ def plan_text(
         f"evaluation: {', '.join(p.evaluation.tasks)} at size {p.evaluation.size}",
         f"time: {p.minutes:g} minutes measured" if p.minutes else "time: not measured yet on such a machine",
     ]
-    return "\n".join([*lines, planning.text(run, chosen)])
+    return "\n".join([*lines, planning.text(run, chosen, _asked(p, calls | {"brainstorm": brainstorm}) if endpoint else {})])
+
+
+def _asked(p: profiles.Profile, calls: dict[str, int]) -> dict[str, str]:
+    """What each stage asks of an endpoint: {artifact: "322 calls, about 128,800 tokens, 1.29 USD"}."""
+    out = {}
+    for purpose, name in (("brainstorm", "tasks"), ("seed", "seeds"), ("judge", "pairs"), ("revise", "revisions")):
+        if calls[purpose]:
+            tokens = calls[purpose] * PAPER_TOKENS.get(purpose, 0)
+            usd = tokens * sum(p.teacher.price()) / 2e6
+            out[name] = (
+                f"{calls[purpose]} calls" + (f", about {tokens:,} tokens" if tokens else "") + (f", {usd:.2f} USD" if usd else "")
+            )
+    return out

@@ -283,5 +283,8 @@ def test_a_plan_takes_the_options_of_a_run(tmp_path, monkeypatch, capsys):
 
     shown = preflight.plan_text("smoke", {}, only=["3"], seed=1).split("\nstages ")[1]
     assert " 03 " in shown and "junior" in shown and " 04 " not in shown and "senior" not in shown
+    priced = {"teacher.kind": "openai", "teacher.model": "m", "teacher.prices": [{"model": "m", "input": 2.0, "output": 8.0}]}
+    line = next(x for x in preflight.plan_text("smoke", priced).splitlines() if " seeds: " in x)
+    assert line.endswith("asks the teacher: 48 calls, about 19,200 tokens, 0.10 USD")
     with pytest.raises(UserError, match="--from 44: no such notebook"):
         preflight.plan_text("smoke", {}, start="44")
