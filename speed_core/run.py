@@ -45,10 +45,14 @@ def notebooks(folder: Path) -> list[Path]:
     return sorted(p for p in folder.glob("[0-9][0-9]_*.ipynb"))
 
 
+def _tagged(path: Path) -> list[Any]:
+    cells = nbformat.read(path, as_version=4).cells
+    return [c for c in cells if c.cell_type == "code" and "parameters" in c.metadata.get("tags", [])]
+
+
 def parameters_of(path: Path) -> dict[str, Any]:
     """Names and default values of the cell tagged `parameters`; it may hold literals only."""
-    nb = nbformat.read(path, as_version=4)
-    cells = [c for c in nb.cells if c.cell_type == "code" and "parameters" in c.metadata.get("tags", [])]
+    cells = _tagged(path)
     if len(cells) != 1:
         raise UserError(f"{path.name}: {len(cells)} cells tagged 'parameters', needs exactly one; tag its parameter cell")
     out: dict[str, Any] = {}
@@ -74,8 +78,8 @@ def parameters_of(path: Path) -> dict[str, Any]:
 
 def check_parameters(path: Path, given: Mapping[str, Any]) -> None:
     """Refuse an unknown name (with the nearest known) or a value of another type than the default (None takes any)."""
-    if not given:
-        return  # any notebook may be executed as it is
+    if not given and not _tagged(path):
+        return  # a notebook without parameters is executed as it is
     known = parameters_of(path)
     for name, value in given.items():
         if name not in known:
