@@ -65,9 +65,14 @@ def _grid(items: list[str] | None) -> dict[str, list[Any]]:
     return out
 
 
+def _words(text: str) -> list[str]:
+    """The parts of a list with commas: "03, 04" gives ["03", "04"]."""
+    return [t.strip() for t in text.split(",") if t.strip()]
+
+
 def _seeds(text: str) -> list[int]:
     try:
-        return [int(t) for t in text.split(",") if t.strip()]
+        return [int(t) for t in _words(text)]
     except ValueError:
         raise UserError(f"--seed {text!r}: not whole numbers; write 0 or 0,1,2") from None
 
@@ -88,13 +93,13 @@ def run(
     """Run the notebooks, once or for every point of a sweep; exit code 0 only when all of them truly ran."""
     from speed_core.run import run_all
 
-    numbers = [n.strip() for n in only.split(",") if n.strip()]
+    numbers = _words(only)
     grid, seeds = _grid(set_), _seeds(seed)
     if len(seeds) > 1 or any(len(v) > 1 for v in grid.values()):
-        from speed_core.sweep import run_sweep
+        from speed_core.sweep import points, run_points
 
         more: dict[str, Any] = {"only": numbers, "start": start, "jobs": jobs, "executor": executor, "cell_timeout": cell_timeout}
-        if any(code for _, code in run_sweep(profile, grid, seeds, **more)):
+        if any(code for _, code in run_points(profile, points(grid, seeds), **more)):
             raise typer.Exit(1)
         return
     if executor != "process" or jobs > 1:
@@ -121,7 +126,7 @@ def study(
     from speed_core.run import run_all
     from speed_core.study import run_study
 
-    failed = [p.name for p, code in run_study(profile, [k.strip() for k in only.split(",") if k.strip()], jobs=jobs) if code]
+    failed = [p.name for p, code in run_study(profile, _words(only), jobs=jobs) if code]
     if failed or any(r.status != "ok" for r in run_all(profile, only=["10", "12"])):
         print(f"failed: {', '.join(failed) or 'a notebook'}", file=sys.stderr)
         raise typer.Exit(1)
@@ -139,7 +144,7 @@ def plan(
     """Say what a profile would do: models, counts, teacher calls and cost, GPU-hours, what is already made."""
     from speed_core import preflight
 
-    numbers = [n.strip() for n in only.split(",") if n.strip()]
+    numbers = _words(only)
     print(preflight.plan_text(profile, _overrides(set_), tokens_per_second, seed=seed, only=numbers, start=start))
 
 

@@ -214,7 +214,7 @@ def plan_text(
     brainstorm = p.topics.count * 8 // 3
     tokens = sum(n * PAPER_TOKENS[k] for k, n in calls.items())
     asked = sum(calls.values())
-    usd = tokens * sum(p.teacher.price()) / 2e6  # half of the tokens in, half out
+    usd = p.teacher.cost(tokens / 2, tokens / 2)  # half of the tokens in, half out
     pace = [asked * CALL_SECONDS / p.teacher.concurrency / 60]
     pace += [asked / p.teacher.requests_per_minute] if p.teacher.requests_per_minute else []
     pace += [tokens / p.teacher.tokens_per_minute] if p.teacher.tokens_per_minute else []
@@ -246,7 +246,7 @@ def _asked(p: profiles.Profile, calls: dict[str, int]) -> dict[str, str]:
     for purpose, name in (("brainstorm", "tasks"), ("seed", "seeds"), ("judge", "pairs"), ("revise", "revisions")):
         if calls[purpose]:
             tokens = calls[purpose] * PAPER_TOKENS.get(purpose, 0)
-            usd = tokens * sum(p.teacher.price()) / 2e6
+            usd = p.teacher.cost(tokens / 2, tokens / 2)
             out[name] = (
                 f"{calls[purpose]} calls" + (f", about {tokens:,} tokens" if tokens else "") + (f", {usd:.2f} USD" if usd else "")
             )

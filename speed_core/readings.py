@@ -30,20 +30,24 @@ def _resolved(row: dict[str, str]) -> bool:
     return _f(row, "low") > 0 or _f(row, "high") < 0
 
 
-def _by(rows: Rows, key: str) -> dict[str, dict[str, str]]:
-    return {r[key]: r for r in rows}
+def _by_label(rows: Rows) -> dict[str, dict[str, str]]:
+    return {r["label"]: r for r in rows}
 
 
 def _listed(items: Sequence[str]) -> str:
     return ", ".join(items[:-1]) + " and " + items[-1] if len(items) > 1 else "".join(items)
 
 
+def _those(found: Sequence[str], one: str, many: str) -> str:
+    return f"{_listed(found) or 'none'} {many if len(found) > 1 else one}"
+
+
 def _differences(rows: Rows, whole: str, spec: str = "+.1f") -> str:
     """Reading of a figure of differences in points: the one over all tasks, then which others leave zero out."""
-    by = _by(rows, "label")
+    by = _by_label(rows)
     found = [f"{r['label']} {_interval(r, spec)}" for r in rows if r["label"] != whole and _resolved(r)]
     first = f"over {whole} {_interval(by[whole], spec)} points, {'resolved' if _resolved(by[whole]) else 'not resolved'}"
-    return f"{first}; of the parts {_listed(found) + (' are' if len(found) > 1 else ' is') if found else 'none is'} resolved."
+    return f"{first}; of the parts {_those(found, 'is', 'are')} resolved."
 
 
 def _depth(rows: Rows) -> str:
@@ -60,7 +64,7 @@ def _steps(rows: Rows) -> str:
 
 
 def _valid(rows: Rows) -> str:
-    by = _by(rows, "label")
+    by = _by_label(rows)
     base, junior = by["base"], by["junior"]
     better = "clearly more often" if _f(junior, "low") > _f(base, "high") else "not clearly more often"
     return f"without a grammar the junior writes a valid record in {_interval(junior, '.2f')} of the cases, the base model in {_interval(base, '.2f')}: {better}."
@@ -78,7 +82,7 @@ def _packed(rows: Rows) -> str:
 
 
 def _senior(rows: Rows) -> str:
-    won = _by(rows, "label")["senior wins over junior"]
+    won = _by_label(rows)["senior wins over junior"]
     above = (
         "the interval contains one half: no difference is resolved" if _f(won, "low") <= 0.5 <= _f(won, "high") else "resolved"
     )
@@ -135,13 +139,13 @@ def _training(rows: Rows) -> str:
 
 def _generators(rows: Rows) -> str:
     found = [f"{r['label']} ({_interval(r)} points)" for r in rows if _resolved(r)]
-    return f"of {len(rows)} data sets {_listed(found) + (' differ' if len(found) > 1 else ' differs') if found else 'none differs'} from Jr by more than the noise."
+    return f"of {len(rows)} data sets {_those(found, 'differs', 'differ')} from Jr by more than the noise."
 
 
 def _sweeps(rows: Rows) -> str:
     others = [r for r in rows if r["own"] != "True"]
     found = [f"{r['panel'].split(': ')[-1]} {r['x']} ({_interval(r)} points)" for r in others if _resolved(r)]
-    return f"of {len(others)} other values {_listed(found) + (' differ' if len(found) > 1 else ' differs') if found else 'none differs'} from the profile's own by more than the noise."
+    return f"of {len(others)} other values {_those(found, 'differs', 'differ')} from the profile's own by more than the noise."
 
 
 def _scaling(rows: Rows) -> str:

@@ -78,8 +78,6 @@ def parameters_of(path: Path) -> dict[str, Any]:
 
 def check_parameters(path: Path, given: Mapping[str, Any]) -> None:
     """Refuse an unknown name (with the nearest known) or a value of another type than the default (None takes any)."""
-    if not given and not _tagged(path):
-        return  # a notebook without parameters is executed as it is
     known = parameters_of(path)
     for name, value in given.items():
         if name not in known:
@@ -128,7 +126,8 @@ def execute(
     import papermill
     from papermill.exceptions import PapermillExecutionError
 
-    check_parameters(source, parameters)
+    if parameters or _tagged(source):  # a notebook without parameters is executed as it is
+        check_parameters(source, parameters)
     target.parent.mkdir(parents=True, exist_ok=True)
     started, problem = time.time(), ""
     work = target.with_name(f".{target.stem}.{os.getpid()}.ipynb")
@@ -227,13 +226,16 @@ def _keep(work: Path, target: Path) -> None:
 
 
 def _plain(text: str) -> str:
-    return re.sub(r"\x1b\[[0-9;]*m", "", text).strip().split("\n")[-1][:400]
+    return _uncoloured(text).strip().split("\n")[-1][:400]
+
+
+def _uncoloured(text: str) -> str:
+    return re.sub(r"\x1b\[[0-9;]*m", "", text)
 
 
 def _line(traceback: Sequence[str]) -> str:
     """The line of the cell that failed, of IPython's traceback: ", line `...`", empty when it shows none."""
-    shown = re.sub(r"\x1b\[[0-9;]*m", "", "\n".join(traceback))
-    found = re.search(r"^-+> ?\d+ (.+)$", shown, re.MULTILINE)
+    found = re.search(r"^-+> ?\d+ (.+)$", _uncoloured("\n".join(traceback)), re.MULTILINE)
     return f", line `{found[1].strip()[:120]}`" if found else ""
 
 

@@ -106,26 +106,6 @@ def _passed_on() -> dict[str, str]:
     return {k: v for k, v in os.environ.items() if k.startswith(("SPEED_", "HF_")) or k == "OPENAI_API_KEY"}
 
 
-def run_sweep(
-    profile: str,
-    grid: Mapping[str, Sequence[Any]],
-    seeds: Sequence[int],
-    *,
-    only: Sequence[str] = (),
-    start: str = "",
-    jobs: int = 1,
-    executor: str = "process",
-    cell_timeout: int | None = None,
-) -> list[tuple[Point, int]]:
-    """Run every point, `jobs` at a time; returns each with its exit code, in order, and prints one table.
-
-    `executor` "ray" hands the points to a Ray cluster whose machines share this folder. Points that are finished
-    are found current; killed and started again, a sweep goes on from its artifacts.
-    """
-    more: dict[str, Any] = {"only": only, "start": start, "jobs": jobs, "executor": executor, "cell_timeout": cell_timeout}
-    return run_points(profile, points(grid, seeds), **more)
-
-
 def run_points(
     profile: str,
     todo: Sequence[Point],
@@ -136,7 +116,11 @@ def run_points(
     executor: str = "process",
     cell_timeout: int | None = None,
 ) -> list[tuple[Point, int]]:
-    """Run the given points, `jobs` at a time; returns each with its exit code and prints one table."""
+    """Run the given points, `jobs` at a time; returns each with its exit code, in order, and prints one table.
+
+    `executor` "ray" hands the points to a Ray cluster whose machines share this folder. Points that are finished
+    are found current; killed and started again, a sweep goes on from its artifacts.
+    """
     if not todo:
         return []
     if executor not in EXECUTORS:

@@ -144,7 +144,7 @@ def test_a_lost_tag_and_a_computed_parameter_are_refused(tmp_path):
     plain = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell("x = 1")])
     nbformat.write(plain, tmp_path / "p.ipynb")
     with pytest.raises(UserError, match="tag"):
-        run.check_parameters(tmp_path / "p.ipynb", {"x": 2})
+        run.check_parameters(tmp_path / "p.ipynb", {})
 
 
 @pytest.mark.parametrize(
