@@ -1,7 +1,8 @@
 """Three things to touch: the margin of the mask (07), the written records (06), the temperature (03).
 
-Every one prints its facts first, as ordinary text; the widget comes after it and only where somebody can move it. A page
-without a kernel (a papermill run, an HTML export, a preview on the web) therefore loses nothing and shows no empty box.
+Every one gives its facts first, as ordinary text and, where the notebook has none yet, as a still figure; the widget comes
+after them and only where somebody can move it. A page without a kernel (a papermill run, an HTML export, a preview on the
+web) therefore loses nothing and shows no empty box.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from typing import Any
 
 import ipywidgets as w
 
-from speed_core import records
+from speed_core import provenance, records
 from speed_core.artifacts import Artifact, read_jsonl
 from speed_core.prompts import Prompt, revise
 
@@ -46,13 +47,16 @@ def interactive() -> bool:
     return os.environ.get("SPEED_HEADLESS", "") in ("", "0") and getattr(get_ipython(), "kernel", None) is not None
 
 
-def show(text: str, build: Callable[[], Any]) -> None:
-    """Print `text`; where somebody can touch it, display the widget that `build()` returns as well.
+def show(text: str, build: Callable[[], Any], figure: Any = None) -> None:
+    """Print `text` and display `figure`; where somebody can touch it, display the widget that `build()` returns as well.
 
     The widget is not even made in a headless run: papermill would keep its state in the notebook's metadata, and a page
     made from that would wait for a script from the network. In a front end that draws no widgets a line stands in its place.
     """
     print(text)
+    if figure is not None:
+        title = figure.axes[0].get_title("left")
+        provenance.show(figure, f"{title}. Its numbers stand in the text above.")
     if interactive():
         from IPython.display import display
 
@@ -144,10 +148,14 @@ def entries(planned: Sequence[Prompt], raw: Artifact, revised: Artifact, data: A
     return out
 
 
+def outcome_counts(found: Sequence[Mapping[str, str]]) -> dict[str, int]:
+    """How many texts ended how: {"stage, status, reason": texts}."""
+    return dict(Counter(", ".join(filter(None, (e["stage"], e["status"], e["reason"]))) for e in found))
+
+
 def outcome_table(found: Sequence[Mapping[str, str]]) -> str:
-    """How many texts ended how: a line for each stage, status and reason."""
-    counts = Counter((e["stage"], e["status"], e["reason"]) for e in found)
-    return _table(["stage, status, reason", "texts"], [[", ".join(filter(None, k)), str(n)] for k, n in counts.items()])
+    """`outcome_counts` as text, a line each."""
+    return _table(["stage, status, reason", "texts"], [[k, str(n)] for k, n in outcome_counts(found).items()])
 
 
 def entry_browser(found: Sequence[Mapping[str, str]]) -> Any:
@@ -179,8 +187,10 @@ def entry_browser(found: Sequence[Mapping[str, str]]) -> Any:
 
 def browse(planned: Sequence[Prompt], raw: Artifact, revised: Artifact, data: Artifact) -> None:
     """Notebook 06: how many texts ended how, and a browser of all of them."""
+    from speed_core import plots
+
     found = entries(planned, raw, revised, data)
-    show(outcome_table(found), lambda: entry_browser(found))
+    show(outcome_table(found), lambda: entry_browser(found), plots.outcome_picture(outcome_counts(found)))
 
 
 # --- 03: the temperature -------------------------------------------------------------------------
@@ -196,21 +206,31 @@ def recorded_samples() -> tuple[dict[str, Any], list[dict[str, Any]]]:
     return header, rows
 
 
-def temperature_lines() -> list[str]:
-    """A head and a line for each temperature: share of valid records, its 95% interval over prompts, what was wrong."""
+def temperature_points() -> list[dict[str, Any]]:
+    """For each temperature {x, value, low, high: share of valid records and its 95% interval over prompts; valid, all: counts;
+    wrong: {fault: texts}}."""
     from speed_core import uncertainty
 
     header, rows = recorded_samples()
-    lines = []
+    points: list[dict[str, Any]] = []
     for t in TEMPERATURES:
         here = [r for r in rows if r["temperature"] == t]
         by_prompt = [[r["status"] == "ok" for r in here if r["prompt"] == p] for p in header["prompts"]]
         low, high = uncertainty.bootstrap_interval([sum(v) / len(v) for v in by_prompt], "mean")
         valid = sum(map(sum, by_prompt))
         families = [r["reason"].partition(":")[0] for r in here if r["status"] != "ok"]
-        wrong = Counter(FAULTS.get(f, f) for f in families).most_common()
-        share = f"{valid / len(here):.2f} [{low:.2f}, {high:.2f}]"
-        lines.append([f"{t}", f"{valid} of {len(here)}", share, ", ".join(f"{n} {why}" for why, n in wrong)])
+        counts = {"valid": valid, "all": len(here), "wrong": Counter(FAULTS.get(f, f) for f in families)}
+        points.append({"x": t, "value": valid / len(here), "low": low, "high": high} | counts)
+    return points
+
+
+def temperature_lines() -> list[str]:
+    """A head and a line for each of `temperature_points`."""
+    lines = []
+    for p in temperature_points():
+        share = f"{p['value']:.2f} [{p['low']:.2f}, {p['high']:.2f}]"
+        wrong = ", ".join(f"{n} {why}" for why, n in p["wrong"].most_common())
+        lines.append([f"{p['x']}", f"{p['valid']} of {p['all']}", share, wrong])
     return _table(["temperature", "valid", "share, 95% interval", "the others"], lines).split("\n")
 
 
@@ -242,8 +262,11 @@ def temperature_slider() -> Any:
 
 def temperature() -> None:
     """Notebook 03: share of valid records at four temperatures (recorded), and the texts behind it."""
+    from speed_core import plots
+
     header, rows = recorded_samples()
     made = f"recorded {header['date']} on {header['device']}: profile {header['profile']}, junior {header['junior'][:12]}"
     record = rows[0]["record"]
     samples = [f"{r['temperature']}: {' '.join(r['raw'].split())[:110]} ..." for r in rows if r["record"] == record]
-    show("\n".join([made, *temperature_lines(), "", "one prompt, one seed:", *samples]), temperature_slider)
+    text = "\n".join([made, *temperature_lines(), "", "one prompt, one seed:", *samples])
+    show(text, temperature_slider, plots.temperature_picture(temperature_points()))

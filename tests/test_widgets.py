@@ -8,7 +8,7 @@ import nbformat
 import pytest
 import torch
 
-from speed_core import run, widgets
+from speed_core import plots, run, widgets
 from speed_core.guided_loss import false_negative_mask
 from speed_core.run_context import ROOT
 
@@ -39,15 +39,16 @@ def test_outside_a_kernel_only_the_text_is_shown(columns, capsys):
     assert capsys.readouterr().out.startswith("text\nmargin  query-positive")
 
 
-def test_the_runner_leaves_plain_text_in_the_notebook_and_no_widget(tmp_path):
+def test_the_runner_leaves_text_and_a_still_figure_in_the_notebook_and_no_widget(tmp_path):
     nb = nbformat.read(ROOT / "notebooks" / "03_junior_generator.ipynb", 4)
     nb.cells = [c for c in nb.cells if "parameters" in c.metadata.get("tags", []) or "widgets.temperature(" in c.source]
     nbformat.write(nb, tmp_path / "03.ipynb")
     report = run.execute(tmp_path / "03.ipynb", tmp_path / "done.ipynb", {}, show=False)
     assert report.status == "ok", report.detail
     done = nbformat.read(tmp_path / "done.ipynb", 4)
-    (output,) = done.cells[-1].outputs
-    assert output.name == "stdout" and "share, 95% interval" in output.text
+    said, still = done.cells[-1].outputs
+    assert said.name == "stdout" and "share, 95% interval" in said.text
+    assert 'alt="Valid records, recorded samples. Its numbers' in still.data["text/html"]
     assert "widgets" not in done.metadata and "SPEED_HEADLESS" not in os.environ
 
 
@@ -68,6 +69,18 @@ def test_the_margin_table_counts_what_the_mask_removes_and_a_larger_margin_remov
     totals = [int(line[-1]) for line in lines]
     assert totals == sorted(totals) and totals[0] < totals[-1]
     assert totals[3] == sum(int(gone.sum()) for gone in false_negative_mask(*columns).removed.values())
+
+
+def test_the_still_figures_draw_the_numbers_of_the_text():
+    points = widgets.temperature_points()
+    (ax,) = plots.temperature_picture(points).axes
+    assert ax.lines[0].get_ydata().tolist() == [p["valid"] / p["all"] for p in points]
+    found = [{"stage": "raw", "status": s, "reason": r} for s, r in [("ok", "")] * 3 + [("truncated", "length")]]
+    counts = widgets.outcome_counts(found)
+    (ax,) = plots.outcome_picture(counts).axes
+    assert [bar.get_width() for bar in ax.patches] == [3, 1] == list(counts.values())
+    assert [t.get_text() for t in ax.get_yticklabels()] == ["raw, ok", "raw, truncated, length"]
+    plt.close("all")
 
 
 def test_moving_the_margin_draws_another_picture_and_leaves_no_figure_open(columns):
