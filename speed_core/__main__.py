@@ -319,13 +319,13 @@ def bundle(
 def record(profile: ProfileName = "tiny") -> None:
     """Take a finished run into the package: its logs, what each stage took, and the data sets that a fresh clone starts on."""
     from speed_core import bundle as bundles
-    from speed_core import planning, readings, replay
+    from speed_core import forecast, planning, readings, replay
     from speed_core.run import notebooks
     from speed_core.run_context import ROOT, open_run
 
     run = open_run(profile)
     entry = planning.record(run)
-    print(f"{planning.RECORDED.name}: {len(entry['artifacts'])} stages, {entry['device']} ({entry['cpu']}), {entry['date']}")
+    print(f"{forecast.RECORDED.name}: {len(entry['artifacts'])} stages, {entry['device']} ({entry['cpu']}), {entry['date']}")
     print(f"assets/shipped/{profile}: {len(bundles.carry(run))} artifacts")
     if profile == "tiny":  # behind the committed figures
         print(f"{replay.RECORDED.name}: sha256 {replay.export_logs(run, replay.RECORDED)}")

@@ -1,7 +1,8 @@
 """What a run would do, said before it does it: every stage, why it would run, and what that takes.
 
 The stages are asked, not described a second time: each is called with a store that makes nothing and notes the reason
-that the real store would give. Minutes, memory and disk are those of the newest run that made the same artifact.
+that the real store would give. Minutes, memory and disk are those of the newest run that made the same artifact, and
+where there is none those of the recorded run (`forecast`).
 """
 
 from __future__ import annotations
@@ -18,11 +19,9 @@ from io import StringIO
 from pathlib import Path
 from typing import Any
 
-from speed_core import experiments, machine, models, pipeline, sft
+from speed_core import experiments, forecast, machine, models, pipeline, sft
 from speed_core.artifacts import Artifact, Draft, Store, UserError, write_json
 from speed_core.run_context import Run
-
-RECORDED = Path(__file__).parent / "assets" / "recorded_times.json"
 
 
 @dataclass(frozen=True)
@@ -197,7 +196,7 @@ def steps(run: Run) -> list[Step]:
     dry = DryStore(run.store)
     run = dataclasses.replace(run, store=dry)
     sft.quiet()
-    out = []
+    out, ahead = [], forecast.Forecast.of(run.profile)
     for notebook, name, call in stages(run):
         made = dry.made(name)
         if made is None:
@@ -212,35 +211,32 @@ def steps(run: Run) -> list[Step]:
         reason = dry.reasons.setdefault(name, "")
         shipped = None if made else dry.get(name)
         step = Step(notebook, name, reason, name in dry.follows, shipped=shipped is not None)
-        out.append(_cost(step, made, shipped, recorded(run.profile.name)))
+        out.append(_cost(step, made, shipped, ahead))
     return out
 
 
-def recorded(profile: str) -> dict[str, Any]:
-    """What `record` wrote for a profile: device, cpu, cores, gflops, date, weights, artifacts; empty when it never ran."""
-    return json.loads(RECORDED.read_text(encoding="utf-8")).get(profile, {}) if RECORDED.is_file() else {}
-
-
-def _cost(step: Step, made: Artifact | None, shipped: Artifact | None, there: dict[str, Any]) -> Step:
-    row = there.get("artifacts", {}).get(step.name)
-    if not made and row:
-        took = {"seconds": row[0], "peak_mb": row[1], "disk_mb": row[2], "tokens": row[3], "inputs": tuple(row[4])}
-        return dataclasses.replace(step, **took, measured=there["device"], recorded=True)
+def _cost(step: Step, made: Artifact | None, shipped: Artifact | None, ahead: forecast.Forecast | None) -> Step:
+    """The step with what it took here the last time, else in the recorded run, scaled to this size (`forecast`)."""
+    if not made and ahead and (said := ahead.expected(step.name)):
+        took = {k: v for k, v in said._asdict().items() if k != "inputs"}
+        where = ahead.entry["device"] + ahead.scaled
+        return dataclasses.replace(step, **took, inputs=tuple(said.inputs), measured=where, recorded=True)
     known = made or shipped
     if not known:
         return step
-    m, size = known.manifest, sum(f["bytes"] for f in known.manifest["files"].values()) / 2**20
-    took = {"seconds": m["seconds"], "peak_mb": m.get("peak_mb"), "disk_mb": size, "tokens": m.get("new_tokens")}
+    m, size_mb = known.manifest, sum(f["bytes"] for f in known.manifest["files"].values()) / 2**20
+    took = {"seconds": m["seconds"], "peak_mb": m.get("peak_mb"), "disk_mb": size_mb, "tokens": m.get("new_tokens")}
     return dataclasses.replace(step, **took, inputs=tuple(m["parents"]), measured=m["device"])
 
 
-def record(run: Run, target: Path = RECORDED) -> dict[str, Any]:
-    """Write what each stage of `run` took into `target`, under the profile's name:
+def record(run: Run, target: Path | None = None) -> dict[str, Any]:
+    """Write what each stage of `run` took into `target` (`forecast.RECORDED`), under the profile's name:
     {artifact: [seconds, peak MB, disk MB, tokens generated, [inputs]]}.
 
     To be called on the machine that made the run: its speed is measured with it (`machine.gflops`), so that another machine
     can tell how it compares. Predictions of machines that have run nothing yet come from here (`steps`).
     """
+    target = target or forecast.RECORDED
     found = {s.name: s for s in steps(run) if s.seconds is not None and not s.recorded and not s.shipped}
     if not found:
         raise UserError(f"record: nothing is made in {run.folder.parent.name}/{run.folder.name}; run the notebooks first")
@@ -262,12 +258,13 @@ def record(run: Run, target: Path = RECORDED) -> dict[str, Any]:
 def past_error(run: Run) -> str:
     """How far earlier predictions of this run's stages were off: the median of |predicted - taken| / taken, and of how many.
 
-    A stage is predicted by what it took here the last time, and the first time by the recorded run.
+    A stage is predicted by what it took here the last time, and the first time by the recorded run (`forecast`).
     """
-    off, there = [], recorded(run.profile.name).get("artifacts", {})
+    off, ahead = [], forecast.Forecast.of(run.profile)
     for path in run.store.root.glob("*/manifest.json"):
         m = json.loads(path.read_text(encoding="utf-8"))
-        said = m.get("predicted_seconds") or there.get(m["name"], [0])[0]
+        first = ahead.expected(m["name"]) if ahead and not m.get("predicted_seconds") else None
+        said = m.get("predicted_seconds") or (first.seconds if first else 0)
         if said and m["seconds"] >= 1 and said != m["seconds"]:  # shorter stages are all rounding; equal: it is the recorded run
             off.append(abs(said - m["seconds"]) / m["seconds"])
     return f"past predictions were off by {100 * statistics.median(off):.0f}% (median of {len(off)} stages)" if off else ""

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from speed_core import bundle, machine, models, planning, tasks
+from speed_core import bundle, forecast, machine, models, planning, tasks
 from speed_core import profile as profiles
 from speed_core.artifacts import UserError
 from speed_core.offline_tasks import CARRIERS
@@ -61,7 +61,7 @@ def _existing(path: Path) -> Path:
 
 def _weights(profile: profiles.Profile) -> list[tuple[str, str, str]]:
     """Models of a profile: are they here, whole, and the ones that the recorded run had?"""
-    out, recorded = [], planning.recorded(profile.name).get("weights", {})
+    out, recorded = [], forecast.recorded(profile.name).get("weights", {})
     online = os.environ.get("HF_HUB_OFFLINE") != "1"
     for role, name in profile.models:
         try:
@@ -125,11 +125,12 @@ def _time_text(run: Run, todo: Sequence[planning.Step]) -> str:
         return "none: every stage is current"
     if not known:
         return f"unknown: none of the {len(todo)} stages was measured at {run.profile.name} yet"
-    there, scale, source = planning.recorded(run.profile.name), 1.0, "measured in this run folder"
+    scale, source = 1.0, "measured in this run folder"
     if any(s.shipped for s in known):
         source = f"as the shipped artifacts took on {', '.join(sorted({s.measured for s in known}))}"
-    if any(s.recorded for s in known):
-        source = f"as recorded on {there['cpu']}, {there['cores']} cores, {there['date']}"
+    if any(s.recorded for s in known) and (ahead := forecast.Forecast.of(run.profile)):
+        there = ahead.entry
+        source = f"as recorded on {there['cpu']}, {there['cores']} cores, {there['date']}{ahead.scaled}"
         if "cpu" in there["device"]:
             scale = there["gflops"] / machine.gflops()
             source += f", times {scale:.1f}, which is what a matrix product takes here against there"

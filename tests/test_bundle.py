@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from speed_core import bundle, machine, models, planning, preflight
+from speed_core import bundle, forecast, machine, models, planning, preflight
 from speed_core.artifacts import UserError
 from speed_core.run_context import ROOT, open_run
 
@@ -186,7 +186,7 @@ def test_recorded_times_come_from_a_run_and_predict_another(small, tmp_path, mon
     monkeypatch.setenv("SPEED_RUNS", str(runs))
     entry = planning.record(open_run("smoke"), target)
     assert set(entry["artifacts"]) == {"tasks", "seeds"} and entry["cores"] >= 1 and entry["gflops"] > 0
-    monkeypatch.setattr(planning, "RECORDED", target)
+    monkeypatch.setattr(forecast, "RECORDED", target)
     monkeypatch.setenv("SPEED_RUNS", str(empty / "other"))
     found = {s.name: s for s in planning.steps(open_run("smoke"))}
     assert (
