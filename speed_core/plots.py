@@ -335,7 +335,10 @@ def scaling(
 
 
 def sweeps(run: Run, name: str, rows: Sequence[Mapping[str, Any]], inputs: Sequence[Artifact], title: str) -> None:
-    """Fig. 3: a panel for each sweep; rows {panel, x, own, value, low, high, each, paper} as `study.rows` gives them."""
+    """Fig. 3: a panel for each sweep; rows {panel, x, own, records, value, low, high, each, paper} as `study.rows` gives them.
+
+    A point whose models learned from another number of records than the profile's own says so under its value.
+    """
     panels = list(dict.fromkeys(r["panel"] for r in rows))
     columns = min(3, len(panels))
     lines = -(-len(panels) // columns)
@@ -352,7 +355,10 @@ def sweeps(run: Run, name: str, rows: Sequence[Mapping[str, Any]], inputs: Seque
             if not r["own"]:
                 ax.plot([i + 0.15] * len(r["each"]), r["each"], "_", color=OURS, ms=6)
         ax.axhline(0, color=GREY, lw=1, ls="--")
-        ax.set_xticks(range(len(found)), [r["x"] for r in found])
+        usual = next((r["records"] for r in found if r["own"]), None)
+        few = [r["records"] not in (None, usual) for r in found]
+        ticks = [f"{r['x']}\n({r['records']} records)" if other else r["x"] for r, other in zip(found, few, strict=True)]
+        ax.set_xticks(range(len(found)), ticks)
         ax.margins(x=0.15)
         ax.set_title(f"{panel}\npaper: {found[0]['paper']}", fontsize=8.5)
     for ax in axes[:, 0]:

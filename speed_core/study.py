@@ -100,15 +100,29 @@ def run_study(profile: str, keys: Sequence[str] = (), *, jobs: int = 1) -> list[
     return done
 
 
+def at_value(run: Run, sweep: Sweep, value: Any) -> Run:
+    """The run of a point: the profile's own, or the variant that `run_study` made for the value."""
+    if value == dotted(run.profile)[sweep.parameter]:
+        return run
+    one = point(run, sweep, value)
+    return open_run(run.profile.name, one.overrides, run.profile.seed, variant=one.name)
+
+
+def records(run: Run, sweep: Sweep, value: Any) -> int | None:
+    """How many records each embedding model of a point learned from; None when none was trained there."""
+    at = at_value(run, sweep, value)
+    model = at.store.get(f"embedder-{sweep.arm}-{experiments.training_seeds(at)[0]}")
+    return model.json("training.json")["rows"] if model else None
+
+
 def collect(run: Run, sweep: Sweep) -> tuple[dict[Any, list[dict[str, Any]]], list[Artifact]]:
     """({value: scores of its training seeds} of the points that were run and are current, the artifacts of these scores)."""
     found: dict[Any, list[dict[str, Any]]] = {}
     inputs: list[Artifact] = []
     own, count = dotted(run.profile)[sweep.parameter], len(run.profile.study.sweep_seeds or run.profile.study.seeds)
     for value in sweep.points(run):
-        at, one = run, point(run, sweep, value)
+        at = at_value(run, sweep, value)
         if value != own:
-            at = open_run(run.profile.name, one.overrides, run.profile.seed, variant=one.name)
             if not (at.folder / "times.jsonl").is_file():
                 continue
             names = {f"scores-{sweep.arm}-{s}" for s in experiments.training_seeds(at)}
@@ -124,13 +138,14 @@ def collect(run: Run, sweep: Sweep) -> tuple[dict[Any, list[dict[str, Any]]], li
 
 
 def rows(run: Run, sweep: Sweep, found: Mapping[Any, Sequence[Any]]) -> list[dict[str, Any]]:
-    """Rows {panel, x, value, low, high, ...}: each value's mean score minus that at the profile's own value."""
+    """Rows {panel, x, records, value, low, high, ...}: each value's mean score minus that at the profile's own value."""
     own = dotted(run.profile)[sweep.parameter]
     out = []
     for value, results in found.items():
         e = uncertainty.difference(results, found[own])
         out.append(
             {"panel": f"{sweep.key}: {sweep.label}", "x": named_value(value), "own": value == own, "paper": sweep.paper}
+            | {"records": records(run, sweep, value)}
             | e.row("")
         )
     return out

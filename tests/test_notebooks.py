@@ -217,6 +217,8 @@ def test_a_point_of_a_sweep_is_read_once_it_was_run_and_compared_with_the_runs_o
     assert sorted(found) == [0.7, 1.0] and len(inputs) == 2
     rows = study.rows(here, one, found)
     assert [r["value"] for r in rows if r["own"]] == [0] and study.estimate(one, found) is None
+    own = [r["records"] for r in rows if r["own"]]
+    assert own == [here.store.need("embedder-jr-0").json("training.json")["rows"]] and all(r["records"] for r in rows)
     assert study.estimate(one, {1: found[0.7], 2: found[1.0], 3: found[0.7]})["value"] == pytest.approx(rows[1]["value"])
 
 

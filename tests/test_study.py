@@ -4,7 +4,7 @@ import dataclasses
 
 import pytest
 
-from speed_core import claims, study
+from speed_core import claims, plots, study
 from speed_core.artifacts import UserError
 from speed_core.run_context import open_run
 
@@ -88,3 +88,11 @@ def test_a_sweep_can_do_with_fewer_seeds_than_the_run(tmp_path, monkeypatch):
     assert open_run("tiny", point.overrides).profile.study.seeds == (0, 1)
     with pytest.raises(UserError, match="not the first of seeds"):
         open_run("tiny", {"study.sweep_seeds": [2]})
+
+
+def test_a_point_that_learned_from_fewer_records_says_so_in_the_figure(run):
+    row = {"panel": "3a: temperature", "paper": "best at 1.0", "value": 0.0, "low": -1.0, "high": 1.0, "each": [0.0]}
+    found = [row | {"x": "0.7", "own": True, "records": 48}, row | {"x": "1.3", "own": False, "records": 36}]
+    plots.sweeps(run, "10_sweeps", found, [], "One value changed")
+    drawn = (run.figures / "10_sweeps.svg").read_text(encoding="utf-8")
+    assert drawn.count("(36 records)") == 1 and "(48 records)" not in drawn
