@@ -169,12 +169,10 @@ class VllmEngine:
     name = "vllm"
 
     def __init__(self, model: str, adapter: Path | None = None, dtype: str = "bfloat16", max_length: int = 1024):
-        folder = str(models.merged_folder(model, adapter)) if adapter else models.resolve(model)
-        config = {"model": folder, "dtype": dtype, "max_length": max_length}
         self._errors = tempfile.TemporaryFile("w+b")
         read_end, write_end = os.pipe()
         self._child = subprocess.Popen(
-            [sys.executable, "-m", "speed_core.vllm_worker", str(write_end), json.dumps(config)],
+            [sys.executable, "-m", "speed_core.vllm_worker", str(write_end)],
             stdin=subprocess.PIPE,
             stdout=self._errors,
             stderr=self._errors,
@@ -183,8 +181,15 @@ class VllmEngine:
         )
         os.close(write_end)
         self._out = os.fdopen(read_end, encoding="utf-8")
-        self._tokenizer = models.load_tokenizer(folder)
-        self._wait_ready()
+        try:  # while the child imports
+            folder = str(models.merged_folder(model, adapter)) if adapter else models.resolve(model)
+            self._send((json.dumps({"model": folder, "dtype": dtype, "max_length": max_length}) + "\n").encode())
+            self._tokenizer = models.load_tokenizer(folder)
+            self._wait_ready()
+        except BaseException:
+            self._child.kill()
+            self.close()
+            raise
 
     def _wait_ready(self) -> None:
         line = self._out.readline()

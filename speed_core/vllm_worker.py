@@ -1,36 +1,59 @@
 """The child process of `engines.VllmEngine`: jobs come in on stdin, completions leave on a pipe.
 
-Run as `python -m speed_core.vllm_worker FD CONFIG`. One JSON line a job in, one JSON line a
-completion out, as soon as it is finished. The process ends when stdin closes.
+Run as `python -m speed_core.vllm_worker FD`. The first JSON line in says which model; then one JSON line a job in,
+one JSON line a completion out, as soon as it is finished. The process ends when stdin closes.
 """
 
 from __future__ import annotations
 
 import json
+import math
 import os
 import sys
 from typing import Any
 
+CPU_REQUESTS = 64  # at a time
+
+
+def cache_gigabytes(config: Any, max_length: int, requests: int = CPU_REQUESTS) -> int:
+    """GiB of keys and values in 16 bits for `requests` of `max_length` tokens each; `config`: transformers', of the model."""
+    text = config.get_text_config()
+    heads = getattr(text, "num_key_value_heads", None) or text.num_attention_heads
+    size = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
+    return math.ceil(2 * 2 * text.num_hidden_layers * heads * size * max_length * requests / 2**30)
+
 
 def main() -> None:
     out = os.fdopen(int(sys.argv[1]), "w", encoding="utf-8", buffering=1)
-    config = json.loads(sys.argv[2])
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
     os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
-    os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "2")  # GB; the engine would take half the memory
     # The engine runs in this very process: one process to end, nothing left behind.
     os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
 
+    # The longest part of the start, so it comes before the model's name, which the parent may still be merging.
     import torch
-    from vllm import LLM, SamplingParams
+    import vllm.renderers.hf as renderer
+    from transformers import AutoConfig
+    from vllm import EngineArgs, LLMEngine, SamplingParams
+    from vllm.config import StructuredOutputsConfig
     from vllm.sampling_params import RequestOutputKind, StructuredOutputsParams
 
     from speed_core.sampling import vllm_processor
 
+    # Copies for threads that tokenise; prompts come here as ids, and a copy of 262,144 words takes 3 s.
+    renderer.maybe_make_thread_pool = lambda tokenizer, copies=1: tokenizer
+
+    if not (line := sys.stdin.readline()):
+        return
+    config = json.loads(line)
     cpu = not torch.cuda.is_available()
+    if cpu:  # the engine would take half the memory, and fill with zeros what it takes
+        gigabytes = cache_gigabytes(AutoConfig.from_pretrained(config["model"]), config["max_length"])
+        os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", str(gigabytes))
     nucleus = vllm_processor()
-    llm = LLM(
-        config["model"],
+    # Not `LLM`: it prepares chats, and reads the tokenizer again for that.
+    arguments = EngineArgs(
+        model=config["model"],
         dtype=config["dtype"],
         max_model_len=config["max_length"],
         # Graph compilation costs 36 s more at the start and gains 10% (2 cores, gemma-3-270m).
@@ -39,15 +62,15 @@ def main() -> None:
         # "CPU Generator does not use offset" (vllm 0.32.0), so prompts are prefilled whole.
         enable_chunked_prefill=not cpu,
         max_num_batched_tokens=max(4096, config["max_length"]),
-        max_num_seqs=64 if cpu else 256,
+        max_num_seqs=CPU_REQUESTS if cpu else 256,
         # Top-p without a sort; on a GPU sorting is cheap, and vLLM's own stays.
         logits_processors=[nucleus] if cpu else None,
         enable_prefix_caching=True,
         disable_log_stats=True,
         # Without this the JSON grammar admits endless whitespace between tokens.
-        structured_outputs_config={"backend": "xgrammar", "disable_any_whitespace": True},
+        structured_outputs_config=StructuredOutputsConfig(backend="xgrammar", disable_any_whitespace=True),
     )
-    engine = llm.llm_engine
+    engine = LLMEngine.from_engine_args(arguments)
     out.write(json.dumps({"ready": True}) + "\n")
     for line in sys.stdin:
         job = json.loads(line)

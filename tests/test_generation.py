@@ -5,7 +5,7 @@ import json
 
 import pytest
 
-from speed_core import engines, generate, judge, prompts, records, sft
+from speed_core import engines, generate, judge, models, prompts, records, sft
 from speed_core.artifacts import UserError, read_jsonl
 
 BASE = "package:gemma-3-270m"
@@ -58,6 +58,17 @@ def test_vllm_runs_in_a_process_of_its_own_and_ends_with_it(tmp_path):
     assert refused[0]["status"] == "error" and "limit 512" in refused[0]["reason"], "a long prompt ends itself, not the engine"
     assert all(e["raw"].startswith('{"') and "\n" not in e["raw"][:3] for e in entries)
     assert "100" in text, "without <bos> the model would only repeat itself"
+
+
+def test_the_cache_of_vllm_on_a_cpu_holds_all_requests_of_full_length():
+    from transformers import AutoConfig
+
+    from speed_core.vllm_worker import CPU_REQUESTS, cache_gigabytes
+
+    config = AutoConfig.from_pretrained(models.resolve(BASE)).get_text_config()
+    a_token = 2 * 2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim  # keys and values, 16 bits
+    assert (cache_gigabytes(config, 640) - 1) * 2**30 < a_token * 640 * CPU_REQUESTS <= cache_gigabytes(config, 640) * 2**30
+    assert cache_gigabytes(config, 6400) > 5 * cache_gigabytes(config, 640)
 
 
 def test_continuous_batching_holds_each_request_to_its_own_grammar_and_free_text_to_none(tmp_path):
