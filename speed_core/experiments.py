@@ -18,8 +18,8 @@ TABLE2 = ("jr", "jr_re", "sr", "sr_re")
 ARMS = (*TABLE2, "base", "teacher")  # of notebook 10
 
 
-def ablation_data(run: Run) -> dict[str, Artifact]:
-    """The data sets of `study.arms`: of junior and senior, each as written and revised (Table 2, the same prompts), of the
+def ablation_data(run: Run, arms: Sequence[str] | None = None) -> dict[str, Artifact]:
+    """The data sets of `study.arms` (or of `arms`): of junior and senior, each as written and revised (Table 2, the same prompts), of the
     base model without training (Table 1's generator off the shelf), and the teacher's own examples."""
     everything = pipeline.plan(run, "synthesis", run.profile.synthesis.count)
     # Some records are lost on the way; 40% more prompts than records leave enough.
@@ -49,7 +49,7 @@ def ablation_data(run: Run) -> dict[str, Artifact]:
         return own(pipeline.revised_records(run, raw, better, everything, "senior")), [raw, better]
 
     out: dict[str, Artifact] = {}
-    for arm in run.profile.study.arms:
+    for arm in arms or run.profile.study.arms:
         rows, parents = made(arm)
         out[arm] = pipeline.dataset(run, f"synthetic-{arm}", rows, parents, f"Ablation {arm}, see notebook 10.")
     return out

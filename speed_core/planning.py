@@ -175,9 +175,11 @@ def stages(run: Run) -> list[tuple[str, str, Callable[[], Any]]]:
         ("09", "contamination-synthetic", partial(experiments.contamination, run, "synthetic")),
     ]
     given = p.study.arms
-    needed = {"raw-junior": {"jr", "jr_re"}, "revised-junior": {"jr_re"}, "raw-base": {"base"}}
-    for name in [n for n, by in needed.items() if by & set(given)] + [f"synthetic-{k}" for k in given]:
-        out.append(("10", name, partial(experiments.ablation_data, run)))
+    needed = {"raw-junior": ("jr", "jr_re"), "revised-junior": ("jr_re",), "raw-base": ("base",)}
+    made_by = {n: [arm for arm in arms if arm in given][:1] for n, arms in needed.items()} | {
+        f"synthetic-{k}": [k] for k in given
+    }
+    out += [("10", name, partial(experiments.ablation_data, run, arms)) for name, arms in made_by.items() if arms]
     for name in [f"{arm}-{k}" for arm in experiments.ablation_arms(run) for k in seeds]:
         out.append(("10", f"embedder-{name}", partial(experiments.ablation_embedders, run)))
         out.append(("10", f"scores-{name}", score(name, f"embedder-{name}")))
@@ -208,6 +210,11 @@ def steps(run: Run) -> list[Step]:
             except UserError as error:
                 missing = [a for a in dry.reasons if f"artifact {a!r}" in str(error)]
                 dry.reasons.setdefault(name, f"input.{missing[0]} is not there yet" if missing else str(error))
+            except KeyError:  # what is there of an input answers other prompts than this run's
+                stale = [a for a in made.manifest["parents"] if dry.reasons.get(a)]
+                if name not in dry.reasons and not stale:
+                    raise
+                dry.reasons.setdefault(name, f"input.{(stale or [''])[0]} will answer other prompts")
         reason = dry.reasons.setdefault(name, "")
         shipped = None if made else dry.get(name)
         step = Step(notebook, name, reason, name in dry.follows, shipped=shipped is not None)

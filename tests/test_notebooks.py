@@ -222,6 +222,16 @@ def test_a_point_of_a_sweep_is_read_once_it_was_run_and_compared_with_the_runs_o
     assert study.estimate(one, {1: found[0.7], 2: found[1.0], 3: found[0.7]})["value"] == pytest.approx(rows[1]["value"])
 
 
+def test_the_plan_of_other_prompts_names_what_would_be_asked_again(smoke, monkeypatch):
+    from speed_core import planning
+    from speed_core.run_context import open_run
+
+    monkeypatch.setenv("SPEED_RUNS", str(smoke[0]))
+    reasons = {s.name: s.reason for s in planning.steps(open_run("smoke", {"topics.tasks_per_topic": 2}))}
+    assert reasons["raw"].startswith("prompts ") and reasons["raw-junior"].startswith("prompts ")
+    assert reasons["revised-junior"] == "input.raw-junior will answer other prompts" and not reasons["seeds"]
+
+
 def test_data_sets_and_figures_are_rebuilt_elsewhere_from_the_log_alone_without_weights(smoke, tmp_path):
     speed = [sys.executable, "-m", "speed_core"]
     archive = str(tmp_path / "smoke.tar.gz")
