@@ -116,7 +116,10 @@ def difference(old: Any, new: Any, prefix: str = "") -> list[str]:
         for key in sorted(set(old) | set(new)):
             out += difference(old.get(key), new.get(key), f"{prefix}{key}.")
         return out
-    return [] if canonical(old) == canonical(new) else [f"{prefix.rstrip('.')} {old} -> {new}"]
+    if canonical(old) == canonical(new):
+        return []
+    said = (text if len(text) <= 80 else f"{text[:77]}..." for text in (str(old), str(new)))  # a digest is shown whole
+    return [f"{prefix.rstrip('.')} {' -> '.join(said)}"]
 
 
 class Store:

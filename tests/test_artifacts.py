@@ -147,3 +147,10 @@ def test_a_full_disk_ends_in_one_line_and_keeps_every_finished_outcome(tmp_path,
         assert len(read_jsonl(tmp_path / "raw.jsonl")) == len(rows) + 1
     else:
         assert Store(tmp_path).get("weights").file("old").read_text() == "old"
+
+
+def test_a_long_value_is_cut_in_what_is_said_and_not_in_what_is_compared():
+    one, other = {"a": {"x": [0.1] * 50}}, {"a": {"x": [0.1] * 49 + [0.2]}}
+    (said,) = difference(one, other)
+    assert said.startswith("a.x [0.1, 0.1") and said.count("...") == 2 and len(said) < 180
+    assert difference(one, one) == [] and difference({"d": "f" * 64}, {"d": None}) == [f"d {'f' * 64} -> None"]
