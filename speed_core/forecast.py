@@ -114,10 +114,10 @@ def work(p: Profile, name: str) -> tuple[str, float]:
         return name, training.examples * training.epochs
     if name == "senior":
         return name, min(p.senior.examples, p.senior.prompts) * p.senior.epochs
-    if head == "student":
+    if head == "student" and name.count("-") == 3:
         _, layers, arm, _ = name.split("-")
         return head, int(layers) * s.student.examples * s.student.epochs * (2 if arm == "both" else 1)
-    if head == "embedder":
+    if head == "embedder" and "-" in name:
         arm = name.split("-")[1]
         whole = min(p.embedding.examples, p.synthesis.count)
         size = whole if arm in ("guided", "plain") else int(arm[5:]) if arm.startswith("scale") else s.ablation_examples

@@ -262,11 +262,13 @@ def test_a_number_without_its_zero_is_that_notebook(tmp_path):
 
 
 def test_past_predictions_are_compared_with_what_the_stages_took(tmp_path, monkeypatch):
-    from speed_core import planning
+    from speed_core import forecast, planning
     from speed_core.run_context import open_run
 
     monkeypatch.setenv("SPEED_RUNS", str(tmp_path))
-    monkeypatch.setattr(planning, "recorded", lambda profile: {"artifacts": {"first": [10.0, 1, 1], "same": [3.0, 1, 1]}})
+    rows = {"first": [10.0, 1, 1, None, []], "same": [3.0, 1, 1, None, []]}
+    (tmp_path / "times.json").write_text(json.dumps({"smoke": {"device": "cpu", "artifacts": rows}}))
+    monkeypatch.setattr(forecast, "RECORDED", tmp_path / "times.json")
     here = open_run("smoke")
     assert planning.past_error(here) == ""
     took = {"again": (5.0, 4.0), "first": (8.0, None), "same": (3.0, None), "unknown": (7.0, None), "short": (0.5, 9.0)}
