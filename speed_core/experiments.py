@@ -11,19 +11,24 @@ from typing import Any
 
 from speed_core import models, pipeline, prompts
 from speed_core.artifacts import Artifact, write_json
-from speed_core.profile import dotted
+from speed_core.profile import Profile, dotted
 from speed_core.run_context import Run
 
 TABLE2 = ("jr", "jr_re", "sr", "sr_re")
 ARMS = (*TABLE2, "base", "teacher")  # of notebook 10
 
 
+def ablation_prompts(p: Profile) -> int:
+    """How many of the synthesis prompts junior and senior answer for the comparison; some records are lost on the way, and
+    40% more prompts than records leave enough."""
+    return min(p.synthesis.count, int(p.study.ablation_examples * 1.4))
+
+
 def ablation_data(run: Run, arms: Sequence[str] | None = None) -> dict[str, Artifact]:
-    """The data sets of `study.arms` (or of `arms`): of junior and senior, each as written and revised (Table 2, the same prompts), of the
-    base model without training (Table 1's generator off the shelf), and the teacher's own examples."""
+    """The data sets of `study.arms` (or of `arms`): of junior and senior, each as written and revised (Table 2, the same
+    prompts), of the base model without training (Table 1's generator off the shelf), and the teacher's own examples."""
     everything = pipeline.plan(run, "synthesis", run.profile.synthesis.count)
-    # Some records are lost on the way; 40% more prompts than records leave enough.
-    planned = everything[: min(len(everything), int(run.profile.study.ablation_examples * 1.4))]
+    planned = everything[: ablation_prompts(run.profile)]
     ids = {q.id for q in planned}
 
     def own(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:

@@ -17,6 +17,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from speed_core import experiments
 from speed_core import profile as profiles
 from speed_core.profile import Profile
 
@@ -103,7 +104,7 @@ def _alike(p: Profile) -> tuple[Any, ...]:
 def work(p: Profile, name: str) -> tuple[str, float]:
     """(sort, amount) of a stage's work at a profile; costs of one sort compare by amount, which is 1 for a fixed cost."""
     s, head = p.study, name.partition("-")[0]
-    compared = min(p.synthesis.count, int(s.ablation_examples * 1.4))  # prompts of notebook 10, see experiments.ablation_data
+    compared = experiments.ablation_prompts(p)
     written = dict.fromkeys(EVALUATIONS, p.synthesis.evaluation_prompts)
     written |= dict.fromkeys(("raw", "revised", "raw-base"), p.synthesis.count)
     written |= {"root": p.senior.prompts * p.senior.candidates, "raw-junior": compared, "revised-junior": compared}

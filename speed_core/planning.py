@@ -212,9 +212,10 @@ def steps(run: Run) -> list[Step]:
                 dry.reasons.setdefault(name, f"input.{missing[0]} is not there yet" if missing else str(error))
             except KeyError:  # what is there of an input answers other prompts than this run's
                 stale = [a for a in made.manifest["parents"] if dry.reasons.get(a)]
-                if name not in dry.reasons and not stale:
+                if stale:
+                    dry.reasons.setdefault(name, f"input.{stale[0]} will answer other prompts")
+                elif name not in dry.reasons:
                     raise
-                dry.reasons.setdefault(name, f"input.{(stale or [''])[0]} will answer other prompts")
         reason = dry.reasons.setdefault(name, "")
         shipped = None if made else dry.get(name)
         step = Step(notebook, name, reason, name in dry.follows, shipped=shipped is not None)

@@ -206,6 +206,7 @@ def recorded_samples() -> tuple[dict[str, Any], list[dict[str, Any]]]:
     return header, rows
 
 
+@lru_cache(maxsize=1)
 def temperature_points() -> list[dict[str, Any]]:
     """For each temperature {x, value, low, high: share of valid records and its 95% interval over prompts; valid, all: counts;
     wrong: {fault: texts}}."""
