@@ -242,9 +242,9 @@ def adapters(target: Path, profile: ProfileName = "tiny") -> None:
 
     run = open_run(profile)
     for name in ("junior", "revisor"):
-        shutil.copytree(run.store.need(name).path, target / name, dirs_exist_ok=True)
+        shutil.copytree(run.store.need(name).weights(), target / name, dirs_exist_ok=True)
     # The senior's adapter belongs to base and junior; joined with the junior's it belongs to the base.
-    models.joined_adapter(run.store.need("junior").path, run.store.need("senior").path, target / "senior")
+    models.joined_adapter(run.store.need("junior").weights(), run.store.need("senior").weights(), target / "senior")
     modules = " ".join(f"{name}={target / name}" for name in ("junior", "senior", "revisor"))
     rank = max(json.loads((target / n / "adapter_config.json").read_text())["r"] for n in ("junior", "senior", "revisor"))
     base = run.profile.models.generator
@@ -254,12 +254,18 @@ def adapters(target: Path, profile: ProfileName = "tiny") -> None:
 
 
 @app.command(name="export")
-def export_(target: Path, profile: ProfileName = "tiny", set_: Annotated[list[str] | None, typer.Option("--set")] = None) -> None:
+def export_(
+    target: Path,
+    profile: ProfileName = "tiny",
+    set_: Annotated[list[str] | None, typer.Option("--set")] = None,
+    whole: Annotated[bool, typer.Option("--whole", help="all but weights, to go on with the run on another machine")] = False,
+) -> None:
     """Write the request logs of a run (and its training histories, no weights) to one archive and print its digest."""
-    from speed_core.replay import export_logs
+    from speed_core import moving, replay
     from speed_core.run_context import open_run
 
-    print(f"{target}: sha256 {export_logs(open_run(profile, _overrides(set_)), target)}")
+    write = moving.export if whole else replay.export_logs
+    print(f"{target}: sha256 {write(open_run(profile, _overrides(set_)), target)}")
 
 
 @app.command(name="import")
@@ -269,14 +275,23 @@ def import_(
     ] = None,
     rebuild: Annotated[bool, typer.Option(help="rebuild data sets and figures from the logs")] = True,
 ) -> None:
-    """Check an archive of logs, take it in, rebuild its data sets and figures from it; exit code 1 when one differs."""
+    """Check an archive of logs, take it in, rebuild its data sets and figures from it; exit code 1 when one differs.
+
+    An archive of `export --whole` is only taken in: `run` goes on where it stopped.
+    """
     import os
 
-    from speed_core import experiments, replay
+    from speed_core import experiments, moving, replay
     from speed_core.run import run_all
     from speed_core.run_context import open_run
 
     source = source or replay.RECORDED
+    if moving.is_whole(source):
+        run = moving.take_in(source, open_run)
+        print(
+            f"imported into {run.folder.parent.name}/{run.folder.name}; go on: python -m speed_core run --profile {run.profile.name}"
+        )
+        return
     run = replay.import_logs(source, open_run)
     print(f"imported into {run.folder.parent.name}/{run.folder.name}")
     if not rebuild:

@@ -81,8 +81,18 @@ class Artifact:
         return self.path / name
 
     def complete(self) -> bool:
-        """Are all files there that the manifest names?"""
-        return all(self.file(f).is_file() for f in self.manifest["files"])
+        """Are all files there that the manifest names, those aside that stayed on another machine (`moving`)?"""
+        return all(self.file(f).is_file() or f in self.manifest.get("elsewhere", ()) for f in self.manifest["files"])
+
+    def weights(self) -> Path:
+        """The folder of a trained model. Raises UserError where its weights stayed on the machine that trained it."""
+        if lost := [f for f in self.manifest.get("elsewhere", ()) if not self.file(f).is_file()]:
+            raise UserError(
+                f"artifact {self.name!r} came without its weights ({lost[0]}), which are to be read now; remove its folder in "
+                f"{self.path.parent.parent.name}/{self.path.parent.name} and run again: it is trained anew, and what was made "
+                "from it stays if the digest is the same"
+            )
+        return self.path
 
     def changes(self, parameters: Mapping[str, Any], parents: Iterable[Artifact]) -> list[str]:
         """What was otherwise when it was made: ['decoding.temperature 1.0 -> 0.7', 'input.seeds 4c6c -> 99fe']."""

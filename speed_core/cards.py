@@ -51,7 +51,7 @@ def write(run: Run, name: str, out: Path) -> Path:
     if not name.startswith(("embedder-", "synthetic")):
         raise UserError(f"card {name!r}: cards are written for embedder-* and synthetic* artifacts; give one of those")
     artifact = run.store.need(name)
-    if out.resolve() == artifact.path.resolve():
+    if out.resolve() == artifact.weights().resolve():
         raise UserError(f"{out}: this is the artifact itself; give another folder")
     out.mkdir(parents=True, exist_ok=True)
     for file in artifact.manifest["files"]:

@@ -214,7 +214,7 @@ def scores(run: Run, name: str, model: Artifact | str, *, instructed: bool = Tru
         if draft:
             from speed_core import evaluate
 
-            where = str(model.path) if isinstance(model, Artifact) else model
+            where = str(model.weights()) if isinstance(model, Artifact) else model
             encoder = evaluate.load(where, name, instructed=instructed, max_length=e.max_length, batch_size=e.batch_size)
             found = evaluate.resolve_tasks(e.tasks, e.size)
             write_json(draft.file("scores.json"), evaluate.evaluate(encoder, found, run.folder / "mteb", label=name))

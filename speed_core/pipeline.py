@@ -196,7 +196,7 @@ def _generate(
 
         # The server holds the weights; an adapter that was made here is named by its digest all the same.
         made = run.store.get(generator) if generator != "base" else None
-        model_id = f"server:{base}+{models.weights_id(made.path) if made else generator}"
+        model_id = f"server:{base}+{models.weights_id(made.weights()) if made else generator}"
         served = ServerEngine(g.base_url, base if generator == "base" else generator, base, concurrency=g.concurrency)
         try:
             return generate.run(requests, model=base, model_id=model_id, engine=served, **common)
@@ -213,11 +213,11 @@ def generator_weights(run: Run, generator: str) -> tuple[str, Any]:
     base = run.profile.models.generator
     if generator == "base":
         return base, None
-    adapter = run.store.need(generator).path
+    adapter = run.store.need(generator).weights()
     if generator == "senior":
         from speed_core import dpo
 
-        return dpo.starting_point(base, run.store.need("junior").path), adapter
+        return dpo.starting_point(base, run.store.need("junior").weights()), adapter
     return base, adapter
 
 
@@ -269,7 +269,7 @@ def senior(run: Run) -> Artifact:
         if draft:
             dpo.train(
                 run.profile.models.generator,
-                junior_.path,
+                junior_.weights(),
                 pairs.rows(),
                 run.profile.senior,
                 seed=run.profile.seed,

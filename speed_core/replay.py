@@ -14,7 +14,7 @@ import io
 import json
 import tarfile
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -50,6 +50,11 @@ def export_logs(run: Run, target: Path) -> str:
         "figures": figures(run),
         "files": {name: hashlib.sha256(data).hexdigest() for name, data in contents.items()},
     }
+    return pack(manifest, contents, target)
+
+
+def pack(manifest: dict[str, Any], contents: Mapping[str, bytes], target: Path) -> str:
+    """Write `manifest` and files as one archive; returns its SHA-256. The manifest names every file and its digest (`files`)."""
     work = target.with_name(target.name + ".part")
     target.parent.mkdir(parents=True, exist_ok=True)
     # Time stamps would make two exports of the same logs differ.
@@ -97,11 +102,19 @@ def import_logs(source: Path, open_for: Callable[[str], Run]) -> Run:
     """Check an export and put it into the run folder of its profile; nothing unequal that is there is touched."""
     manifest, found = read_archive(source)
     run = open_for(manifest["profile"])
-    for name, data in found.items():
-        path, parts = run.folder / name, Path(name).parts
+    for name in found:
+        parts = Path(name).parts
         inside = parts[0] == "log" or (parts[0] == "artifacts" and parts[1:2] and parts[1] in TRAINED)
         if not inside or ".." in parts:
             raise UserError(f"{source.name}: {name} would land outside of the run's logs; fetch or export it again")
+    put(run, found)
+    return run
+
+
+def put(run: Run, found: Mapping[str, bytes]) -> None:
+    """Write files into a run folder; refuses all of them when another one of a name is there, and then touches nothing."""
+    for name, data in found.items():
+        path = run.folder / name
         if path.exists() and path.read_bytes() != data:
             raise UserError(f"{name}: another one is there already; set SPEED_RUNS to an empty folder and import again")
     for name, data in found.items():
@@ -110,7 +123,6 @@ def import_logs(source: Path, open_for: Callable[[str], Run]) -> Run:
         work = path.with_name(path.name + ".part")
         work.write_bytes(data)
         work.replace(path)
-    return run
 
 
 def compare(run: Run, source: Path) -> list[tuple[str, str, str]]:

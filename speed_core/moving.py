@@ -1,0 +1,75 @@
+"""A run moves to another machine, finished or not: everything but the weights, in one archive.
+
+Data sets, scores, logs and figures are small; trained models are not, and what was made from them no longer needs them. So
+their manifests travel without the weights (`elsewhere`), and whoever needs these after all is told (`Artifact.weights`). A
+model that nothing was made from yet stays behind whole: it is trained again.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+from speed_core.artifacts import MANIFEST, UserError
+from speed_core.bundle import WEIGHTS
+from speed_core.profile import dotted
+from speed_core.replay import pack, put, read_archive
+from speed_core.run_context import Run
+
+HISTORY = "times.jsonl"
+FOLDERS = ("log", "artifacts", "figures")
+
+
+def export(run: Run, target: Path) -> str:
+    """Write the run with the points of its sweeps to `target` (.tar.gz); returns the archive's SHA-256."""
+    contents: dict[str, bytes] = {}
+    for part in (run.folder, *sorted(p for p in (run.folder / "variants").glob("*") if p.is_dir())):
+        contents |= {str(Path(part.relative_to(run.folder), name)): data for name, data in _files(part)}
+    if not contents:
+        raise UserError(f"export: {run.folder.name} has neither logs nor artifacts; run notebook 01 first")
+    manifest = {
+        "profile": run.profile.name,
+        "values": dotted(run.profile),
+        "whole": True,
+        "files": {name: hashlib.sha256(data).hexdigest() for name, data in contents.items()},
+    }
+    return pack(manifest, contents, target)
+
+
+def _files(folder: Path) -> Iterator[tuple[str, bytes]]:
+    """(name, content) of what travels of a run folder or of one point's, in order of the names."""
+    manifests = {p.parent.name: json.loads(p.read_text(encoding="utf-8")) for p in folder.glob(f"artifacts/*/{MANIFEST}")}
+    read = {parent for m in manifests.values() for parent in m["parents"]}
+    for place in (folder / HISTORY, *(p for name in ("log", "figures") for p in sorted((folder / name).glob("*")))):
+        if place.is_file() and not place.name.startswith("."):
+            yield str(place.relative_to(folder)), place.read_bytes()
+    for name, manifest in sorted(manifests.items()):
+        heavy = [f for f in manifest["files"] if f.endswith(WEIGHTS)]
+        if name.startswith(".") or heavy and name not in read:
+            continue
+        for file in sorted(set(manifest["files"]) - set(heavy)):
+            path = folder / "artifacts" / name / file
+            if path.is_file():
+                yield f"artifacts/{name}/{file}", path.read_bytes()
+        said = manifest | ({"elsewhere": heavy} if heavy else {})
+        yield f"artifacts/{name}/{MANIFEST}", (json.dumps(said, indent=1) + "\n").encode()
+
+
+def take_in(source: Path, open_for: Callable[[str], Run]) -> Run:
+    """Check an archive of `export` and put it into the run folder of its profile; nothing unequal that is there is touched."""
+    manifest, found = read_archive(source)
+    for name in found:
+        parts = Path(name).parts
+        inside = parts[2:] if parts[0] == "variants" else parts
+        if not inside or ".." in parts or not (inside[0] in FOLDERS or inside == (HISTORY,)):
+            raise UserError(f"{source.name}: {name} would land outside of a run's folders; fetch or export it again")
+    run = open_for(manifest["profile"])
+    put(run, found)
+    return run
+
+
+def is_whole(source: Path) -> bool:
+    """Is it an archive of `export`, and not of `replay.export_logs`?"""
+    return bool(read_archive(source)[0].get("whole"))

@@ -1,0 +1,105 @@
+"""A run goes to another machine without its weights and goes on there."""
+
+import subprocess
+import sys
+
+import pytest
+
+from speed_core import moving, replay
+from speed_core.artifacts import UserError
+from speed_core.run_context import ROOT, open_run
+
+
+def train(run, name, parents, data=b"weights"):
+    with run.store.stage(name, {"seed": 0}, parents) as draft:
+        if draft:
+            draft.file("adapter_model.safetensors").write_bytes(data)
+            draft.file("training.json").write_text("{}")
+    return run.store.made(name)
+
+
+def write(run, name, parents, text='{"id": 1}\n'):
+    with run.store.stage(name, {}, parents) as draft:
+        if draft:
+            draft.file("data.jsonl").write_text(text)
+    return run.store.made(name)
+
+
+@pytest.fixture
+def archive(tmp_path, monkeypatch):
+    """Of a run with a trained and read junior, an embedder that is not scored yet, and a point of a sweep; nothing of it is here."""
+    monkeypatch.setenv("SPEED_RUNS", str(tmp_path / "there"))
+    run = open_run("smoke", {})
+    seeds = write(run, "seeds", [])
+    write(run, "eval-junior", [train(run, "junior", [seeds])])
+    train(run, "embedder-guided-0", [seeds])
+    point = open_run("smoke", {"seed": 1}, variant="seed=1")
+    write(point, "raw-junior", [train(point, "revisor", [seeds])])
+    (point.folder / "times.jsonl").write_text("{}\n")
+    run.log("seeds").parent.mkdir()
+    run.log("seeds").write_text('{"id": "a"}\n')
+    moving.export(run, tmp_path / "whole.tar.gz")
+    monkeypatch.setenv("SPEED_RUNS", str(tmp_path / "here"))
+    return tmp_path / "whole.tar.gz"
+
+
+def test_what_was_made_from_a_model_needs_its_weights_no_longer_and_an_unread_model_is_trained_again(archive):
+    run = moving.take_in(archive, open_run)
+    seeds, junior = run.store.need("seeds"), run.store.need("junior")
+    assert run.store.why_stale("junior", {"seed": 0}, [seeds]) == "" == run.store.why_stale("eval-junior", {}, [junior])
+    assert not list(run.folder.rglob("*.safetensors")) and run.store.made("embedder-guided-0") is None
+    assert run.log("seeds").read_text() == '{"id": "a"}\n'
+    point = open_run("smoke", {"seed": 1}, variant="seed=1")
+    assert point.store.why_stale("raw-junior", {}, [point.store.need("revisor")]) == ""
+    assert (point.folder / "times.jsonl").is_file()
+
+
+def test_whoever_needs_the_weights_is_told_in_one_line_and_the_same_weights_leave_everything_as_it_is(archive):
+    import shutil
+
+    run = moving.take_in(archive, open_run)
+    seeds, before = run.store.need("seeds"), run.store.need("eval-junior").digest
+    with pytest.raises(UserError, match="'junior' came without its weights .*remove its folder") as error:
+        run.store.need("junior").weights()
+    assert "\n" not in str(error.value)
+    shutil.rmtree(run.store.root / "junior")
+    again = train(run, "junior", [seeds])
+    assert again.weights() == run.store.root / "junior"
+    assert run.store.why_stale("eval-junior", {}, [again]) == "" and run.store.need("eval-junior").digest == before
+    shutil.rmtree(run.store.root / "junior")
+    assert "input.junior" in run.store.why_stale("eval-junior", {}, [train(run, "junior", [seeds], b"others")])
+
+
+def test_the_same_run_gives_the_same_archive_again_also_from_where_it_was_taken_in(archive, tmp_path):
+    run = moving.take_in(archive, open_run)
+    moving.export(run, tmp_path / "again.tar.gz")
+    assert (tmp_path / "again.tar.gz").read_bytes() == archive.read_bytes()
+
+
+def test_another_file_that_is_there_already_stops_an_import_before_it_writes(archive):
+    run = open_run("smoke")
+    run.log("seeds").parent.mkdir()
+    run.log("seeds").write_text("mine\n")
+    with pytest.raises(UserError, match=r"log/seeds.jsonl: another one is there already"):
+        moving.take_in(archive, open_run)
+    assert run.log("seeds").read_text() == "mine\n" and not (run.store.root / "seeds").exists()
+
+
+@pytest.mark.parametrize("name", ["../x", "notes/x", "variants/p/notes/x", "variants/../../x", "artifacts/../../../x"])
+def test_an_archive_that_reaches_outside_of_the_run_is_refused(tmp_path, name):
+    import hashlib
+
+    replay.pack({"profile": "smoke", "files": {name: hashlib.sha256(b"x").hexdigest()}}, {name: b"x"}, tmp_path / "a.tar.gz")
+    with pytest.raises(UserError, match="would land outside"):
+        moving.take_in(tmp_path / "a.tar.gz", open_run)
+
+
+def test_the_two_commands_carry_a_run_over(archive, tmp_path):
+    def speed(*words):
+        return subprocess.run([sys.executable, "-m", "speed_core", *words], cwd=ROOT, capture_output=True, text=True)
+
+    done = speed("import", str(archive))
+    assert done.returncode == 0 and "go on: python -m speed_core run --profile smoke" in done.stdout, done.stderr
+    done = speed("export", "--whole", "--profile", "smoke", str(tmp_path / "b.tar.gz"))
+    assert done.returncode == 0 and "sha256" in done.stdout
+    assert (tmp_path / "b.tar.gz").read_bytes() == archive.read_bytes()
