@@ -16,6 +16,7 @@ from speed_core.run_context import Run
 
 TABLE2 = ("jr", "jr_re", "sr", "sr_re")
 ARMS = (*TABLE2, "base", "teacher")  # of notebook 10
+TOPIC = "Computers"  # the topic that notebook 07 leaves out of a student's data, then puts back in (G5)
 
 
 def ablation_prompts(p: Profile) -> int:
@@ -156,7 +157,7 @@ def embedder(
 
 def student_arms(run: Run) -> list[tuple[int, int, str]]:
     """(layers, seed, arm) of notebook 07's students; only the smallest gets the arms beside guided and plain."""
-    plan, more = run.profile.study.student, ("weak", "margin", "labelled", "both")
+    plan, more = run.profile.study.student, ("weak", "margin", "labelled", "both", "uncovered", "covered")
     return [
         (layers, seed, arm)
         for layers in plan.layers
@@ -176,7 +177,8 @@ def student(run: Run, layers: int, arm: str, seed: int) -> Artifact:
     """Artifact `student-...`: the guide's first `layers` layers, trained on the seed data.
 
     `arm`: "plain" (no mask), "guided", "margin" (mask with margin 0.05), "weak" (the mask of a guide of two layers), and
-    guided on other data: "labelled" (equally many pairs that people labelled, `offline_tasks.labelled_pairs`), "both".
+    guided on other data: "labelled" (equally many pairs that people labelled, `offline_tasks.labelled_pairs`), "both",
+    "uncovered" and "covered" (`topic_records`).
     """
     from speed_core import embed, offline_tasks
 
@@ -193,7 +195,10 @@ def student(run: Run, layers: int, arm: str, seed: int) -> Artifact:
     if arm in ("labelled", "both"):
         rows += offline_tasks.labelled_pairs(plan.examples, run.profile.data_seed, run.profile.evaluation.size)
         parameters["labelled"] = prompts.text_digest("".join(r["query"] + r["positive"] for r in rows))
-    if arm != "labelled":
+    if arm in ("uncovered", "covered"):
+        rows, parents = topic_records(run, covered=arm == "covered"), [run.store.need("seeds")]
+        parameters["topic"] = TOPIC
+    elif arm != "labelled":
         rows, parents = pipeline.teacher_records(run)[: plan.examples] + rows, [run.store.need("seeds")]
     with run.store.stage(name, parameters, parents) as draft:
         if draft:
@@ -202,6 +207,24 @@ def student(run: Run, layers: int, arm: str, seed: int) -> Artifact:
                 str(base), rows, settings, guide=guide_, guide_cache=run.folder / "guide", seed=seed, output=draft.path, label=name
             )  # fmt: skip
     return run.store.need(name)
+
+
+def topic_records(run: Run, *, covered: bool) -> list[dict[str, Any]]:
+    """The teacher's records without any on `TOPIC`, or with all of those in place of the last others: equally many."""
+    records = pipeline.teacher_records(run)
+    on = [r for r in records if r["topic"].split("/")[0] == TOPIC]
+    off = [r for r in records if r["topic"].split("/")[0] != TOPIC]
+    return off[: len(off) - len(on)] + on if covered else off
+
+
+def by_topic(run: Run, result: dict[str, Any]) -> dict[str, Any]:
+    """The chatterbot retrieval of a scored model as two tasks: "on" holds the questions about computing, "off" the others."""
+    from speed_core import offline_tasks
+
+    computing = [c in offline_tasks.COMPUTING for c in offline_tasks.question_categories(run.profile.evaluation.size)]
+    items = result["tasks"][offline_tasks.QUESTIONS]["items"]
+    parts = {name: [v for v, c in zip(items, computing, strict=True) if c == on] for name, on in (("on", True), ("off", False))}
+    return {"tasks": {k: {"type": "Retrieval", "score": sum(v) / len(v), "items": v} for k, v in parts.items()}}
 
 
 def scores(run: Run, name: str, model: Artifact | str, *, instructed: bool = True) -> dict[str, Any]:

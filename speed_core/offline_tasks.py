@@ -181,15 +181,30 @@ def set_retrieval(
     task.data_loaded = True
 
 
+QUESTIONS = "OfflineChatterBotRetrieval"
+COMPUTING = ("ai", "coding", "computers", "tech_support")  # of the categories of its questions
+
+
+def _questions(size: dict[str, int]) -> list[tuple[str, str, str]]:
+    """(category, question, answer) of the retrieval task, in the order of its queries; the reranking task draws from them."""
+    pairs = chatterbot_pairs()
+    return random.Random(1).sample(pairs, min(size["retrieval"], len(pairs)))
+
+
+def question_categories(size: str) -> list[str]:
+    """The category of each question of the retrieval task, in the order of its queries and items."""
+    return [category for category, _, _ in _questions(SIZES[size])]
+
+
 def _retrieval(size: dict[str, int]) -> Any:
     class OfflineChatterBotRetrieval(AbsTaskRetrieval):
         metadata = metadata(
-            "OfflineChatterBotRetrieval", "Given a question, find its answer.", "Retrieval", "ndcg_at_10",
+            QUESTIONS, "Given a question, find its answer.", "Retrieval", "ndcg_at_10",
             {"query": "Given a question, retrieve the text that answers it"}, "chatterbot-corpus",
         )  # fmt: skip
 
         def load_data(self, num_proc: int | None = None, *, timer: Any = None, **kwargs: Any) -> None:
-            pairs = random.Random(1).sample(chatterbot_pairs(), min(size["retrieval"], len(chatterbot_pairs())))
+            pairs = _questions(size)
             queries = {f"q{i}": q for i, (_, q, _a) in enumerate(pairs)}
             corpus = {f"d{i}": a for i, (_, _q, a) in enumerate(pairs)}
             set_retrieval(self, queries, corpus, {f"q{i}": {f"d{i}": 1} for i in range(len(pairs))}, None)

@@ -7,6 +7,7 @@ from hypothesis import strategies as st
 from speed_core import curate, embed, evaluate, models, offline_tasks, prefix, uncertainty
 from speed_core.artifacts import UserError
 from speed_core.profile import Curate
+from speed_core.run_context import open_run
 
 
 def row(i, query, positive="some other text entirely here", kind="sts"):
@@ -130,6 +131,27 @@ def test_labelled_pairs_share_a_newsgroup_and_no_text_with_a_task():
     assert not evaluated & {r[c] for r in rows for c in ("query", "positive")}
     with pytest.raises(UserError, match="lower study.student.examples"):
         offline_tasks.labelled_pairs(10**6, 0, "tiny")
+
+
+def test_a_left_out_topic_is_replaced_by_equally_many_other_examples_and_questions_are_split_by_it(tmp_path, monkeypatch):
+    from speed_core import experiments, pipeline
+
+    monkeypatch.setenv("SPEED_RUNS", str(tmp_path))
+    run = open_run("smoke", {"seeds": 120})
+    pipeline.brainstorm(run)
+    pipeline.seed_data(run)
+    without, with_ = (experiments.topic_records(run, covered=c) for c in (False, True))
+    on = {r["id"] for r in with_} - {r["id"] for r in without}
+    assert len(without) == len(with_) == len({r["id"] for r in with_}) and len(on) >= 5
+    assert all(r["topic"].startswith(experiments.TOPIC) == (r["id"] in on) for r in with_ + without)
+    category = {q: c for c, q, _ in offline_tasks.chatterbot_pairs()}
+    (task,) = offline_tasks.offline_tasks("smoke", [offline_tasks.QUESTIONS])
+    task.load_data()
+    asked = task.dataset["default"]["test"]["queries"]["text"]
+    items = [float(category[q] in offline_tasks.COMPUTING) for q in asked]
+    parts = experiments.by_topic(run, {"tasks": {offline_tasks.QUESTIONS: {"items": items}}})["tasks"]
+    assert (parts["on"]["score"], parts["off"]["score"]) == (1.0, 0.0)
+    assert len(parts["on"]["items"]) + len(parts["off"]["items"]) == len(asked)
 
 
 def test_a_model_does_not_differ_from_itself_and_a_better_one_does(results):
