@@ -48,7 +48,8 @@ def ablation_data(run: Run, arms: Sequence[str] | None = None) -> dict[str, Arti
                 return pipeline.to_records(run, raw.rows(), planned, "junior"), [raw]
             better = pipeline.revise(run, "revised-junior", raw, planned)
             return pipeline.revised_records(run, raw, better, planned, "junior"), [raw, better]
-        raw = run.store.need("raw")
+        # Notebook 06 made it; at a point of a sweep that trains another senior it is made here, without what 06 does next.
+        raw = pipeline.sample(run, "raw", everything, "senior")
         if arm == "sr":
             return own(pipeline.to_records(run, raw.rows(), everything, "senior")), [raw]
         better = run.store.need("revised")

@@ -50,8 +50,8 @@ class Sweep:
 SWEEPS = (
     Sweep("3a", "S12", "temperature", "generation.temperature", "jr", ("10",), "best at 1.0 of 0.2-1.5", (0.3, 0.7, 1.0, 1.3)),
     Sweep("3b", "S13", "seed examples", "junior.examples", "jr", ("03", "10"), "25K of 5K-100K", shares=(0.125, 0.25, 0.5, 1)),
-    Sweep("3c", "S14", "beta of DPO", "senior.beta", "sr", ("04", "06", "10"), "best at 0.1 of 0.05-0.3", (0.02, 0.1, 0.5)),
-    Sweep("3d", "S15", "preference pairs", "senior.examples", "sr", ("04", "06", "10"), "10K of 5K-15K", shares=(0.25, 0.5, 1)),
+    Sweep("3c", "S14", "beta of DPO", "senior.beta", "sr", ("04", "10"), "best at 0.1 of 0.05-0.3", (0.02, 0.1, 0.5)),
+    Sweep("3d", "S15", "preference pairs", "senior.examples", "sr", ("04", "10"), "10K of 5K-15K", shares=(0.25, 0.5, 1)),
     Sweep("3e", "S16", "revisions", "revisor.examples", "jr_re", ("05", "10"), "10K of 5K-50K", shares=(0.25, 0.5, 1)),
     Sweep(
         "T3",
