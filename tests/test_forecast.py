@@ -36,11 +36,13 @@ def test_the_start_is_the_intercept_of_seconds_over_tokens():
 
 def test_each_stage_of_the_night_has_a_time_that_says_where_it_comes_from(tmp_path, monkeypatch):
     monkeypatch.setenv("SPEED_RUNS", str(tmp_path))
+    known = forecast.recorded("tiny")
+    monkeypatch.setattr(forecast, "_all", lambda: {"tiny": known})
     found = planning.steps(open_run("overnight"))
     assert all(s.seconds is not None and s.recorded and s.measured.endswith("scaled from profile tiny") for s in found)
     inputs = {s.name: s.inputs for s in found}
     assert inputs["scores-bare-3"] == ("embedder-guided-3",) and inputs["embedder-jr-3"] == ("synthetic-jr",)
-    assert inputs["scores-scale27-3"] == ("embedder-scale27-3",) and inputs["scores-student-4-plain-4"] == ("student-4-plain-4",)
+    assert inputs["scores-scale42-3"] == ("embedder-scale42-3",) and inputs["scores-student-4-plain-4"] == ("student-4-plain-4",)
 
 
 def test_another_model_or_length_of_text_is_not_scaled():
