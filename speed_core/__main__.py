@@ -336,13 +336,13 @@ def record(profile: ProfileName = "tiny") -> None:
     from speed_core import bundle as bundles
     from speed_core import forecast, planning, readings, replay
     from speed_core.run import notebooks
-    from speed_core.run_context import ROOT, open_run
+    from speed_core.run_context import OFFICIAL, ROOT, open_run
 
     run = open_run(profile)
     entry = planning.record(run)
     print(f"{forecast.RECORDED.name}: {len(entry['artifacts'])} stages, {entry['device']} ({entry['cpu']}), {entry['date']}")
     print(f"assets/shipped/{profile}: {len(bundles.carry(run))} artifacts")
-    if profile == "tiny":  # behind the committed figures
+    if profile == OFFICIAL:
         print(f"{replay.RECORDED.name}: sha256 {replay.export_logs(run, replay.RECORDED)}")
         print(f"notebooks: {readings.write(notebooks(ROOT / 'notebooks'), ROOT / 'figures')} sentences under figures changed")
 

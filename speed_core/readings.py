@@ -12,9 +12,11 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+from speed_core.run_context import OFFICIAL
+
 Rows = Sequence[dict[str, str]]
 
-LEADS = ("*The recorded run at `tiny`:*", "*The recorded run of the benchmark:*")
+LEADS = (f"*The recorded run at `{OFFICIAL}`:*", "*The recorded run of the benchmark:*")
 PICTURE = re.compile(r"!\[[^\]]*\]\((?:\.\./)*figures/(\w+)\.svg\)")
 
 

@@ -13,6 +13,7 @@ from speed_core.artifacts import Artifact, Store
 
 ROOT = Path(__file__).resolve().parent.parent
 CARRIED = Path(__file__).parent / "assets" / "shipped"  # data sets and scores, no weights
+OFFICIAL = "tiny"  # the profile whose recorded run is behind figures/
 
 
 @dataclass(frozen=True)
@@ -61,7 +62,7 @@ def open_run(
 ) -> Run:
     """Open (or begin) the run of a profile.
 
-    The folder is $SPEED_RUNS/PROFILE (default: runs/ in the checkout). Figures of the tiny profile land in
+    The folder is $SPEED_RUNS/PROFILE (default: runs/ in the checkout). Figures of the profile `OFFICIAL` land in
     figures/, those of other profiles in their run folder, so that a smoke run never overwrites them. `variant` ($SPEED_VARIANT)
     names one point of a sweep: a run folder of its own inside, over the artifacts of the profile's run.
     """
@@ -81,7 +82,7 @@ def open_run(
         store = Store(folder / "artifacts", store.shipped, p.teacher.accept_partial, replay, store)
     store.root.mkdir(parents=True, exist_ok=True)
     store.recover()
-    official = p.name == "tiny" and not os.environ.get("SPEED_RUNS") and not variant
+    official = p.name == OFFICIAL and not os.environ.get("SPEED_RUNS") and not variant
     run = Run(p, folder, store, ROOT / "figures" if official else folder / "figures", replay)
 
     def differs(artifact: Artifact) -> list[str]:

@@ -125,10 +125,10 @@ def test_a_replaying_run_samples_from_the_log(run, monkeypatch):
 
 
 def test_the_recorded_run_that_ships_is_the_one_behind_the_committed_figures():
-    from speed_core.run_context import ROOT
+    from speed_core.run_context import OFFICIAL, ROOT
 
     manifest, files = replay.read_archive(replay.RECORDED)
-    assert set(replay.DATA) == set(manifest["artifacts"]) and manifest["profile"] == "tiny"
+    assert set(replay.DATA) == set(manifest["artifacts"]) and manifest["profile"] == OFFICIAL
     assert len(manifest["figures"]) >= 9
     for name, digest in manifest["figures"].items():
         assert json.loads((ROOT / "figures" / f"{name}.json").read_text())["data_sha256"] == digest
