@@ -258,14 +258,16 @@ def export_(
     target: Path,
     profile: ProfileName = "tiny",
     set_: Annotated[list[str] | None, typer.Option("--set")] = None,
-    whole: Annotated[bool, typer.Option("--whole", help="all but weights, to go on with the run on another machine")] = False,
+    whole: Annotated[bool, typer.Option("--whole", help="all that it takes to go on with the run on another machine")] = False,
+    weights: Annotated[bool, typer.Option(help="with --whole: the generators' weights too")] = True,
 ) -> None:
     """Write the request logs of a run (and its training histories, no weights) to one archive and print its digest."""
     from speed_core import moving, replay
     from speed_core.run_context import open_run
 
-    write = moving.export if whole else replay.export_logs
-    print(f"{target}: sha256 {write(open_run(profile, _overrides(set_)), target)}")
+    run = open_run(profile, _overrides(set_))
+    digest = moving.export(run, target, weights=weights) if whole else replay.export_logs(run, target)
+    print(f"{target}: sha256 {digest}")
 
 
 @app.command(name="import")

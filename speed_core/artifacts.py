@@ -80,13 +80,17 @@ class Artifact:
     def file(self, name: str) -> Path:
         return self.path / name
 
+    def lost(self) -> list[str]:
+        """The files that the manifest names and that are not here."""
+        return [f for f in self.manifest["files"] if not self.file(f).is_file()]
+
     def complete(self) -> bool:
         """Are all files there that the manifest names, those aside that stayed on another machine (`moving`)?"""
-        return all(self.file(f).is_file() or f in self.manifest.get("elsewhere", ()) for f in self.manifest["files"])
+        return set(self.lost()) <= set(self.manifest.get("elsewhere", ()))
 
     def weights(self) -> Path:
         """The folder of a trained model. Raises UserError where its weights stayed on the machine that trained it."""
-        if lost := [f for f in self.manifest.get("elsewhere", ()) if not self.file(f).is_file()]:
+        if lost := self.lost():
             raise UserError(
                 f"artifact {self.name!r} came without its weights ({lost[0]}), which are to be read now; remove its folder in "
                 f"{self.path.parent.parent.name}/{self.path.parent.name} and run again: it is trained anew, and what was made "
@@ -184,7 +188,7 @@ class Store:
 
     def _from_shipped(self, name: str, joined: bool = False) -> Artifact | None:
         artifact = self._read(self.shipped / name, shipped=True) if self.shipped else None
-        if artifact is None or not artifact.complete():
+        if artifact is None or artifact.lost():
             return None
         first = name not in self._checked
         if first:
@@ -234,7 +238,7 @@ class Store:
         artifact = self.made(name)
         if artifact is None:
             return "not made yet"
-        if self.replay and not artifact.complete():
+        if self.replay and artifact.lost():
             return ""  # it came with an export, without weights: nothing here could make it again
         if artifact.manifest.get("partial") and not self.accept_partial:
             return f"partial, {artifact.manifest['partial']}"

@@ -157,6 +157,9 @@ def write(run: Run, target: Path, *, wheels: bool = False, with_weights: bool = 
     """
     found = artifacts(run.store, with_weights)
     if (lacking := missing(run, found, with_weights)) and not incomplete:
+        for name in lacking:
+            if artifact := run.store.made(name):
+                artifact.weights()  # says so where only the weights are missing
         raise UserError(
             f"bundle: the run at {run.profile.name} has no {lacking[0]!r} ({len(lacking)} artifacts missing); run "
             f"`python -m speed_core run --profile {run.profile.name}` first, or --incomplete"

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import difflib
 import hashlib
+import json
 import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -144,8 +145,10 @@ def evaluate(model: Embedder, tasks: Sequence[Any], cache: Path, label: str = ""
     """Score `model` on `tasks`.
 
     Returns {"model", "revision", "tasks": {name: {"type", "score", "items"}}} where score is mteb's main
-    score in [0, 1] and items are the values a bootstrap draws from: nDCG@10 (or average precision) per
-    query, [gold, cosine] per STS pair, score per experiment for classification and clustering.
+    score in [0, 1] and items are the values a bootstrap draws from, one a text: nDCG@10 (or average precision) per
+    query, [gold, cosine] per STS pair, the share of mteb's classifiers that are right about a text, [class, cluster, cluster,
+    ...] of a text in three clusterings. Where mteb keeps no prediction for each text (other main scores, several subsets), the
+    items are the scores of its repetitions, which all see the same texts. "documents": STS pairs are all pairs of so many texts.
     """
     import logging
 
@@ -165,7 +168,10 @@ def evaluate(model: Embedder, tasks: Sequence[Any], cache: Path, label: str = ""
     for task in tasks:
         kept = ResultCache(cache / str(revision))
         how: Any = benchmark_data.strategy(kept, encoder.mteb_model_meta, task)
-        results = mteb.evaluate(encoder, [task], cache=kept, overwrite_strategy=how, show_progress_bar=False, encode_kwargs={})
+        said = cache / str(revision) / "predictions"
+        results = mteb.evaluate(
+            encoder, [task], cache=kept, overwrite_strategy=how, show_progress_bar=False, encode_kwargs={}, prediction_folder=said
+        )
         result = results.task_results[0]
         split = next(iter(result.scores))
         detail = result.scores[split][0]
@@ -173,19 +179,60 @@ def evaluate(model: Embedder, tasks: Sequence[Any], cache: Path, label: str = ""
             "type": task.metadata.type,
             # Constant vectors have no correlation: mteb says nan, which counts as 0 here in `uncertainty.statistic` too.
             "score": float(np.nan_to_num(result.get_score())),
-            "items": _items(model, task, detail),
+            "items": _items(model, task, detail, said),
         }
+        if documents := getattr(task, "documents", None):
+            out["tasks"][task.metadata.name]["documents"] = documents
         bar.update()
     bar.close()
     return out
 
 
-def _items(model: Embedder, task: Any, detail: Mapping[str, Any]) -> list[Any]:
+CLUSTERINGS = 3  # of each text, with other starting points
+
+
+def _right(task: Any, predictions: Path) -> list[float]:
+    """For each test text the share of mteb's classifiers that name its class; empty where that is not what mteb scores."""
+    from speed_core import benchmark_data
+
+    path, rows = predictions / task.prediction_file_name, benchmark_data.split_of(task)
+    if rows is None or task.metadata.main_score != "accuracy" or not path.is_file():
+        return []
+    kept = json.loads(path.read_text(encoding="utf-8"))
+    splits = [found for subset, found in kept.items() if subset != "mteb_model_meta"]
+    guesses = next(iter(splits[0].values())) if len(splits) == 1 and len(splits[0]) == 1 else []
+    labels = rows[task.label_column_name]
+    if not guesses or any(len(g) != len(labels) for g in guesses):
+        return []
+    return [sum(g[i] == label for g in guesses) / len(guesses) for i, label in enumerate(labels)]
+
+
+def _clustered(model: Embedder, task: Any) -> list[list[int]]:
+    """[class, cluster, ...] of each text, clusters by mteb's k-means; empty for several levels of classes."""
+    from sklearn.cluster import MiniBatchKMeans
+
+    from speed_core import benchmark_data
+
+    rows = benchmark_data.split_of(task)
+    if rows is None or task.metadata.main_score != "v_measure" or not {"sentences", "labels"} <= set(rows.column_names):
+        return []
+    texts, labels = rows["sentences"], rows["labels"]
+    if not all(isinstance(t, str) for t in texts) or any(isinstance(label, list) for label in labels):
+        return []
+    known = {label: i for i, label in enumerate(sorted(set(labels), key=str))}
+    vectors = model.embed(model.texts([t.strip() for t in texts], task.metadata, None))
+    found = [
+        MiniBatchKMeans(len(known), batch_size=512, n_init=1, random_state=k).fit_predict(vectors) for k in range(CLUSTERINGS)
+    ]
+    return [[known[label], *(int(f[i]) for f in found)] for i, label in enumerate(labels)]
+
+
+def _items(model: Embedder, task: Any, detail: Mapping[str, Any], predictions: Path) -> list[Any]:
     from speed_core import benchmark_data
 
     if task.is_aggregate:
         # The score is the mean over parts of different size: weighted, so that the mean of all items is that too.
-        each = [_items(model, part, {}) for part in benchmark_data.parts(task)]
+        each = [_items(model, part, {}, predictions) for part in benchmark_data.parts(task)]
         total = sum(map(len, each))
         return [v * total / (len(each) * len(values)) for values in each for v in values] if all(each) else []
     if not getattr(task, "dataset", None):  # mteb frees a task's data when it has scored it
@@ -198,6 +245,10 @@ def _items(model: Embedder, task: Any, detail: Mapping[str, Any]) -> list[Any]:
         return [[float(g), round(float(c), 5)] for g, c in zip(rows["score"], (a * b).sum(1), strict=True)]
     if task.metadata.type in ("Retrieval", "Reranking") and getattr(task, "dataset", None):
         return benchmark_data.ranks(model, task)
+    if task.metadata.type == "Classification" and (found := _right(task, predictions)):
+        return found
+    if task.metadata.type == "Clustering" and (groups := _clustered(model, task)):
+        return groups
     if "scores_per_experiment" in detail:
         return [float(e[task.metadata.main_score]) for e in detail["scores_per_experiment"]]
     measures = detail.get("v_measures")

@@ -48,11 +48,12 @@ def ablation_data(run: Run, arms: Sequence[str] | None = None) -> dict[str, Arti
                 return pipeline.to_records(run, raw.rows(), planned, "junior"), [raw]
             better = pipeline.revise(run, "revised-junior", raw, planned)
             return pipeline.revised_records(run, raw, better, planned, "junior"), [raw, better]
-        # Notebook 06 made it; at a point of a sweep that trains another senior it is made here, without what 06 does next.
-        raw = pipeline.sample(run, "raw", everything, "senior")
+        # Notebook 06 made both; at a point of a sweep that trains another senior they are made again here.
+        made_here = run.store.made("raw") is not None
+        raw = pipeline.sample(run, "raw", everything, "senior") if made_here else run.store.need("raw")
         if arm == "sr":
             return own(pipeline.to_records(run, raw.rows(), everything, "senior")), [raw]
-        better = run.store.need("revised")
+        better = pipeline.revise(run, "revised", raw, everything) if made_here else run.store.need("revised")
         return own(pipeline.revised_records(run, raw, better, everything, "senior")), [raw, better]
 
     out: dict[str, Artifact] = {}
@@ -211,10 +212,12 @@ def student(run: Run, layers: int, arm: str, seed: int) -> Artifact:
 
 
 def topic_records(run: Run, *, covered: bool) -> list[dict[str, Any]]:
-    """The teacher's records without any on `TOPIC`, or with all of those in place of the last others: equally many."""
+    """The teacher's records without any on `TOPIC`, or with those in place of the last others: equally many, at most
+    `study.student.examples`, and of those on the topic at most half."""
     records = pipeline.teacher_records(run)
-    on = [r for r in records if r["topic"].split("/")[0] == TOPIC]
-    off = [r for r in records if r["topic"].split("/")[0] != TOPIC]
+    on, off = ([r for r in records if (r["topic"].split("/")[0] == TOPIC) == wanted] for wanted in (True, False))
+    off = off[: run.profile.study.student.examples]
+    on = on[: len(off) // 2]
     return off[: len(off) - len(on)] + on if covered else off
 
 

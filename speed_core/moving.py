@@ -1,8 +1,8 @@
-"""A run moves to another machine, finished or not: everything but the weights, in one archive.
+"""A run goes on on another machine, finished or not: one archive without the many models that were trained only to be scored.
 
-Data sets, scores, logs and figures are small; trained models are not, and what was made from them no longer needs them. So
-their manifests travel without the weights (`elsewhere`), and whoever needs these after all is told (`Artifact.weights`). A
-model that nothing was made from yet stays behind whole: it is trained again.
+Data sets, scores, logs, figures and the three generators travel. An embedding model or a student has done its work once it is
+scored: its manifest travels without the weights (`elsewhere`), and whoever needs these after all is told (`Artifact.weights`).
+A model that some stage still has to read is left behind whole, so it is trained again there.
 """
 
 from __future__ import annotations
@@ -10,10 +10,12 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Callable, Iterator
+from collections.abc import Set as AbstractSet
 from pathlib import Path
 
-from speed_core.artifacts import MANIFEST, UserError
-from speed_core.bundle import WEIGHTS
+from speed_core import experiments, planning
+from speed_core.artifacts import MANIFEST, UserError, digest
+from speed_core.bundle import GENERATORS, WEIGHTS
 from speed_core.profile import dotted
 from speed_core.replay import pack, put, read_archive
 from speed_core.run_context import Run
@@ -22,11 +24,17 @@ HISTORY = "times.jsonl"
 FOLDERS = ("log", "artifacts", "figures")
 
 
-def export(run: Run, target: Path) -> str:
-    """Write the run with the points of its sweeps to `target` (.tar.gz); returns the archive's SHA-256."""
+def export(run: Run, target: Path, *, weights: bool = True) -> str:
+    """Write the run with the points of its sweeps to `target` (.tar.gz); returns the archive's SHA-256.
+
+    Without `weights` the generators travel like the scored models: what still reads one makes it necessary to train it again.
+    """
     contents: dict[str, bytes] = {}
+    shown = f"embedder-guided-{experiments.training_seeds(run)[0]}"  # notebook 08 asks it for a similarity
+    wanted = {name for s in planning.steps(run) if s.reason for name in s.inputs} | {shown}
+    kept = {*GENERATORS, shown} if weights else set()
     for part in (run.folder, *sorted(p for p in (run.folder / "variants").glob("*") if p.is_dir())):
-        contents |= {str(Path(part.relative_to(run.folder), name)): data for name, data in _files(part)}
+        contents |= {str(Path(part.relative_to(run.folder), name)): data for name, data in _files(part, kept, wanted)}
     if not contents:
         raise UserError(f"export: {run.folder.name} has neither logs nor artifacts; run notebook 01 first")
     manifest = {
@@ -38,16 +46,19 @@ def export(run: Run, target: Path) -> str:
     return pack(manifest, contents, target)
 
 
-def _files(folder: Path) -> Iterator[tuple[str, bytes]]:
-    """(name, content) of what travels of a run folder or of one point's, in order of the names."""
+def _files(folder: Path, kept: AbstractSet[str], wanted: AbstractSet[str]) -> Iterator[tuple[str, bytes]]:
+    """(name, content) of what travels of a run folder or of one point's, in order of the names.
+
+    `kept`: models whose weights travel; `wanted`: models that some stage still has to read."""
     manifests = {p.parent.name: json.loads(p.read_text(encoding="utf-8")) for p in folder.glob(f"artifacts/*/{MANIFEST}")}
-    read = {parent for m in manifests.values() for parent in m["parents"]}
+    read = {item for m in manifests.values() for item in m["parents"].items()}
     for place in (folder / HISTORY, *(p for name in ("log", "figures") for p in sorted((folder / name).glob("*")))):
         if place.is_file() and not place.name.startswith("."):
             yield str(place.relative_to(folder)), place.read_bytes()
     for name, manifest in sorted(manifests.items()):
-        heavy = [f for f in manifest["files"] if f.endswith(WEIGHTS)]
-        if name.startswith(".") or heavy and name not in read:
+        heavy = [f for f in manifest["files"] if f.endswith(WEIGHTS)] if name not in kept else []
+        used = (name, digest(manifest["files"])[:16]) in read
+        if name.startswith(".") or heavy and (not used or name in wanted):
             continue
         for file in sorted(set(manifest["files"]) - set(heavy)):
             path = folder / "artifacts" / name / file

@@ -301,8 +301,9 @@ def _clustering(name: str, source: str, classes: int, prompt: str, size: dict[st
     return Task()
 
 
-def _sts(name: str, about: str, pairs: Callable[[], list[tuple[str, str, float]]], top: float) -> Any:
+def _sts(name: str, about: str, pairs: Callable[[], list[tuple[str, str, float]]], top: float, texts: int | None = None) -> Any:
     class Task(AbsTaskSTS):
+        documents = texts  # the pairs are all pairs of so many texts, in the order of `itertools.combinations`
         metadata = metadata(name, about, "STS", "cosine_spearman", "Retrieve semantically similar text", "gensim")
         min_score = 0
         max_score = int(top)
@@ -370,7 +371,7 @@ def offline_tasks(size: str = "tiny", names: Sequence[str] | None = None) -> lis
             lambda: drawn(word_pairs("simlex999.txt"), n["pairs"], 6),
             10,
         ),
-        _sts("OfflineLeeDocuments", "Similarity of pairs of news documents.", lambda: lee_pairs(n["lee"]), 1),
+        _sts("OfflineLeeDocuments", "Similarity of pairs of news documents.", lambda: lee_pairs(n["lee"]), 1, n["lee"]),
     ]
     if names is None:
         return tasks

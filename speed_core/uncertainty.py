@@ -5,13 +5,14 @@ a difference (1, -1), a difference of two differences, the slope over data sizes
 
     V = V_items + S^2 / K
 
-V_items: bootstrap over the items of each task, the same items for every model; S^2: sample variance of the contrast over
+V_items: bootstrap over the texts of each task (jackknife over the documents where items are pairs of them), the same for every model; S^2: sample variance of the contrast over
 K training seeds. The interval is value +- t sqrt(V), with Student's t at Welch and Satterthwaite's degrees of freedom,
 V^2 / ((S^2/K)^2 / (K-1)): with three seeds an interval that took S for known would be far too narrow.
 """
 
 from __future__ import annotations
 
+import itertools
 import math
 import zlib
 from collections.abc import Mapping, Sequence
@@ -158,9 +159,13 @@ def needed(estimate: Estimate, effect: float, *, power: float = 0.8, level: floa
 
 
 def statistic(kind: str, data: np.ndarray) -> np.ndarray:
-    """The score of resampled items (draws, n) or, for STS, (draws, n, 2): Spearman's correlation for STS, else the mean."""
-    if kind != "STS":
+    """The score of resampled items: of (draws, n) the mean, of (draws, n, 2) for STS Spearman's correlation, of
+    (draws, n, 1 + R) for clustering the V-measure of classes and clusters, mean over R clusterings."""
+    if data.ndim == 2:
         return data.mean(axis=1)
+    if kind == "Clustering":
+        classes, *runs = np.moveaxis(data.astype(int), 2, 0)
+        return np.mean([_v_measure(classes, clusters) for clusters in runs], axis=0)
     x, y = (rankdata(data[..., k], axis=1) for k in (0, 1))
     x, y = x - x.mean(axis=1, keepdims=True), y - y.mean(axis=1, keepdims=True)
     spread = np.sqrt((x**2).sum(axis=1) * (y**2).sum(axis=1))
@@ -168,11 +173,45 @@ def statistic(kind: str, data: np.ndarray) -> np.ndarray:
     return np.divide((x * y).sum(axis=1), spread, out=np.zeros(len(spread)), where=spread > 0)
 
 
+def _v_measure(classes: np.ndarray, clusters: np.ndarray) -> np.ndarray:
+    """(draws,) V-measures of (draws, n) classes and clusters: 2 I / (H(classes) + H(clusters)), as Rosenberg and Hirschberg's."""
+    draws, wide = len(classes), int(clusters.max()) + 1
+    cells = (int(classes.max()) + 1) * wide
+    flat = classes * wide + clusters + np.arange(draws)[:, None] * cells
+    table = np.bincount(flat.ravel(), minlength=draws * cells).reshape(draws, -1, wide) / classes.shape[1]
+    joint, h_class, h_cluster = (_entropy(table.sum(axis=axis)) for axis in ((), 2, 1))
+    both = h_class + h_cluster
+    return np.divide(2 * (both - joint), both, out=np.ones(draws), where=both > 0)
+
+
+def _entropy(share: np.ndarray) -> np.ndarray:
+    share = share.reshape(len(share), -1)
+    return -(share * np.log(np.where(share > 0, share, 1))).sum(axis=1)
+
+
+# Tasks that share their texts, item by item, are resampled alike: a text that is hard to place is so in both.
+SHARED = {"OfflineReutersR8Clustering": "OfflineReutersR8Classification"} | {
+    "OfflineNewsgroupsClustering": "OfflineNewsgroupsClassification"
+}
+
+
 def _resampled(task: Mapping[str, Any], name: str, draws: int, seed: int) -> np.ndarray:
     """(draws,) statistics of resampled items. By the task's name: the same items for every model, whatever stands beside it."""
-    items = np.asarray(task["items"], float)
-    picks = np.random.default_rng([seed, zlib.crc32(name.encode())]).integers(0, len(items), (draws, len(items)))
-    return statistic(task["type"], items[picks])
+    items, rng = np.asarray(task["items"], float), np.random.default_rng([seed, zlib.crc32(SHARED.get(name, name).encode())])
+    if task.get("documents"):
+        return _over_documents(task["type"], items, task["documents"], draws, rng)
+    return statistic(task["type"], items[rng.integers(0, len(items), (draws, len(items)))])
+
+
+def _over_documents(kind: str, items: np.ndarray, documents: int, draws: int, rng: np.random.Generator) -> np.ndarray:
+    """(draws,) statistics whose variance is the jackknife's over the texts that the items are all pairs of.
+
+    Pairs of one text are not independent, so texts are left out, one at a time; a draw weighs what each of them changes.
+    """
+    pairs = np.array(list(itertools.combinations(range(documents), 2)))
+    left = np.array([statistic(kind, items[None, (pairs != k).all(axis=1)])[0] for k in range(documents)])
+    moved = (left - left.mean()) * math.sqrt((documents - 1) / documents)
+    return statistic(kind, items[None])[0] + rng.standard_normal((draws, documents)) @ moved
 
 
 def interval(draws: Any, level: float = 0.95) -> tuple[float, float]:
