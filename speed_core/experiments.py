@@ -27,7 +27,7 @@ def ablation_prompts(p: Profile) -> int:
 
 def ablation_data(run: Run, arms: Sequence[str] | None = None) -> dict[str, Artifact]:
     """The data sets of `study.arms` (or of `arms`): of junior and senior, each as written and revised (Table 2, the same
-    prompts), of the base model without training (Table 1's generator off the shelf), and the teacher's own examples."""
+    prompts), of the base model without training (beside Table 1's instruct model off the shelf), and the teacher's own examples."""
     everything = pipeline.plan(run, "synthesis", run.profile.synthesis.count)
     planned = everything[: ablation_prompts(run.profile)]
     ids = {q.id for q in planned}

@@ -151,7 +151,7 @@ def _sweeps(rows: Rows) -> str:
 
 
 def _scaling(rows: Rows) -> str:
-    said = [f"{_f(r):.1f} points at {r['records']} records" for r in rows if r["source"] == "ours"]
+    said = [f"{_interval(r, '.1f')} points at {r['records']} records" for r in rows if r["source"] == "ours"]
     return f"{_listed(said)}."
 
 

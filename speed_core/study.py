@@ -65,7 +65,7 @@ SWEEPS = (
         kind="fall",
     ),
     # Table 4. The packages carry one base model, so the weaker one is that model without its last layers.
-    Sweep("T4", "S11", "base model", "models.generator", "jr", ("03", "10"), "62.6 to 62.3", ("{own}[:12]",), kind="fall"),
+    Sweep("T4", "S11", "base model", "models.generator", "jr", ("03", "10"), "62.6 to 62.3", ("{own}[:12]",), kind="flat"),
     Sweep(
         "E4", "E4", "LoRA rank", "embedding.lora.rank", "sr_re", ("10",), "+0.3, 0, +0.1 at 8, 16, 32", (4, 16, 64), kind="flat"
     ),
@@ -152,32 +152,41 @@ def rows(run: Run, sweep: Sweep, found: Mapping[Any, Sequence[Any]]) -> list[dic
 
 
 def estimate(sweep: Sweep, found: Mapping[Any, Sequence[Any]]) -> dict[str, Any] | None:
-    """The sweep's claim as one contrast: inner values minus the two ends ("hump"), the first value minus the others ("fall"),
-    the last value minus the first ("flat"). None with too few values for it.
+    """The sweep's claim as one contrast: the inner values minus the better end ("hump": an optimum inside is above both), the
+    first value minus the others ("fall"), the last value minus the first ("flat"). None with too few values for it.
     """
     values = list(found)
     if len(values) < (3 if sweep.kind == "hump" else 2):
         return None
-    high, low = {
-        "hump": (values[1:-1], [values[0], values[-1]]),
-        "fall": (values[:1], values[1:]),
-        "flat": (values[-1:], values[:1]),
+    pairs = {
+        "hump": [(values[1:-1], values[:1]), (values[1:-1], values[-1:])],
+        "fall": [(values[:1], values[1:])],
+        "flat": [(values[-1:], values[:1])],
     }[sweep.kind]
-    terms: list[uncertainty.Term] = [(1 / len(high), found[v], None) for v in high]
-    terms += [(-1 / len(low), found[v], None) for v in low]
-    e = uncertainty.contrast(terms)
+    e, high, low = min(((_minus(found, *pair), *pair) for pair in pairs), key=lambda item: item[0].value)
     said = [" and ".join(map(named_value, part)) for part in (high, low)]
-    what = f"{sweep.label}: mean score at {said[0]} minus at {said[1]}, arm {sweep.arm}"
+    what = f"{sweep.label}: mean score at {said[0]} minus at {said[1]}{', the better end' * (len(pairs) > 1)}, arm {sweep.arm}"
     return e.row(sweep.claim) | {"what": what, "source": "study"}
 
 
+def _minus(found: Mapping[Any, Sequence[Any]], high: Sequence[Any], low: Sequence[Any]) -> uncertainty.Estimate:
+    terms: list[uncertainty.Term] = [(1 / len(high), found[v], None) for v in high]
+    return uncertainty.contrast(terms + [(-1 / len(low), found[v], None) for v in low])
+
+
 def estimates(found: Mapping[Sweep, Mapping[Any, Sequence[Any]]]) -> dict[str, dict[str, Any]]:
-    """{claim: estimate}; of two sweeps for one claim, the one whose interval reaches farthest from zero speaks for it."""
+    """{claim: estimate}; of two sweeps for one claim the one farther from zero speaks for it, by the end of its interval that is
+    nearer to zero, then by the other one."""
     out: dict[str, dict[str, Any]] = {}
     for sweep, points in found.items():
         if e := estimate(sweep, points):
-            out[sweep.claim] = max((out.get(sweep.claim, e), e), key=lambda x: max(abs(x["low"]), abs(x["high"])))
+            out[sweep.claim] = max((out.get(sweep.claim, e), e), key=_away)
     return out
+
+
+def _away(e: Mapping[str, Any]) -> tuple[float, float]:
+    """How far an interval lies from zero: (its nearer end, 0 when it holds zero; its farther end)."""
+    return max(e["low"], -e["high"], 0.0), max(abs(e["low"]), abs(e["high"]))
 
 
 def named_value(value: Any) -> str:

@@ -146,10 +146,12 @@ def needed(estimate: Estimate, effect: float, *, power: float = 0.8, level: floa
         return "no size resolves an effect of zero"
     wanted = (effect / (norm.ppf((1 + level) / 2) + norm.ppf(power))) ** 2
     items, one = estimate.sd_items**2, estimate.sd_seeds**2 * estimate.seeds
-    if items + estimate.sd_seeds**2 <= wanted:
+    # Whether this size was enough is judged by the interval that was drawn, which has Student's t for few seeds.
+    half = (estimate.high - estimate.low) / 2
+    if half + norm.ppf(power) * estimate.error <= abs(effect):
         return ENOUGH
     if items < wanted / 2 and estimate.seeds > 1:
-        return f"about {math.ceil(one / (wanted - items))} seeds on the same texts"
+        return f"about {max(estimate.seeds + 1, math.ceil(one / (wanted - items)))} seeds on the same texts"
     texts = math.ceil(2 * items / wanted)  # half of the variance for each
     seeds = f" and {max(3, math.ceil(2 * one / wanted))} seeds" if estimate.seeds > 1 else ", seeds not counted"
     return f"about {texts} times as many texts{seeds}"

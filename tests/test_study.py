@@ -4,7 +4,7 @@ import dataclasses
 
 import pytest
 
-from speed_core import claims, plots, study
+from speed_core import claims, plots, study, uncertainty
 from speed_core.artifacts import UserError
 from speed_core.run_context import open_run
 
@@ -48,11 +48,13 @@ def test_sweeps_are_chosen_by_key_and_one_key_may_name_several():
         study.named(["4z"])
 
 
-def test_a_hump_needs_both_ends_and_is_the_middle_minus_their_mean():
+def test_a_hump_needs_both_ends_and_is_the_middle_minus_the_better_of_them():
     temperature = by_label("temperature")
     assert study.estimate(temperature, {0.3: scores(0.4), 1.0: scores(0.5)}) is None
     found = study.estimate(temperature, {0.3: scores(0.40), 1.0: scores(0.50), 1.3: scores(0.44)})
-    assert found["value"] == pytest.approx(8.0) and "at 1 minus at 0.3 and 1.3" in found["what"]
+    assert found["value"] == pytest.approx(6.0) and "at 1 minus at 1.3, the better end" in found["what"]
+    rising = study.estimate(temperature, {0.3: scores(0.40), 1.0: scores(0.50), 1.3: scores(0.51)})
+    assert rising["value"] < 0, "a curve that rises and levels off has no optimum inside"
 
 
 def test_what_falls_is_the_first_value_against_all_others():
@@ -70,6 +72,26 @@ def test_a_claim_of_no_difference_holds_only_when_the_whole_interval_is_small():
     assert claims.verdict(-0.4, 0.6, 0) == "smaller scale, same direction"
     assert claims.verdict(-2.0, 0.6, 0) == claims.UNRESOLVED
     assert claims.verdict(1.2, 2.0, 0) == claims.verdict(-2.0, -1.2, 0) == "contradicted"
+
+
+def test_a_verdict_does_not_say_more_than_what_was_repeated():
+    better, same = uncertainty.difference(scores(0.6), scores(0.5)), uncertainty.difference(scores(0.5), scores(0.5))
+    once = claims.judged("S8", better, "Sr against Jr", "scores@1")
+    assert better.resolved and once["verdict"] == claims.UNRESOLVED and "each generator was trained once" in once["why"]
+    assert claims.judged("E3", better, "with against without", "scores@1")["verdict"] == "smaller scale, same direction"
+    void = claims.judged("S19", uncertainty.Estimate(0.0, 0.0, 0.0, 1, 0.0, 0.0), "second pass", "x@1", trained=False, expected=0)
+    assert void["verdict"] == claims.UNRESOLVED and "nothing changed anywhere" in void["why"] and "seed" not in void["why"]
+    fell = claims.judged("G4", better, "guided against plain", "x@1", expected=-1)
+    assert same.low <= 0 <= same.high and fell["verdict"] == claims.UNRESOLVED
+
+
+def test_an_order_is_judged_by_its_smallest_step_and_kept_records_by_those_that_were_valid():
+    arms = {"jr": 0.5, "jr_re": 0.52, "sr": 0.51, "sr_re": 0.56}
+    found = {k: scores(v) for k, v in arms.items()}
+    rows = claims.build(found, {"kept": 90, "valid": 100}, dict.fromkeys(arms, "a@1") | {"synthetic": "s@1"})
+    by = {r["id"]: r for r in rows}
+    assert by["S6"]["ours"] == pytest.approx(-1.0) and "smallest of the three steps" in by["S6"]["why"]
+    assert by["S22"]["ours"] == 0.9 and by["S22"]["low"] < 0.9 < by["S22"]["high"] and "90 of 100 valid" in by["S22"]["why"]
 
 
 def test_a_sweep_of_text_values_changes_one_setting_like_any_other(run):
