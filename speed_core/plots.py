@@ -338,7 +338,8 @@ def scaling(
 def sweeps(run: Run, name: str, rows: Sequence[Mapping[str, Any]], inputs: Sequence[Artifact], title: str) -> None:
     """Fig. 3: a panel for each sweep; rows {panel, x, own, records, value, low, high, each, paper} as `study.rows` gives them.
 
-    A point whose models learned from another number of records than the profile's own says so under its value.
+    A point whose models learned from another number of records than the profile's own says so under its value. Where the paper
+    prints a difference (`paper_value`), it is a black diamond.
     """
     panels = list(dict.fromkeys(r["panel"] for r in rows))
     columns = min(3, len(panels))
@@ -355,6 +356,8 @@ def sweeps(run: Run, name: str, rows: Sequence[Mapping[str, Any]], inputs: Seque
             ax.errorbar(i, r["value"], yerr=error, fmt="o", color=OURS, mfc=face, capsize=4)
             if not r["own"]:
                 ax.plot([i + 0.15] * len(r["each"]), r["each"], "_", color=OURS, ms=6)
+            if r.get("paper_value", "") != "":
+                ax.plot(i - 0.15, r["paper_value"], "D", color=PAPER, mfc="none")
         ax.axhline(0, color=GREY, lw=1, ls="--")
         usual = next((r["records"] for r in found if r["own"]), None)
         few = [r["records"] not in (None, usual) for r in found]

@@ -37,6 +37,7 @@ class Sweep:
     values: tuple[Any, ...] = ()
     shares: tuple[float, ...] = ()
     kind: Literal["hump", "fall", "flat"] = "hump"
+    printed: tuple[tuple[Any, float], ...] = ()  # (value, the paper's points against its own value), where it prints them
 
     def points(self, run: Run) -> list[Any]:
         """The values of the sweep at a profile, numbers in rising order; the profile's own is one of them."""
@@ -48,11 +49,13 @@ class Sweep:
 
 
 SWEEPS = (
-    Sweep("3a", "S12", "temperature", "generation.temperature", "jr", ("10",), "best at 1.0 of 0.2-1.5", (0.3, 0.7, 1.0, 1.3)),
-    Sweep("3b", "S13", "seed examples", "junior.examples", "jr", ("03", "10"), "25K of 5K-100K", shares=(0.125, 0.25, 0.5, 1)),
-    Sweep("3c", "S14", "beta of DPO", "senior.beta", "sr", ("04", "10"), "best at 0.1 of 0.05-0.3", (0.02, 0.1, 0.5)),
-    Sweep("3d", "S15", "preference pairs", "senior.examples", "sr", ("04", "10"), "10K of 5K-15K", shares=(0.25, 0.5, 1)),
-    Sweep("3e", "S16", "revisions", "revisor.examples", "jr_re", ("05", "10"), "10K of 5K-50K", shares=(0.25, 0.5, 1)),
+    Sweep("3a", "S12", "temperature", "generation.temperature", "jr", ("10",), "1.0 chosen of 0.2-1.5", (0.3, 0.7, 1.0, 1.3)),
+    Sweep(
+        "3b", "S13", "seed examples", "junior.examples", "jr", ("03", "10"), "25K chosen of 5K-100K", shares=(0.125, 0.25, 0.5, 1)
+    ),
+    Sweep("3c", "S14", "beta of DPO", "senior.beta", "sr", ("04", "10"), "0.1 best of 0.05-0.3", (0.02, 0.1, 0.5)),
+    Sweep("3d", "S15", "preference pairs", "senior.examples", "sr", ("04", "10"), "10K chosen of 5K-15K", shares=(0.25, 0.5, 1)),
+    Sweep("3e", "S16", "revisions", "revisor.examples", "jr_re", ("05", "10"), "10K chosen of 5K-50K", shares=(0.25, 0.5, 1)),
     Sweep(
         "T3",
         "S9",
@@ -63,13 +66,25 @@ SWEEPS = (
         "62.6, 61.6, 60.9 at 1, 3, 5",
         (1, 2, 3),  # the recorded teacher brainstormed about three
         kind="fall",
+        printed=((3, -1.0),),
     ),
     # Table 4. The packages carry one base model, so the weaker one is that model without its last layers.
     Sweep("T4", "S11", "base model", "models.generator", "jr", ("03", "10"), "62.6 to 62.3", ("{own}[:12]",), kind="flat"),
     Sweep(
         "E4", "E4", "LoRA rank", "embedding.lora.rank", "sr_re", ("10",), "+0.3, 0, +0.1 at 8, 16, 32", (4, 16, 64), kind="flat"
     ),
-    Sweep("E4", "E4", "pooling", "embedding.pooling", "sr_re", ("10",), "mean -0.4", ("mean",), kind="flat"),
+    Sweep(
+        "E4",
+        "E4",
+        "pooling",
+        "embedding.pooling",
+        "sr_re",
+        ("10",),
+        "mean -0.4",
+        ("mean",),
+        kind="flat",
+        printed=(("mean", -0.4),),
+    ),
 )
 
 
@@ -145,6 +160,7 @@ def rows(run: Run, sweep: Sweep, found: Mapping[Any, Sequence[Any]]) -> list[dic
         e = uncertainty.difference(results, found[own])
         out.append(
             {"panel": f"{sweep.key}: {sweep.label}", "x": named_value(value), "own": value == own, "paper": sweep.paper}
+            | {"paper_value": dict(sweep.printed).get(value, "")}
             | {"records": records(run, sweep, value)}
             | e.row("")
         )
