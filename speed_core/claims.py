@@ -113,7 +113,7 @@ def judged(key: str, e: Estimate, what: str, artifact: str, *, trained: bool = T
     elif trained and e.seeds == 1 and said != UNRESOLVED:
         # Trainings differ by their seeds too, which an interval over texts does not see.
         said, why = UNRESOLVED, why + "; it leaves out the seed, so its sign decides nothing"
-    elif said == UNRESOLVED and key in EFFECTS:
+    elif said == UNRESOLVED and key in EFFECTS and (e.seeds > 1 or not trained):
         effect = EFFECTS[key]
         needed = uncertainty.needed(e, effect)
         enough = needed == uncertainty.ENOUGH
