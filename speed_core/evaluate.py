@@ -168,7 +168,7 @@ def evaluate(model: Embedder, tasks: Sequence[Any], cache: Path, label: str = ""
     for task in tasks:
         kept = ResultCache(cache / str(revision))
         how: Any = benchmark_data.strategy(kept, encoder.mteb_model_meta, task)
-        said = cache / str(revision) / "predictions"
+        said = cache / "predictions" / str(revision)
         results = mteb.evaluate(
             encoder, [task], cache=kept, overwrite_strategy=how, show_progress_bar=False, encode_kwargs={}, prediction_folder=said
         )
