@@ -167,9 +167,10 @@ def rows(run: Run, sweep: Sweep, found: Mapping[Any, Sequence[Any]]) -> list[dic
     return out
 
 
-def estimate(sweep: Sweep, found: Mapping[Any, Sequence[Any]]) -> dict[str, Any] | None:
+def estimate(sweep: Sweep, found: Mapping[Any, Sequence[Any]], run: Run | None = None) -> dict[str, Any] | None:
     """The sweep's claim as one contrast: the inner values minus the better end ("hump": an optimum inside is above both), the
-    first value minus the others ("fall"), the last value minus the first ("flat"). None with too few values for it.
+    first value minus the others ("fall"), the last value minus the first ("flat"). None with too few values for it. Of a `run`, it says where the
+    values left unequally many records to learn from.
     """
     values = list(found)
     if len(values) < (3 if sweep.kind == "hump" else 2):
@@ -182,6 +183,9 @@ def estimate(sweep: Sweep, found: Mapping[Any, Sequence[Any]]) -> dict[str, Any]
     e, high, low = min(((_minus(found, *pair), *pair) for pair in pairs), key=lambda item: item[0].value)
     said = [" and ".join(map(named_value, part)) for part in (high, low)]
     what = f"{sweep.label}: mean score at {said[0]} minus at {said[1]}{', the better end' * (len(pairs) > 1)}, arm {sweep.arm}"
+    counts = {named_value(v): records(run, sweep, v) for v in values} if run else {}
+    if len(set(counts.values())) > 1:
+        what += f", on unequally many records ({', '.join(f'{n} at {v}' for v, n in counts.items())})"
     return e.row(sweep.claim) | {"what": what, "source": "study"}
 
 
@@ -190,12 +194,12 @@ def _minus(found: Mapping[Any, Sequence[Any]], high: Sequence[Any], low: Sequenc
     return uncertainty.contrast(terms + [(-1 / len(low), found[v], None) for v in low])
 
 
-def estimates(found: Mapping[Sweep, Mapping[Any, Sequence[Any]]]) -> dict[str, dict[str, Any]]:
+def estimates(found: Mapping[Sweep, Mapping[Any, Sequence[Any]]], run: Run | None = None) -> dict[str, dict[str, Any]]:
     """{claim: estimate}; of two sweeps for one claim the one farther from zero speaks for it, by the end of its interval that is
     nearer to zero, then by the other one."""
     out: dict[str, dict[str, Any]] = {}
     for sweep, points in found.items():
-        if e := estimate(sweep, points):
+        if e := estimate(sweep, points, run):
             out[sweep.claim] = max((out.get(sweep.claim, e), e), key=_away)
     return out
 

@@ -74,6 +74,14 @@ def test_a_claim_of_no_difference_holds_only_when_the_whole_interval_is_small():
     assert claims.verdict(1.2, 2.0, 0) == claims.verdict(-2.0, -1.2, 0) == "contradicted"
 
 
+def test_an_estimate_over_unequally_many_records_says_so(run, monkeypatch):
+    points, pooling = {"last": scores(0.5), "mean": scores(0.47)}, by_label("pooling")
+    monkeypatch.setattr(study, "records", lambda run, sweep, value: {"last": 48, "mean": 36}[value])
+    assert "(48 at last, 36 at mean)" in study.estimate(pooling, points, run)["what"]
+    monkeypatch.setattr(study, "records", lambda run, sweep, value: 48)
+    assert "unequally" not in study.estimate(pooling, points, run)["what"]
+
+
 def test_a_verdict_does_not_say_more_than_what_was_repeated():
     better, same = uncertainty.difference(scores(0.6), scores(0.5)), uncertainty.difference(scores(0.5), scores(0.5))
     once = claims.judged("S8", better, "Sr against Jr", "scores@1")
