@@ -185,10 +185,10 @@ QUESTIONS = "OfflineChatterBotRetrieval"
 COMPUTING = ("ai", "coding", "computers", "tech_support")  # of the categories of its questions
 
 
-def _questions(size: dict[str, int]) -> list[tuple[str, str, str]]:
-    """(category, question, answer) of the retrieval task, in the order of its queries; the reranking task draws from them."""
+def _questions(size: dict[str, int], rng: random.Random | None = None) -> list[tuple[str, str, str]]:
+    """(category, question, answer) of the retrieval task, in the order of its queries; `rng`: a fresh one, to draw on from there."""
     pairs = chatterbot_pairs()
-    return random.Random(1).sample(pairs, min(size["retrieval"], len(pairs)))
+    return (rng or random.Random(1)).sample(pairs, min(size["retrieval"], len(pairs)))
 
 
 def question_categories(size: str) -> list[str]:
@@ -237,8 +237,8 @@ def _reranking(size: dict[str, int]) -> Any:
         )  # fmt: skip
 
         def load_data(self, num_proc: int | None = None, *, timer: Any = None, **kwargs: Any) -> None:
-            rng, pairs = random.Random(1), chatterbot_pairs()
-            drawn = rng.sample(pairs, min(size["retrieval"], len(pairs)))  # the texts of the retrieval task
+            rng = random.Random(1)
+            drawn = _questions(size, rng)  # the texts of the retrieval task
             answers: dict[str, list[str]] = {}
             for i, (category, _, _a) in enumerate(drawn):
                 answers.setdefault(category, []).append(f"d{i}")

@@ -169,8 +169,8 @@ def rows(run: Run, sweep: Sweep, found: Mapping[Any, Sequence[Any]]) -> list[dic
 
 def estimate(sweep: Sweep, found: Mapping[Any, Sequence[Any]], run: Run | None = None) -> dict[str, Any] | None:
     """The sweep's claim as one contrast: the inner values minus the better end ("hump": an optimum inside is above both), the
-    first value minus the others ("fall"), the last value minus the first ("flat"). None with too few values for it. Of a `run`, it says where the
-    values left unequally many records to learn from.
+    first value minus the others ("fall"), the last value minus the first ("flat"). None with too few values for it. Of a `run`,
+    it says where the values left unequally many records to learn from.
     """
     values = list(found)
     if len(values) < (3 if sweep.kind == "hump" else 2):

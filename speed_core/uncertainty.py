@@ -5,8 +5,8 @@ a difference (1, -1), a difference of two differences, the slope over data sizes
 
     V = V_items + S^2 / K
 
-V_items: bootstrap over the texts of each task (jackknife over the documents where items are pairs of them), the same for every model; S^2: sample variance of the contrast over
-K training seeds. The interval is value +- t sqrt(V), with Student's t at Welch and Satterthwaite's degrees of freedom,
+V_items: bootstrap over the texts of each task (jackknife over the documents where items are pairs of them), the same for
+every model; S^2: sample variance of the contrast over K training seeds. The interval is value +- t sqrt(V), with Student's t at Welch and Satterthwaite's degrees of freedom,
 V^2 / ((S^2/K)^2 / (K-1)): with three seeds an interval that took S for known would be far too narrow.
 """
 
@@ -192,8 +192,9 @@ def _entropy(share: np.ndarray) -> np.ndarray:
 
 
 # Tasks that share their texts, item by item, are resampled alike: a text that is hard to place is so in both.
-SHARED = {"OfflineReutersR8Clustering": "OfflineReutersR8Classification"} | {
-    "OfflineNewsgroupsClustering": "OfflineNewsgroupsClassification"
+SHARED = {
+    "OfflineReutersR8Clustering": "OfflineReutersR8Classification",
+    "OfflineNewsgroupsClustering": "OfflineNewsgroupsClassification",
 }
 
 
