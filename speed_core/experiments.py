@@ -16,6 +16,7 @@ from speed_core.run_context import Run
 
 TABLE2 = ("jr", "jr_re", "sr", "sr_re")
 ARMS = (*TABLE2, "base", "teacher")  # of notebook 10
+WHOLE = 0  # layers of a student that is the guide itself
 TOPIC = "Computers"  # the topic that notebook 07 leaves out of a student's data, then puts back in (G5)
 
 
@@ -158,14 +159,21 @@ def embedder(
 
 
 def student_arms(run: Run) -> list[tuple[int, int, str]]:
-    """(layers, seed, arm) of notebook 07's students; only the smallest gets the arms beside guided and plain."""
+    """(layers, seed, arm) of notebook 07's students; only the smallest gets the arms beside guided and plain, and the whole
+    guide (`WHOLE`) none but "uncovered" (G4)."""
     plan, more = run.profile.study.student, ("weak", "margin", "labelled", "both", "uncovered", "covered")
-    return [
+    cut = [
         (layers, seed, arm)
         for layers in plan.layers
         for seed in plan.seeds
         for arm in ("guided", "plain") + (more if layers == min(plan.layers) else ())
     ]
+    return cut + [(WHOLE, seed, "uncovered") for seed in plan.seeds]
+
+
+def student_name(layers: int, arm: str, seed: int) -> str:
+    """Name of a student's artifact."""
+    return f"student-{'whole' if layers == WHOLE else layers}-{arm}-{seed}"
 
 
 def scaling_sizes(run: Run) -> list[int]:
@@ -176,7 +184,7 @@ def scaling_sizes(run: Run) -> list[int]:
 
 
 def student(run: Run, layers: int, arm: str, seed: int) -> Artifact:
-    """Artifact `student-...`: the guide's first `layers` layers, trained on the seed data.
+    """Artifact `student-...`: the guide's first `layers` layers (or all of them: `WHOLE`), trained on the seed data.
 
     `arm`: "plain" (no mask), "guided", "margin" (mask with margin 0.05), "weak" (the mask of a guide of two layers), and
     guided on other data: "labelled" (equally many pairs that people labelled, `offline_tasks.labelled_pairs`), "both",
@@ -184,12 +192,13 @@ def student(run: Run, layers: int, arm: str, seed: int) -> Artifact:
     """
     from speed_core import embed, offline_tasks
 
-    plan, base = run.profile.study.student, models.shallow_encoder(run.profile.models.guide, layers)
+    plan, whole = run.profile.study.student, run.profile.models.guide
+    base = models.resolve(whole) if layers == WHOLE else models.shallow_encoder(whole, layers)
     guide_ = run.profile.models.guide if arm != "weak" else str(models.shallow_encoder(run.profile.models.guide, 2))
     changes = {"lora": None, "dtype": "float32", "guided": arm != "plain", "micro_batch": plan.batch}
     changes |= {k: getattr(plan, k) for k in ("examples", "epochs", "batch", "lr")} | {"margin": 0.05 if arm == "margin" else 0.0}
     settings = run.profile.embedding.model_copy(update=changes)
-    name = f"student-{layers}-{arm}-{seed}"
+    name = student_name(layers, arm, seed)
     parameters = {"training": dotted(settings), "seed": seed, "base": models.weights_id(base)}
     parameters["guide"] = models.weights_id(models.resolve(guide_))
     rows: list[dict[str, Any]] = []

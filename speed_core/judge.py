@@ -163,16 +163,17 @@ class LlmJudge:
             "first_place_expected": 0.0,
         }
 
-    def _questions(self, prompt: Prompt, candidates: Sequence[str]) -> list[Prompt]:
-        orders = [list(candidates), list(reversed(candidates))][: 1 + self.twice]
+    def questions(self, items: Sequence[tuple[Prompt, Sequence[str]]]) -> list[Prompt]:
+        """What is asked about prompts and their candidates: each once in either order (`twice`), else once."""
         return [
             dataclasses.replace(prompt, id=f"{prompt.id}/judge{k}", text=prompts.judge(prompt.text, order))
-            for k, order in enumerate(orders)
+            for prompt, candidates in items
+            for k, order in enumerate([list(candidates), list(reversed(candidates))][: 1 + self.twice])
         ]
 
     def ask(self, items: Sequence[tuple[Prompt, Sequence[str]]]) -> str:
         """Ask about many prompts at once, every answer logged as it comes; returns why some are missing, or nothing."""
-        questions = [q for prompt, candidates in items for q in self._questions(prompt, candidates)]
+        questions = self.questions(items)
         entries = teachers.ask(
             self.teacher, questions, purpose="judge", log=self.log, parse=parse_verdict, temperature=self.temperature
         )
@@ -189,7 +190,7 @@ class LlmJudge:
 
     def judge(self, prompt: Prompt, candidates: Sequence[str], finish_reasons: Sequence[str] | None = None) -> Judgement:
         n, a, nothing = len(candidates), self.audit, (0.0,) * len(candidates)
-        questions = self._questions(prompt, candidates)
+        questions = self.questions([(prompt, candidates)])
         if any(q.text not in self._answers for q in questions):
             self.ask([(prompt, candidates)])
         entries = [self._answers[q.text] for q in questions]

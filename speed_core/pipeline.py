@@ -250,7 +250,10 @@ def preferences(run: Run, root: Artifact, planned: Sequence[Prompt]) -> Artifact
             items = [(q, groups[q.id]) for q in planned if q.id in groups]
             if who.judge == "llm":
                 decide: Any = judge.LlmJudge(teacher.open_teacher(who, run.replay), run.log("judge"), who.judge_temperature)
-                draft.info["partial"] = decide.ask([(q, [e["raw"] for e in group]) for q, group in items])
+                questions = [(q, [e["raw"] for e in group]) for q, group in items]
+                draft.info["partial"] = decide.ask(questions)
+                spent = teacher.spent(run.log("judge"), decide.questions(questions), "judge", who)
+                write_json(draft.file("ledger.json"), spent)
             else:
                 decide = rubric(run, entries, planned)
             pairs, count = judge.make_pairs(decide, items)
@@ -310,6 +313,36 @@ def revision_rows(run: Run) -> list[dict[str, Any]]:
         for e in run.store.need("revisions").rows()
         if e["status"] == "ok" and (rid := e["record"].removesuffix("/revise"))
     ]
+
+
+def teacher_use(run: Run) -> dict[str, dict[str, int]]:
+    """Table 5 of this run: {brainstorm, seed, preference, revision: {calls, input, output}}, the last two in tokens.
+
+    An endpoint's own counts. Recorded answers have none: theirs are those of the generator's tokenizer. A rubric asks nobody.
+    """
+    asked = {"brainstorm": "tasks", "seed": "seeds", "preference": "pairs", "revision": "revisions"}
+    if run.profile.teacher.kind != "recorded":
+        out = {}
+        for purpose, name in asked.items():
+            a = run.store.get(name)
+            rows = a.json("ledger.json").values() if a and "ledger.json" in a.manifest["files"] else ()
+            counted = (("calls", "calls"), ("input", "input_tokens"), ("output", "output_tokens"))
+            out[purpose] = {k: sum(int(r[key]) for r in rows) for k, key in counted}
+        return out
+    texts: dict[str, list[tuple[str, str]]] = {"preference": []}
+    for purpose, planned in (("brainstorm", brainstorm_prompts(run)), ("seed", seed_plan(run))):
+        text = {q.id: q.text for q in planned}
+        texts[purpose] = [(text[e["record"]], e["raw"]) for e in run.store.need(asked[purpose]).rows()]
+    texts["revision"] = [(prompts.revise(r["prompt"], r["weak"]), r["answer"]) for r in revision_rows(run)]
+    tokenizer = models.load_tokenizer(run.profile.models.generator)
+
+    def tokens(column: Sequence[str]) -> int:
+        return sum(map(len, tokenizer(list(column), add_special_tokens=False)["input_ids"])) if column else 0
+
+    return {
+        p: {"calls": len(texts[p])} | {k: tokens([pair[i] for pair in texts[p]]) for i, k in enumerate(("input", "output"))}
+        for p in asked
+    }
 
 
 def revisor(run: Run) -> Artifact:

@@ -162,8 +162,9 @@ def stages(run: Run) -> list[tuple[str, str, Callable[[], Any]]]:
     if p.teacher.kind != "recorded":
         out.insert(9, ("05", "revisions", lambda: pipeline.revision_rows(run)))
     for layers, seed, arm in experiments.student_arms(run):
-        name = f"student-{layers}-{arm}-{seed}"
+        name = experiments.student_name(layers, arm, seed)
         out += [("07", name, partial(experiments.student, run, layers, arm, seed)), ("07", f"scores-{name}", score(name, name))]
+    out += [("07", "scores-guide", partial(experiments.scores, run, "guide", p.models.guide, instructed=False))]
     names = [(arm, k, f"{arm}-{k}") for arm in ("guided", "plain") for k in seeds]
     out += [("08", f"embedder-{name}", train(f"embedder-{name}", guided=arm == "guided", seed=k)) for arm, k, name in names]
     out += [("09", "scores-untrained", partial(experiments.scores, run, "untrained", p.models.embedder))]
@@ -171,7 +172,6 @@ def stages(run: Run) -> list[tuple[str, str, Callable[[], Any]]]:
     bare = [("09", f"scores-bare-{k}", score(f"bare-{k}", f"embedder-guided-{k}", instructed=False)) for k in seeds]
     out += [
         *bare,
-        ("09", "scores-guide", partial(experiments.scores, run, "guide", p.models.guide, instructed=False)),
         ("09", "contamination-synthetic", partial(experiments.contamination, run, "synthetic")),
     ]
     given = p.study.arms

@@ -6,8 +6,10 @@ drawn with its interval or not at all.
 
 from __future__ import annotations
 
+import json
 import textwrap
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -235,24 +237,26 @@ def packed_mask(run: Run, name: str, batch: Mapping[str, Any], inputs: Sequence[
 def mask_quality(run: Run, name: str, rows: Sequence[Mapping[str, Any]], inputs: Sequence[Artifact], title: str) -> None:
     """Precision against recall of the mask over margins, a panel for each source of labels, a line for each guide.
 
-    Rows {labels, guide, margin, precision, recall, low/high of both, base_rate}. The ringed point is margin 0, with its
-    intervals; the dashed line is the precision of removing at random.
+    Rows {labels, guide, margin, precision, recall, low/high of both, base_rate}. Bars are the intervals, the ringed
+    point is margin 0; the dashed line is the precision of removing at random.
     """
     panels, guides = list(dict.fromkeys(r["labels"] for r in rows)), list(dict.fromkeys(r["guide"] for r in rows))
     figure, axes = canvas(4.2 * len(panels), 3.8, len(panels))
-    top = min(1.02, 1.15 * max(r["precision_high"] if r["margin"] == 0 else r["precision"] for r in rows))
+    top = min(1.02, 1.05 * max(r["precision_high"] for r in rows))
     for ax, panel in zip(np.atleast_1d(axes), panels, strict=True):
         for i, guide in enumerate(guides):
             points = [r for r in rows if r["labels"] == panel and r["guide"] == guide]
             colour = (OURS, SECOND, THIRD)[i % 3]
             x, y = [r["recall"] for r in points], [r["precision"] for r in points]
             ax.plot(x, y, color=colour, ls=("-", "--", ":")[i % 3], marker=("o", "s", "^")[i % 3], ms=4, label=guide)
-            zero = next(r for r in points if r["margin"] == 0)
             error = {
-                f"{side}err": np.maximum(0, [[zero[key] - zero[f"{key}_low"]], [zero[f"{key}_high"] - zero[key]]])
+                f"{side}err": np.maximum(
+                    0, [[r[key] - r[f"{key}_low"] for r in points], [r[f"{key}_high"] - r[key] for r in points]]
+                )
                 for side, key in (("x", "recall"), ("y", "precision"))
             }
-            ax.errorbar(zero["recall"], zero["precision"], **error, color=colour, capsize=3, lw=1)
+            ax.errorbar(x, y, **error, fmt="none", color=colour, capsize=2, lw=0.8, alpha=0.6)
+            zero = next(r for r in points if r["margin"] == 0)
             ax.plot(zero["recall"], zero["precision"], "o", ms=11, mfc="none", mec=colour)
         base = next(r["base_rate"] for r in rows if r["labels"] == panel)
         ax.axhline(base, color=GREY, ls="--", lw=1, label="removed at random")
@@ -263,8 +267,9 @@ def mask_quality(run: Run, name: str, rows: Sequence[Mapping[str, Any]], inputs:
     save(run, name, figure, rows, inputs)
 
 
-def loss_cost(run: Run, name: str, result: Mapping[str, Any]) -> None:
+def loss_cost(run: Run, name: str, path: Path) -> None:
     """Seconds and memory of the losses over batch sizes, from a file of `benchmarks/results`; a line ends at the largest batch that worked."""
+    result = json.loads(path.read_text(encoding="utf-8"))
     figure, axes = canvas(9, 3.6, 2)
     names = {
         "ours": "ours", "matmul": "plain matrix product", "gist": "GISTEmbedLoss", "cached_gist": "CachedGISTEmbedLoss",
@@ -297,32 +302,32 @@ def loss_cost(run: Run, name: str, result: Mapping[str, Any]) -> None:
         fontsize=11,
     )
     out = [{k: r.get(k, "") for k in ("method", "batch", "status", "seconds", "peak_mb")} for r in rows]
-    save(run, name, figure, out, [], note=f"benchmarks/results/guided_loss.{result['device']}.json")
+    save(run, name, figure, out, [], files=[path])
 
 
 def scaling(
     run: Run, name: str, rows: Sequence[Mapping[str, float]], fit: Mapping[str, float], band: Any, inputs: Sequence[Artifact]
 ) -> None:
-    """Fig. 4: score against the number of synthetic records, log-linear fit with its band; the paper's two points beside."""
-    figure, (ax, right) = canvas(8.4, 3.4, 2)
+    """Fig. 4: score against the number of synthetic records, log-linear fit with its band, what it leaves over, and the paper's
+    two points. Rows {records, value, low, high, fit, fit_low, fit_high, residual}."""
+    figure, (ax, middle, right) = canvas(10.4, 3.4, 3)
     x = np.array([r["records"] for r in rows])
     y = np.array([r["value"] for r in rows])
-    ax.errorbar(
-        x,
-        y,
-        yerr=np.maximum(0, [y - [r["low"] for r in rows], [r["high"] for r in rows] - y]),
-        fmt="o",
-        color=OURS,
-        capsize=4,
-        label="ours, 95% interval",
-    )
+    error = np.maximum(0, [y - [r["low"] for r in rows], [r["high"] for r in rows] - y])
+    ax.errorbar(x, y, yerr=error, fmt="o", color=OURS, capsize=4, label="ours, 95% interval")
     grid = np.geomspace(x.min(), x.max(), 50)
     ax.plot(grid, fit["intercept"] + fit["slope"] * np.log2(grid), color=OURS, label=f"{fit['slope']:+.2f} points a doubling")
     ax.fill_between(grid, band[0], band[1], color=OURS, alpha=0.15)
-    ax.set_xscale("log", base=2)
-    ax.set_xticks(x, [str(int(v)) for v in x])
-    ax.set(title="ours", xlabel="synthetic records", ylabel="mean score of the offline tasks")
+    ax.set(title="ours", ylabel="mean score of the offline tasks")
     ax.legend(fontsize=8)
+    middle.axhline(0, color=GREY, lw=1, ls="--")
+    middle.vlines(x, 0, [r["residual"] for r in rows], color=OURS, lw=1)
+    middle.plot(x, [r["residual"] for r in rows], "o", color=OURS)
+    middle.set(title="residuals of the line", ylabel="points")
+    for panel in (ax, middle):
+        panel.set_xscale("log", base=2)
+        panel.set_xticks(x, [str(int(v)) for v in x])
+        panel.set(xlabel="synthetic records")
     right.plot([230, 920], [63.2, 63.4], "D-", color=PAPER, mfc="none", label="+0.1 points a doubling")
     right.set_xscale("log", base=2)
     right.set_xticks([230, 920], ["230K", "920K"])
@@ -369,6 +374,31 @@ def sweeps(run: Run, name: str, rows: Sequence[Mapping[str, Any]], inputs: Seque
         ax.set_ylabel("points against own value", fontsize=8.5)
     figure.suptitle(title, x=0.01, ha="left", fontsize=11)
     save(run, name, figure, rows, inputs)
+
+
+def cost(
+    run: Run,
+    name: str,
+    per_record: Mapping[str, tuple[float, float]],
+    inputs: Sequence[Artifact],
+    title: str = "What a training record costs",
+) -> None:
+    """Table 5 for each training record: {who: (teacher calls, teacher tokens)} on logarithmic axes, the paper's in black and white."""
+    figure, axes = canvas(8.4, 0.9 + 0.42 * len(per_record), 2)
+    who = list(per_record)
+    for k, (ax, unit) in enumerate(zip(axes, ("teacher calls", "teacher tokens"), strict=True)):
+        for i, label in enumerate(who):
+            paper, value = label.startswith("paper"), per_record[label][k]
+            colour, edge = ("white", PAPER) if paper else (OURS, OURS)
+            ax.barh(i, value, color=colour, edgecolor=edge, hatch="//" if paper else "", height=0.6)
+            ax.annotate(f"{value:.3g}", (value, i), (5, 0), textcoords="offset points", va="center", fontsize=8)
+        ax.set_xscale("log")
+        ax.set_yticks(range(len(who)), who if k == 0 else [""] * len(who))
+        ax.invert_yaxis()
+        low, high = (f(v[k] for v in per_record.values() if v[k] > 0) for f in (min, max))
+        ax.set(xlabel=f"{unit} a record", xlim=(low / 3, high * 4))
+    figure.suptitle(title, x=0.01, ha="left", fontsize=11)
+    save(run, name, figure, [{"who": w, "calls": v[0], "tokens": v[1]} for w, v in per_record.items()], inputs)
 
 
 def verdicts(run: Run, name: str, rows: Sequence[Mapping[str, Any]], inputs: Sequence[Artifact]) -> None:

@@ -28,13 +28,17 @@ from speed_core.artifacts import (
     file_digest,
     write_json,
 )
+from speed_core.run_context import ROOT
 
 if TYPE_CHECKING:
     from speed_core.run_context import Run
 
 
-def save(run: Run, name: str, figure: Any, rows: Sequence[Mapping[str, Any]], inputs: Sequence[Artifact], note: str = "") -> None:
-    """Write the three files. `rows` is what was plotted; `inputs` are the artifacts it was computed from.
+def save(
+    run: Run, name: str, figure: Any, rows: Sequence[Mapping[str, Any]], inputs: Sequence[Artifact], files: Sequence[Path] = ()
+) -> None:
+    """Write the three files. `rows` is what was plotted; `inputs` are the artifacts it was computed from, `files` others of
+    this repository (the results of a benchmark).
 
     The same numbers give the same bytes, and a record that would differ in its date alone is left as it is.
     Raises UserError when there is nothing to plot.
@@ -69,7 +73,7 @@ def save(run: Run, name: str, figure: Any, rows: Sequence[Mapping[str, Any]], in
         "svg_sha256": file_digest(svg),
         "device": device_name(),
         "code": code_digest(),
-        "note": note,
+        "files": {f.resolve().relative_to(ROOT).as_posix(): file_digest(f) for f in files},
     }
     old = _record(record) if record.is_file() else None
     if old is None or canonical({k: v for k, v in old.items() if k != "written"}) != canonical(new):
@@ -237,6 +241,9 @@ def inspect(folder: Path, runs: Path | None = None, deep: bool = False) -> tuple
         for key, path in (("data_sha256", data), ("svg_sha256", svg)):
             if said[key] != file_digest(path):
                 problems.append(f"{path.name}: changed since {record.name} was written; run its notebook again")
+        for file, then in said.get("files", {}).items():
+            if not (ROOT / file).is_file() or file_digest(ROOT / file) != then:
+                problems.append(f"{name}: stale, {file} moved since it was drawn; run its notebook again")
         if runs is None or not said["inputs"]:
             continue
         now = stores.setdefault(said["profile"], Now(roots_of(folder, said["profile"], runs), deep))

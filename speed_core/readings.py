@@ -101,9 +101,10 @@ def _revision(rows: Rows) -> str:
 
 
 def _kept(rows: Rows) -> str:
-    ours = [r for r in rows if r["series"] == "ours"]
-    low = min(ours, key=_f)
-    return f"from {_f(low):.0%} ({low['category'].replace('_', ' ')}) to {max(map(_f, ours)):.0%} of the prompts of a kind became records."
+    low, high = min(rows, key=_f), max(rows, key=_f)
+    lost = sum(int(r["valid"]) - int(r["kept"]) for r in rows)
+    said = [f"{_f(r):.0%} [{_f(r, 'low'):.0%}, {_f(r, 'high'):.0%}] ({r['label']})" for r in (low, high)]
+    return f"of {sum(int(r['valid']) for r in rows)} valid records {lost} were dropped; the share kept goes from {said[0]} to {said[-1]}."
 
 
 def _mask(rows: Rows) -> str:
@@ -151,8 +152,26 @@ def _sweeps(rows: Rows) -> str:
 
 
 def _scaling(rows: Rows) -> str:
-    said = [f"{_interval(r, '.1f')} points at {r['records']} records" for r in rows if r["source"] == "ours"]
-    return f"{_listed(said)}."
+    ours = [r for r in rows if r["source"] == "ours"]
+    said = [f"{_interval(r, '.1f')} points at {r['records']} records" for r in ours]
+    off = max(ours, key=lambda r: abs(_f(r, "residual")))
+    return f"{_listed(said)}; the line misses by {_f(off, 'residual'):+.1f} points at most, at {off['records']} records."
+
+
+def _per_record(rows: Rows) -> str:
+    ours, paper = (next(r for r in rows if r["who"] == who) for who in ("this run", "paper: SPEED"))
+    calls, tokens = (_f(ours, k) / _f(paper, k) for k in ("calls", "tokens"))
+    return f"{_f(ours, 'calls'):.2f} teacher calls and {_f(ours, 'tokens'):.0f} tokens a record, {calls:.0f} and {tokens:.0f} times SPEED's."
+
+
+def _asked(rows: Rows) -> str:
+    said = [f"{r['label']} {_interval(r, '+.2f')}" for r in rows if _resolved(r)]
+    return f"of {len(rows)} questions {len(said)} {'is' if len(said) == 1 else 'are'} resolved{': ' if said else ''}{'; '.join(said)}."
+
+
+def _tasks(rows: Rows) -> str:
+    low, high = min(rows, key=_f), max(rows, key=_f)
+    return f"from {_interval(low, '.1f')} points ({low['label']}) to {_interval(high, '.1f')} ({high['label']}) over {len(rows)} tasks."
 
 
 def _claims(rows: Rows) -> str:
@@ -173,14 +192,17 @@ READINGS: dict[str, Callable[[Rows], str]] = {
     "07_masking_microscope": _mask,
     "07_mask_quality": _quality,
     "07_guided_students": lambda rows: _differences(rows, "all students, all tasks", "+.2f"),
+    "07_small_student": _asked,
     "07_loss_cost": _cost,
     "08_training": _training,
     "09_trained_minus_untrained": lambda rows: _differences(rows, "all tasks"),
+    "09_table8_tasks": _tasks,
     "09_guided_minus_plain": lambda rows: _differences(rows, "all tasks"),
     "09_instructions": lambda rows: _differences(rows, "all tasks"),
     "10_table2_generators": _generators,
     "10_sweeps": _sweeps,
     "11_scaling": _scaling,
+    "12_table5_cost": _per_record,
     "12_claims": _claims,
 }
 

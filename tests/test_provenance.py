@@ -86,6 +86,18 @@ def test_an_input_remade_with_the_same_contents_has_not_moved(drawn):
     assert plots.check(folder, runs) == []
 
 
+def test_a_figure_of_a_benchmark_is_stale_when_its_file_was_written_again(drawn, monkeypatch):
+    run, folder, runs = drawn
+    file = runs / "results" / "loss.json"
+    row = {"method": "ours", "batch": 64, "status": "ok", "seconds": 0.1, "peak_mb": 2.0}
+    write_json(file, {"rows": [row], "machine": {"cpu": "a CPU"}, "written": "2026-01-01"})
+    monkeypatch.setattr(provenance, "ROOT", runs)
+    plots.loss_cost(run, "07_loss_cost", file)
+    assert provenance.check(folder) == []
+    write_json(file, {"rows": [row | {"seconds": 0.2}], "machine": {"cpu": "a CPU"}, "written": "2026-01-02"})
+    assert provenance.check(folder) == ["07_loss_cost: stale, results/loss.json moved since it was drawn; run its notebook again"]
+
+
 def test_something_upstream_made_again_makes_a_figure_stale_though_its_input_is_the_same(drawn):
     run, folder, runs = drawn
     make(run, "seeds", 2)

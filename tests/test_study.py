@@ -1,12 +1,16 @@
 """The sweeps: which points a profile gets, and what they say of a claim. tests/test_notebooks.py runs one."""
 
 import dataclasses
+import json
+from pathlib import Path
 
 import pytest
 
 from speed_core import claims, plots, study, uncertainty
 from speed_core.artifacts import UserError
 from speed_core.run_context import open_run
+
+ROOT = Path(__file__).resolve().parent.parent
 
 
 def scores(mean: float) -> list[dict]:
@@ -100,6 +104,24 @@ def test_an_order_is_judged_by_its_smallest_step_and_kept_records_by_those_that_
     by = {r["id"]: r for r in rows}
     assert by["S6"]["ours"] == pytest.approx(-1.0) and "smallest of the three steps" in by["S6"]["why"]
     assert by["S22"]["ours"] == 0.9 and by["S22"]["low"] < 0.9 < by["S22"]["high"] and "90 of 100 valid" in by["S22"]["why"]
+
+
+def test_a_claim_with_two_printed_differences_is_their_mean_and_at_the_papers_size_it_is_reproduced():
+    arms = {"jr": 0.5, "jr_re": 0.52, "sr": 0.51, "sr_re": 0.56, "guided": 0.6, "untrained": 0.3}
+    found, digests = {k: scores(v) for k, v in arms.items()}, dict.fromkeys(arms, "a@1")
+    by = {r["id"]: r for r in claims.build(found, {}, digests)}
+    assert by["S7"]["ours"] == pytest.approx((2.0 + 5.0) / 2) and by["S8"]["ours"] == pytest.approx((1.0 + 4.0) / 2)
+    assert by["E1"]["verdict"] == claims.SMALLER and by["S4"]["verdict"] == "not yet tested"
+    large = {r["id"]: r["verdict"] for r in claims.build(found, {}, digests, records=claims.PAPER_RECORDS)}
+    assert large["E1"] == claims.REPRODUCED and large["S7"] == claims.UNRESOLVED
+
+
+def test_each_claim_that_can_be_measured_names_a_code_cell_of_its_notebook():
+    cells = {}
+    for path in sorted((ROOT / "notebooks").glob("*.ipynb")):
+        cells[path.name[:2]] = {c["id"] for c in json.loads(path.read_text())["cells"] if c["cell_type"] == "code"}
+    for key, _, _, notebook, cell in claims.CLAIMS:
+        assert (cell == "") == (key in claims.NOT_POSSIBLE) and (not cell or cell in cells[notebook]), key
 
 
 def test_a_sweep_of_text_values_changes_one_setting_like_any_other(run):

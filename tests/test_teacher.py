@@ -5,9 +5,10 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 import pytest
 
 from speed_core import endpoint as endpoints
-from speed_core import generate, prompts, teacher
-from speed_core.artifacts import UserError
+from speed_core import generate, models, pipeline, prompts, teacher
+from speed_core.artifacts import UserError, write_jsonl
 from speed_core.profile import Teacher
+from speed_core.run_context import open_run
 
 GOOD = '{"S1":"a b","S2":"a c","S3":"a d"}'
 
@@ -341,3 +342,29 @@ def test_the_first_two_notebooks_run_to_their_end_on_a_teacher_that_cuts_answers
     assert [(r.status, r.detail) for r in reports] == [("ok", "")] * 2
     outcomes = json.loads((tmp_path / "runs" / "smoke" / "artifacts" / "seeds" / "manifest.json").read_text())["outcomes"]
     assert 0 < outcomes["ok"] < sum(outcomes.values()), "nothing was lost, so nothing was tested"
+
+
+def test_table_5_counts_what_an_endpoint_was_asked_the_judge_included(endpoint, tmp_path, monkeypatch):
+    monkeypatch.setenv("SPEED_RUNS", str(tmp_path))
+    who = {"teacher.kind": "openai", "teacher.judge": "llm", "teacher.model": "tiny", "teacher.base_url": endpoint}
+    run, planned = open_run("smoke", who), some_prompts(2)
+    candidates = [
+        {"record": f"{p.id}#{k}", "kind": p.kind, "raw": GOOD, "finish_reason": "stop"} for p in planned for k in (0, 1)
+    ]
+    with run.store.stage("root", {}) as draft:
+        write_jsonl(draft.file("data.jsonl"), [e | {"id": e["record"], "status": "ok", "reason": ""} for e in candidates])
+    pipeline.preferences(run, run.store.need("root"), planned)
+    nothing = {"calls": 0, "input": 0, "output": 0}
+    each = {"calls": 4, "input": 40, "output": 20}  # two prompts in both orders, at the endpoint's 10 and 5 tokens
+    assert pipeline.teacher_use(run) == {"brainstorm": nothing, "seed": nothing, "preference": each, "revision": nothing}
+
+
+def test_table_5_counts_recorded_answers_with_the_tokenizer_of_the_generator(tmp_path, monkeypatch):
+    monkeypatch.setenv("SPEED_RUNS", str(tmp_path))
+    run = open_run("smoke")
+    tasks, seeds, use = pipeline.brainstorm(run), pipeline.seed_data(run), pipeline.teacher_use(run)
+    asked = {p: n["calls"] for p, n in use.items()}
+    assert asked == {"brainstorm": len(tasks.rows()), "seed": run.profile.seeds, "preference": 0, "revision": len(pipeline.revision_rows(run))}
+    tokenizer = models.load_tokenizer(run.profile.models.generator)
+    written = [len(tokenizer(e["raw"], add_special_tokens=False)["input_ids"]) for e in seeds.rows()]
+    assert use["seed"]["output"] == sum(written) < use["seed"]["input"], "a prompt is longer than its answer"
