@@ -283,20 +283,15 @@ def import_(
     """
     import os
 
-    from speed_core import experiments, moving, replay
+    from speed_core import experiments, replay
     from speed_core.run import run_all
     from speed_core.run_context import open_run
 
     source = source or replay.RECORDED
-    if moving.is_whole(source):
-        run = moving.take_in(source, open_run)
-        print(
-            f"imported into {run.folder.parent.name}/{run.folder.name}; go on: python -m speed_core run --profile {run.profile.name}"
-        )
-        return
-    run = replay.import_logs(source, open_run)
-    print(f"imported into {run.folder.parent.name}/{run.folder.name}")
-    if not rebuild:
+    run, whole = replay.take_in(source, open_run)
+    on = f"; go on: python -m speed_core run --profile {run.profile.name}" if whole else ""
+    print(f"imported into {run.folder.parent.name}/{run.folder.name}{on}")
+    if whole or not rebuild:
         return
     os.environ["SPEED_REPLAY"] = "1"
     reports = run_all(run.profile.name, only=replay.NOTEBOOKS)

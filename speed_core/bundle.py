@@ -53,7 +53,7 @@ def artifacts(store: Store, weights: bool = True) -> dict[str, Artifact]:
     found = {}
     for path in sorted(store.root.glob("*/" + MANIFEST)):
         artifact, name = store.made(path.parent.name), path.parent.name
-        if artifact is None or artifact.manifest.get("partial") or artifact.manifest.get("elsewhere"):
+        if artifact is None or artifact.manifest.get("partial") or artifact.lost():
             continue
         heavy = any(f.endswith(WEIGHTS) for f in artifact.manifest["files"])
         if not heavy or weights and (name in GENERATORS or name.startswith(EMBEDDERS)):

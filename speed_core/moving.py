@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from collections.abc import Set as AbstractSet
 from pathlib import Path
 
@@ -17,11 +17,8 @@ from speed_core import experiments, planning
 from speed_core.artifacts import MANIFEST, UserError, digest
 from speed_core.bundle import GENERATORS, WEIGHTS
 from speed_core.profile import dotted
-from speed_core.replay import pack, put, read_archive
+from speed_core.replay import HISTORY, pack
 from speed_core.run_context import Run
-
-HISTORY = "times.jsonl"
-FOLDERS = ("log", "artifacts", "figures")
 
 
 def export(run: Run, target: Path, *, weights: bool = True) -> str:
@@ -66,21 +63,3 @@ def _files(folder: Path, kept: AbstractSet[str], wanted: AbstractSet[str]) -> It
                 yield f"artifacts/{name}/{file}", path.read_bytes()
         said = manifest | ({"elsewhere": heavy} if heavy else {})
         yield f"artifacts/{name}/{MANIFEST}", (json.dumps(said, indent=1) + "\n").encode()
-
-
-def take_in(source: Path, open_for: Callable[[str], Run]) -> Run:
-    """Check an archive of `export` and put it into the run folder of its profile; nothing unequal that is there is touched."""
-    manifest, found = read_archive(source)
-    for name in found:
-        parts = Path(name).parts
-        inside = parts[2:] if parts[0] == "variants" else parts
-        if not inside or ".." in parts or not (inside[0] in FOLDERS or inside == (HISTORY,)):
-            raise UserError(f"{source.name}: {name} would land outside of a run's folders; fetch or export it again")
-    run = open_for(manifest["profile"])
-    put(run, found)
-    return run
-
-
-def is_whole(source: Path) -> bool:
-    """Is it an archive of `export`, and not of `replay.export_logs`?"""
-    return bool(read_archive(source)[0].get("whole"))

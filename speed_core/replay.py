@@ -1,6 +1,6 @@
 """Replay: from the request logs alone, the data sets and their figures are rebuilt offline, byte for byte.
 
-`export_logs` writes one archive with the digest of everything in it; `import_logs` refuses a damaged one. A run opened
+`export_logs` writes one archive with the digest of everything in it; `take_in` refuses a damaged one. A run opened
 with SPEED_REPLAY=1 answers every request from its log (`generate.replay`) and starts no engine and no training. The
 trained generators travel as what is known about them (manifest, training history), without weights; the rubric judge
 reads texts with the guide model, which has to be there as in any run.
@@ -29,6 +29,7 @@ DATA = (
     "synthetic", "raw-junior", "revised-junior", "raw-base", "synthetic-jr", "synthetic-jr_re", "synthetic-sr", "synthetic-sr_re",
     "synthetic-base", "synthetic-teacher",
 )  # fmt: skip
+HISTORY, FOLDERS = "times.jsonl", ("log", "artifacts", "figures")  # what a whole run has
 TRAINED = ("junior", "senior", "revisor")
 RECORDED = Path(__file__).parent / "assets" / "recorded_run.tar.gz"  # of the run behind the committed figures
 
@@ -98,17 +99,27 @@ def figures(run: Run) -> dict[str, str]:
     return {p.stem: json.loads(p.read_text(encoding="utf-8"))["data_sha256"] for p in found}
 
 
-def import_logs(source: Path, open_for: Callable[[str], Run]) -> Run:
-    """Check an export and put it into the run folder of its profile; nothing unequal that is there is touched."""
+def take_in(source: Path, open_for: Callable[[str], Run]) -> tuple[Run, bool]:
+    """Check an archive of `export_logs` or `moving.export` and put it into the run folder of its profile; nothing unequal that is
+    there is touched. Returns the run, and whether the archive holds all of it."""
     manifest, found = read_archive(source)
-    run = open_for(manifest["profile"])
+    whole = bool(manifest.get("whole"))
     for name in found:
-        parts = Path(name).parts
-        inside = parts[0] == "log" or (parts[0] == "artifacts" and parts[1:2] and parts[1] in TRAINED)
-        if not inside or ".." in parts:
-            raise UserError(f"{source.name}: {name} would land outside of the run's logs; fetch or export it again")
+        if not _belongs(Path(name).parts, whole):
+            raise UserError(f"{source.name}: {name} would land outside of a run's folders; fetch or export it again")
+    run = open_for(manifest["profile"])
     put(run, found)
-    return run
+    return run, whole
+
+
+def _belongs(parts: tuple[str, ...], whole: bool) -> bool:
+    """Does a file of this path belong into a run folder: logs and what is known of the generators, or (`whole`) anything of it?"""
+    if ".." in parts:
+        return False
+    if not whole:
+        return parts[0] == "log" or (parts[0] == "artifacts" and len(parts) > 1 and parts[1] in TRAINED)
+    own = parts[2:] if parts[0] == "variants" else parts
+    return bool(own) and (own[0] in FOLDERS or own == (HISTORY,))
 
 
 def put(run: Run, found: Mapping[str, bytes]) -> None:

@@ -46,7 +46,7 @@ def archive(tmp_path, monkeypatch):
 
 
 def test_what_was_made_from_a_model_needs_its_weights_no_longer_and_an_unread_model_is_trained_again(archive):
-    run = moving.take_in(archive, open_run)
+    run, _ = replay.take_in(archive, open_run)
     seeds, model = run.store.need("seeds"), run.store.need("embedder-mine-0")
     assert run.store.why_stale("embedder-mine-0", {"seed": 0}, [seeds]) == "" == run.store.why_stale("scores-mine-0", {}, [model])
     assert not list(run.folder.rglob("*.safetensors")) and run.store.made("embedder-guided-0") is None
@@ -58,7 +58,7 @@ def test_what_was_made_from_a_model_needs_its_weights_no_longer_and_an_unread_mo
 
 
 def test_the_generators_travel_unless_they_are_left_out(archive):
-    run = moving.take_in(archive.with_name("heavy.tar.gz"), open_run)
+    run, _ = replay.take_in(archive.with_name("heavy.tar.gz"), open_run)
     assert run.store.need("junior").weights() == run.store.root / "junior"
     assert [p.parent.name for p in run.folder.rglob("*.safetensors")].count("junior") == 1
     assert run.store.made("embedder-guided-0") is not None, "notebook 08 reads this one"
@@ -75,12 +75,12 @@ def test_a_model_is_left_behind_whole_when_a_stage_still_has_to_read_it_or_its_c
     assert run.store.made("revised").manifest["parents"] == {"revisor": revisor.digest}
     moving.export(run, tmp_path / "a.tar.gz", weights=False)
     monkeypatch.setenv("SPEED_RUNS", str(tmp_path / "here"))
-    here = moving.take_in(tmp_path / "a.tar.gz", open_run)
+    here, _ = replay.take_in(tmp_path / "a.tar.gz", open_run)
     assert here.store.made("revisor") is None and here.store.made("revised") is not None
 
 
 def test_shipped_artifacts_without_their_weights_do_not_count(archive, tmp_path, monkeypatch):
-    run = moving.take_in(archive, open_run)
+    run, _ = replay.take_in(archive, open_run)
     monkeypatch.setenv("SPEED_SHIPPED", str(run.folder.parent))
     monkeypatch.setenv("SPEED_RUNS", str(tmp_path / "third"))
     store = open_run("smoke").store
@@ -90,7 +90,7 @@ def test_shipped_artifacts_without_their_weights_do_not_count(archive, tmp_path,
 def test_whoever_needs_the_weights_is_told_in_one_line_and_the_same_weights_leave_everything_as_it_is(archive):
     import shutil
 
-    run = moving.take_in(archive, open_run)
+    run, _ = replay.take_in(archive, open_run)
     seeds, before = run.store.need("seeds"), run.store.need("scores-mine-0").digest
     with pytest.raises(UserError, match="'embedder-mine-0' came without its weights .*remove its folder") as error:
         run.store.need("embedder-mine-0").weights()
@@ -106,7 +106,7 @@ def test_whoever_needs_the_weights_is_told_in_one_line_and_the_same_weights_leav
 
 
 def test_the_same_run_gives_the_same_archive_again_also_from_where_it_was_taken_in(archive, tmp_path):
-    run = moving.take_in(archive, open_run)
+    run, _ = replay.take_in(archive, open_run)
     moving.export(run, tmp_path / "again.tar.gz", weights=False)
     assert (tmp_path / "again.tar.gz").read_bytes() == archive.read_bytes()
 
@@ -116,7 +116,7 @@ def test_another_file_that_is_there_already_stops_an_import_before_it_writes(arc
     run.log("seeds").parent.mkdir()
     run.log("seeds").write_text("mine\n")
     with pytest.raises(UserError, match=r"log/seeds.jsonl: another one is there already"):
-        moving.take_in(archive, open_run)
+        replay.take_in(archive, open_run)
     assert run.log("seeds").read_text() == "mine\n" and not (run.store.root / "seeds").exists()
 
 
@@ -126,7 +126,7 @@ def test_an_archive_that_reaches_outside_of_the_run_is_refused(tmp_path, name):
 
     replay.pack({"profile": "smoke", "files": {name: hashlib.sha256(b"x").hexdigest()}}, {name: b"x"}, tmp_path / "a.tar.gz")
     with pytest.raises(UserError, match="would land outside"):
-        moving.take_in(tmp_path / "a.tar.gz", open_run)
+        replay.take_in(tmp_path / "a.tar.gz", open_run)
 
 
 def test_the_two_commands_carry_a_run_over(archive, tmp_path):

@@ -364,7 +364,12 @@ def test_table_5_counts_recorded_answers_with_the_tokenizer_of_the_generator(tmp
     run = open_run("smoke")
     tasks, seeds, use = pipeline.brainstorm(run), pipeline.seed_data(run), pipeline.teacher_use(run)
     asked = {p: n["calls"] for p, n in use.items()}
-    assert asked == {"brainstorm": len(tasks.rows()), "seed": run.profile.seeds, "preference": 0, "revision": len(pipeline.revision_rows(run))}
+    assert asked == {
+        "brainstorm": len(tasks.rows()),
+        "seed": run.profile.seeds,
+        "preference": 0,
+        "revision": len(pipeline.revision_rows(run)),
+    }
     tokenizer = models.load_tokenizer(run.profile.models.generator)
     written = [len(tokenizer(e["raw"], add_special_tokens=False)["input_ids"]) for e in seeds.rows()]
     assert use["seed"]["output"] == sum(written) < use["seed"]["input"], "a prompt is longer than its answer"
