@@ -230,6 +230,19 @@ def topic_records(run: Run, *, covered: bool) -> list[dict[str, Any]]:
     return off[: len(off) - len(on)] + on if covered else off
 
 
+def student_tasks(arm: str) -> tuple[str, ...] | None:
+    """What an arm of `student` is scored on when not on all tasks: a left out topic is asked for in the chatterbot questions."""
+    from speed_core import offline_tasks
+
+    return (offline_tasks.QUESTIONS,) if arm in ("uncovered", "covered") else None
+
+
+def whole_before(run: Run) -> dict[str, Any]:
+    """Artifact `scores-student-whole-before`: the guide itself on the same questions, as it comes."""
+    tasks = student_tasks("uncovered")
+    return scores(run, "student-whole-before", run.profile.models.guide, instructed=False, tasks=tasks)
+
+
 def by_topic(run: Run, result: dict[str, Any]) -> dict[str, Any]:
     """The chatterbot retrieval of a scored model as two tasks: "on" holds the questions about computing, "off" the others."""
     from speed_core import offline_tasks
@@ -240,11 +253,14 @@ def by_topic(run: Run, result: dict[str, Any]) -> dict[str, Any]:
     return {"tasks": {k: {"type": "Retrieval", "score": sum(v) / len(v), "items": v} for k, v in parts.items()}}
 
 
-def scores(run: Run, name: str, model: Artifact | str, *, instructed: bool = True) -> dict[str, Any]:
-    """Artifact `scores-NAME`: mteb's scores of a model (an `embedder` artifact, or a model name)."""
+def scores(
+    run: Run, name: str, model: Artifact | str, *, instructed: bool = True, tasks: tuple[str, ...] | None = None
+) -> dict[str, Any]:
+    """Artifact `scores-NAME`: mteb's scores of a model (an `embedder` artifact, or a model name) on the profile's tasks or on `tasks`."""
     e = run.profile.evaluation
+    wanted = tasks or e.tasks
     parents = [model] if isinstance(model, Artifact) else []
-    parameters: dict[str, Any] = {"tasks": e.tasks, "size": e.size, "max_length": e.max_length, "instructed": instructed}
+    parameters: dict[str, Any] = {"tasks": wanted, "size": e.size, "max_length": e.max_length, "instructed": instructed}
     parameters["model"] = model if isinstance(model, str) else "artifact"
     with run.store.stage(f"scores-{name}", parameters, parents) as draft:
         if draft:
@@ -252,7 +268,7 @@ def scores(run: Run, name: str, model: Artifact | str, *, instructed: bool = Tru
 
             where = str(model.weights()) if isinstance(model, Artifact) else model
             encoder = evaluate.load(where, name, instructed=instructed, max_length=e.max_length, batch_size=e.batch_size)
-            found = evaluate.resolve_tasks(e.tasks, e.size)
+            found = evaluate.resolve_tasks(wanted, e.size)
             write_json(draft.file("scores.json"), evaluate.evaluate(encoder, found, run.folder / "mteb", label=name))
     return run.store.need(f"scores-{name}").json("scores.json")
 

@@ -125,16 +125,22 @@ def work(p: Profile, name: str) -> tuple[str, float]:
         size = whole if arm in ("guided", "plain") else int(arm[5:]) if arm.startswith("scale") else s.ablation_examples
         return head, size * p.embedding.epochs
     if head == "scores":
-        sort = "scores-student" if name.startswith("scores-student") else name if name == "scores-guide" else head
-        return sort, _texts(p.evaluation.size) if p.evaluation.tasks == ("offline",) else 1
+        texts, asked = _texts(p.evaluation.size), None
+        if name.startswith("scores-student"):
+            head = "scores-student"
+            layers, arm = name.split("-")[2:4]
+            asked = experiments.student_tasks("uncovered" if layers == "whole" else arm)
+        amount = sum(texts[t] for t in asked or texts) if asked or p.evaluation.tasks == ("offline",) else 1
+        return name if name == "scores-guide" else head, amount
     return name, 1
 
 
 @lru_cache(maxsize=8)
-def _texts(size: str) -> int:
+def _texts(size: str) -> dict[str, int]:
+    """Evaluation texts of each offline task."""
     from speed_core import offline_tasks
 
-    return sum(map(len, offline_tasks.offline_texts(size).values()))
+    return {name: len(texts) for name, texts in offline_tasks.offline_texts(size).items()}
 
 
 def start_seconds(rows: Mapping[str, Row]) -> float:

@@ -163,8 +163,11 @@ def stages(run: Run) -> list[tuple[str, str, Callable[[], Any]]]:
         out.insert(9, ("05", "revisions", lambda: pipeline.revision_rows(run)))
     for layers, seed, arm in experiments.student_arms(run):
         name = experiments.student_name(layers, arm, seed)
-        out += [("07", name, partial(experiments.student, run, layers, arm, seed)), ("07", f"scores-{name}", score(name, name))]
-    out += [("07", "scores-guide", partial(experiments.scores, run, "guide", p.models.guide, instructed=False))]
+        out += [
+            ("07", name, partial(experiments.student, run, layers, arm, seed)),
+            ("07", f"scores-{name}", score(name, name, tasks=experiments.student_tasks(arm))),
+        ]
+    out += [("07", "scores-student-whole-before", partial(experiments.whole_before, run))]
     names = [(arm, k, f"{arm}-{k}") for arm in ("guided", "plain") for k in seeds]
     out += [("08", f"embedder-{name}", train(f"embedder-{name}", guided=arm == "guided", seed=k)) for arm, k, name in names]
     out += [("09", "scores-untrained", partial(experiments.scores, run, "untrained", p.models.embedder))]
@@ -172,6 +175,7 @@ def stages(run: Run) -> list[tuple[str, str, Callable[[], Any]]]:
     bare = [("09", f"scores-bare-{k}", score(f"bare-{k}", f"embedder-guided-{k}", instructed=False)) for k in seeds]
     out += [
         *bare,
+        ("09", "scores-guide", partial(experiments.scores, run, "guide", p.models.guide, instructed=False)),
         ("09", "contamination-synthetic", partial(experiments.contamination, run, "synthetic")),
     ]
     given = p.study.arms
