@@ -237,10 +237,9 @@ def student_tasks(arm: str) -> tuple[str, ...] | None:
     return (offline_tasks.QUESTIONS,) if arm in ("uncovered", "covered") else None
 
 
-def whole_before(run: Run) -> dict[str, Any]:
-    """Artifact `scores-student-whole-before`: the guide itself on the same questions, as it comes."""
-    tasks = student_tasks("uncovered")
-    return scores(run, "student-whole-before", run.profile.models.guide, instructed=False, tasks=tasks)
+def guide_before(run: Run) -> dict[str, Any]:
+    """Artifact `scores-guide-topic`: the guide itself on the same questions, as it comes."""
+    return scores(run, "guide-topic", run.profile.models.guide, instructed=False, tasks=student_tasks("uncovered"))
 
 
 def by_topic(run: Run, result: dict[str, Any]) -> dict[str, Any]:

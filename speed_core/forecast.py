@@ -126,12 +126,11 @@ def work(p: Profile, name: str) -> tuple[str, float]:
         return head, size * p.embedding.epochs
     if head == "scores":
         texts, asked = _texts(p.evaluation.size), None
-        if name.startswith("scores-student"):
-            head = "scores-student"
-            layers, arm = name.split("-")[2:4]
-            asked = experiments.student_tasks("uncovered" if layers == "whole" else arm)
-        amount = sum(texts[t] for t in asked or texts) if asked or p.evaluation.tasks == ("offline",) else 1
-        return name if name == "scores-guide" else head, amount
+        if name.startswith("scores-guide"):
+            head, asked = "scores-guide", experiments.student_tasks("uncovered") if name.endswith("-topic") else None
+        elif name.startswith("scores-student"):
+            head, asked = "scores-student", experiments.student_tasks(name.split("-")[3])
+        return head, sum(texts[t] for t in asked or texts) if asked or p.evaluation.tasks == ("offline",) else 1
     return name, 1
 
 

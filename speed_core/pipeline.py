@@ -325,6 +325,10 @@ def teacher_use(run: Run) -> dict[str, dict[str, int]]:
         out = {}
         for purpose, name in asked.items():
             a = run.store.get(name)
+            if a and name == "pairs" and run.profile.teacher.judge == "llm" and "ledger.json" not in a.manifest["files"]:
+                raise UserError(
+                    "pairs: made before its calls were counted; remove its folder and run notebook 04 again (from its log)"
+                )
             rows = a.json("ledger.json").values() if a and "ledger.json" in a.manifest["files"] else ()
             counted = (("calls", "calls"), ("input", "input_tokens"), ("output", "output_tokens"))
             out[purpose] = {k: sum(int(r[key]) for r in rows) for k, key in counted}
@@ -332,7 +336,8 @@ def teacher_use(run: Run) -> dict[str, dict[str, int]]:
     texts: dict[str, list[tuple[str, str]]] = {"preference": []}
     for purpose, planned in (("brainstorm", brainstorm_prompts(run)), ("seed", seed_plan(run))):
         text = {q.id: q.text for q in planned}
-        texts[purpose] = [(text[e["record"]], e["raw"]) for e in run.store.need(asked[purpose]).rows()]
+        rows = [e for e in run.store.need(asked[purpose]).rows() if e["status"] != "error" and e["record"] in text]
+        texts[purpose] = [(text[e["record"]], e["raw"]) for e in rows]
     texts["revision"] = [(prompts.revise(r["prompt"], r["weak"]), r["answer"]) for r in revision_rows(run)]
     tokenizer = models.load_tokenizer(run.profile.models.generator)
 

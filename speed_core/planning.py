@@ -167,7 +167,7 @@ def stages(run: Run) -> list[tuple[str, str, Callable[[], Any]]]:
             ("07", name, partial(experiments.student, run, layers, arm, seed)),
             ("07", f"scores-{name}", score(name, name, tasks=experiments.student_tasks(arm))),
         ]
-    out += [("07", "scores-student-whole-before", partial(experiments.whole_before, run))]
+    out += [("07", "scores-guide-topic", partial(experiments.guide_before, run))]
     names = [(arm, k, f"{arm}-{k}") for arm in ("guided", "plain") for k in seeds]
     out += [("08", f"embedder-{name}", train(f"embedder-{name}", guided=arm == "guided", seed=k)) for arm, k, name in names]
     out += [("09", "scores-untrained", partial(experiments.scores, run, "untrained", p.models.embedder))]

@@ -242,10 +242,12 @@ def mask_quality(run: Run, name: str, rows: Sequence[Mapping[str, Any]], inputs:
     """
     panels, guides = list(dict.fromkeys(r["labels"] for r in rows)), list(dict.fromkeys(r["guide"] for r in rows))
     figure, axes = canvas(4.2 * len(panels), 3.8, len(panels))
-    top = min(1.02, 1.05 * max(r["precision_high"] for r in rows))
     for ax, panel in zip(np.atleast_1d(axes), panels, strict=True):
+        # A mask that removes nothing has no precision; a bar of one that removes little may leave the panel.
+        mine = [r for r in rows if r["labels"] == panel and r.get("removed", 1)]
+        top = min(1.02, 1.15 * max(r["precision_high"] if r["margin"] == 0 else r["precision"] for r in mine))
         for i, guide in enumerate(guides):
-            points = [r for r in rows if r["labels"] == panel and r["guide"] == guide]
+            points = [r for r in mine if r["guide"] == guide]
             colour = (OURS, SECOND, THIRD)[i % 3]
             x, y = [r["recall"] for r in points], [r["precision"] for r in points]
             ax.plot(x, y, color=colour, ls=("-", "--", ":")[i % 3], marker=("o", "s", "^")[i % 3], ms=4, label=guide)
@@ -256,8 +258,8 @@ def mask_quality(run: Run, name: str, rows: Sequence[Mapping[str, Any]], inputs:
                 for side, key in (("x", "recall"), ("y", "precision"))
             }
             ax.errorbar(x, y, **error, fmt="none", color=colour, capsize=2, lw=0.8, alpha=0.6)
-            zero = next(r for r in points if r["margin"] == 0)
-            ax.plot(zero["recall"], zero["precision"], "o", ms=11, mfc="none", mec=colour)
+            zero = [r for r in points if r["margin"] == 0]
+            ax.plot([r["recall"] for r in zero], [r["precision"] for r in zero], "o", ms=11, mfc="none", mec=colour)
         base = next(r["base_rate"] for r in rows if r["labels"] == panel)
         ax.axhline(base, color=GREY, ls="--", lw=1, label="removed at random")
         ax.set(title=panel, xlabel="recall of false negatives", ylabel="precision", xlim=(-0.02, 1.02), ylim=(0, top))
@@ -387,15 +389,16 @@ def cost(
     figure, axes = canvas(8.4, 0.9 + 0.42 * len(per_record), 2)
     who = list(per_record)
     for k, (ax, unit) in enumerate(zip(axes, ("teacher calls", "teacher tokens"), strict=True)):
+        low, high = (f(v[k] for v in per_record.values() if v[k] > 0) for f in (min, max))
         for i, label in enumerate(who):
             paper, value = label.startswith("paper"), per_record[label][k]
             colour, edge = ("white", PAPER) if paper else (OURS, OURS)
             ax.barh(i, value, color=colour, edgecolor=edge, hatch="//" if paper else "", height=0.6)
-            ax.annotate(f"{value:.3g}", (value, i), (5, 0), textcoords="offset points", va="center", fontsize=8)
+            said = f"{value:.3g}" if value else "not counted"  # an endpoint need not report tokens
+            ax.annotate(said, (value or low / 3, i), (5, 0), textcoords="offset points", va="center", fontsize=8)
         ax.set_xscale("log")
         ax.set_yticks(range(len(who)), who if k == 0 else [""] * len(who))
         ax.invert_yaxis()
-        low, high = (f(v[k] for v in per_record.values() if v[k] > 0) for f in (min, max))
         ax.set(xlabel=f"{unit} a record", xlim=(low / 3, high * 4))
     figure.suptitle(title, x=0.01, ha="left", fontsize=11)
     save(run, name, figure, [{"who": w, "calls": v[0], "tokens": v[1]} for w, v in per_record.items()], inputs)

@@ -46,6 +46,8 @@ def save(
     import matplotlib.pyplot
 
     folder = run.figures
+    if outside := [f for f in files if not f.resolve().is_relative_to(ROOT)]:
+        raise UserError(f"figure {name}: {outside[0].name} is not in this repository; draw from a file of it")
     folder.mkdir(parents=True, exist_ok=True)
     svg, data, record = (folder / f"{name}.{ending}" for ending in ("svg", "csv", "json"))
     if not rows:

@@ -55,11 +55,9 @@ def test_work_is_counted_in_the_unit_of_the_stage():
     assert work(p, "root") == ("root", p.senior.prompts * p.senior.candidates)
     assert work(p, "embedder-scale16-2")[1] * 3 == work(p, "embedder-sr_re-0")[1] == p.study.ablation_examples
     assert work(p, "student-3-both-1")[1] == 6 * work(p, "student-1-plain-0")[1]
-    asked = {
-        name: work(p, f"scores-student-{name}") for name in ("1-plain-0", "1-covered-0", "whole-before", "whole-uncovered-0")
-    }
-    assert len({sort for sort, _ in asked.values()}) == 1
-    topic = {asked[name][1] for name in ("1-covered-0", "whole-before", "whole-uncovered-0")}
+    asked = {name: work(p, f"scores-student-{name}") for name in ("1-plain-0", "1-covered-0", "whole-uncovered-0")}
+    assert {sort for sort, _ in asked.values()} == {"scores-student"} and work(p, "scores-guide-topic")[0] == "scores-guide"
+    topic = {work(p, "scores-guide-topic")[1], asked["1-covered-0"][1], asked["whole-uncovered-0"][1]}
     assert len(topic) == 1 and 0 < topic.pop() < asked["1-plain-0"][1], "they answer the questions of one task"
     assert work(p, "scores-plain-0")[1] > 2 * work(profiles.load("smoke"), "scores-plain-0")[1]
     assert forecast.recorded("no such profile") == {}

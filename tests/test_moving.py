@@ -120,11 +120,13 @@ def test_another_file_that_is_there_already_stops_an_import_before_it_writes(arc
     assert run.log("seeds").read_text() == "mine\n" and not (run.store.root / "seeds").exists()
 
 
+@pytest.mark.parametrize("whole", [True, False])
 @pytest.mark.parametrize("name", ["../x", "notes/x", "variants/p/notes/x", "variants/../../x", "artifacts/../../../x"])
-def test_an_archive_that_reaches_outside_of_the_run_is_refused(tmp_path, name):
+def test_an_archive_that_reaches_outside_of_the_run_is_refused(tmp_path, name, whole):
     import hashlib
 
-    replay.pack({"profile": "smoke", "files": {name: hashlib.sha256(b"x").hexdigest()}}, {name: b"x"}, tmp_path / "a.tar.gz")
+    manifest = {"profile": "smoke", "whole": whole, "files": {name: hashlib.sha256(b"x").hexdigest()}}
+    replay.pack(manifest, {name: b"x"}, tmp_path / "a.tar.gz")
     with pytest.raises(UserError, match="would land outside"):
         replay.take_in(tmp_path / "a.tar.gz", open_run)
 
