@@ -8,7 +8,7 @@ help: ## this list
 setup: ## create .venv from the lock
 	@bash scripts/setup.sh
 
-reproduce: setup ## run notebooks 00-12 at PROFILE (tiny, smoke, overnight, workshop, paper); tiny remakes figures/
+reproduce: setup ## run notebooks 00-12 at PROFILE (tiny, smoke, overnight, workshop, paper); figures land in runs/PROFILE/figures, those of overnight in figures/
 	@$(PY) -m speed_core run --profile $(PROFILE)
 
 plan: setup ## what PROFILE would do: models, counts, teacher calls, cost, and which artifacts exist

@@ -141,6 +141,7 @@ def build(
     direction is "reproduced" (`SIZED`).
     """
     found: dict[str, dict[str, Any]] = {}
+    absent: dict[str, str] = {}
     # Where the paper prints two such differences, ours is the mean of the two.
     pairs: dict[str, tuple[str, list[tuple[str, str]]]] = {
         "S1": ("Sr+Re against the recorded teacher's own examples, equally many", [("sr_re", "teacher")]),
@@ -157,6 +158,10 @@ def build(
             signs = [(sign, arm) for pair in compared for sign, arm in zip((1, -1), pair, strict=True)]
             e = uncertainty.contrast([(sign / len(compared), scores[arm], None) for sign, arm in signs])
             found[key] = judged(key, e, what, " ".join(digests[arm] for arm in arms))
+        else:
+            absent[key] = (
+                f"no scores of {' and '.join(a for a in arms if not scores.get(a))}; an arm with too few valid records is left out"
+            )
     order = ("jr", "jr_re", "sr", "sr_re")
     if all(scores.get(arm) for arm in order):
         steps = [uncertainty.difference(scores[b], scores[a]) for a, b in zip(order, order[1:], strict=False)]
@@ -198,7 +203,8 @@ def build(
         if key in NOT_POSSIBLE:
             entry = nothing | {"verdict": "not possible here", "why": NOT_POSSIBLE[key]}
         else:
-            entry = nothing | {"verdict": "not yet tested", "why": "no run of this repository measures it yet"}
+            why = absent.get(key, "this run does not measure it yet (sweeps: `python -m speed_core study`)")
+            entry = nothing | {"verdict": "not yet tested", "why": why}
         row = {"id": key, "claim": claim, "paper": paper, **found.get(key, entry), "notebook": notebook, "cell": cell}
         if row["verdict"] == SMALLER and (sizes or {}).get(SIZED.get(key, ""), 0) >= PAPER_RECORDS:
             row["verdict"] = REPRODUCED

@@ -112,6 +112,7 @@ def test_a_claim_with_two_printed_differences_is_their_mean_and_at_the_papers_si
     by = {r["id"]: r for r in claims.build(found, {}, digests)}
     assert by["S7"]["ours"] == pytest.approx((2.0 + 5.0) / 2) and by["S8"]["ours"] == pytest.approx((1.0 + 4.0) / 2)
     assert by["E3"]["verdict"] == claims.SMALLER and by["S4"]["verdict"] == "not yet tested"
+    assert by["S4"]["why"].startswith("no scores of base;")
     sizes = {"10": 48, "11": claims.PAPER_RECORDS}
     large = {r["id"]: r["verdict"] for r in claims.build(found, {}, digests, sizes)}
     assert large["E3"] == claims.REPRODUCED and large["S7"] == claims.UNRESOLVED
