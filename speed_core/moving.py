@@ -54,6 +54,8 @@ def _files(folder: Path, kept: AbstractSet[str], wanted: AbstractSet[str]) -> It
             yield str(place.relative_to(folder)), place.read_bytes()
     for name, manifest in sorted(manifests.items()):
         heavy = [f for f in manifest["files"] if f.endswith(WEIGHTS)] if name not in kept else []
+        if heavy:  # a model that cannot be loaded needs no tokenizer either, and that of each student has 0.7 MB
+            heavy += [f for f in manifest["files"] if f.endswith("tokenizer.json")]
         used = (name, digest(manifest["files"])[:16]) in read
         if name.startswith(".") or heavy and (not used or name in wanted):
             continue

@@ -202,6 +202,7 @@ READINGS: dict[str, Callable[[Rows], str]] = {
     "09_guided_minus_plain": lambda rows: _differences(rows, "all tasks"),
     "09_instructions": lambda rows: _differences(rows, "all tasks"),
     "10_table2_generators": _generators,
+    "10_sweeps": _sweeps,
     "11_scaling": _scaling,
     "12_table5_cost": _per_record,
     "12_claims": _claims,
