@@ -15,7 +15,8 @@ from typing import Any
 from speed_core import uncertainty
 from speed_core.uncertainty import Estimate
 
-# id, claim, the paper's value, notebook, id of the cell in it that measures the claim. Sources: SPEED Tables 1-6 and Figs. 3-4, E5-mistral Table 5, GISTEmbed cards.
+# id, claim, the paper's value, notebook, id of the cell in it that measures the claim.
+# Sources: SPEED Tables 1-6 and Figs. 3-4, E5-mistral Table 5, GISTEmbed cards.
 CLAIMS: list[tuple[str, str, str, str, str]] = [
     ("S1", "data of aligned 8B models beats GPT-made data, synthetic-only", "63.4 against 63.1", "10", "table2"),
     ("S2", "with labelled data added the order flips slightly", "66.5 against 66.6", "09", ""),
@@ -26,7 +27,7 @@ CLAIMS: list[tuple[str, str, str, str, str]] = [
     ("S7", "the revisor helps", "+0.2 on Jr, +0.3 on Sr", "10", "table2"),
     ("S8", "DPO helps", "+0.3 without Re, +0.4 with it", "10", "table2"),
     ("S9", "more tasks a topic at fixed size hurts", "62.6 / 61.6 / 60.9", "10", "sweeps"),
-    ("S10", "over-specific topics hurt", "62.6 against 61.8", "10", ""),
+    ("S10", "over-specific topics hurt", "62.6 against 61.8", "10", "sweeps"),
     ("S11", "works across base models", "62.6 / 62.5 / 62.4 / 62.3", "10", "sweeps"),
     ("S12", "generation temperature has an interior optimum", "Fig. 3a, at 1.0", "10", "sweeps"),
     ("S13", "a small seed set is enough, too many hurt", "Fig. 3b, 25K", "10", "sweeps"),
@@ -58,14 +59,13 @@ CLAIMS: list[tuple[str, str, str, str, str]] = [
 
 # The effect in points that the paper prints (or its middle), for the question what size would resolve it.
 EFFECTS = {
-    "S1": 0.3, "S4": 1.9, "S5": 1.0, "S6": 0.1, "S7": 0.25, "S8": 0.35, "S9": 1.35, "S17": 0.1, "E2": 2.0, "E3": 4.2,
+    "S1": 0.3, "S4": 1.9, "S5": 1.0, "S6": 0.1, "S7": 0.25, "S8": 0.35, "S9": 1.35, "S10": 0.8, "S17": 0.1, "E2": 2.0, "E3": 4.2,
     "G1": 0.27, "G2": 0.46, "G3": 1.1, "G4": -7.0,
 }  # fmt: skip
 
 # What no run of this repository can measure without something that it does not have.
 NOT_POSSIBLE = {
     "S2": "needs the 13 labelled training sets of E5, which no package carries",
-    "S10": "needs brainstorming on topics that are not truncated; the recorded teacher has answers for the truncated ones only",
     "S21": "needs brainstorming without topics; the recorded teacher has answers for topics only",
     "E5": "needs a base model before and after contrastive pre-training; no package carries such a pair",
 }
@@ -80,13 +80,14 @@ LITTLE = 1.0
 UNRESOLVED = "not resolved at this size"
 SMALLER = "smaller scale, same direction"
 REPRODUCED = "reproduced"
-# The smallest training set that SPEED prints scores for, and the claims that models of such size can reproduce: those of
-# notebook 10's equal data sets, and those of the whole data set.
+# The smallest training set that SPEED prints scores for, and the claims that models of such size can reproduce: claim -> the
+# arm whose records count, of notebook 10's equal data sets or the whole one.
 PAPER_RECORDS = 230_000
-SIZED = dict.fromkeys(("S1", "S4", "S5", "S6", "S7", "S8", "S9", "S12", "S13", "S14", "S15", "S16"), "10") | {
-    "S17": "11",
-    "E3": "11",
+SIZED = dict.fromkeys(("S1", "S4", "S5", "S6", "S7", "S8", "S9", "S10", "S12", "S13", "S14", "S15", "S16"), "sr_re") | {
+    "S17": "guided",
+    "E3": "guided",
 }
+EQUAL = ("S1", "S4", "S5", "S7", "S8")  # comparisons of data sets at equal size
 
 
 def verdict(low: float, high: float, expected: int = 1) -> str:
@@ -130,23 +131,24 @@ def build(
     scores: Mapping[str, Sequence[Any]],
     facts: Mapping[str, Any],
     digests: Mapping[str, str],
-    sizes: Mapping[str, int] | None = None,
+    records: Mapping[str, int] | None = None,
 ) -> list[dict[str, Any]]:
     """Rows {id, claim, paper, ours, low, high, verdict, why, notebook, cell, artifact} for every claim.
 
     `scores` maps arms (untrained, guided, bare, jr, jr_re, sr, sr_re, base, teacher) to their results, one a training seed;
     `facts` holds estimates by claim (`estimates`: {id: {value, low, high, seeds, sd_items, sd_seeds, what, source}}), the
     mask's precision, the share of kept records and teacher calls; `digests` maps what a verdict rests on to its artifacts.
-    `sizes`: how many records the embedding models of notebooks 10 and 11 learned from; with `PAPER_RECORDS` or more the same
-    direction is "reproduced" (`SIZED`).
+    `records`: how many each arm's models learned from; a comparison of unequally many says so, and with `PAPER_RECORDS` or more
+    the same direction is "reproduced" (`SIZED`).
     """
     found: dict[str, dict[str, Any]] = {}
     absent: dict[str, str] = {}
+    records = records or {}
     # Where the paper prints two such differences, ours is the mean of the two.
     pairs: dict[str, tuple[str, list[tuple[str, str]]]] = {
-        "S1": ("Sr+Re against the recorded teacher's own examples, equally many", [("sr_re", "teacher")]),
-        "S4": ("Jr and Sr+Re against the untrained base model's records, equally many", [("jr", "base"), ("sr_re", "base")]),
-        "S5": ("Sr+Re against the recorded teacher's own examples, equally many", [("sr_re", "teacher")]),
+        "S1": ("Sr+Re against the recorded teacher's own examples", [("sr_re", "teacher")]),
+        "S4": ("Jr and Sr+Re against the untrained base model's records", [("jr", "base"), ("sr_re", "base")]),
+        "S5": ("Sr+Re against the recorded teacher's own examples", [("sr_re", "teacher")]),
         "S7": ("revised against not, of Jr and of Sr", [("jr_re", "jr"), ("sr_re", "sr")]),
         "S8": ("Sr against Jr, without and with revision", [("sr", "jr"), ("sr_re", "jr_re")]),
         "E1": ("trained on synthetic data against untrained", [("guided", "untrained")]),
@@ -157,6 +159,9 @@ def build(
         if all(scores.get(arm) for arm in arms):
             signs = [(sign, arm) for pair in compared for sign, arm in zip((1, -1), pair, strict=True)]
             e = uncertainty.contrast([(sign / len(compared), scores[arm], None) for sign, arm in signs])
+            if key in EQUAL and (counts := {arm: records[arm] for arm in arms if arm in records}):
+                many = f"on unequally many ({', '.join(f'{arm} {n}' for arm, n in counts.items())})"
+                what += f", {many if len(set(counts.values())) > 1 else 'equally many'}"
             found[key] = judged(key, e, what, " ".join(digests[arm] for arm in arms))
         else:
             absent[key] = (
@@ -206,7 +211,7 @@ def build(
             why = absent.get(key, "this run does not measure it yet (sweeps: `python -m speed_core study`)")
             entry = nothing | {"verdict": "not yet tested", "why": why}
         row = {"id": key, "claim": claim, "paper": paper, **found.get(key, entry), "notebook": notebook, "cell": cell}
-        if row["verdict"] == SMALLER and (sizes or {}).get(SIZED.get(key, ""), 0) >= PAPER_RECORDS:
+        if row["verdict"] == SMALLER and records.get(SIZED.get(key, ""), 0) >= PAPER_RECORDS:
             row["verdict"] = REPRODUCED
         rows.append(row)
     return rows

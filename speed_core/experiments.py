@@ -71,13 +71,15 @@ def ablation_size(run: Run) -> int:
 
 
 def ablation_arms(run: Run) -> list[str]:
-    """The data sets that are compared: Table 2's, and the base model's and the teacher's where they have enough records."""
+    """The data sets that are compared: Table 2's, and the base model's and the teacher's, which may have as few as half of the
+    compared records (`trained_on` says how many they have)."""
     made = {k: run.store.get(f"synthetic-{k}") for k in run.profile.study.arms}
-    return [k for k, a in made.items() if k in TABLE2 or not a or a.manifest["kept"] >= ablation_size(run)]
+    return [k for k, a in made.items() if k in TABLE2 or not a or a.manifest["kept"] >= ablation_size(run) / 2]
 
 
 def ablation_embedders(run: Run, arms: Sequence[str] | None = None) -> dict[str, list[Artifact]]:
-    """Embedding models for each of the compared data sets (or of `arms`), one a seed, all trained on equally many records."""
+    """Embedding models for each of the compared data sets (or of `arms`), one a seed, all trained on `ablation_size` records
+    where their data set has as many."""
     equal = ablation_size(run)
     return {k: embedders(run, k, run.store.need(f"synthetic-{k}"), limit=equal) for k in arms or ablation_arms(run)}
 
@@ -90,6 +92,12 @@ def training_seeds(run: Run) -> list[int]:
 def embedders(run: Run, arm: str, data: Artifact, **how: Any) -> list[Artifact]:
     """Artifacts `embedder-ARM-SEED`, one a training seed; `how` as in `embedder`."""
     return [embedder(run, f"embedder-{arm}-{s}", data, seed=s, **how) for s in training_seeds(run)]
+
+
+def trained_on(run: Run, arm: str) -> int | None:
+    """How many records each embedding model of an arm learned from; None when none was trained."""
+    model = run.store.get(f"embedder-{arm}-{training_seeds(run)[0]}")
+    return model.json("training.json")["rows"] if model else None
 
 
 def seeded_scores(run: Run, arm: str, trained: Sequence[Artifact], **how: Any) -> list[dict[str, Any]]:

@@ -92,15 +92,15 @@ def plan(run: Run, stage: str, count: int, *, held_out: bool = False) -> list[Pr
 def seed_plan(run: Run) -> list[Prompt]:
     """Prompts of the seed data.
 
-    Recorded answers exist for the plan over all 60 data topics; a smaller profile takes the first of
+    Recorded answers exist for the plan over all 60 data topics, their paths truncated; a smaller profile takes the first of
     those prompts (they are in order of record id, so any prefix mixes the kinds).
     """
     if run.profile.teacher.kind != "recorded":
         return plan(run, "seed", run.profile.seeds)
     known = {row["record"] for row in teacher.recorded_rows("seeds")}
     table = {(r["kind"], r["topic"]): json.loads(r["answer"]) for r in teacher.recorded_rows("tasks")}
-    everything = prompts.load_topics()
-    full = tasks.plan_synthesis("seed", len(known), names(run, everything[:60]), table, attributes=run.profile.prompts.attributes)
+    everything = [prompts.truncate_topic(path) for path in prompts.load_topics()[:60]]
+    full = tasks.plan_synthesis("seed", len(known), everything, table, attributes=run.profile.prompts.attributes)
     if run.profile.seeds > len(full):
         raise UserError(f"seeds {run.profile.seeds}: the recorded teacher has {len(full)}; lower it or use an endpoint")
     return full[: run.profile.seeds]

@@ -378,13 +378,7 @@ def sweeps(run: Run, name: str, rows: Sequence[Mapping[str, Any]], inputs: Seque
     save(run, name, figure, rows, inputs)
 
 
-def cost(
-    run: Run,
-    name: str,
-    per_record: Mapping[str, tuple[float, float]],
-    inputs: Sequence[Artifact],
-    title: str = "What a training record costs",
-) -> None:
+def cost(run: Run, name: str, per_record: Mapping[str, tuple[float, float]], inputs: Sequence[Artifact]) -> None:
     """Table 5 for each training record: {who: (teacher calls, teacher tokens)} on logarithmic axes, the paper's in black and white."""
     figure, axes = canvas(8.4, 0.9 + 0.42 * len(per_record), 2)
     who = list(per_record)
@@ -400,7 +394,7 @@ def cost(
         ax.set_yticks(range(len(who)), who if k == 0 else [""] * len(who))
         ax.invert_yaxis()
         ax.set(xlabel=f"{unit} a record", xlim=(low / 3, high * 4))
-    figure.suptitle(title, x=0.01, ha="left", fontsize=11)
+    figure.suptitle("What a training record costs", x=0.01, ha="left", fontsize=11)
     save(run, name, figure, [{"who": w, "calls": v[0], "tokens": v[1]} for w, v in per_record.items()], inputs)
 
 

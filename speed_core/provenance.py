@@ -14,7 +14,7 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from html import escape
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from speed_core import profile as profiles
 from speed_core.artifacts import (
@@ -28,10 +28,7 @@ from speed_core.artifacts import (
     file_digest,
     write_json,
 )
-from speed_core.run_context import ROOT
-
-if TYPE_CHECKING:
-    from speed_core.run_context import Run
+from speed_core.run_context import ROOT, Run
 
 
 def save(

@@ -102,11 +102,12 @@ def _revision(rows: Rows) -> str:
 
 def _kept(rows: Rows) -> str:
     low, high = min(rows, key=_f), max(rows, key=_f)
-    lost = sum(int(r["valid"]) - int(r["kept"]) for r in rows)
+    valid = sum(int(r["valid"]) for r in rows)
+    lost = valid - sum(int(r["kept"]) for r in rows)
     if not lost:
-        return f"of {sum(int(r['valid']) for r in rows)} valid records none was dropped."
+        return f"of {valid} valid records none was dropped."
     said = [f"{_f(r):.0%} [{_f(r, 'low'):.0%}, {_f(r, 'high'):.0%}] ({r['label']})" for r in (low, high)]
-    return f"of {sum(int(r['valid']) for r in rows)} valid records {lost} were dropped; the share kept goes from {said[0]} to {said[-1]}."
+    return f"of {valid} valid records {lost} were dropped; the share kept goes from {said[0]} to {said[-1]}."
 
 
 def _mask(rows: Rows) -> str:

@@ -40,8 +40,10 @@ class Sweep:
     printed: tuple[tuple[Any, float], ...] = ()  # (value, the paper's points against its own value), where it prints them
 
     def points(self, run: Run) -> list[Any]:
-        """The values of the sweep at a profile, numbers in rising order; the profile's own is one of them."""
+        """The values of the sweep at a profile, numbers in rising order, a switch with its own first; that is one of them."""
         own = dotted(run.profile)[self.parameter]
+        if isinstance(own, bool):
+            return [own, not own]
         if isinstance(own, str):
             return list(dict.fromkeys([own, *(v.format(own=own) for v in self.values)]))
         found = self.values or tuple(own * s for s in self.shares)
@@ -68,6 +70,18 @@ SWEEPS = (
         kind="fall",
         printed=((3, -1.0),),
     ),
+    # The recorded teacher has answers for whole paths too; its seed examples, and so the junior, stay those of truncated ones.
+    Sweep(
+        "T3",
+        "S10",
+        "topics truncated",
+        "topics.truncate",
+        "jr",
+        ("01", "02", "10"),
+        "62.6 with, 61.8 without",
+        kind="fall",
+        printed=((False, -0.8),),
+    ),  # fmt: skip
     # Table 4. The packages carry one base model, so the weaker one is that model without its last layers.
     Sweep("T4", "S11", "base model", "models.generator", "jr", ("03", "10"), "62.6 to 62.3", ("{own}[:12]",), kind="flat"),
     Sweep(
@@ -125,9 +139,7 @@ def at_value(run: Run, sweep: Sweep, value: Any) -> Run:
 
 def records(run: Run, sweep: Sweep, value: Any) -> int | None:
     """How many records each embedding model of a point learned from; None when none was trained there."""
-    at = at_value(run, sweep, value)
-    model = at.store.get(f"embedder-{sweep.arm}-{experiments.training_seeds(at)[0]}")
-    return model.json("training.json")["rows"] if model else None
+    return experiments.trained_on(at_value(run, sweep, value), sweep.arm)
 
 
 def collect(run: Run, sweep: Sweep) -> tuple[dict[Any, list[dict[str, Any]]], list[Artifact]]:
@@ -211,4 +223,6 @@ def _away(e: Mapping[str, Any]) -> tuple[float, float]:
 
 def named_value(value: Any) -> str:
     """A value as figures and sentences print it."""
+    if isinstance(value, bool):
+        return "yes" if value else "no"
     return value.removeprefix("package:") if isinstance(value, str) else f"{value:g}"

@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from speed_core import run
+from speed_core import machine, run
 from speed_core.artifacts import UserError
 from speed_core.run_context import ROOT, open_run
 
@@ -87,11 +87,21 @@ def run_point(
         return one.wait()
 
 
+def threads(jobs: int) -> dict[str, str]:
+    """The environment in which `jobs` points share this machine's cores: without it each would take all of them, and they slow
+    each other down several times over."""
+    if jobs == 1:
+        return {}
+    shared = {"OMP_NUM_THREADS": str(max(1, machine.cores() // jobs))}
+    shared["VLLM_CPU_OMP_THREADS_BIND"] = "nobind"  # else every vLLM binds to the same cores
+    return {k: v for k, v in shared.items() if k not in os.environ}
+
+
 def _in_processes(work: Sequence[tuple[list[str], str, str]], jobs: int) -> list[int]:
     """Exit codes of the points, `jobs` at a time. SIGTERM and Ctrl-C end those that run, and no other is begun."""
     running: list[subprocess.Popen[bytes]] = []
     with ThreadPoolExecutor(jobs) as pool:
-        futures = [pool.submit(run_point, *w, None, running) for w in work]
+        futures = [pool.submit(run_point, *w, threads(jobs), running) for w in work]
         try:
             return [f.result() for f in futures]
         except BaseException:

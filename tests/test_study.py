@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from speed_core import claims, plots, study, uncertainty
+from speed_core import claims, pipeline, plots, study, teacher, uncertainty
 from speed_core.artifacts import UserError
 from speed_core.run_context import open_run
 
@@ -35,7 +35,7 @@ def test_every_sweep_has_the_profiles_own_value_and_another_and_a_claim_of_the_m
     for sweep in study.SWEEPS:
         values = sweep.points(run)
         assert len(values) == len(set(values)) > 1 and sweep.claim in known
-        numbers = [v for v in values if not isinstance(v, str)]
+        numbers = [v for v in values if not isinstance(v, str | bool)]
         assert numbers == sorted(numbers)
 
 
@@ -45,8 +45,25 @@ def test_another_base_model_is_named_after_the_profiles_own(run):
     assert study.named_value(own + "[:12]") == "gemma-3-270m[:12]" and study.named_value(0.5) == "0.5"
 
 
+def test_a_switch_is_its_own_value_first_and_then_the_other(run):
+    truncated = by_label("topics truncated")
+    assert truncated.points(run) == [True, False] and list(map(study.named_value, (True, False))) == ["yes", "no"]
+    assert study.point(run, truncated, False).overrides["topics.truncate"] is False
+    assert study.estimate(truncated, {True: scores(0.5), False: scores(0.48)})["value"] == pytest.approx(2.0)
+
+
+def test_the_recorded_teacher_answers_for_whole_topic_paths_and_the_seed_examples_stay_the_same(run):
+    whole = open_run("tiny", {"topics.truncate": False})
+    asked = pipeline.brainstorm_prompts(whole)
+    assert max(q.topic.count("/") for q in asked) == 7, "the deepest path of the list"
+    answers = teacher.RecordedTeacher()
+    assert all(teacher.parse_tasks(answers.answer(q.text, "brainstorm").text, q.kind, "stop").status == "ok" for q in asked)
+    assert [q.id for q in pipeline.seed_plan(whole)] == [q.id for q in pipeline.seed_plan(run)]
+
+
 def test_sweeps_are_chosen_by_key_and_one_key_may_name_several():
     assert [s.label for s in study.named(["E4", "T4"])] == ["LoRA rank", "pooling", "base model"]
+    assert [s.label for s in study.named(["T3"])] == ["tasks a topic", "topics truncated"]
     assert study.named([]) == list(study.SWEEPS)
     with pytest.raises(UserError, match="'4z': unknown; use 3a, 3b"):
         study.named(["4z"])
@@ -113,8 +130,10 @@ def test_a_claim_with_two_printed_differences_is_their_mean_and_at_the_papers_si
     assert by["S7"]["ours"] == pytest.approx((2.0 + 5.0) / 2) and by["S8"]["ours"] == pytest.approx((1.0 + 4.0) / 2)
     assert by["E3"]["verdict"] == claims.SMALLER and by["S4"]["verdict"] == "not yet tested"
     assert by["S4"]["why"].startswith("no scores of base;")
-    sizes = {"10": 48, "11": claims.PAPER_RECORDS}
-    large = {r["id"]: r["verdict"] for r in claims.build(found, {}, digests, sizes)}
+    sizes = dict.fromkeys(arms, 48) | {"sr": 40, "guided": claims.PAPER_RECORDS}
+    rows = claims.build(found, {}, digests, sizes)
+    large, why = ({r["id"]: r[k] for r in rows} for k in ("verdict", "why"))
+    assert "on unequally many (jr_re 48, jr 48, sr_re 48, sr 40)" in why["S7"] and "unequally" not in why["E3"]
     assert large["E3"] == claims.REPRODUCED and large["S7"] == claims.UNRESOLVED
     assert large["E1"] == claims.SMALLER, "that it beats the untrained model is not the paper's claim"
 
