@@ -56,8 +56,8 @@ def test_the_recorded_teacher_answers_for_whole_topic_paths_and_the_seed_example
     whole = open_run("tiny", {"topics.truncate": False})
     asked = pipeline.brainstorm_prompts(whole)
     assert max(q.topic.count("/") for q in asked) == 7, "the deepest path of the list"
-    answers = teacher.RecordedTeacher()
-    assert all(teacher.parse_tasks(answers.answer(q.text, "brainstorm").text, q.kind, "stop").status == "ok" for q in asked)
+    answers = [teacher.RecordedTeacher().answer(q.text, "brainstorm").text for q in asked]
+    assert all(teacher.parse_tasks(a, q.kind, "stop").status == "ok" for a, q in zip(answers, asked, strict=True))
     assert [q.id for q in pipeline.seed_plan(whole)] == [q.id for q in pipeline.seed_plan(run)]
 
 
