@@ -118,11 +118,11 @@ def judged(key: str, e: Estimate, what: str, artifact: str, *, trained: bool = T
     elif trained and e.seeds == 1 and said != UNRESOLVED:
         # Trainings differ by their seeds too, which an interval over texts does not see.
         said, why = UNRESOLVED, why + "; it leaves out the seed, so its sign decides nothing"
-    elif said == UNRESOLVED and key in EFFECTS and (e.seeds > 1 or not trained):
-        effect = EFFECTS[key]
+    # Where the paper prints no number: an effect like ours, or the largest that counts as none.
+    elif said == UNRESOLVED and (e.seeds > 1 or not trained) and (effect := EFFECTS.get(key, e.value if expected else LITTLE)):
+        whose = f"the paper's {effect:+g}" if key in EFFECTS else f"an effect of {effect:+.2f}"
         needed = uncertainty.needed(e, effect)
-        enough = needed == uncertainty.ENOUGH
-        why += f"; the paper's {effect:+g} would " + ("have been resolved here" if enough else f"need {needed}")
+        why += f"; {whose} would " + ("have been resolved here" if needed == uncertainty.ENOUGH else f"need {needed}")
     numbers = {"ours": round(e.value, 2), "low": round(e.low, 2), "high": round(e.high, 2)}
     return numbers | {"verdict": said, "why": why, "artifact": artifact}
 

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from speed_core import claims, pipeline, plots, study, teacher, uncertainty
+from speed_core import claims, experiments, pipeline, plots, study, teacher, uncertainty
 from speed_core.artifacts import UserError
 from speed_core.run_context import open_run
 
@@ -61,6 +61,15 @@ def test_the_recorded_teacher_answers_for_whole_topic_paths_and_the_seed_example
     assert [q.id for q in pipeline.seed_plan(whole)] == [q.id for q in pipeline.seed_plan(run)]
 
 
+def test_a_data_set_beside_table_2_takes_part_from_half_of_the_compared_records_on(run):
+    assert experiments.ablation_arms(run) == list(experiments.ARMS), "what is not made yet is planned"
+    for arm, kept in {"jr": 60, "jr_re": 60, "sr": 48, "sr_re": 48, "base": 24, "teacher": 23}.items():
+        with run.store.stage(f"synthetic-{arm}", {}) as draft:
+            draft.file("train.jsonl").write_text(arm)
+            draft.info["kept"] = kept
+    assert experiments.ablation_size(run) == 48 and experiments.ablation_arms(run) == [*experiments.TABLE2, "base"]
+
+
 def test_sweeps_are_chosen_by_key_and_one_key_may_name_several():
     assert [s.label for s in study.named(["E4", "T4"])] == ["LoRA rank", "pooling", "base model"]
     assert [s.label for s in study.named(["T3"])] == ["tasks a topic", "topics truncated"]
@@ -112,6 +121,15 @@ def test_a_verdict_does_not_say_more_than_what_was_repeated():
     assert void["verdict"] == claims.UNRESOLVED and "nothing changed anywhere" in void["why"] and "seed" not in void["why"]
     fell = claims.judged("G4", better, "guided against plain", "x@1", expected=-1)
     assert same.low <= 0 <= same.high and fell["verdict"] == claims.UNRESOLVED
+
+
+def test_what_is_not_resolved_says_what_would_resolve_the_papers_effect_or_else_its_own():
+    wide = uncertainty.Estimate(0.5, -1.0, 2.0, 5, 0.3, 0.6)
+    whys = {key: claims.judged(key, wide, "x", "a@1")["why"] for key in ("S9", "G9")}
+    assert "the paper's +1.35 would need about" in whys["S9"] and "an effect of +0.50 would need about" in whys["G9"]
+    assert "an effect of +1.00 would" in claims.judged("S11", wide, "x", "a@1", expected=0)["why"], "the largest that is little"
+    nothing = claims.judged("G9", uncertainty.Estimate(0.0, -1.0, 1.0, 5, 0.3, 0.6), "x", "a@1")
+    assert "would" not in nothing["why"]
 
 
 def test_an_order_is_judged_by_its_smallest_step_and_kept_records_by_those_that_were_valid():
