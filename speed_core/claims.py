@@ -21,7 +21,7 @@ CLAIMS: list[tuple[str, str, str, str, str]] = [
     ("S1", "data of aligned 8B models beats GPT-made data, synthetic-only", "63.4 against 63.1", "10", "table2"),
     ("S2", "with labelled data added the order flips slightly", "66.5 against 66.6", "09", ""),
     ("S3", "fewer than 1/10 of the teacher calls, about 1/6 of the tokens", "45K/500K calls, 32M/180M tokens", "12", "calls"),
-    ("S4", "alignment beats the off-the-shelf model (the paper: an instruct model; here: a base model)", "61.0 against 62.6 (Jr) and 63.2", "10", "table2"),
+    ("S4", "alignment beats the off-the-shelf model (paper: instruct model; here: base model)", "61.0 against 62.6 (Jr) and 63.2", "10", "table2"),
     ("S5", "the aligned small model beats its own teacher's data at equal size", "62.2 against 63.2", "10", "table2"),
     ("S6", "order Jr < Jr+Re < Sr < Sr+Re", "62.6 < 62.8 < 62.9 < 63.2", "10", "table2"),
     ("S7", "the revisor helps", "+0.2 on Jr, +0.3 on Sr", "10", "table2"),
