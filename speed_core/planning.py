@@ -139,8 +139,8 @@ def stages(run: Run) -> list[tuple[str, str, Callable[[], Any]]]:
     def score(name: str, model: str, **how: Any) -> Callable[[], Any]:
         return lambda: experiments.scores(run, name, need(model), **how)
 
-    def train(name: str, **how: Any) -> Callable[[], Any]:
-        return lambda: experiments.embedder(run, name, need("synthetic"), **how)
+    def train(name: str, data: str = "synthetic", **how: Any) -> Callable[[], Any]:
+        return lambda: experiments.embedder(run, name, need(data), **how)
 
     out: list[tuple[str, str, Callable[[], Any]]] = [
         ("01", "tasks", lambda: pipeline.brainstorm(run)),
@@ -184,16 +184,18 @@ def stages(run: Run) -> list[tuple[str, str, Callable[[], Any]]]:
         f"synthetic-{k}": [k] for k in given
     }
     out += [("10", name, partial(experiments.ablation_data, run, arms)) for name, arms in made_by.items() if arms]
-    for name in [f"{arm}-{k}" for arm in experiments.ablation_arms(run) for k in seeds]:
-        out.append(("10", f"embedder-{name}", partial(experiments.ablation_embedders, run)))
-        out.append(("10", f"scores-{name}", score(name, f"embedder-{name}")))
+    equal = experiments.ablation_size(run)
+    for arm, k in [(arm, k) for arm in experiments.ablation_arms(run) for k in seeds]:
+        name = f"embedder-{arm}-{k}"
+        out.append(("10", name, train(name, f"synthetic-{arm}", limit=equal, seed=k)))
+        out.append(("10", f"scores-{arm}-{k}", score(f"{arm}-{k}", name)))
     # Notebook 10 comes before 11: until its data set is there, the plan takes it for the beginning of notebook 06's.
     soon = p.embedding.guided and "sr_re" in given and not run.store.get("synthetic-sr_re")
-    equal = experiments.ablation_size(run)
     own = [n for n in experiments.scaling_sizes(run)[:-1] if not (experiments.shares_ablation(run, n) or (soon and n == equal))]
-    for name in [f"scale{n}-{k}" for n in own for k in seeds]:
-        out.append(("11", f"embedder-{name}", partial(experiments.scaling_models, run)))
-        out.append(("11", f"scores-{name}", score(name, f"embedder-{name}")))
+    for n, k in [(n, k) for n in own for k in seeds]:
+        name = f"embedder-scale{n}-{k}"
+        out.append(("11", name, train(name, guided=True, limit=n, seed=k)))
+        out.append(("11", f"scores-scale{n}-{k}", score(f"scale{n}-{k}", name)))
     return out
 
 

@@ -71,12 +71,20 @@ def open_run(
     values = dict(overrides or {})
     if seed is not None:
         values.setdefault("seed", seed)
-    p = profiles.load(profile, values)
+    variant = os.environ.get("SPEED_VARIANT", "") if variant is None else variant
+    return _opened(profiles.load(profile, values), variant)
+
+
+def reopen(profile: str, variant: str) -> Run:
+    """The run that another process has open: its whole profile as JSON, its point of a sweep."""
+    return _opened(profiles.Profile.model_validate_json(profile), variant)
+
+
+def _opened(p: profiles.Profile, variant: str) -> Run:
     folder = runs_folder() / p.name
     replay = os.environ.get("SPEED_REPLAY", "") not in ("", "0")
     # A replay is rebuilt from its logs alone, so nothing shipped may slip in.
     store = Store(folder / "artifacts", None if replay else shipped_folder(p.name), p.teacher.accept_partial, replay)
-    variant = os.environ.get("SPEED_VARIANT", "") if variant is None else variant
     if variant:
         folder = folder / "variants" / variant
         store = Store(folder / "artifacts", store.shipped, p.teacher.accept_partial, replay, store)

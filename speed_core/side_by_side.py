@@ -1,0 +1,178 @@
+"""Models of a notebook made at the same time, each by one of a few processes with its share of the cores.
+
+A second thread gains a training of this size little: with two, a step takes 0.85 of the time of one (gemma-3-270m with LoRA, two
+cores), while two trainings of one thread each hardly slow each other down. So a notebook hands the models that it is about to
+make, and their scores, to processes like this one; what it calls afterwards finds them made. On a GPU, or with memory for one
+process only, nothing happens.
+
+The child runs as `python -m speed_core.side_by_side FD`: the run comes in on stdin, then a JSON list of stages a line;
+what became of each leaves on a pipe. It ends when stdin closes, in the middle of a stage too: then its parent is gone.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import threading
+import traceback
+from collections import deque
+from collections.abc import Sequence
+from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
+from contextlib import redirect_stdout, suppress
+from dataclasses import replace
+from io import StringIO
+from pathlib import Path
+from queue import SimpleQueue
+from typing import Any
+
+from speed_core import machine, models, planning, sft
+from speed_core.artifacts import UserError
+from speed_core.run_context import ROOT, Run, reopen
+
+GB_EACH = 7  # of free memory; a process that has trained and scored several models was seen to take 6.6
+SORTS = ("student-", "embedder-", "scores-")
+
+
+def make(run: Run, notebook: str) -> int:
+    """Make the models and scores of `notebook` that are not current, several at a time; returns how many were handed over.
+
+    $SPEED_WORKERS says how many processes; without it, as many as the cores of this process (or $OMP_NUM_THREADS) and the free
+    memory allow. With one, or nothing to gain, it returns 0 and the notebook makes them itself. Raises UserError when a stage fails.
+    """
+    most = workers()
+    work = chains(run, notebook) if most > 1 and not run.replay else []
+    count = min(len(work) // 2, most)  # each takes 15 s to start, which two models at least have to pay for
+    if count < 2:
+        return 0
+    names = [name for chain in work for name in chain]
+    print(
+        f"{len(names)} models and scores, {count} at a time; what each process says is in {run.folder.name}/workers/", flush=True
+    )
+    waiting, bar = deque(work), sft.progress(len(names), f"notebook {notebook}", "stage")
+    children: list[Child] = []
+    try:
+        with ThreadPoolExecutor(count) as pool:
+            try:
+                children += [Child(run, notebook, k, count) for k in range(count)]
+                served = [pool.submit(child.serve, waiting, bar) for child in children]
+                for done in wait(served, return_when=FIRST_EXCEPTION).done:
+                    done.result()
+            except BaseException:
+                waiting.clear()
+                for child in children:
+                    child.process.kill()
+                raise
+    finally:
+        for child in children:
+            child.close()
+        bar.close()
+    return len(names)
+
+
+def workers() -> int:
+    """How many processes may work at a time, at least one."""
+    if said := os.environ.get("SPEED_WORKERS", ""):
+        if not said.isdigit() or said == "0":
+            raise UserError(f"SPEED_WORKERS {said!r}: not a number of processes; use 1 for none beside the notebook's own")
+        return int(said)
+    if models.device().type != "cpu":
+        return 1
+    return max(1, min(_cores(), int(machine.memory_gb() // GB_EACH)))
+
+
+def _cores() -> int:
+    return int(os.environ.get("OMP_NUM_THREADS") or machine.cores())
+
+
+def chains(run: Run, notebook: str) -> list[list[str]]:
+    """The stages of a notebook that train or score a model and are not current: one list for each model, its training first."""
+    dry = planning.DryStore(run.store)
+    found: dict[str, list[str]] = {}
+    for number, name, call in planning.stages(replace(run, store=dry)):
+        if number != notebook or not name.startswith(SORTS):
+            continue
+        with redirect_stdout(StringIO()), suppress(UserError):  # its model is not there yet, so it is not current either
+            call()
+        if dry.reasons.get(name, "not made yet"):
+            found.setdefault(name.removeprefix("scores-").removeprefix("embedder-"), []).append(name)
+    return list(found.values())
+
+
+class Child:
+    """One process, and what it is told and tells."""
+
+    def __init__(self, run: Run, notebook: str, number: int, count: int):
+        self.log = run.folder / "workers" / f"{notebook}-{number}.log"
+        self.log.parent.mkdir(parents=True, exist_ok=True)
+        given = {"OMP_NUM_THREADS": str(max(1, _cores() // count)), "SPEED_BESIDE": str(count)}
+        read, write = os.pipe()
+        with self.log.open("wb") as out:
+            self.process = subprocess.Popen(
+                [sys.executable, "-m", "speed_core.side_by_side", str(write)],
+                stdin=subprocess.PIPE, stdout=out, stderr=out, pass_fds=(write,), cwd=ROOT, env=os.environ | given,
+            )  # fmt: skip
+        os.close(write)
+        self.replies = os.fdopen(read, encoding="utf-8")
+        variant = run.folder.name if run.folder.parent.name == "variants" else ""
+        self._say({"profile": run.profile.model_dump_json(), "variant": variant})
+
+    def _say(self, what: Any) -> None:
+        assert self.process.stdin is not None
+        self.process.stdin.write(json.dumps(what).encode() + b"\n")
+        self.process.stdin.flush()
+
+    def serve(self, waiting: deque[list[str]], bar: Any) -> None:
+        """Take lists of stages until none is left; UserError with the child's own words when one fails."""
+        while True:
+            try:
+                chain = waiting.popleft()
+            except IndexError:
+                return
+            with suppress(BrokenPipeError):  # the missing reply says it
+                self._say(chain)
+            for name in chain:
+                reply = json.loads(self.replies.readline() or "{}")
+                if reply.get("made") != name:
+                    why = reply.get("error", "its process ended")
+                    raise UserError(f"{name}: {why}; all that it said is in {Path(*self.log.parts[-3:])}")
+                bar.update()
+
+    def close(self) -> None:
+        """End the process, which is waiting or dead."""
+        with suppress(BrokenPipeError):
+            if self.process.stdin:
+                self.process.stdin.close()
+        self.process.wait()
+        self.replies.close()
+
+
+def _feed(jobs: SimpleQueue[Sequence[str]]) -> None:
+    for line in sys.stdin:
+        jobs.put(json.loads(line))
+    os._exit(0)
+
+
+def main() -> None:
+    """What the child does."""
+    out = os.fdopen(int(sys.argv[1]), "w", encoding="utf-8", buffering=1)
+    told = json.loads(sys.stdin.readline())
+    jobs: SimpleQueue[Sequence[str]] = SimpleQueue()
+    threading.Thread(target=_feed, args=(jobs,), daemon=True).start()
+    sft.quiet()
+    run = reopen(told["profile"], told["variant"])
+    calls = {name: call for _, name, call in planning.stages(run)}
+    while True:
+        for name in jobs.get():
+            try:
+                calls[name]()
+            except Exception as error:
+                traceback.print_exc()
+                out.write(json.dumps({"error": str(error) if isinstance(error, UserError) else repr(error)}) + "\n")
+                break
+            out.write(json.dumps({"made": name}) + "\n")
+
+
+if __name__ == "__main__":
+    main()

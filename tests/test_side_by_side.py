@@ -1,0 +1,86 @@
+"""Models of a notebook, several at a time: real students of the smoke size in real processes."""
+
+import pytest
+import torch
+
+from speed_core import pipeline, side_by_side
+from speed_core.artifacts import UserError
+from speed_core.run_context import open_run
+
+
+@pytest.fixture
+def run(tmp_path, monkeypatch):
+    """A smoke run with its seed examples, ready for notebook 07."""
+    monkeypatch.setenv("SPEED_RUNS", str(tmp_path))
+    monkeypatch.delenv("SPEED_WORKERS", raising=False)
+    run = open_run("smoke")
+    pipeline.brainstorm(run)
+    pipeline.seed_data(run)
+    return run
+
+
+def test_there_are_as_many_processes_as_cores_and_memory_allow_and_one_on_a_gpu(monkeypatch):
+    for name in ("SPEED_WORKERS", "OMP_NUM_THREADS"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(side_by_side.models, "device", lambda: torch.device("cpu"))
+    monkeypatch.setattr(side_by_side.machine, "cores", lambda: 8)
+    found = []
+    for free in (3, 13, 30, 500):
+        monkeypatch.setattr(side_by_side.machine, "memory_gb", lambda free=free: free)
+        found.append(side_by_side.workers())
+    assert found == [1, 1, 4, 8]
+    monkeypatch.setattr(side_by_side.models, "device", lambda: torch.device("cuda"))
+    assert side_by_side.workers() == 1
+    monkeypatch.setattr(side_by_side.models, "device", lambda: torch.device("cpu"))
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")  # a point of a sweep that has its share of the cores
+    assert side_by_side.workers() == 1
+    monkeypatch.setenv("SPEED_WORKERS", "3")
+    assert side_by_side.workers() == 3
+    monkeypatch.setenv("SPEED_WORKERS", "many")
+    with pytest.raises(UserError, match="SPEED_WORKERS 'many': not a number"):
+        side_by_side.workers()
+
+
+def test_each_model_is_followed_by_its_scores_and_what_is_current_is_left_out(run):
+    found = side_by_side.chains(run, "07")
+    assert ["student-1-guided-0", "scores-student-1-guided-0"] in found and ["scores-guide-topic"] in found
+    assert side_by_side.chains(run, "01") == []
+
+
+def test_two_processes_make_what_the_notebook_then_finds(run, monkeypatch, capsys):
+    monkeypatch.setenv("SPEED_WORKERS", "2")
+    wanted = [
+        ["student-1-uncovered-0", "scores-student-1-uncovered-0"],
+        ["student-1-covered-0"],
+        ["student-1-plain-0"],
+        ["scores-guide-topic"],
+    ]
+    everything = side_by_side.chains(run, "07")
+    monkeypatch.setattr(side_by_side, "chains", lambda run, notebook: wanted)
+    assert side_by_side.make(run, "07") == 5
+    monkeypatch.undo()
+    monkeypatch.setenv("SPEED_RUNS", str(run.folder.parent))
+    left = side_by_side.chains(run, "07")
+    assert len(left) == len(everything) - 2 and ["scores-student-1-covered-0"] in left
+    assert {run.store.need(c[0]).manifest["beside"] for c in wanted} == {2}
+    assert "5 models and scores, 2 at a time" in capsys.readouterr().out
+
+
+def test_a_stage_that_fails_is_named_with_its_reason_and_the_log(run, monkeypatch):
+    monkeypatch.setenv("SPEED_WORKERS", "2")
+    monkeypatch.setattr(
+        side_by_side, "chains", lambda run, notebook: [[f"embedder-{a}-0"] for a in ("guided", "plain", "jr", "sr")]
+    )
+    with pytest.raises(
+        UserError, match=r"embedder-\w+-0: artifact 'synthetic': not in .*all that it said is in smoke/workers/08-\d.log"
+    ):
+        side_by_side.make(run, "08")
+
+
+def test_a_process_whose_parent_is_gone_ends_in_the_middle_of_its_stage(run):
+    child = side_by_side.Child(run, "07", 0, 1)
+    child._say(["student-1-guided-0", "student-1-plain-0"])
+    child.process.stdin.close()
+    assert child.process.wait(120) == 0
+    assert run.store.get("student-1-plain-0") is None
+    child.close()
