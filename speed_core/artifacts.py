@@ -77,6 +77,11 @@ class Artifact:
         """Digest of the contents: the files' digests, not the time or the machine."""
         return digest(self.manifest["files"])[:16]
 
+    @property
+    def seconds(self) -> float:
+        """Seconds of the machine that making it took: where several stages ran at a time, its share of them."""
+        return round(self.manifest["seconds"] / self.manifest.get("beside", 1), 1)
+
     def file(self, name: str) -> Path:
         return self.path / name
 
@@ -265,7 +270,7 @@ class Store:
             draft, started = Draft(path), time.time()
             yield draft
             if older:  # what `plan` had predicted, to tell how good its predictions are
-                draft.info["predicted_seconds"] = older.manifest["seconds"]
+                draft.info["predicted_seconds"] = older.seconds
             self._publish(name, draft, parameters, parents, started)
 
     def _made_upstream(self, name: str, parameters: Mapping[str, Any], parents: Sequence[Artifact]) -> bool:
@@ -289,7 +294,7 @@ class Store:
         for file_name, entry in files.items():
             if file_name.endswith(".jsonl"):
                 entry["rows"] = sum(1 for _ in (path / file_name).open("rb"))
-        beside = int(os.environ.get("SPEED_BESIDE", "1"))  # stages at a time (`side_by_side`): each took its share of the time
+        beside = int(os.environ.get("SPEED_BESIDE", "1"))  # how many stages ran at a time (`side_by_side`)
         manifest = {
             "name": name,
             "files": files,
@@ -297,7 +302,7 @@ class Store:
             "parents": {p.name: p.digest for p in parents},
             "code": code_digest(),
             "device": device_name(),
-            "seconds": round((time.time() - started) / beside, 1),
+            "seconds": round(time.time() - started, 1),
             **({"beside": beside} if beside > 1 else {}),
             "peak_mb": round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024),  # of the process so far
             "written": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),

@@ -248,6 +248,7 @@ def model_card(run: Run, artifact: Artifact, results: Mapping[str, Any] | None) 
     m, training = artifact.manifest, artifact.json("training.json")
     hub, licence_fields = licence(base_of(run, artifact))
     title = f"{artifact.name}-{run.profile.name}"
+    beside = f" ({m['beside']} models at a time)" if "beside" in m else ""
     adapter = any(f.startswith("adapter/") for f in m["files"])
     (data, data_digest), *_ = m["parents"].items()
     front = ModelCardData(
@@ -288,7 +289,7 @@ A text embedding model trained on synthetic data, made by *{PROJECT}*, a compani
 | training data | artifact `{data}`, digest {data_digest}; {training["rows"]} records |
 | loss | {guided}{f", guide {m['parameters']['guide']}" if training.get("guided") else ""} |
 | seed | {m["parameters"]["seed"]} |
-| made | {m["written"]}, {m["device"]}, {m["seconds"]} s, code {m["code"]} |
+| made | {m["written"]}, {m["device"]}, {m["seconds"]} s{beside}, code {m["code"]} |
 | this artifact | digest {artifact.digest} |
 
 ## Use

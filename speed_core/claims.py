@@ -1,8 +1,8 @@
 """The claim map: each claim of the papers, what they print, what this run found, and a verdict by rule.
 
 The verdict of a comparison is never typed in: it follows from the interval of a difference, which covers texts and
-training seeds (`uncertainty`). One that is not resolved says what would resolve the paper's effect. A claim whose quantity
-this run did not measure says so.
+training seeds (`uncertainty`). One that is not resolved says what would resolve the paper's effect, or one of a point where
+the paper prints none. A claim whose quantity this run did not measure says so.
 """
 
 from __future__ import annotations
@@ -81,12 +81,9 @@ UNRESOLVED = "not resolved at this size"
 SMALLER = "smaller scale, same direction"
 REPRODUCED = "reproduced"
 # The smallest training set that SPEED prints scores for, and the claims that models of such size can reproduce: claim -> the
-# arm whose records count, of notebook 10's equal data sets or the whole one.
+# arm whose records count. What rests on `ONE_GENERATOR` is never resolved, so never reproduced.
 PAPER_RECORDS = 230_000
-SIZED = dict.fromkeys(("S1", "S4", "S5", "S6", "S7", "S8", "S9", "S10", "S12", "S13", "S14", "S15", "S16"), "sr_re") | {
-    "S17": "guided",
-    "E3": "guided",
-}
+SIZED = {"S9": "jr", "S10": "jr", "S12": "jr", "S17": "guided", "E3": "guided"}
 EQUAL = ("S1", "S4", "S5", "S7", "S8")  # comparisons of data sets at equal size
 
 
@@ -118,13 +115,25 @@ def judged(key: str, e: Estimate, what: str, artifact: str, *, trained: bool = T
     elif trained and e.seeds == 1 and said != UNRESOLVED:
         # Trainings differ by their seeds too, which an interval over texts does not see.
         said, why = UNRESOLVED, why + "; it leaves out the seed, so its sign decides nothing"
-    # Where the paper prints no number: an effect like ours, or the largest that counts as none.
-    elif said == UNRESOLVED and (e.seeds > 1 or not trained) and (effect := EFFECTS.get(key, e.value if expected else LITTLE)):
-        whose = f"the paper's {effect:+g}" if key in EFFECTS else f"an effect of {effect:+.2f}"
-        needed = uncertainty.needed(e, effect)
-        why += f"; {whose} would " + ("have been resolved here" if needed == uncertainty.ENOUGH else f"need {needed}")
+    elif said == UNRESOLVED and (e.seeds > 1 or not trained):
+        why += _would_resolve(key, e, trained, expected)
     numbers = {"ours": round(e.value, 2), "low": round(e.low, 2), "high": round(e.high, 2)}
     return numbers | {"verdict": said, "why": why, "artifact": artifact}
+
+
+def _would_resolve(key: str, e: Estimate, trained: bool, expected: int) -> str:
+    """What it takes to resolve the paper's effect, or one of `LITTLE` where it prints none; of a claim that something matters
+    little, to have the whole interval inside."""
+    effect, whose = EFFECTS.get(key, LITTLE), f"the paper's {EFFECTS[key]:+g}" if key in EFFECTS else f"an effect of {LITTLE:g}"
+    if not expected:
+        effect, whose = LITTLE - abs(e.value), f"an interval within {LITTLE:g} of zero"
+        if effect <= 0:
+            return ""
+    needed = uncertainty.needed(e, effect, trained=trained)
+    once = ", and generators trained more than once" if key in ONE_GENERATOR else ""
+    if needed == uncertainty.ENOUGH:
+        return f"; {whose} would {'need generators trained more than once' if once else 'have been resolved here'}"
+    return f"; {whose} would need {needed}{once}"
 
 
 def build(

@@ -168,7 +168,9 @@ def evaluate(model: Embedder, tasks: Sequence[Any], cache: Path, label: str = ""
     for task in tasks:
         kept = ResultCache(cache / str(revision))
         how: Any = benchmark_data.strategy(kept, encoder.mteb_model_meta, task)
-        said = cache / "predictions" / str(revision)
+        said = (
+            cache / "predictions" / str(revision) / (Path(label).name or "model")
+        )  # one model may be scored in two ways at a time
         results = mteb.evaluate(
             encoder, [task], cache=kept, overwrite_strategy=how, show_progress_bar=False, encode_kwargs={}, prediction_folder=said
         )

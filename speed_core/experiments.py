@@ -72,9 +72,10 @@ def ablation_size(run: Run) -> int:
 
 def ablation_arms(run: Run) -> list[str]:
     """The data sets that are compared: Table 2's, and the base model's and the teacher's, which may have as few as half of the
-    compared records (`trained_on` says how many they have)."""
+    compared records (`trained_on` says how many they have), but a batch."""
+    enough = max(ablation_size(run) / 2, run.profile.embedding.batch)
     made = {k: run.store.get(f"synthetic-{k}") for k in run.profile.study.arms}
-    return [k for k, a in made.items() if k in TABLE2 or not a or a.manifest["kept"] >= ablation_size(run) / 2]
+    return [k for k, a in made.items() if k in TABLE2 or not a or a.manifest["kept"] >= enough]
 
 
 def ablation_embedders(run: Run, arms: Sequence[str] | None = None) -> dict[str, list[Artifact]]:

@@ -9,7 +9,10 @@ import shutil
 import socket
 import subprocess
 import time
+from pathlib import Path
 from urllib.parse import urlparse
+
+CGROUP = Path("/sys/fs/cgroup")
 
 
 def cpu() -> str:
@@ -27,11 +30,15 @@ def cores() -> int:
 
 
 def memory_gb() -> float:
-    """Physical memory that is available now, in GB."""
-    for line in open("/proc/meminfo", encoding="ascii"):
-        if line.startswith("MemAvailable"):
-            return int(line.split()[1]) / 2**20
-    return 0.0
+    """Physical memory that is available now, in GB: the machine's, or what a container's limit leaves of it."""
+    lines = open("/proc/meminfo", encoding="ascii")
+    free = next((int(line.split()[1]) / 2**20 for line in lines if line.startswith("MemAvailable")), 0.0)
+    try:
+        most, used = (int((CGROUP / name).read_text()) for name in ("memory.max", "memory.current"))
+        kept = dict(line.split() for line in (CGROUP / "memory.stat").read_text().splitlines())
+    except (OSError, ValueError):  # no container, or one without a limit ("max")
+        return free
+    return min(free, (most - used + int(kept.get("inactive_file", 0))) / 2**30)
 
 
 def gflops() -> float:

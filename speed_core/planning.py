@@ -233,13 +233,14 @@ def _cost(step: Step, made: Artifact | None, shipped: Artifact | None, ahead: fo
     """The step with what it took here the last time, else in the recorded run, scaled to this size (`forecast`)."""
     if not made and ahead and (said := ahead.expected(step.name)):
         took = {k: v for k, v in said._asdict().items() if k != "inputs"}
-        where = ahead.entry["device"] + ahead.scaled
+        beside = ahead.entry.get("beside", 1)
+        where = ahead.entry["device"] + (f", {beside} models at a time" if beside > 1 else "") + ahead.scaled
         return dataclasses.replace(step, **took, inputs=tuple(said.inputs), measured=where, recorded=True)
     known = made or shipped
     if not known:
         return step
     m, size_mb = known.manifest, sum(f["bytes"] for f in known.manifest["files"].values()) / 2**20
-    took = {"seconds": m["seconds"], "peak_mb": m.get("peak_mb"), "disk_mb": size_mb, "tokens": m.get("new_tokens")}
+    took = {"seconds": known.seconds, "peak_mb": m.get("peak_mb"), "disk_mb": size_mb, "tokens": m.get("new_tokens")}
     return dataclasses.replace(step, **took, inputs=tuple(m["parents"]), measured=m["device"])
 
 
@@ -255,12 +256,14 @@ def record(run: Run, target: Path | None = None) -> dict[str, Any]:
     if not found:
         raise UserError(f"record: nothing is made in {run.folder.parent.name}/{run.folder.name}; run the notebooks first")
     dates = [a.manifest["written"] for name in found if (a := run.store.made(name))]
+    beside = max(a.manifest.get("beside", 1) for name in found if (a := run.store.made(name)))
     entry = {
         "device": next(iter(found.values())).measured,
         "cpu": machine.cpu(),
         "cores": machine.cores(),
         "gflops": round(machine.gflops(), 1),
         "date": max(dates)[:10],
+        **({"beside": beside} if beside > 1 else {}),
         "weights": {role: models.weights_id(models.resolve(name)) for role, name in run.profile.models},
         "artifacts": {n: [s.seconds, s.peak_mb, round(s.disk_mb or 0, 2), s.tokens, list(s.inputs)] for n, s in found.items()},
     }
@@ -277,10 +280,11 @@ def past_error(run: Run) -> str:
     off, ahead = [], forecast.Forecast.of(run.profile)
     for path in run.store.root.glob("*/manifest.json"):
         m = json.loads(path.read_text(encoding="utf-8"))
+        took = Artifact(path.parent, m).seconds
         first = ahead.expected(m["name"]) if ahead and not m.get("predicted_seconds") else None
         said = m.get("predicted_seconds") or (first.seconds if first else 0)
-        if said and m["seconds"] >= 1 and said != m["seconds"]:  # shorter stages are all rounding; equal: it is the recorded run
-            off.append(abs(said - m["seconds"]) / m["seconds"])
+        if said and took >= 1 and said != took:  # shorter stages are all rounding; equal: it is the recorded run
+            off.append(abs(said - took) / took)
     return f"past predictions were off by {100 * statistics.median(off):.0f}% (median of {len(off)} stages)" if off else ""
 
 

@@ -77,10 +77,10 @@ def open_run(
 
 def reopen(profile: str, variant: str) -> Run:
     """The run that another process has open: its whole profile as JSON, its point of a sweep."""
-    return _opened(profiles.Profile.model_validate_json(profile), variant)
+    return _opened(profiles.Profile.model_validate_json(profile), variant, alone=False)
 
 
-def _opened(p: profiles.Profile, variant: str) -> Run:
+def _opened(p: profiles.Profile, variant: str, alone: bool = True) -> Run:
     folder = runs_folder() / p.name
     replay = os.environ.get("SPEED_REPLAY", "") not in ("", "0")
     # A replay is rebuilt from its logs alone, so nothing shipped may slip in.
@@ -89,7 +89,8 @@ def _opened(p: profiles.Profile, variant: str) -> Run:
         folder = folder / "variants" / variant
         store = Store(folder / "artifacts", store.shipped, p.teacher.accept_partial, replay, store)
     store.root.mkdir(parents=True, exist_ok=True)
-    store.recover()
+    if alone:  # else another process may be between the two renames that this would undo
+        store.recover()
     official = p.name == OFFICIAL and not os.environ.get("SPEED_RUNS") and not variant
     run = Run(p, folder, store, ROOT / "figures" if official else folder / "figures", replay)
 

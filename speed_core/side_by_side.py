@@ -3,7 +3,7 @@
 A second thread gains a training of this size little: with two, a step takes 0.85 of the time of one (gemma-3-270m with LoRA, two
 cores), while two trainings of one thread each hardly slow each other down. So a notebook hands the models that it is about to
 make, and their scores, to processes like this one; what it calls afterwards finds them made. On a GPU, or with memory for one
-process only, nothing happens.
+process only, nothing happens. How many threads a training has changes the last digits of its numbers, as another machine does.
 
 The child runs as `python -m speed_core.side_by_side FD`: the run comes in on stdin, then a JSON list of stages a line;
 what became of each leaves on a pipe. It ends when stdin closes, in the middle of a stage too: then its parent is gone.
@@ -19,7 +19,7 @@ import threading
 import traceback
 from collections import deque
 from collections.abc import Sequence
-from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
+from concurrent.futures import ThreadPoolExecutor, wait
 from contextlib import redirect_stdout, suppress
 from dataclasses import replace
 from io import StringIO
@@ -39,7 +39,8 @@ def make(run: Run, notebook: str) -> int:
     """Make the models and scores of `notebook` that are not current, several at a time; returns how many were handed over.
 
     $SPEED_WORKERS says how many processes; without it, as many as the cores of this process (or $OMP_NUM_THREADS) and the free
-    memory allow. With one, or nothing to gain, it returns 0 and the notebook makes them itself. Raises UserError when a stage fails.
+    memory allow. With one, or nothing to gain, it returns 0 and the notebook makes them itself. Raises UserError when a stage
+    fails, after those that the other processes were at.
     """
     most = workers()
     work = chains(run, notebook) if most > 1 and not run.replay else []
@@ -57,13 +58,14 @@ def make(run: Run, notebook: str) -> int:
             try:
                 children += [Child(run, notebook, k, count) for k in range(count)]
                 served = [pool.submit(child.serve, waiting, bar) for child in children]
-                for done in wait(served, return_when=FIRST_EXCEPTION).done:
-                    done.result()
-            except BaseException:
+                wait(served)
+            except BaseException:  # interrupted
                 waiting.clear()
                 for child in children:
                     child.process.kill()
                 raise
+            for done in served:
+                done.result()
     finally:
         for child in children:
             child.close()
@@ -74,16 +76,21 @@ def make(run: Run, notebook: str) -> int:
 def workers() -> int:
     """How many processes may work at a time, at least one."""
     if said := os.environ.get("SPEED_WORKERS", ""):
-        if not said.isdigit() or said == "0":
-            raise UserError(f"SPEED_WORKERS {said!r}: not a number of processes; use 1 for none beside the notebook's own")
-        return int(said)
+        return _positive("SPEED_WORKERS", said)
     if models.device().type != "cpu":
         return 1
     return max(1, min(_cores(), int(machine.memory_gb() // GB_EACH)))
 
 
 def _cores() -> int:
-    return int(os.environ.get("OMP_NUM_THREADS") or machine.cores())
+    said = os.environ.get("OMP_NUM_THREADS", "").partition(",")[0]  # "4,2": threads in threads
+    return _positive("OMP_NUM_THREADS", said) if said else machine.cores()
+
+
+def _positive(name: str, said: str) -> int:
+    if not said.strip().isdecimal() or not int(said):
+        raise UserError(f"{name} {said!r}: not a whole number from 1 on; set another or take it out of the environment")
+    return int(said)
 
 
 def chains(run: Run, notebook: str) -> list[list[str]]:
@@ -106,12 +113,14 @@ class Child:
     def __init__(self, run: Run, notebook: str, number: int, count: int):
         self.log = run.folder / "workers" / f"{notebook}-{number}.log"
         self.log.parent.mkdir(parents=True, exist_ok=True)
-        given = {"OMP_NUM_THREADS": str(max(1, _cores() // count)), "SPEED_BESIDE": str(count)}
+        # Same folder as here, so that relative paths in the environment mean the same.
+        path = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))
+        given = {"OMP_NUM_THREADS": str(max(1, _cores() // count)), "SPEED_BESIDE": str(count), "PYTHONPATH": path}
         read, write = os.pipe()
         with self.log.open("wb") as out:
             self.process = subprocess.Popen(
                 [sys.executable, "-m", "speed_core.side_by_side", str(write)],
-                stdin=subprocess.PIPE, stdout=out, stderr=out, pass_fds=(write,), cwd=ROOT, env=os.environ | given,
+                stdin=subprocess.PIPE, stdout=out, stderr=out, pass_fds=(write,), env=os.environ | given,
             )  # fmt: skip
         os.close(write)
         self.replies = os.fdopen(read, encoding="utf-8")
@@ -135,7 +144,10 @@ class Child:
             for name in chain:
                 reply = json.loads(self.replies.readline() or "{}")
                 if reply.get("made") != name:
-                    why = reply.get("error", "its process ended")
+                    waiting.clear()
+                    why = reply.get("error") or (
+                        f"its process ended with status {self.process.wait()} (-9: killed, perhaps for memory; SPEED_WORKERS=1 makes one model at a time)"
+                    )
                     raise UserError(f"{name}: {why}; all that it said is in {Path(*self.log.parts[-3:])}")
                 bar.update()
 

@@ -94,6 +94,7 @@ def threads(jobs: int) -> dict[str, str]:
         return {}
     shared = {"OMP_NUM_THREADS": str(max(1, machine.cores() // jobs))}
     shared["VLLM_CPU_OMP_THREADS_BIND"] = "nobind"  # else every vLLM binds to the same cores
+    shared["SPEED_WORKERS"] = "1"  # all points see the same free memory, so no notebook takes more processes of it
     return {k: v for k, v in shared.items() if k not in os.environ}
 
 
@@ -101,7 +102,7 @@ def _in_processes(work: Sequence[tuple[list[str], str, str]], jobs: int) -> list
     """Exit codes of the points, `jobs` at a time. SIGTERM and Ctrl-C end those that run, and no other is begun."""
     running: list[subprocess.Popen[bytes]] = []
     with ThreadPoolExecutor(jobs) as pool:
-        futures = [pool.submit(run_point, *w, threads(jobs), running) for w in work]
+        futures = [pool.submit(run_point, *w, threads(min(jobs, len(work))), running) for w in work]
         try:
             return [f.result() for f in futures]
         except BaseException:

@@ -134,11 +134,12 @@ def bend(results: Mapping[int, Sequence[Result]], *, draws: int = 1000) -> Estim
     return contrast(terms, draws=draws)
 
 
-def needed(estimate: Estimate, effect: float, *, power: float = 0.8, level: float = 0.95) -> str:
+def needed(estimate: Estimate, effect: float, *, power: float = 0.8, level: float = 0.95, trained: bool = True) -> str:
     """What would resolve a true `effect` (points) in `power` of all repetitions, in words.
 
     From the observed variances: with K seeds and m times the texts the standard error is sqrt(V_items / m + S^2 / K); it
-    has to be at most effect / (z_{1-a/2} + z_power). Seeds are the cheaper of the two, so they are raised first.
+    has to be at most effect / (z_{1-a/2} + z_power). Seeds are the cheaper of the two, so they are raised first. What was not
+    `trained` has no seeds.
     """
     if not estimate.error:
         return ENOUGH
@@ -152,6 +153,8 @@ def needed(estimate: Estimate, effect: float, *, power: float = 0.8, level: floa
         return ENOUGH
     if items < wanted / 2 and estimate.seeds > 1:
         return f"about {max(estimate.seeds + 1, math.ceil(one / (wanted - items)))} seeds on the same texts"
+    if not trained:
+        return f"about {math.ceil(items / wanted)} times as many texts"
     texts = math.ceil(2 * items / wanted)  # half of the variance for each
     seeds = f" and {max(3, math.ceil(2 * one / wanted))} seeds" if estimate.seeds > 1 else ", seeds not counted"
     return f"about {texts} times as many texts{seeds}"

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from speed_core import pipeline, side_by_side
+from speed_core import machine, pipeline, side_by_side
 from speed_core.artifacts import UserError
 from speed_core.run_context import open_run
 
@@ -11,7 +11,8 @@ from speed_core.run_context import open_run
 @pytest.fixture
 def run(tmp_path, monkeypatch):
     """A smoke run with its seed examples, ready for notebook 07."""
-    monkeypatch.setenv("SPEED_RUNS", str(tmp_path))
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("SPEED_RUNS", "runs")  # relative to where a notebook runs, which is not where the package lies
     monkeypatch.delenv("SPEED_WORKERS", raising=False)
     run = open_run("smoke")
     pipeline.brainstorm(run)
@@ -32,13 +33,28 @@ def test_there_are_as_many_processes_as_cores_and_memory_allow_and_one_on_a_gpu(
     monkeypatch.setattr(side_by_side.models, "device", lambda: torch.device("cuda"))
     assert side_by_side.workers() == 1
     monkeypatch.setattr(side_by_side.models, "device", lambda: torch.device("cpu"))
-    monkeypatch.setenv("OMP_NUM_THREADS", "1")  # a point of a sweep that has its share of the cores
+    monkeypatch.setenv("OMP_NUM_THREADS", "1,2")  # of threads in threads the first counts
     assert side_by_side.workers() == 1
     monkeypatch.setenv("SPEED_WORKERS", "3")
     assert side_by_side.workers() == 3
-    monkeypatch.setenv("SPEED_WORKERS", "many")
-    with pytest.raises(UserError, match="SPEED_WORKERS 'many': not a number"):
-        side_by_side.workers()
+    for said in ("many", "0", "\u00b2"):
+        monkeypatch.setenv("SPEED_WORKERS", said)
+        with pytest.raises(UserError, match=f"SPEED_WORKERS '{said}': not a whole number"):
+            side_by_side.workers()
+
+
+def test_free_memory_is_what_a_containers_limit_leaves(tmp_path, monkeypatch):
+    monkeypatch.setattr(machine, "CGROUP", tmp_path)
+    free = machine.memory_gb()
+    for name, text in {
+        "memory.max": "max",
+        "memory.current": str(2**30),
+        "memory.stat": f"anon 5\ninactive_file {2**28}\n",
+    }.items():
+        (tmp_path / name).write_text(text)
+    assert machine.memory_gb() == pytest.approx(free, rel=0.2), "no limit"
+    (tmp_path / "memory.max").write_text(str(3 * 2**29))
+    assert machine.memory_gb() == pytest.approx(0.75)
 
 
 def test_each_model_is_followed_by_its_scores_and_what_is_current_is_left_out(run):
@@ -55,12 +71,11 @@ def test_two_processes_make_what_the_notebook_then_finds(run, monkeypatch, capsy
         ["student-1-plain-0"],
         ["scores-guide-topic"],
     ]
-    everything = side_by_side.chains(run, "07")
+    chains = side_by_side.chains
+    everything = chains(run, "07")
     monkeypatch.setattr(side_by_side, "chains", lambda run, notebook: wanted)
     assert side_by_side.make(run, "07") == 5
-    monkeypatch.undo()
-    monkeypatch.setenv("SPEED_RUNS", str(run.folder.parent))
-    left = side_by_side.chains(run, "07")
+    left = chains(run, "07")
     assert len(left) == len(everything) - 2 and ["scores-student-1-covered-0"] in left
     assert {run.store.need(c[0]).manifest["beside"] for c in wanted} == {2}
     assert "5 models and scores, 2 at a time" in capsys.readouterr().out

@@ -45,11 +45,15 @@ def test_another_base_model_is_named_after_the_profiles_own(run):
     assert study.named_value(own + "[:12]") == "gemma-3-270m[:12]" and study.named_value(0.5) == "0.5"
 
 
-def test_a_switch_is_its_own_value_first_and_then_the_other(run):
+def test_a_switch_is_on_and_then_off_and_its_claim_says_how_much_it_moves(run):
     truncated = by_label("topics truncated")
     assert truncated.points(run) == [True, False] and list(map(study.named_value, (True, False))) == ["yes", "no"]
     assert study.point(run, truncated, False).overrides["topics.truncate"] is False
-    assert study.estimate(truncated, {True: scores(0.5), False: scores(0.48)})["value"] == pytest.approx(2.0)
+    assert truncated.points(open_run("tiny", {"topics.truncate": False})) == [True, False], "the sign of the claim stays"
+    found = study.estimate(truncated, {True: scores(0.5), False: scores(0.48)})
+    assert found["value"] == pytest.approx(2.0)
+    deep = [p for p in pipeline.topics(run)[0] if p.count("/") >= run.profile.topics.max_depth]
+    assert f"{len(deep)} of the {len(pipeline.topics(run)[0])} data topics" in found["what"]
 
 
 def test_the_recorded_teacher_answers_for_whole_topic_paths_and_the_seed_examples_stay_the_same(run):
@@ -68,6 +72,8 @@ def test_a_data_set_beside_table_2_takes_part_from_half_of_the_compared_records_
             draft.file("train.jsonl").write_text(arm)
             draft.info["kept"] = kept
     assert experiments.ablation_size(run) == 48 and experiments.ablation_arms(run) == [*experiments.TABLE2, "base"]
+    large = open_run("tiny", {"embedding.batch": 32, "embedding.micro_batch": 32})
+    assert experiments.ablation_arms(large) == list(experiments.TABLE2), "a training needs a batch"
 
 
 def test_sweeps_are_chosen_by_key_and_one_key_may_name_several():
@@ -123,13 +129,17 @@ def test_a_verdict_does_not_say_more_than_what_was_repeated():
     assert same.low <= 0 <= same.high and fell["verdict"] == claims.UNRESOLVED
 
 
-def test_what_is_not_resolved_says_what_would_resolve_the_papers_effect_or_else_its_own():
+def test_what_is_not_resolved_says_what_would_resolve_the_papers_effect_or_else_one_of_a_point():
     wide = uncertainty.Estimate(0.5, -1.0, 2.0, 5, 0.3, 0.6)
-    whys = {key: claims.judged(key, wide, "x", "a@1")["why"] for key in ("S9", "G9")}
-    assert "the paper's +1.35 would need about" in whys["S9"] and "an effect of +0.50 would need about" in whys["G9"]
-    assert "an effect of +1.00 would" in claims.judged("S11", wide, "x", "a@1", expected=0)["why"], "the largest that is little"
-    nothing = claims.judged("G9", uncertainty.Estimate(0.0, -1.0, 1.0, 5, 0.3, 0.6), "x", "a@1")
-    assert "would" not in nothing["why"]
+    whys = {key: claims.judged(key, wide, "x", "a@1")["why"] for key in ("S9", "G9", "S8")}
+    assert "the paper's +1.35 would need about" in whys["S9"] and "an effect of 1 would need about" in whys["G9"]
+    assert whys["S8"].endswith("and generators trained more than once"), "more seeds of the embedding model do not resolve it"
+    little = claims.judged("S11", wide, "x", "a@1", expected=0)["why"]
+    assert "an interval within 1 of zero would need about" in little
+    outside = uncertainty.Estimate(1.2, -0.1, 2.5, 5, 0.3, 0.6)
+    assert "would" not in claims.judged("S11", outside, "x", "a@1", expected=0)["why"], "no size moves the middle inside"
+    texts = claims.judged("S18", uncertainty.Estimate(0.8, -0.2, 1.8, 1, 0.5, 0.0), "x", "a@1", trained=False)["why"]
+    assert "would need about 2 times as many texts, and generators" in texts
 
 
 def test_an_order_is_judged_by_its_smallest_step_and_kept_records_by_those_that_were_valid():

@@ -43,13 +43,13 @@ def test_every_combination_is_a_point_with_a_name_of_its_own():
 
 def test_points_side_by_side_share_the_cores_and_what_the_user_set_stays(monkeypatch):
     monkeypatch.setattr(sweep.machine, "cores", lambda: 8)
-    for name in ("OMP_NUM_THREADS", "VLLM_CPU_OMP_THREADS_BIND"):
+    for name in ("OMP_NUM_THREADS", "VLLM_CPU_OMP_THREADS_BIND", "SPEED_WORKERS"):
         monkeypatch.delenv(name, raising=False)
     assert sweep.threads(1) == {}
-    assert sweep.threads(3) == {"OMP_NUM_THREADS": "2", "VLLM_CPU_OMP_THREADS_BIND": "nobind"}
+    assert sweep.threads(3) == {"OMP_NUM_THREADS": "2", "VLLM_CPU_OMP_THREADS_BIND": "nobind", "SPEED_WORKERS": "1"}
     assert sweep.threads(16)["OMP_NUM_THREADS"] == "1"
     monkeypatch.setenv("OMP_NUM_THREADS", "5")
-    assert sweep.threads(3) == {"VLLM_CPU_OMP_THREADS_BIND": "nobind"}
+    assert "OMP_NUM_THREADS" not in sweep.threads(3)
 
 
 def test_a_store_over_a_base_takes_what_is_current_there_and_makes_only_what_differs(tmp_path):
