@@ -12,17 +12,19 @@ import gzip
 import hashlib
 import io
 import json
+import lzma
 import tarfile
 import zlib
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from speed_core.artifacts import MANIFEST, UserError, file_digest
 from speed_core.profile import dotted
 from speed_core.run_context import Run
 
 CONTENTS = "replay.json"
+XZ = b"\xfd7zXZ\x00"  # how such a file begins
 NOTEBOOKS = ("01", "02", "03", "04", "05", "06")
 DATA = (
     "tasks", "seeds", "eval-base", "eval-junior", "root", "pairs", "eval-senior", "revised-eval", "revised-twice", "raw", "revised",
@@ -54,12 +56,18 @@ def export_logs(run: Run, target: Path) -> str:
     return pack(manifest, contents, target)
 
 
+def _packed(raw: IO[bytes], target: Path) -> Any:
+    if target.suffix == ".xz":  # a third of the size where the same rows stand in logs and artifacts
+        return lzma.open(raw, "wb")
+    return gzip.GzipFile(fileobj=raw, mode="wb", mtime=0, filename="")
+
+
 def pack(manifest: dict[str, Any], contents: Mapping[str, bytes], target: Path) -> str:
     """Write `manifest` and files as one archive; returns its SHA-256. The manifest names every file and its digest (`files`)."""
     work = target.with_name(target.name + ".part")
     target.parent.mkdir(parents=True, exist_ok=True)
     # Time stamps would make two exports of the same logs differ.
-    with work.open("wb") as raw, gzip.GzipFile(fileobj=raw, mode="wb", mtime=0, filename="") as packed:
+    with work.open("wb") as raw, _packed(raw, target) as packed:
         with tarfile.open(fileobj=packed, mode="w") as archive:
             for name, data in {CONTENTS: (json.dumps(manifest, indent=1, default=str) + "\n").encode(), **contents}.items():
                 entry = tarfile.TarInfo(name)
@@ -74,13 +82,14 @@ def read_archive(source: Path) -> tuple[dict[str, Any], dict[str, bytes]]:
     if not source.is_file():
         raise UserError(f"{source}: no such file; give an archive made by `python -m speed_core export`")
     try:
-        # All of it, so that gzip's own checksum is compared: tarfile stops reading at the archive's end mark.
-        whole = gzip.decompress(source.read_bytes())
+        # All of it, so that the archive's own checksum is compared: tarfile stops reading at the archive's end mark.
+        data = source.read_bytes()
+        whole = lzma.decompress(data) if data.startswith(XZ) else gzip.decompress(data)
         with tarfile.open(fileobj=io.BytesIO(whole)) as archive:
             found = {m.name: (archive.extractfile(m) or io.BytesIO()).read() for m in archive.getmembers() if m.isfile()}
         manifest = json.loads(found.pop(CONTENTS))
         files = manifest["files"]
-    except (tarfile.TarError, zlib.error, OSError, EOFError, ValueError, KeyError, TypeError) as error:
+    except (tarfile.TarError, zlib.error, lzma.LZMAError, OSError, EOFError, ValueError, KeyError, TypeError) as error:
         raise UserError(f"{source.name}: not a whole export ({type(error).__name__}); fetch or export it again") from None
     for name, wanted in files.items():
         have = hashlib.sha256(found[name]).hexdigest() if name in found else "nothing"

@@ -1,6 +1,7 @@
 """Logs leave in one archive, come back only whole, and rebuild what was sampled without any weights."""
 
 import gzip
+import hashlib
 import json
 
 import pytest
@@ -134,3 +135,16 @@ def test_the_recorded_run_that_ships_is_the_one_behind_the_committed_figures():
         assert json.loads((ROOT / "figures" / f"{name}.json").read_text())["data_sha256"] == digest
     folders = [f"/{top}/".encode() for top in ("home", "root", "tmp")]
     assert not any(folder in f for folder in folders for f in files.values()), "a path of somebody's machine"
+
+
+def test_an_archive_may_be_packed_with_xz_and_a_cut_one_is_refused_as_well(tmp_path):
+    contents = {"log/a.jsonl": b"the same row\n" * 500}
+    manifest = {"files": {name: hashlib.sha256(data).hexdigest() for name, data in contents.items()}}
+    for name in ("run.tar.gz", "run.tar.xz"):
+        replay.pack(dict(manifest), contents, tmp_path / name)
+        assert replay.read_archive(tmp_path / name) == (manifest, contents)
+    whole = (tmp_path / "run.tar.xz").read_bytes()
+    assert whole.startswith(replay.XZ)
+    (tmp_path / "run.tar.xz").write_bytes(whole[:-20])
+    with pytest.raises(UserError, match="not a whole export"):
+        replay.read_archive(tmp_path / "run.tar.xz")
