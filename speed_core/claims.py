@@ -124,8 +124,11 @@ def judged(key: str, e: Estimate, what: str, artifact: str, *, trained: bool = T
 def _would_resolve(key: str, e: Estimate, trained: bool, expected: int) -> str:
     """What it takes to resolve the paper's effect, or one of `LITTLE` where it prints none; of a claim that something matters
     little, to have the whole interval inside."""
-    effect, whose = EFFECTS.get(key, LITTLE), f"the paper's {EFFECTS[key]:+g}" if key in EFFECTS else f"an effect of {LITTLE:g}"
-    if not expected:
+    if expected and key in EFFECTS:
+        effect, whose = EFFECTS[key], f"the paper's {EFFECTS[key]:+g}"
+    elif expected:
+        effect, whose = LITTLE, f"an effect of {LITTLE:g}"
+    else:
         effect, whose = LITTLE - abs(e.value), f"an interval within {LITTLE:g} of zero"
         if effect <= 0:
             return ""

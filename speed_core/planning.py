@@ -255,14 +255,14 @@ def record(run: Run, target: Path | None = None) -> dict[str, Any]:
     found = {s.name: s for s in steps(run) if s.seconds is not None and not s.recorded and not s.shipped}
     if not found:
         raise UserError(f"record: nothing is made in {run.folder.parent.name}/{run.folder.name}; run the notebooks first")
-    dates = [a.manifest["written"] for name in found if (a := run.store.made(name))]
-    beside = max(a.manifest.get("beside", 1) for name in found if (a := run.store.made(name)))
+    manifests = [a.manifest for name in found if (a := run.store.made(name))]
+    beside = max(m.get("beside", 1) for m in manifests)
     entry = {
         "device": next(iter(found.values())).measured,
         "cpu": machine.cpu(),
         "cores": machine.cores(),
         "gflops": round(machine.gflops(), 1),
-        "date": max(dates)[:10],
+        "date": max(m["written"] for m in manifests)[:10],
         **({"beside": beside} if beside > 1 else {}),
         "weights": {role: models.weights_id(models.resolve(name)) for role, name in run.profile.models},
         "artifacts": {n: [s.seconds, s.peak_mb, round(s.disk_mb or 0, 2), s.tokens, list(s.inputs)] for n, s in found.items()},

@@ -146,11 +146,16 @@ class Child:
                 reply = json.loads(self.replies.readline() or "{}")
                 if reply.get("made") != name:
                     waiting.clear()
-                    why = reply.get("error") or (
-                        f"its process ended with status {self.process.wait()} (-9: killed, perhaps for memory; SPEED_WORKERS=1 makes one model at a time)"
+                    raise UserError(
+                        f"{name}: {reply.get('error') or self._ended()}; all that it said is in {Path(*self.log.parts[-3:])}"
                     )
-                    raise UserError(f"{name}: {why}; all that it said is in {Path(*self.log.parts[-3:])}")
                 bar.update()
+
+    def _ended(self) -> str:
+        return (
+            f"its process ended with status {self.process.wait()} (-9: killed, perhaps for memory; "
+            "SPEED_WORKERS=1 makes one model at a time)"
+        )
 
     def close(self) -> None:
         """End the process, which is waiting or dead."""
