@@ -8,8 +8,9 @@ help: ## this list
 setup: ## create .venv from the lock
 	@bash scripts/setup.sh
 
-reproduce: setup ## run notebooks 00-12 at PROFILE (tiny, smoke, overnight, workshop, paper); figures land in runs/PROFILE/figures, those of overnight in figures/
+reproduce: setup ## run notebooks 00-12 at PROFILE (tiny, smoke, overnight with its sweeps, workshop, paper); figures land in runs/PROFILE/figures, those of overnight in figures/
 	@$(PY) -m speed_core run --profile $(PROFILE)
+	@$(if $(filter overnight,$(PROFILE)),$(PY) -m speed_core study --profile overnight)
 
 plan: setup ## what PROFILE would do: models, counts, teacher calls, cost, and which artifacts exist
 	@$(PY) -m speed_core plan --profile $(PROFILE)

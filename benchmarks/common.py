@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import argparse
+import gc
 import importlib.metadata
 import json
 import multiprocessing as mp
 import os
 import platform
 import queue
-import resource
 import statistics
 import sys
 import time
@@ -141,11 +141,22 @@ def in_process(function: Callable[..., Any], *arguments: Any, limit_s: float = 3
     return {"status": "ok", **answer[1]} if answer[0] == "ok" else {"status": "error", "why": answer[1]}
 
 
+def reset_peak(device: str) -> float:
+    """Forget earlier peaks (of loading a model, of making the data); returns the memory in use now, in MB, as `peak_mb` counts it."""
+    if device == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+        return torch.cuda.memory_allocated() / 2**20
+    gc.collect()
+    Path("/proc/self/clear_refs").write_text("5")  # the high-water mark falls to what is resident
+    return peak_mb(device)
+
+
 def peak_mb(device: str) -> float:
-    """Highest memory so far: resident set of this process, or the allocator's on the GPU."""
+    """Highest memory since the start or `reset_peak`: resident set of this process, or the allocator's on the GPU."""
     if device == "cuda":
         return torch.cuda.max_memory_allocated() / 2**20
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) for line in lines if line.startswith("VmHWM")) / 1024
 
 
 def finish(

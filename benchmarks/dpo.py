@@ -1,11 +1,11 @@
-"""One epoch of DPO: TRL's default, TRL with a precomputed reference, ours with shared prompts.
+"""One epoch of DPO: TRL's default, TRL without gradient checkpointing and with a precomputed reference too, ours.
 
     python benchmarks/dpo.py [--device cpu|cuda] [--quick] [--losses]
 
 LoRA of rank 16 on gemma-3-270m in bfloat16 (on a GPU: the shape of LLaMA-3-8B with random weights), batches of two
 pairs, prompts and completions of given lengths. `epoch_s` holds everything that an epoch needs, the reference too;
-`step_s` is one optimizer step without it. `tokens_per_useful` counts tokens through the backbone for each completion
-token, policy and reference together.
+`step_s` is one optimizer step without it. `cells_per_useful` counts tokens that the model is asked to read, padding included
+(what checkpointing reads again is not counted), for each completion token, policy and reference together.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from typing import Any
 import common
 
 BATCH = 2
+METHODS = ("trl_default", "trl", "trl_precomputed", "ours")  # the middle two without gradient checkpointing, as ours
 WORDS = (
     "time day year way man thing woman life child world school state family student group country problem hand part place".split()
 )
@@ -38,8 +39,8 @@ def pairs(count: int, prompt: int, completion: int) -> list[dict[str, str]]:
     return out
 
 
-def build(device: str, dtype: str) -> tuple[Any, Any]:
-    """(tokenizer, model without adapter)."""
+def build(device: str, dtype: str, attention: str) -> tuple[Any, Any]:
+    """(tokenizer, model without adapter). `attention`: on a GPU; a CPU takes SDPA."""
     import torch
     from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
@@ -49,13 +50,15 @@ def build(device: str, dtype: str) -> tuple[Any, Any]:
     if device == "cpu":
         folder = models.resolve("package:gemma-3-270m")
         return tokenizer, AutoModelForCausalLM.from_pretrained(folder, dtype=getattr(torch, dtype), attn_implementation="sdpa")
+    # The tokenizer stays gemma's, whose ids beyond the shape's own vocabulary no text of `WORDS` has (`measure` asserts it).
     config = LlamaConfig(
         hidden_size=4096,
         intermediate_size=14336,
         num_hidden_layers=32,
         num_attention_heads=32,
         num_key_value_heads=8,
-        vocab_size=len(tokenizer),
+        vocab_size=128_256,
+        attn_implementation=attention,
     )
     with torch.device("cuda"):
         torch.set_default_dtype(torch.bfloat16)
@@ -74,7 +77,9 @@ def measure(
 
     sft.quiet()
     torch.manual_seed(0)
-    tokenizer, base = build(device, dtype)
+    tokenizer, base = build(device, dtype, "flex_attention" if method == "ours" else "sdpa")
+    cells = [0]
+    base.get_input_embeddings().register_forward_hook(lambda m, inputs, out: cells.append(inputs[0].numel()))
     targets = ["q_proj", "k_proj", "v_proj", "o_proj"]
     model = get_peft_model(base, LoraConfig(r=16, lora_alpha=32, target_modules=targets, task_type="CAUSAL_LM"))
     data, (callback, ends) = pairs(BATCH * steps, prompt, completion), common.step_clock(device)
@@ -86,18 +91,20 @@ def measure(
         if method == "ours":
             from transformers import TrainingArguments
 
+            arguments = TrainingArguments(folder, remove_unused_columns=False, **shared)
+            before, start = common.reset_peak(device), time.perf_counter()
             lm_head.hidden_states_only(model)
             groups, aside = dpo.check_pairs(tokenizer, data, 100_000)
             assert len(groups) == len(data), aside
-            arguments = TrainingArguments(folder, remove_unused_columns=False, **shared)
+            assert max(max(g.prompt + sum(g.completions, [])) for g in groups) < model.get_input_embeddings().num_embeddings
             trainer: Any = dpo._trainer_class()(
                 model=model,
                 args=arguments,
                 train_dataset=groups,
+                beta=0.1,
                 data_collator=lambda part: packing.collate(part, 0),
                 callbacks=[callback],
             )
-            before, start = common.peak_mb(device), time.perf_counter()
             dpo.reference_log_probs(model, groups, 0, BATCH)
         else:
             from datasets import Dataset
@@ -110,11 +117,11 @@ def measure(
                 folder,
                 beta=0.1,
                 max_length=None,
-                gradient_checkpointing=False,
+                gradient_checkpointing=method == "trl_default",
                 precompute_ref_log_probs=method == "trl_precomputed",
                 **shared,
             )
-            before, start = common.peak_mb(device), time.perf_counter()
+            before, start = common.reset_peak(device), time.perf_counter()
             trainer = DPOTrainer(
                 model=model,
                 args=arguments,
@@ -127,15 +134,10 @@ def measure(
         spent = time.perf_counter() - start
     losses = [h["loss"] for h in trainer.state.log_history if "loss" in h]
     each = [b - a for a, b in zip(ends[1:], ends[2:], strict=False)] or [ends[1] - ends[0]]
-    useful = 2 * completion
-    through = {
-        "trl_default": 4 * (prompt + completion),
-        "trl_precomputed": 4 * (prompt + completion),
-        "ours": 2 * (prompt + 2 * completion),
-    }
+    useful = 2 * completion * BATCH * steps
     return {
         "epoch_s": spent, "step_s": sorted(each)[len(each) // 2], "pairs_s": BATCH * steps / spent, "peak_mb": common.peak_mb(device) - before,
-        "tokens_per_useful": through[method] / useful, "losses": [float(x) for x in losses],
+        "cells_per_useful": sum(cells) / useful, "losses": [float(x) for x in losses],
     }  # fmt: skip
 
 
@@ -148,7 +150,7 @@ def losses(args: Any) -> None:
     rows: list[dict[str, Any]] = []
     found: dict[tuple[str, str], list[float]] = {}
     for dtype in ("bfloat16", "float32"):
-        for name, method, accumulate in (("trl", "trl_default", 1), ("trl_1+1", "trl_default", 2), ("ours", "ours", 1)):
+        for name, method, accumulate in (("trl", "trl", 1), ("trl_1+1", "trl", 2), ("ours", "ours", 1)):
             row = common.in_process(measure, method, 100, 50, 4, args.device, dtype, accumulate, limit_s=280)
             rows.append({"method": name, "dtype": dtype, "prompt": 100, "completion": 50, "steps": 4} | row)
             found[name, dtype] = row.get("losses", [])
@@ -171,29 +173,31 @@ def main() -> None:
     shapes = [(200, 100)] if args.quick else [(200, 100), (400, 60), (100, 100)]
     rows: list[dict[str, Any]] = []
     for prompt, completion in shapes:
-        for method in ("trl_default", "trl_precomputed", "ours"):
+        for method in METHODS:
             steps = 2 if args.quick else 4
             found = common.in_process(measure, method, prompt, completion, steps, args.device, limit_s=280)
             rows.append({"method": method, "prompt": prompt, "completion": completion, "steps": steps} | found)
             print(rows[-1], flush=True)
-    ratios: dict[str, Any] = {
-        "vs_trl_default": {},
-        "vs_trl_precomputed": {},
-        "memory_vs_trl": {},
-        "step_vs_trl_default": {},
-        "largest_loss_difference": {},
-    }
+    ratios: dict[str, dict[str, float]] = {}
+
+    def note(name: str, key: str, value: float) -> None:
+        ratios.setdefault(name, {})[key] = value
+
     for prompt, completion in shapes:
         by = {r["method"]: r for r in rows if (r["prompt"], r["completion"]) == (prompt, completion) and r["status"] == "ok"}
-        key = f"{prompt}:{completion}"
-        if "ours" in by and "trl_default" in by:
-            ratios["vs_trl_default"][key] = round(by["trl_default"]["epoch_s"] / by["ours"]["epoch_s"], 2)
-            ratios["step_vs_trl_default"][key] = round(by["trl_default"]["step_s"] / by["ours"]["step_s"], 2)
-            ratios["memory_vs_trl"][key] = round(by["trl_default"]["peak_mb"] / max(1.0, by["ours"]["peak_mb"]), 2)
-            both = zip(by["ours"]["losses"], by["trl_default"]["losses"], strict=True)
-            ratios["largest_loss_difference"][key] = max(abs(a - b) for a, b in both)
-        if "ours" in by and "trl_precomputed" in by:
-            ratios["vs_trl_precomputed"][key] = round(by["trl_precomputed"]["epoch_s"] / by["ours"]["epoch_s"], 2)
+        key, ours = f"{prompt}:{completion}", by.get("ours")
+        for peer in METHODS[:-1]:
+            if ours and peer in by:
+                note(f"vs_{peer}", key, round(by[peer]["epoch_s"] / ours["epoch_s"], 2))
+                note(f"step_vs_{peer}", key, round(by[peer]["step_s"] / ours["step_s"], 2))
+                note(
+                    "memory_vs_trl" if peer == "trl_default" else f"memory_vs_{peer}_not_checkpointed",
+                    key,
+                    round(by[peer]["peak_mb"] / ours["peak_mb"], 2),
+                )
+        if ours and "trl" in by:
+            both = zip(ours["losses"], by["trl"]["losses"], strict=True)
+            note("largest_loss_difference", key, max(abs(a - b) for a, b in both))
     common.finish("dpo", args, rows, ratios, ("trl", "transformers", "peft"))
 
 

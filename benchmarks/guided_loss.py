@@ -102,7 +102,7 @@ def measure(name: str, batch: int, device: str) -> dict[str, Any]:
     """Seconds (median), peak memory above the embeddings, and the value, in this process."""
     method(name, 16, device)()  # imports and thread pools are not the loss's memory
     run = method(name, batch, device)
-    before = common.peak_mb(device) if device == "cpu" else torch.cuda.memory_allocated() / 2**20
+    before = common.reset_peak(device)
     start = time.perf_counter()
     value = run()
     common.synchronize(device)

@@ -154,7 +154,7 @@ def measure(method: str, steps: int, planned: int, device: str) -> dict[str, Any
     callback, ends = common.step_clock(device)
     model.get_input_embeddings().register_forward_hook(lambda m, inputs, out: cells.append(inputs[0].numel()))
     with tempfile.TemporaryDirectory() as folder:
-        before, start = common.peak_mb(device), time.perf_counter()
+        before, start = common.reset_peak(device), time.perf_counter()
         trainer, number, total = trainer_of(method, planned, device, model, folder)
         trainer.add_callback(callback)
         trainer.add_callback(stop_after(steps))

@@ -120,13 +120,14 @@ def study(
     only: Annotated[
         str, typer.Option(help="panels, for instance 3a,3c: 3a to 3e of the paper's Fig. 3, T3 for its Table 3")
     ] = "",
-    jobs: Annotated[int, typer.Option(min=1, help="points at a time")] = 1,
+    jobs: Annotated[int, typer.Option(min=0, help="points at a time; 0: as many as cores and memory allow")] = 0,
 ) -> None:
-    """Run the sweeps of Fig. 3 and Table 3 over a finished run, then draw notebooks 10 and 12 again."""
+    """Run the sweeps of Fig. 3 and Tables 3 and 4 over a finished run, then draw notebooks 10 and 12 again."""
+    from speed_core import side_by_side
     from speed_core.run import run_all
     from speed_core.study import run_study
 
-    failed = [p.name for p, code in run_study(profile, _words(only), jobs=jobs) if code]
+    failed = [p.name for p, code in run_study(profile, _words(only), jobs=jobs or side_by_side.workers()) if code]
     if failed or any(r.status != "ok" for r in run_all(profile, only=["10", "12"])):
         print(f"failed: {', '.join(failed) or 'a notebook'}", file=sys.stderr)
         raise typer.Exit(1)

@@ -188,8 +188,8 @@ def aggregate(result: Mapping[str, Any], names: Sequence[str]) -> dict[str, dict
     from speed_core.evaluate import category_means
 
     out = {}
-    known = {b.name: b for b in mteb.get_benchmarks(names=[n for n in names if n in {b.name for b in mteb.get_benchmarks()}])}
-    for name, benchmark in known.items():
+    known = mteb.get_benchmarks() if set(names) - {"offline"} else []  # reading them takes seconds
+    for name, benchmark in ((b.name, b) for b in known if b.name in names):
         wanted = [t.metadata.name for t in benchmark.tasks]
         if lost := [t for t in wanted if t not in result["tasks"]]:
             raise UserError(
@@ -202,26 +202,23 @@ def aggregate(result: Mapping[str, Any], names: Sequence[str]) -> dict[str, dict
 # --- the values behind a score, for the bootstrap --------------------------------------------------
 
 
-def split_of(task: Any) -> Any:
-    """The one evaluated split of a loaded task, or None where there are several subsets or splits."""
-    data = task.dataset
-    if not any(s in data for s in task.metadata.eval_splits):  # by subset first
-        if len(data) != 1:
-            return None
-        data = next(iter(data.values()))
-    found = [data[s] for s in task.metadata.eval_splits if s in data]
-    return found[0] if len(found) == 1 else None
+def table(task: Any, split: str, subset: str) -> Any:
+    """One evaluated table of a loaded task: mteb's layouts have the subsets first, or none."""
+    data = task.dataset[subset] if subset in task.dataset else task.dataset
+    return data[split]
 
 
-def ranks(model: Any, task: Any) -> list[float]:
-    """The main score of each query of a retrieval or reranking task: nDCG@k, MAP@k or MRR@k, as trec_eval defines them.
+MERGED = "max_over_subqueries_"  # of MindSmall: queries ID_1, ID_2, ... are one, a document has its best score
 
-    Ties share the middle rank: a model that maps everything to one vector must not look perfect. Empty for other main
-    scores and for several subsets.
+
+def ranks(model: Any, task: Any, split: Any) -> list[float]:
+    """The main score of each query of a retrieval or reranking task's table: nDCG@k, MAP@k or MRR@k, as trec_eval defines them.
+
+    Ties share the middle rank: a model that maps everything to one vector must not look perfect. Empty for other main scores.
     """
-    split = split_of(task)
-    measure, _, at = task.metadata.main_score.partition("_at_")
-    if split is None or measure not in ("ndcg", "map", "mrr") or not at.isdigit():
+    merged = task.metadata.main_score.startswith(MERGED)
+    measure, _, at = task.metadata.main_score.removeprefix(MERGED).partition("_at_")
+    if measure not in ("ndcg", "map", "mrr") or not at.isdigit():
         return []
     corpus, queries = split["corpus"], split["queries"]
     titles = corpus["title"] if "title" in corpus.column_names else [""] * len(corpus)
@@ -230,15 +227,17 @@ def ranks(model: Any, task: Any) -> list[float]:
     vectors = model.embed(model.texts(texts, task.metadata, PromptType.document))
     position = {d: i for i, d in enumerate(corpus["id"])}
     asked = model.embed(model.texts(queries["text"], task.metadata, PromptType.query))
-    out = []
+    found: dict[str, tuple[dict[int, float], dict[int, float]]] = {}  # query -> (scores, gains)
     for qid, q in zip(queries["id"], asked, strict=True):
         pool = [position[d] for d in split["top_ranked"][qid]] if split["top_ranked"] else list(range(len(position)))
         if getattr(task, "ignore_identical_ids", False):
             pool = [i for i in pool if i != position.get(qid)]
         scores = dict(zip(pool, (vectors[pool] @ q).tolist(), strict=True))
         gains = {position.get(d, -1 - n): s for n, (d, s) in enumerate(split["relevant_docs"][qid].items()) if s > 0}
-        out.append(_score(scores, gains, measure, int(at)))
-    return out
+        name = qid.rpartition("_")[0] if merged else qid
+        before = found.get(name, ({}, {}))[0]
+        found[name] = {d: max(v, before.get(d, v)) for d, v in (before | scores).items()}, gains
+    return [_score(scores, gains, measure, int(at)) for scores, gains in found.values()]
 
 
 def _score(scores: Mapping[int, float], gains: Mapping[int, float], measure: str, at: int) -> float:

@@ -13,17 +13,32 @@ import torch
 from sentence_transformers.base.losses.gradcache import CachedLossMixin
 from torch import Tensor
 
-from speed_core.guided_loss import GuidedContrastiveLoss
+from speed_core.guided_loss import GuidedContrastiveLoss, LossInputError
 
 
 class CachedGuidedContrastiveLoss(CachedLossMixin, GuidedContrastiveLoss):
-    """`GuidedContrastiveLoss` with activations of `mini_batch_size` texts at a time; all other arguments are the same."""
+    """`GuidedContrastiveLoss` with the activations of `mini_batch_size` texts at a time.
 
-    def __init__(self, model: Any, *args: Any, mini_batch_size: int = 32, mini_batch_num_tokens: int | None = None, **more: Any):
-        super().__init__(model, *args, **more)
+    Arguments have the names and the order of sentence-transformers' `CachedGISTEmbedLoss`; `more`: those that
+    `GuidedContrastiveLoss` takes by keyword only.
+    """
+
+    def __init__(
+        self, model: Any, guide: Any = None, temperature: float = 0.01, mini_batch_size: int = 32,
+        mini_batch_num_tokens: int | None = None, show_progress_bar: bool = False, margin_strategy: str = "absolute",
+        margin: float = 0.0, contrast_anchors: bool = True, contrast_positives: bool = True,
+        gather_across_devices: bool = False, **more: Any,
+    ):  # fmt: skip
+        super().__init__(
+            model, guide, temperature, margin_strategy, margin, contrast_anchors, contrast_positives,
+            gather_across_devices, **more,
+        )  # fmt: skip
         if mini_batch_size < 1:
-            raise ValueError(f"mini_batch_size {mini_batch_size}: needs at least 1 text at a time")
+            raise LossInputError(f"mini_batch_size {mini_batch_size}: needs at least 1 text at a time")
+        if mini_batch_num_tokens is not None and mini_batch_num_tokens < 1:
+            raise LossInputError(f"mini_batch_num_tokens {mini_batch_num_tokens}: needs at least 1, or None for no such limit")
         self.mini_batch_size, self.mini_batch_num_tokens = mini_batch_size, mini_batch_num_tokens
+        self.show_progress_bar = show_progress_bar
 
     def calculate_loss(self, reps: list[list[Tensor]], labels: Any = None, *, with_backward: bool = False) -> Tensor:
         """The loss of embeddings in mini-batches; `labels` carries (guide embeddings, text ids)."""
@@ -39,4 +54,6 @@ class CachedGuidedContrastiveLoss(CachedLossMixin, GuidedContrastiveLoss):
         return self.forward_cached(columns, carried)
 
     def get_config_dict(self) -> dict[str, Any]:
-        return super().get_config_dict() | {"mini_batch_size": self.mini_batch_size}
+        return super().get_config_dict() | {
+            "mini_batch_size": self.mini_batch_size, "mini_batch_num_tokens": self.mini_batch_num_tokens,
+        }  # fmt: skip

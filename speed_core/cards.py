@@ -62,7 +62,7 @@ def write(run: Run, name: str, out: Path) -> Path:
     else:
         results = scored(run, artifact)
         if results:
-            copy_results(run, results["revision"], out / "results")
+            copy_results(run, results, out / "results")
         text = model_card(run, artifact, results)
     path = out / "README.md"
     path.write_text(str(text) + "\n", encoding="utf-8")
@@ -113,26 +113,37 @@ def lineage(run: Run, artifact: Artifact) -> dict[str, Artifact | str]:
 
 
 def scored(run: Run, artifact: Artifact) -> dict[str, Any] | None:
-    """What `evaluate.evaluate` found for this very model, or None when it has not been scored in this run."""
+    """What `evaluate.evaluate` found for this very model, and "instructed": whether its queries got the instruction, as its
+    users are told to give it. None when the model has not been scored in this run.
+
+    Of several scores the instructed ones are taken, of these the ones named as the model is, before those on other tasks.
+    """
     roots = [run.store.root] + ([run.store.base.root] if run.store.base else [])
     names = dict.fromkeys(p.name for root in roots for p in sorted(root.glob("scores-*")))
-    for name in names:
-        scores = run.store.get(name)
-        if scores and scores.manifest["parents"].get(artifact.name) == artifact.digest:
-            return scores.json("scores.json")
-    return None
+    found = [s for n in names if (s := run.store.get(n)) and s.manifest["parents"].get(artifact.name) == artifact.digest]
+    if not found:
+        return None
+    own = f"scores-{artifact.name.removeprefix('embedder-')}"
+    best = min(found, key=lambda s: (not _instructed(s), s.name != own, s.name))
+    return {**best.json("scores.json"), "instructed": _instructed(best)}
 
 
-def result_files(run: Run, revision: str) -> dict[str, Path]:
-    """{task: mteb's own result file} of a scored model, named by the digest of its weights."""
+def _instructed(scores: Artifact) -> bool:
+    return bool(scores.manifest["parameters"].get("instructed"))
+
+
+def result_files(run: Run, results: Mapping[str, Any]) -> dict[str, Path]:
+    """{task: mteb's own result file} of a scored model: in the folder of its weights' digest and of the name that it was scored
+    under, for one model may have been scored in several ways."""
+    revision, name = results["revision"], results["model"].replace("/", "__")
     folders = [run.folder] + ([run.store.base.root.parent] if run.store.base else [])
-    found = [p for f in folders for p in sorted((f / "mteb" / revision).rglob("*.json")) if p.name != "model_meta.json"]
-    return {p.stem: p for p in reversed(found)}
+    found = [p for f in folders for p in sorted((f / "mteb" / revision / "results" / name / revision).glob("*.json"))]
+    return {p.stem: p for p in reversed(found) if p.stem in results["tasks"]}
 
 
-def copy_results(run: Run, revision: str, target: Path) -> None:
-    """mteb's result files of a model, as they are: MODEL/REVISION/TASK.json, with model_meta.json."""
-    for path in result_files(run, revision).values():
+def copy_results(run: Run, results: Mapping[str, Any], target: Path) -> None:
+    """mteb's result files of a scored model, as they are: MODEL/REVISION/TASK.json, with model_meta.json."""
+    for path in result_files(run, results).values():
         place = target / path.parent.parent.name / path.parent.name
         place.mkdir(parents=True, exist_ok=True)
         for file in (path, path.with_name("model_meta.json")):
@@ -153,7 +164,7 @@ def eval_results(run: Run, results: Mapping[str, Any]) -> list[Any]:
     """huggingface_hub's EvalResult (values in points, 0-100) of every split and subset in mteb's result files."""
     from huggingface_hub import EvalResult
 
-    files = {k: p for k, p in result_files(run, results["revision"]).items() if k in results["tasks"]}
+    files = result_files(run, results)
     about, out = _task_metadata(list(files), run.profile.evaluation.size), []
     for name, path in sorted(files.items()):
         said, m, ours = json.loads(path.read_text(encoding="utf-8")), about[name], name.startswith("Offline")
@@ -184,15 +195,13 @@ def _hub_path(name: str, metadata: Any) -> str:
 
 
 def score_table(results: Mapping[str, Any]) -> str:
-    """A line a task: points with the bootstrap's 95% interval over its texts (or a classifier's repetitions)."""
+    """A line a task: points with the bootstrap's 95% interval over its texts (or a classifier's repetitions), where it has one."""
     from speed_core import evaluate, uncertainty
 
     lines = ["| task | type | score | 95% interval |", "|---|---|---|---|"]
     for name, task in results["tasks"].items():
-        interval = "-"
-        if task["items"]:
-            found = uncertainty.average([{**results, "tasks": {name: task}}]).row(name)
-            interval = f"[{found['low']:.1f}, {found['high']:.1f}]"
+        found = uncertainty.average([{"tasks": {name: task}}])
+        interval = uncertainty.NO_TEXTS if found.no_texts else f"[{found.low:.1f}, {found.high:.1f}]"
         lines.append(f"| {name} | {task['type']} | {100 * task['score']:.1f} | {interval} |")
     means = evaluate.category_means(results)
     return "\n".join(lines) + "\n\nMeans: " + ", ".join(f"{k} {v:.1f}" for k, v in means.items()) + "."
@@ -267,8 +276,9 @@ def model_card(run: Run, artifact: Artifact, results: Mapping[str, Any] | None) 
         else "from sentence_transformers import SentenceTransformer\n\nmodel = SentenceTransformer(FOLDER)"
     )
     guided = "guided contrastive loss (GISTEmbed)" if training.get("guided") else "InfoNCE"
+    given = "queries with the instruction" if results and results["instructed"] else "**queries without the instruction**"
     scores = (
-        f"{score_table(results)}\n\nScored by mteb; its result files are in `results/`. Tasks called Offline... are small ones "
+        f"{score_table(results)}\n\nScored by mteb, {given}; its result files are in `results/`. Tasks called Offline... are small ones "
         "made for the repository from texts in Python packages; they are not MTEB's and not comparable with its leaderboard. The "
         "intervals are over texts; the training seed is not covered.\n"
         if results

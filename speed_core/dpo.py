@@ -15,6 +15,7 @@ import json
 import math
 import os
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -26,30 +27,36 @@ from speed_core.packing import Group
 from speed_core.profile import Senior
 
 RULES = ("same", "empty", "truncated", "too_long", "joins")
-LAYOUT = 1  # of packed rows: part of the reference's digest
+LAYOUT = 2  # of packed rows: part of the reference's digest
 
 
 def check_pairs(
-    tokenizer: Any, pairs: Sequence[dict[str, Any]], max_length: int, *, share: bool = True
+    tokenizer: Any, pairs: Sequence[dict[str, Any]], max_length: int, *, share: bool = True, most: int | None = None
 ) -> tuple[list[Group], dict[str, list[int]]]:
-    """Groups of pairs {prompt, chosen, rejected[, weight, truncated]}, and the rows that each rule set aside.
+    """Groups of pairs {prompt, chosen, rejected[, weight, truncated, rejected_status]}, and the rows that each rule set aside.
 
-    Pairs of one prompt become one group, each text once. Rules: chosen equals rejected; an empty side; marked as cut at
-    the token limit; prompt and one completion longer than `max_length` tokens; a prompt that is tokenised differently
-    alone (as at generation time) and joined to its completion, so that the loss would not start where the text does.
+    Pairs of one prompt become one group, each text once. Rules: chosen equals rejected; an empty side; cut at the token limit
+    when it was generated (it would be taught an <eos> that nobody wrote); prompt and one completion longer than `max_length`
+    tokens; a prompt that is tokenised differently alone (as at generation time) and joined to its completion, so that the loss
+    would not start where the text does. Rows behind the `most`-th usable pair are not looked at. UserError for a row of another
+    form.
     """
     aside: dict[str, list[int]] = {rule: [] for rule in RULES}
     found: dict[str, tuple[Group, dict[str, int]]] = {}
+    usable = 0
     for number, pair in enumerate(pairs):
+        if usable == most:
+            break
+        _check_row(number, pair)
         chosen, rejected = pair["chosen"], pair["rejected"]
         text = sft.prompt_text(pair["prompt"])
         prompt = models.encode_prompt(tokenizer, text)
         sides = [tokenizer(c, add_special_tokens=False)["input_ids"] + [tokenizer.eos_token_id] for c in (chosen, rejected)]
         if not chosen.strip() or not rejected.strip():
             aside["empty"].append(number)
-        elif chosen == rejected:
+        elif chosen.strip() == rejected.strip():
             aside["same"].append(number)
-        elif pair.get("truncated"):
+        elif pair.get("truncated") or pair.get("rejected_status") == "truncated":
             aside["truncated"].append(number)
         elif len(prompt) + max(map(len, sides)) > max_length:
             aside["too_long"].append(number)
@@ -57,13 +64,24 @@ def check_pairs(
             aside["joins"].append(number)
         else:
             key = pair["prompt"] if share else str(number)
-            group, known = found.setdefault(key, (Group(prompt, [], [], name=f"pair {number}"), {}))
+            group, known = found.setdefault(key, (Group(prompt, [], []), {}))
             for completion, ids in zip((chosen, rejected), sides, strict=True):
                 if completion not in known:
                     known[completion] = len(group.completions)
                     group.completions.append(ids)
             group.pairs.append((known[chosen], known[rejected], float(pair.get("weight", 1.0))))
+            group.rows.append(number)
+            usable += 1
     return [group for group, _ in found.values()], aside
+
+
+def _check_row(number: int, pair: dict[str, Any]) -> None:
+    for key in ("prompt", "chosen", "rejected"):
+        if not isinstance(pair.get(key), str):
+            raise UserError(f"senior: pair {number}: {key} is {pair.get(key, 'missing')!r}, not a text; mend or remove the row")
+    weight = pair.get("weight", 1.0)
+    if not isinstance(weight, int | float) or not math.isfinite(weight) or weight <= 0:
+        raise UserError(f"senior: pair {number}: weight is {weight!r}, not a positive number; mend or remove the row")
 
 
 def pair_losses(
@@ -92,30 +110,47 @@ def to_device(batch: dict[str, Any], device: Any) -> dict[str, Any]:
 
 
 def reference_log_probs(
-    model: Any, groups: Sequence[Group], pad: int, batch_size: int, label: str = "reference", *, share: bool = True
+    model: Any, groups: Sequence[Group], pad: int, batch_size: int, *, share: bool = True, row_tokens: int | None = None
 ) -> None:
-    """Fill `reference` of every group, computed with the adapter switched off."""
+    """Fill `reference` of every group, computed with the adapter switched off; UserError names the row of a value that is none."""
     import torch
 
-    bar, device = sft.progress(len(groups), label, "prompt"), next(model.parameters()).device
+    bar, device = sft.progress(len(groups), "reference", "prompt"), next(model.parameters()).device
     with torch.no_grad(), model.disable_adapter():
         for start in range(0, len(groups), batch_size):
             part = groups[start : start + batch_size]
-            found = packing.completion_log_probs(model, to_device(packing.collate(part, pad, share=share), device)).tolist()
+            batch = to_device(packing.collate(part, pad, row_tokens, share=share), device)
+            found = packing.completion_log_probs(model, batch).tolist()
             for group in part:
                 group.reference, found = found[: len(group.completions)], found[len(group.completions) :]
+                if not all(map(math.isfinite, group.reference)):
+                    raise UserError(
+                        f"senior: the junior gives pair {group.rows[0] if group.rows else '?'} the log-probabilities "
+                        f"{group.reference}; its weights are damaged or senior.dtype is too narrow for them"
+                    )
             bar.update(len(part))
     bar.close()
 
 
 def cached_reference(
-    model: Any, groups: Sequence[Group], pad: int, batch_size: int, weights: str, folder: Path | None, *, share: bool = True
+    model: Any,
+    groups: Sequence[Group],
+    pad: int,
+    batch_size: int,
+    weights: str,
+    folder: Path | None,
+    *,
+    share: bool = True,
+    row_tokens: int | None = None,
 ) -> str:
     """`reference_log_probs` through a file named by the digest of weights, data and layout; returns the digest.
 
     A file of another model, data set or layout has another name and is never read; one whose values do not fit is refused.
+    `weights` says which weights, and what else decides how they are read (precision, attention, configuration). Of several
+    processes each computes its share, and the first writes the file.
     """
-    key = digest({"weights": weights, "layout": [LAYOUT, share], "groups": [[g.prompt, g.completions] for g in groups]})[:24]
+    rows = [[g.prompt, g.completions] for g in groups]
+    key = digest({"weights": weights, "layout": [LAYOUT, share, row_tokens], "groups": rows})[:24]
     path = None if folder is None else folder / f"reference-{key}.npy"
     if path is not None and path.is_file():
         values = np.load(path, allow_pickle=False).tolist()
@@ -124,8 +159,11 @@ def cached_reference(
         for g in groups:
             g.reference, values = values[: len(g.completions)], values[len(g.completions) :]
         return key
-    reference_log_probs(model, groups, pad, batch_size, share=share)
-    if path is not None and folder is not None:
+    rank, world = _place()
+    reference_log_probs(model, groups[rank::world], pad, batch_size, share=share, row_tokens=row_tokens)
+    if world > 1:
+        _exchange(groups, rank, world)
+    if path is not None and folder is not None and rank == 0:
         folder.mkdir(parents=True, exist_ok=True)
         work = path.with_suffix(f".{os.getpid()}.npy")
         np.save(work, np.array([v for g in groups for v in g.reference]))
@@ -133,15 +171,69 @@ def cached_reference(
     return key
 
 
+def _place() -> tuple[int, int]:
+    """(rank, number) of this process among those that train together."""
+    import torch.distributed as group
+
+    return (group.get_rank(), group.get_world_size()) if group.is_available() and group.is_initialized() else (0, 1)
+
+
+def _exchange(groups: Sequence[Group], rank: int, world: int) -> None:
+    """Give every process the `reference` that each has computed of groups[rank::world]."""
+    import torch.distributed as dist
+
+    parts: list[Any] = [None] * world
+    dist.all_gather_object(parts, [g.reference for g in groups[rank::world]])
+    for k, part in enumerate(parts):
+        for g, values in zip(groups[k::world], part, strict=True):
+            g.reference = values
+
+
 def _trainer_class() -> Any:
     import torch
+    from accelerate.data_loader import SeedableRandomSampler
     from transformers import Trainer
+
+    class WithFillers(torch.utils.data.Sampler[int]):
+        """The order in which one process would read `real` rows, then the fillers behind them."""
+
+        def __init__(self, real: int, total: int, seed: int):
+            self.order, self.total = SeedableRandomSampler(range(real), data_seed=seed), total
+
+        def __iter__(self) -> Any:
+            yield from self.order
+            yield from range(len(self.order), self.total)
+
+        def __len__(self) -> int:
+            return self.total
 
     class DpoTrainer(Trainer):
         """Batches are `packing.collate`d groups; the loss is the weighted mean over the pairs of the global batch."""
 
         loss_is_scaled_for_ga = True  # by the pairs of all micro-batches, so that 1 x 8 = 2 x 4 = 8 x 1
-        beta, kind, smoothing = 0.1, "sigmoid", 0.0
+
+        def __init__(
+            self,
+            *,
+            args: Any,
+            train_dataset: Sequence[Group],
+            beta: float,
+            kind: str = "sigmoid",
+            smoothing: float = 0.0,
+            **more: Any,
+        ):
+            self.beta, self.kind, self.smoothing, self.real = beta, kind, smoothing, len(train_dataset)
+            self.seed = args.data_seed or 0
+            # Several processes need equally many rows. accelerate would read the first rows twice; fillers weigh nothing.
+            self.fillers = -self.real % (args.per_device_train_batch_size * args.world_size) if args.world_size > 1 else 0
+            first = train_dataset[0]
+            filler = replace(first, pairs=[(best, worst, 0.0) for best, worst, _ in first.pairs])
+            super().__init__(args=args, train_dataset=[*train_dataset, *[filler] * self.fillers], **more)
+
+        def _get_train_sampler(self, train_dataset: Any = None) -> Any:
+            if not self.fillers:
+                return super()._get_train_sampler(train_dataset)
+            return WithFillers(self.real, self.real + self.fillers, self.seed)
 
         def _get_num_items_in_batch(self, batch_samples: Any, device: Any) -> Any:
             total = sum(batch["weights"].sum() for batch in batch_samples).to(device)
@@ -170,19 +262,21 @@ def _trainer_class() -> Any:
             return (loss, {}) if return_outputs else loss
 
         def _complaint(self, each: Any, inputs: Any) -> str:
-            bad = [str(p) for p, v in zip(inputs["pairs"].tolist(), each.tolist(), strict=True) if not math.isfinite(v)]
-            saved = sorted(Path(str(self.args.output_dir)).glob("checkpoint-*"))
-            kept = f"last checkpoint: {saved[-1].name}" if saved else "no checkpoint was asked for (senior.save_steps)"
+            values = zip(inputs["rows"].tolist(), each.tolist(), strict=True)
+            bad = ", ".join(f"pair {row}" for row, value in values if not math.isfinite(value))
+            saved = sft.last_checkpoint(Path(str(self.args.output_dir)))
+            kept = f"last checkpoint: {saved.name}" if saved else "there is no checkpoint yet (senior.save_steps)"
             return (
-                f"senior: the loss is not a number at step {self.state.global_step + 1}, prompts {', '.join(inputs['names'])}, "
-                f"completions {', '.join(bad)}; lower senior.lr or look at these pairs; {kept}"
+                f"senior: the loss is not a number at step {self.state.global_step + 1} of {bad or 'all pairs'}; "
+                f"lower senior.lr or look at the data; {kept}"
             )
 
         def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
             kept = self.__dict__.pop("kept", [])
             if kept and "loss" in logs:
                 rows = torch.cat(kept, 1)  # this process's pairs, weighted as in the loss
-                means = ((rows[:5] * rows[5]).sum(1) / rows[5].sum()).tolist()
+                sums = self.accelerator.reduce(torch.cat([(rows[:5] * rows[5]).sum(1), rows[5:].sum(1)]), "sum").tolist()
+                means = [value / sums[5] for value in sums[:5]]
                 names = ("reward_chosen", "reward_rejected", "accuracy", "logp_chosen")
                 logs |= dict(zip(names, means, strict=False)) | {"margin": means[0] - means[1]}
                 logs["loss"] = means[4]
@@ -214,17 +308,26 @@ def train(
     sft.quiet()
     if settings.lora is None:
         raise UserError("senior.lora: missing; give rank and alpha")
+    if torch.cuda.device_count() > 1 and "WORLD_SIZE" not in os.environ:
+        raise UserError(
+            "senior: several GPUs are visible; set CUDA_VISIBLE_DEVICES to one of them, or call dpo.train from a script of your "
+            "own under torchrun"
+        )
+    more: dict[str, Any] = {"remove_unused_columns": False, "gradient_checkpointing": settings.gradient_checkpointing}
+    more |= {"gradient_checkpointing_kwargs": {"use_reentrant": False}} if settings.gradient_checkpointing else {}
+    more |= {"save_strategy": "steps", "save_steps": settings.save_steps, "save_total_limit": 2} if settings.save_steps else {}
+    # First: it refuses what cannot be split, and lets the processes of a torchrun know each other.
+    arguments = TrainingArguments(**sft.trainer_arguments(settings, seed, output / "trainer", **more))
     start = starting_point(base, junior)
     tokenizer = models.load_tokenizer(start)
-    groups, aside = check_pairs(tokenizer, pairs[: settings.examples], settings.max_length, share=settings.share)
+    groups, aside = check_pairs(tokenizer, pairs, settings.max_length, share=settings.share, most=settings.examples)
     counts = {rule: len(rows) for rule, rows in aside.items()}
     if len(groups) < settings.batch:
+        remedy = "senior.examples" if settings.examples < settings.batch else "senior.prompts"
         raise UserError(
-            f"senior: {len(groups)} usable prompts of {len(pairs)} pairs (set aside: {counts}), one batch needs {settings.batch}; "
-            "raise senior.prompts or lower senior.batch"
+            f"senior: {len(groups)} usable prompts among {len(pairs)} pairs (senior.examples {settings.examples}, set aside: "
+            f"{counts}), one batch needs {settings.batch}; raise {remedy} or lower senior.batch"
         )
-    if torch.cuda.device_count() > 1 and "WORLD_SIZE" not in os.environ:
-        raise UserError("senior: several GPUs are visible; start with torchrun, or set CUDA_VISIBLE_DEVICES to one of them")
     if torch.cuda.is_available():
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
         torch._dynamo.config.recompile_limit = 64  # FlexAttention meets rows, windows and modes of several sizes
@@ -235,12 +338,15 @@ def train(
     model = get_peft_model(model.to(models.device()), sft.lora_config(settings.lora))
     lm_head.hidden_states_only(model)
     model.eval()
-    pad, weights = tokenizer.pad_token_id, f"{models.weights_id(start)} {settings.dtype}"
+    pad = tokenizer.pad_token_id
     if settings.share:
         packing.verify(model, groups[0], pad)
-    reference = cached_reference(model, groups, pad, settings.micro_batch, weights, cache, share=settings.share)
-    where, resumable = output / "trainer", cache is not None and settings.save_steps > 0
-    if cache is not None and resumable:
+    config = digest(json.loads((Path(start) / "config.json").read_text(encoding="utf-8")))
+    read = f"{models.weights_id(start)} {settings.dtype} {attention} {config}"
+    rows: dict[str, Any] = {"share": settings.share, "row_tokens": settings.row_tokens}
+    reference = cached_reference(model, groups, pad, settings.micro_batch, read, cache, **rows)
+    checkpoint = None
+    if cache is not None and settings.save_steps > 0:
         decides = {
             "reference": reference,
             "pairs": [g.pairs for g in groups],
@@ -248,24 +354,26 @@ def train(
             "settings": settings.model_dump(mode="json"),
         }
         where = cache / f"dpo-{digest(decides)[:24]}"
-    more: dict[str, Any] = {"remove_unused_columns": False, "gradient_checkpointing": settings.gradient_checkpointing}
-    more |= {"gradient_checkpointing_kwargs": {"use_reentrant": False}} if settings.gradient_checkpointing else {}
-    more |= {"save_strategy": "steps", "save_steps": settings.save_steps, "save_total_limit": 2} if settings.save_steps else {}
+        arguments.output_dir, checkpoint = str(where), sft.last_checkpoint(where)
     trainer = _trainer_class()(
         model=model,
-        args=TrainingArguments(**sft.trainer_arguments(settings, seed, where, **more)),
+        args=arguments,
         train_dataset=groups,
+        beta=settings.beta,
+        kind=settings.loss,
+        smoothing=settings.label_smoothing,
         data_collator=lambda part: packing.collate(part, pad, settings.row_tokens, share=settings.share),
         callbacks=[sft.bar_callback("dpo")],
     )
-    trainer.beta, trainer.kind, trainer.smoothing = settings.beta, settings.loss, settings.label_smoothing
     sft.remove_printer(trainer)
-    trainer.train(resume_from_checkpoint=True if resumable and list(where.glob("checkpoint-*")) else None)
+    trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     history = sft.check_history(trainer.state.log_history, "senior")
-    sft.save_adapter(trainer.model, output, start)
     facts = {"history": history, "rows": sum(len(g.pairs) for g in groups), "prompts": len(groups), "set_aside": counts}
     facts["set_aside_rows"] = {rule: rows for rule, rows in aside.items() if rows}
-    (output / "training.json").write_text(json.dumps(facts, indent=1))
+    if trainer.is_world_process_zero():
+        sft.save_adapter(trainer.model, output, start)
+        (output / "training.json").write_text(json.dumps(facts, indent=1))
+    trainer.accelerator.wait_for_everyone()
     return facts
 
 

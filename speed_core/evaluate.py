@@ -146,9 +146,12 @@ def evaluate(model: Embedder, tasks: Sequence[Any], cache: Path, label: str = ""
 
     Returns {"model", "revision", "tasks": {name: {"type", "score", "items"}}} where score is mteb's main
     score in [0, 1] and items are the values a bootstrap draws from, one a text: nDCG@10 (or average precision) per
-    query, [gold, cosine] per STS pair, the share of mteb's classifiers that are right about a text, [class, cluster, cluster,
-    ...] of a text in three clusterings. Where mteb keeps no prediction for each text (other main scores, several subsets), the
-    items are the scores of its repetitions, which all see the same texts. "documents": STS pairs are all pairs of so many texts.
+    query, [gold, cosine] per STS pair, [label, cosine, minus Manhattan distance] per pair to classify, the share of mteb's
+    classifiers that are right about a text, [class, cluster, cluster, ...] of a text in three clusterings, Spearman's
+    correlation of a text's summaries, the V-measure of each set of texts (MTEB's first clustering tasks). Where mteb keeps no
+    prediction for each text (other main scores), the items are the scores of its repetitions, which all see the same texts,
+    or there are none (`uncertainty.contrast` says what then). A task whose score is the mean over several splits, subsets or
+    part tasks has "parts": items of each. "documents": STS pairs are all pairs of so many texts.
     """
     import logging
 
@@ -175,14 +178,22 @@ def evaluate(model: Embedder, tasks: Sequence[Any], cache: Path, label: str = ""
             encoder, [task], cache=kept, overwrite_strategy=how, show_progress_bar=False, encode_kwargs={}, prediction_folder=said
         )
         result = results.task_results[0]
-        split = next(iter(result.scores))
-        detail = result.scores[split][0]
+        rows = _asked(task, result)
+        score = np.mean([r["main_score"] for r in rows.values()]) if rows else result.get_score()
+        if task.is_aggregate:  # its score is the mean over tasks, whatever their size
+            scored = [(p, _asked(p, kept.load_task_result(p.metadata.name, encoder.mteb_model_meta))) for p in task.tasks]
+            found = [_items(model, p, r, said) for p, r in scored]
+            parts = [f[0] for f in found] if all(len(f) == 1 for f in found) else []
+        else:
+            parts = _items(model, task, rows, said)
         out["tasks"][task.metadata.name] = {
             "type": task.metadata.type,
             # Constant vectors have no correlation: mteb says nan, which counts as 0 here in `uncertainty.statistic` too.
-            "score": float(np.nan_to_num(result.get_score())),
-            "items": _items(model, task, detail, said),
+            "score": float(np.nan_to_num(score)),
+            "items": parts[0] if len(parts) == 1 else [],
         }
+        if len(parts) > 1:
+            out["tasks"][task.metadata.name]["parts"] = parts
         if documents := getattr(task, "documents", None):
             out["tasks"][task.metadata.name]["documents"] = documents
         bar.update()
@@ -190,77 +201,124 @@ def evaluate(model: Embedder, tasks: Sequence[Any], cache: Path, label: str = ""
     return out
 
 
+def _asked(task: Any, result: Any) -> dict[tuple[str, str], dict[str, Any]]:
+    """{(split, subset): scores} of what a task asks for; mteb's kept file may have more, of another benchmark's selection."""
+    return {
+        (split, row["hf_subset"]): row
+        for split in task.eval_splits
+        for row in result.scores.get(split, [])
+        if row["hf_subset"] in task.hf_subsets
+    }
+
+
+def _items(model: Embedder, task: Any, rows: Mapping[tuple[str, str], Mapping[str, Any]], predictions: Path) -> list[list[Any]]:
+    """The items of each (split, subset) of a task that is no aggregate."""
+    from speed_core import benchmark_data
+
+    if loads := not getattr(task, "dataset", None):  # mteb frees a task's data when it has scored it
+        task.load_data()
+    path = predictions / task.prediction_file_name
+    said = json.loads(path.read_text(encoding="utf-8")) if path.is_file() and task.metadata.type == "Classification" else {}
+    out = []
+    for (split, subset), detail in rows.items():
+        guesses = said.get(subset, {}).get(split, [])
+        out.append(_of_table(model, task, benchmark_data.table(task, split, subset), guesses) or _repetitions(task, detail))
+    if loads:
+        task.unload_data()
+    return out
+
+
+def _of_table(model: Embedder, task: Any, data: Any, guesses: Sequence[Any]) -> list[Any]:
+    """Items of one table by the task's type; empty where there is no value for each text that the main score is made of."""
+    from speed_core import benchmark_data
+
+    kind, measure = task.metadata.type, task.metadata.main_score
+    if kind in ("Retrieval", "Reranking"):
+        return benchmark_data.ranks(model, task, data)
+    if kind == "STS" and measure in ("cosine_spearman", "spearman"):
+        a, b = (_vectors(model, task, data[c]) for c in task.column_names)
+        return [[float(g), round(float(c), 5)] for g, c in zip(data["score"], (a * b).sum(1), strict=True)]
+    if kind == "PairClassification":
+        return _pairs(model, task, data)
+    if kind == "Summarization" and measure in ("cosine_spearman", "spearman"):
+        return _summaries(model, task, data)
+    if kind == "Clustering" and measure == "v_measure":
+        return _clustered(model, task, data)
+    if kind == "Classification" and measure == "accuracy":
+        labels = data[task.label_column_name]
+        if guesses and all(len(g) == len(labels) for g in guesses):
+            return [sum(g[i] == label for g in guesses) / len(guesses) for i, label in enumerate(labels)]
+    return []
+
+
+def _repetitions(task: Any, detail: Mapping[str, Any]) -> list[float]:
+    """The main score of each repetition, or of each set of texts that is clustered."""
+    if "scores_per_experiment" in detail:
+        return [float(e[task.metadata.main_score]) for e in detail["scores_per_experiment"]]
+    measures = detail.get("v_measures") or []
+    levels = measures.values() if isinstance(measures, dict) else [measures]
+    return [float(v) for level in levels for v in level]
+
+
+def _vectors(model: Embedder, task: Any, texts: Sequence[str]) -> np.ndarray:
+    """Of the texts of a symmetric task, as `Embedder.encode` reads them."""
+    return model.embed(model.texts([t.strip() for t in texts], task.metadata, None))
+
+
+# Which of the similarities [cosine, minus Manhattan] a score takes; of unit vectors, the others order pairs as the cosine does.
+SIMILARITIES = {"max": (0, 1), "manhattan": (1,), "similarity": (0,), "cosine": (0,), "dot": (0,), "euclidean": (0,)}
+
+
+def _pairs(model: Embedder, task: Any, data: Any) -> list[list[float]]:
+    """[label, similarity, ...] of each pair; empty for a main score that is no average precision."""
+    name, _, measure = task.metadata.main_score.partition("_")
+    if measure != "ap" or name not in SIMILARITIES:
+        return []
+    if len(data) == 1:  # the first versions have lists in one row
+        data = data[0]
+    a, b = (_vectors(model, task, data[c]) for c in (task.input1_column_name, task.input2_column_name))
+    both = ((a * b).sum(1), -np.abs(a - b).sum(1))
+    columns = [np.round(both[k].astype(float), 6).tolist() for k in SIMILARITIES[name]]
+    return [list(row) for row in zip(map(float, data[task.label_column_name]), *columns, strict=True)]
+
+
+def _summaries(model: Embedder, task: Any, data: Any) -> list[float]:
+    """Of each text Spearman's correlation of its machine summaries' scores with their highest cosine to a human's summary.
+
+    SummEval's first version averages the correlation with its p-value (mteb issue 1156), and so do its items; mteb leaves out a
+    text whose summaries are all scored alike.
+    """
+    from scipy.stats import spearmanr
+
+    out = []
+    columns = (task.human_summaries_column_name, task.machine_summaries_column_name, task.relevancy_column_name)
+    for human, machine, gold in zip(*(data[c] for c in columns), strict=True):
+        best = (_vectors(model, task, machine) @ _vectors(model, task, human).T).max(1).tolist()
+        if len(set(gold)) > 1 and len(set(best)) > 1:
+            found = spearmanr(gold, best)
+            with_p = task.evaluator.__name__.startswith("Deprecated")
+            out.append(float(np.mean([found.statistic, found.pvalue])) if with_p else float(found.statistic))
+    return out
+
+
 CLUSTERINGS = 3  # of each text, with other starting points
 
 
-def _right(task: Any, predictions: Path) -> list[float]:
-    """For each test text the share of mteb's classifiers that name its class; empty where that is not what mteb scores."""
-    from speed_core import benchmark_data
-
-    path, rows = predictions / task.prediction_file_name, benchmark_data.split_of(task)
-    if rows is None or task.metadata.main_score != "accuracy" or not path.is_file():
-        return []
-    kept = json.loads(path.read_text(encoding="utf-8"))
-    splits = [found for subset, found in kept.items() if subset != "mteb_model_meta"]
-    guesses = next(iter(splits[0].values())) if len(splits) == 1 and len(splits[0]) == 1 else []
-    labels = rows[task.label_column_name]
-    if not guesses or any(len(g) != len(labels) for g in guesses):
-        return []
-    return [sum(g[i] == label for g in guesses) / len(guesses) for i, label in enumerate(labels)]
-
-
-def _clustered(model: Embedder, task: Any) -> list[list[int]]:
-    """[class, cluster, ...] of each text, clusters by mteb's k-means; empty for several levels of classes."""
+def _clustered(model: Embedder, task: Any, data: Any) -> list[list[int]]:
+    """[class, cluster, ...] of each text, clusters by mteb's k-means; empty for several levels of classes or sets of texts."""
     from sklearn.cluster import MiniBatchKMeans
 
-    from speed_core import benchmark_data
-
-    rows = benchmark_data.split_of(task)
-    if rows is None or task.metadata.main_score != "v_measure" or not {"sentences", "labels"} <= set(rows.column_names):
+    if not {"sentences", "labels"} <= set(data.column_names):
         return []
-    texts, labels = rows["sentences"], rows["labels"]
+    texts, labels = data["sentences"], data["labels"]
     if not all(isinstance(t, str) for t in texts) or any(isinstance(label, list) for label in labels):
         return []
     known = {label: i for i, label in enumerate(sorted(set(labels), key=str))}
-    vectors = model.embed(model.texts([t.strip() for t in texts], task.metadata, None))
+    vectors = _vectors(model, task, texts)
     found = [
         MiniBatchKMeans(len(known), batch_size=512, n_init=1, random_state=k).fit_predict(vectors) for k in range(CLUSTERINGS)
     ]
     return [[known[label], *(int(f[i]) for f in found)] for i, label in enumerate(labels)]
-
-
-def _items(model: Embedder, task: Any, detail: Mapping[str, Any], predictions: Path) -> list[Any]:
-    from speed_core import benchmark_data
-
-    if task.is_aggregate:
-        # The score is the mean over parts of different size: weighted, so that the mean of all items is that too.
-        each = [_items(model, part, {}, predictions) for part in benchmark_data.parts(task)]
-        total = sum(map(len, each))
-        return [v * total / (len(each) * len(values)) for values in each for v in values] if all(each) else []
-    if not getattr(task, "dataset", None):  # mteb frees a task's data when it has scored it
-        task.load_data()
-    if task.metadata.type == "STS" and getattr(task, "dataset", None):
-        rows = benchmark_data.split_of(task)
-        if rows is None:
-            return []
-        a, b = (model.embed(model.texts(rows[c], task.metadata, None)) for c in task.column_names)
-        return [[float(g), round(float(c), 5)] for g, c in zip(rows["score"], (a * b).sum(1), strict=True)]
-    if task.metadata.type in ("Retrieval", "Reranking") and getattr(task, "dataset", None):
-        return benchmark_data.ranks(model, task)
-    if task.metadata.type == "Classification" and (found := _right(task, predictions)):
-        return found
-    if task.metadata.type == "Clustering" and (groups := _clustered(model, task)):
-        return groups
-    if "scores_per_experiment" in detail:
-        return [float(e[task.metadata.main_score]) for e in detail["scores_per_experiment"]]
-    measures = detail.get("v_measures")
-    if measures:
-        return (
-            [float(v) for level in measures.values() for v in level]
-            if isinstance(measures, dict)
-            else [float(v) for v in measures]
-        )
-    return []
 
 
 def category_means(result: Mapping[str, Any]) -> dict[str, float]:

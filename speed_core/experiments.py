@@ -112,6 +112,13 @@ def scored(run: Run, arm: str) -> list[Artifact]:
     return [a for a in found if a]
 
 
+def already_scored(run: Run, arms: Sequence[str]) -> dict[str, list[Artifact]]:
+    """Of `arms`, those that this very run has scored with all training seeds: {arm: artifacts}. What is shipped takes no part: its
+    models are another run's."""
+    found = {arm: [run.store.made(f"scores-{arm}-{s}") for s in training_seeds(run)] for arm in arms}
+    return {arm: [a for a in made if a] for arm, made in found.items() if all(made)}
+
+
 def scaling_models(run: Run) -> dict[int, tuple[str, list[Artifact]]]:
     """size -> (arm, models) of notebook 11, each trained on the first records of notebook 06's data set."""
     return {n: scaling_arm(run, n) for n in scaling_sizes(run)}

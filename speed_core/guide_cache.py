@@ -3,22 +3,29 @@
 from __future__ import annotations
 
 import hashlib
-import os
+import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
+from uuid import uuid4
 
 import numpy as np
 import torch
 from torch import Tensor
+
+from speed_core.files import UserError
 
 
 class GuideCache:
     """Guide embeddings, computed once per distinct text; with `path`, also kept in that folder.
 
     The guide is frozen and in eval mode, and reads the raw text in full precision: neither the student's
-    prompt, nor its length limit, nor its autocast reaches it. On disk each call adds one file under a folder
-    named by the guide's digest, so that a crash or a second process loses and mixes nothing.
+    prompt, nor its length limit, nor its autocast reaches it. On disk each call with new texts adds one file
+    under a folder named by the guide's digest, so that a crash or a second process loses and mixes nothing.
+
+    In memory: every row, of the folder too, 4 D bytes a text in float32 and some 200 of key and objects. On disk: as
+    many files as calls had new texts (at most one a step and column in the first epoch, none in later ones); to
+    have a single one, call `add` with all texts before training.
     """
 
     def __init__(self, guide: Any, path: Any = None, batch_size: int = 64):
@@ -31,10 +38,11 @@ class GuideCache:
                 self._rows.update(zip((k.tobytes() for k in data["keys"]), data["vectors"], strict=True))
 
     def _digest(self) -> str:
-        """Of the weights, and of the structure with pooling, length limit and prompts."""
-        limit = getattr(self.guide, "max_seq_length", None)
-        parts = (self.guide, limit, self.guide.prompts, self.guide.default_prompt_name)
+        """Of the weights, the tokenizer, and the structure with pooling, length limit, dimension and prompts."""
+        limit, kept = (getattr(self.guide, name, None) for name in ("max_seq_length", "truncate_dim"))
+        parts = (self.guide, limit, kept, self.guide.prompts, self.guide.default_prompt_name)
         h = hashlib.sha256(repr(parts).encode())
+        h.update(_tokenizer(getattr(self.guide, "tokenizer", None)).encode("utf-8", "surrogatepass"))
         for name, value in sorted(self.guide.state_dict().items()):
             h.update(f"{name} {value.dtype} {tuple(value.shape)}".encode())
             h.update(value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
@@ -48,13 +56,19 @@ class GuideCache:
         device = torch.device(getattr(self.guide, "device", "cpu")).type
         with torch.no_grad(), torch.autocast(device, enabled=False):
             vectors: Any = self.guide.encode([*new.values()], batch_size=self.batch_size, show_progress_bar=False)
+        if (bad := ~np.isfinite(vectors).all(1)).any():
+            text = [*new.values()][int(bad.argmax())]
+            raise UserError(
+                f"guide embeddings: not finite for the text {shortened(text)}; load the guide in float32 and check it"
+            )
         if self._folder is not None:
             self._folder.mkdir(parents=True, exist_ok=True)
             keys = np.frombuffer(b"".join(new), np.uint8).reshape(len(new), -1)
-            temporary = self._folder / f"{os.getpid()}.tmp"
+            name = uuid4().hex  # two caches of one process may write at the same time
+            temporary = self._folder / f"{name}.tmp"
             with temporary.open("wb") as f:
                 np.savez(f, keys=keys, vectors=vectors)
-            temporary.replace(self._folder / f"{next(iter(new)).hex()[:16]}-{os.getpid()}.npz")
+            temporary.replace(self._folder / f"{name}.npz")
         self._rows.update(zip(new, vectors.astype(np.float32), strict=True))
 
     def __call__(self, texts: Sequence[str]) -> Tensor:
@@ -65,6 +79,20 @@ class GuideCache:
 
 def _digest(text: str) -> bytes:
     return hashlib.sha256(text.encode("utf-8", "surrogatepass")).digest()
+
+
+def _tokenizer(tokenizer: Any) -> str:
+    """Vocabulary and rules; not the truncation and padding, which every call sets anew."""
+    backend = getattr(tokenizer, "backend_tokenizer", tokenizer)
+    if hasattr(backend, "to_str"):
+        return json.dumps(json.loads(backend.to_str()) | {"truncation": None, "padding": None}, sort_keys=True)
+    vocabulary = sorted(tokenizer.get_vocab().items()) if hasattr(tokenizer, "get_vocab") else None
+    return repr((type(tokenizer).__name__, vocabulary, getattr(tokenizer, "do_lower_case", None)))
+
+
+def shortened(text: str) -> str:
+    """A text as an error quotes it."""
+    return repr(text if len(text) <= 60 else text[:57] + "...")
 
 
 class GuidedCollator:

@@ -29,60 +29,86 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from speed_core.guide_cache import GuideCache, GuidedCollator
+from speed_core.files import UserError
+from speed_core.guide_cache import GuideCache, GuidedCollator, shortened
 
 _BLOCK_ELEMENTS = 1 << 22  # entries of one block of similarities: 16 MB in float32
 _TIE = 16  # units in the last place that two ways to compute one dot product may differ by
 
 Columns = tuple[Tensor, Tensor, Tensor]  # anchors (B, D), positives (C, D), negatives (M, D), M may be 0
 Negatives = Tensor | Sequence[Tensor] | None
-Ids = tuple[Tensor, Tensor, Negatives]
+Ids = tuple[Tensor, Tensor] | tuple[Tensor, Tensor, Negatives]
 
 
-def _flat(columns: Negatives, anchors: Tensor, rows: Sequence[int], name: str) -> Tensor:
-    """(B, D), (B, K, D), a list of (B, D) or None -> (M, D); ids the same without D."""
-    if columns is None or (not isinstance(columns, Tensor) and not len(columns)):
-        return anchors[:0]
+class LossInputError(UserError, ValueError):
+    """Bad input to the loss; also a ValueError, for code outside of this project."""
+
+
+def _shape(t: Tensor, width: int = 1) -> str:
+    """As it was given: negatives (B, K, D) with K = 1 read (B, D), with K = 0 none. `width` is 0 for ids."""
+    count = t.shape[1] if t.dim() == 2 + width else None
+    return "none" if count == 0 else str((*t.shape[:1], *t.shape[2:]) if count == 1 else tuple(t.shape))
+
+
+def _stacked(columns: Negatives, like: Tensor, rows: Sequence[int], name: str) -> Tensor:
+    """(B, D), (B, K, D), a list of K (B, D), or None -> (B, K, D); ids (`like` has no D) -> (B, K)."""
+    tail, one = tuple(like.shape[1:]), isinstance(columns, Tensor)
+    if columns is None or (not one and not len(columns)):
+        return like.new_empty((len(like), 0, *tail))
     given = [columns] if isinstance(columns, Tensor) else list(columns)
-    shapes, tail = [tuple(t.shape) for t in given], tuple(anchors.shape[1:])
-    many = isinstance(columns, Tensor) and columns.dim() == anchors.dim() + 1
-    if any(x[:1] not in [(b,) for b in rows] or x[1 + many :] != tail for x in shapes):
-        one = " or ".join(str((b, *tail)) for b in dict.fromkeys(rows))
-        raise ValueError(f"{name}: shape {', '.join(map(str, shapes))}, expected {one} or K of them, a row per anchor")
-    return torch.stack(given, dim=1).flatten(0, 1 + many)
+    shapes = [tuple(t.shape) for t in given]
+    many = one and given[0].dim() == like.dim() + 1
+    if len(set(shapes)) > 1 or shapes[0][:1] not in [(b,) for b in rows] or shapes[0][1 + many :] != tail:
+        wanted = " or ".join(str((b, *tail)) for b in dict.fromkeys(rows))
+        raise LossInputError(
+            f"{name}: shape {', '.join(map(str, shapes))}, expected {wanted} or K of one of them, a row per anchor"
+        )
+    return given[0] if many else torch.stack(given, dim=1)
 
 
 def _unit(t: Tensor, name: str, dtype: torch.dtype) -> Tensor:
-    """Rows of length one (a zero row stays zero)."""
-    if not bool((finite := torch.isfinite(t).all(-1)).all()):
-        where = f"row {int((~finite).nonzero()[0, 0])} of shape {tuple(t.shape)}"
-        raise ValueError(f"{name}: {where} is not finite; check the encoder (float16 overflows at 65504)")
-    t = t.to(dtype)
+    """Rows of length one (a zero row stays zero, with a zero gradient)."""
+    t = t.to(torch.promote_types(t.dtype, dtype))
+    # Squares leave float32's range from 1e19 up and 1e-23 down. A power of two is exact: it moves no ordinary value.
+    with torch.no_grad():
+        top = torch.linalg.vector_norm(t, math.inf, dim=-1, keepdim=True)
+        scale = (top.frexp().mantissa / top).nan_to_num(1.0).clamp(tiny := torch.finfo(t.dtype).tiny, 1 / tiny)
+    if not bool(torch.isfinite(top).all()):
+        row, *which = (~torch.isfinite(top)).nonzero()[0, :-1].tolist()
+        where = f"row {row}, negative {which[0]}" if which and t.shape[1] > 1 else f"row {row}"
+        raise LossInputError(
+            f"{name}: {where} of shape {_shape(t)} is not finite; check the encoder (float16 overflows at 65504)"
+        )
+    t = (t * scale).to(dtype)
     length = torch.linalg.vector_norm(t, dim=-1, keepdim=True)
-    # A zero row gets a zero gradient; F.normalize would give it 1e12, which float16 turns into inf.
-    return torch.where(length > 1e-12, t / length.clamp_min(1e-12), torch.zeros_like(t))
+    return torch.where(length > 0, t / length.clamp_min(1e-12), torch.zeros_like(t))
 
 
 def _side(columns: tuple[Tensor, Tensor, Negatives], offset: int, prefix: str, like: Tensor | None = None) -> Columns:
-    """One encoder's columns, checked and of length one, on the device and in the precision of `like`."""
+    """One encoder's columns of length one, negatives (rows, K, D), on the device and in the precision of `like`."""
     a, p, _ = columns
     shapes = f"shape {tuple(p.shape)}, but {prefix}anchors {tuple(a.shape)}"
-    if a.dim() != 2 or p.dim() != 2 or a.shape[1] != p.shape[1] or not len(a):
-        raise ValueError(f"{prefix}positives: {shapes}; give at least one pair, (rows, D), from one model")
+    if a.dim() != 2 or p.dim() != 2 or a.shape[1] != p.shape[1] or not a.numel():
+        raise LossInputError(f"{prefix}positives: {shapes}; give at least one pair, (rows, D), from one model")
     if offset < 0 or offset + len(a) > len(p):
-        raise ValueError(f"{prefix}positives: {shapes} from anchor_offset {offset}; each anchor needs its own positive")
-    n = _flat(columns[2], a, (len(a), len(p)), f"{prefix}negatives")
+        raise LossInputError(f"{prefix}positives: {shapes} from anchor_offset {offset}; each anchor needs its own positive")
+    n = _stacked(columns[2], a, (len(a), len(p)), f"{prefix}negatives")
     double = torch.float64 in (a.dtype, p.dtype) if like is None else like.dtype == torch.float64
     dtype, device = torch.float64 if double else torch.float32, (a if like is None else like).device
     a, p = _unit(a.to(device), f"{prefix}anchors", dtype), _unit(p.to(device), f"{prefix}positives", dtype)
     return a, p, _unit(n.to(device), f"{prefix}negatives", dtype)
 
 
+def _flat(columns: Columns) -> Columns:
+    """Negatives (rows, K, D) -> (rows * K, D); ids the same without D."""
+    return columns[0], columns[1], columns[2].flatten(0, 1)
+
+
 def _check_settings(temperature: float, margin: float, strategy: str) -> None:
     if strategy not in ("absolute", "relative"):
-        raise ValueError(f"margin_strategy {strategy!r}: unknown; use absolute or relative")
+        raise LossInputError(f"margin_strategy {strategy!r}: unknown; use absolute or relative")
     if not 0 < temperature < math.inf or not math.isfinite(margin):
-        raise ValueError(f"temperature {temperature}, margin {margin}: finite, the first above 0; the paper's: 0.01, 0")
+        raise LossInputError(f"temperature {temperature}, margin {margin}: finite, the first above 0; the paper's: 0.01, 0")
 
 
 @dataclass
@@ -119,12 +145,23 @@ class _Plan:
         return out
 
 
-def _kernel_dtype(given: torch.dtype, unit: Tensor) -> torch.dtype | None:
+def _common_half(tensors: Sequence[Tensor]) -> torch.dtype:
+    """bfloat16 or float16 where all operands came in it, else float32."""
+    kinds = {t.dtype for t in tensors}
+    return kinds.pop() if kinds in ({torch.bfloat16}, {torch.float16}) else torch.float32
+
+
+def _kernel_dtype(given: Sequence[Tensor], unit: Tensor) -> torch.dtype | None:
     """bfloat16 and float16 embeddings are normalised in float32 and multiplied as they came; None without Triton."""
     interpreted = os.environ.get("TRITON_INTERPRET") == "1"
     if unit.dtype == torch.float64 or not (unit.is_cuda or interpreted) or importlib.util.find_spec("triton") is None:
         return None
-    return given if given in (torch.float16, torch.bfloat16) else torch.float32
+    return _common_half(given)
+
+
+def _operands(columns: tuple[Tensor, Tensor, Negatives]) -> list[Tensor]:
+    a, p, n = columns
+    return [a, p, *((n,) if isinstance(n, Tensor) else n or ())]
 
 
 def _fused(a: Tensor, p: Tensor, n: Tensor, plan: _Plan, rows: slice, tau: float, want: bool) -> list[Tensor]:
@@ -220,29 +257,73 @@ class _Blockwise(torch.autograd.Function):
         return *(g * upstream for g in ctx.saved_tensors), None, None, None, None
 
 
+_NAMES = ("anchors", "positives", "negatives")
+
+
 def _make_plan(
     student: Columns, guide: Columns | None, margin: float, strategy: str, contrast: tuple[bool, bool],
     text_ids: Ids | None, offset: int,
 ) -> _Plan:  # fmt: skip
     a, p, _ = student
-    threshold, ids, counts = a[:0], None, [len(t) for t in student]
-    names = "anchors, positives, negatives"
+    threshold, ids = a[:0], None
     if guide is not None:
-        if (found := [len(t) for t in guide]) != counts:
-            raise ValueError(f"guide_{names.replace(' ', ' guide_')}: {found} rows, but {counts} for the student's")
+        for name, of_guide, t in zip(_NAMES, guide, student, strict=True):
+            # Rows alone would let (4, D) meet (2, 2, E), which is another order of the same number of texts.
+            if of_guide.shape[:-1] != t.shape[:-1] and (of_guide.numel() or t.numel()):
+                both = f"shape {_shape(of_guide)}, but {name} {_shape(t)}"
+                raise LossInputError(f"guide_{name}: {both}; encode the same texts, in the same order, with the guide")
         own = (guide[0].to(a.dtype) * guide[1][offset : offset + len(a)].to(a.dtype)).sum(1)
         threshold = own - margin if strategy == "absolute" else own - own.abs() * margin
+        guide = _flat(guide)
     if text_ids is not None:
-        ids_a, ids_p = text_ids[0].to(a.device), text_ids[1].to(a.device)
-        ids = ids_a, ids_p, _flat(text_ids[2], ids_a, counts, "text_ids[2]").to(a.device)
-        if (found := [len(t) for t in ids]) != counts:
-            raise ValueError(f"text_ids: {found} ids for {counts} {names}; give one id a row")
+        if len(text_ids) not in (2, 3):
+            raise LossInputError(f"text_ids: {len(text_ids)} parts; give ids of anchors, positives and, if any, of negatives")
+        ids_a, ids_p = (t.to(a.device) for t in text_ids[:2])
+        found = [ids_a, ids_p]
+        if ids_a.dim() == 1:
+            found += [_stacked(text_ids[2] if len(text_ids) > 2 else None, ids_a, (len(a), len(p)), "text_ids[2]").to(a.device)]
+        for i, (name, these, t) in enumerate(zip(_NAMES, found, student, strict=False)):
+            if these.shape != t.shape[:-1] and (these.numel() or t.numel()):
+                shapes = f"shape {_shape(these, 0) if i == 2 else tuple(these.shape)}, but {name} {_shape(t)}"
+                raise LossInputError(f"text_ids[{i}]: {shapes}; give one integer id a text")
+        ids = _flat((ids_a, ids_p, found[2]))
     return _Plan(guide, threshold, ids, offset, *contrast)
+
+
+def _contrastive_loss(
+    student_given: tuple[Tensor, Tensor, Negatives], guide_given: tuple[Tensor, Tensor, Negatives] | None, *,
+    temperature: float = 0.01, margin: float = 0.0, margin_strategy: str = "absolute",
+    contrast_anchors: bool = True, contrast_positives: bool = True,
+    text_ids: Ids | None = None, anchor_offset: int = 0, rows: tuple[int, int] | None = None,
+    block_size: int | None = None, reduction: str = "mean",
+) -> Tensor:  # fmt: skip
+    """Both losses: without a guide only diagonals and equal texts go."""
+    _check_settings(temperature, margin, margin_strategy)
+    if reduction not in ("mean", "sum") or (block_size is not None and block_size < 1):
+        raise LossInputError(f"reduction {reduction!r}, block_size {block_size}: use mean or sum, and None or at least 1")
+    anchors = student_given[0]
+    # Mixed precision would round similarities to bfloat16 before they meet the threshold.
+    with torch.autocast(anchors.device.type, enabled=False):
+        student, guide = _side(student_given, anchor_offset, ""), None
+        start, stop = rows or (0, len(anchors))
+        if not 0 <= start < stop <= len(anchors):
+            raise LossInputError(f"rows {rows}: no part of anchors, shape {tuple(anchors.shape)}; give (start, stop)")
+        if guide_given is not None:
+            with torch.no_grad():
+                guide = _side(guide_given, anchor_offset, "guide_", student[0])
+        contrast = (contrast_anchors, contrast_positives)
+        plan = _make_plan(student, guide, margin, margin_strategy, contrast, text_ids, anchor_offset)
+        plan.kernel = _kernel_dtype(_operands(student_given), student[0])
+        if plan.kernel is not None and plan.guide is not None and guide_given is not None:
+            kept, (ga, gp, gn) = _common_half(_operands(guide_given)), plan.guide
+            plan.guide = ga.to(kept), gp.to(kept), gn.to(kept)
+        total = _Blockwise.apply(*_flat(student), plan, slice(start, stop), temperature, block_size)
+    return total / (stop - start) if reduction == "mean" else total
 
 
 def guided_contrastive_loss(
     anchors: Tensor, positives: Tensor, negatives: Negatives = None, *,
-    guide_anchors: Tensor | None = None, guide_positives: Tensor | None = None, guide_negatives: Negatives = None,
+    guide_anchors: Tensor, guide_positives: Tensor, guide_negatives: Negatives = None,
     temperature: float = 0.01, margin: float = 0.0, margin_strategy: str = "absolute",
     contrast_anchors: bool = True, contrast_positives: bool = True,
     text_ids: Ids | None = None, anchor_offset: int = 0, rows: tuple[int, int] | None = None,
@@ -255,39 +336,29 @@ def guided_contrastive_loss(
             (more candidates than anchors when they are gathered from other processes).
         negatives: (B, D), (B, K, D), a list of (B, D), or None; C rows where candidates are gathered. Every
             negative of every row is a candidate of every anchor.
-        guide_*: the same texts encoded by the guide, of any dimension. All None: `unguided_contrastive_loss`.
+        guide_*: the same texts encoded by the guide, of any dimension. Without a guide: `unguided_contrastive_loss`.
         temperature: tau. margin, margin_strategy: see the module's docstring.
-        text_ids: integer ids of the texts of anchors (B), positives (C) and negatives (their shape without
-            D, or None). A candidate with the id of the anchor or of its positive never acts as a negative.
+        text_ids: integer ids of the texts of anchors (B), positives (C) and, if there are any, negatives (their
+            shape without D). A candidate with the id of the anchor or of its positive never acts as a negative.
         rows: (start, stop) of the anchors whose losses count; the other anchors are candidates only.
         block_size: rows at a time; by default a block takes 16 MB, or as much as the embeddings.
         reduction: "mean" or "sum" over the anchors that count.
     Returns a float32 scalar (float64 for float64 anchors or positives), also under autocast. First
-    derivatives only. Raises ValueError naming the argument, the shapes and the remedy.
+    derivatives only. The length of a row does not matter, only that it is finite; a zero row has cosine 0 with
+    everything and a gradient of 0. The gradient of a row of length r is of the order 1/(r tau) and comes in the
+    row's own type: in float16 it is inf, never a smaller number, where it exceeds 65504 (rows of length 1e-3).
+    `torch.amp.GradScaler` skips such a step; float32 embeddings avoid it.
+    Raises LossInputError (a UserError and a ValueError) naming the argument, the shapes and the remedy.
     """
-    _check_settings(temperature, margin, margin_strategy)
-    if reduction not in ("mean", "sum") or (block_size is not None and block_size < 1):
-        raise ValueError(f"reduction {reduction!r}, block_size {block_size}: use mean or sum, and None or at least 1")
-    if (guide_anchors is None) != (guide_positives is None) or (guide_negatives is not None and guide_anchors is None):
-        raise ValueError("guide embeddings: guide_anchors or guide_positives missing; encode all columns, or none")
-    start, stop = rows or (0, len(anchors))
-    if not 0 <= start < stop <= len(anchors):
-        raise ValueError(f"rows {rows}: no part of anchors, shape {tuple(anchors.shape)}; give (start, stop)")
-    # Mixed precision would round similarities to bfloat16 before they meet the threshold.
-    with torch.autocast(anchors.device.type, enabled=False):
-        student, guide = _side((anchors, positives, negatives), anchor_offset, ""), None
-        if guide_anchors is not None and guide_positives is not None:
-            with torch.no_grad():
-                guide = _side((guide_anchors, guide_positives, guide_negatives), anchor_offset, "guide_", student[0])
-        contrast = (contrast_anchors, contrast_positives)
-        kernel = _kernel_dtype(anchors.dtype, student[0])
-        if kernel is not None and guide is not None:
-            kept = guide_anchors.dtype if guide_anchors is not None and guide_anchors.dtype.itemsize == 2 else torch.float32
-            guide = (guide[0].to(kept), guide[1].to(kept), guide[2].to(kept))
-        plan = _make_plan(student, guide, margin, margin_strategy, contrast, text_ids, anchor_offset)
-        plan.kernel = kernel
-        total = _Blockwise.apply(*student, plan, slice(start, stop), temperature, block_size)
-    return total / (stop - start) if reduction == "mean" else total
+    if guide_anchors is None or guide_positives is None:
+        missing = "guide_anchors" if guide_anchors is None else "guide_positives"
+        raise LossInputError(f"{missing}: None; encode the texts with the guide, or call unguided_contrastive_loss")
+    return _contrastive_loss(
+        (anchors, positives, negatives), (guide_anchors, guide_positives, guide_negatives), temperature=temperature,
+        margin=margin, margin_strategy=margin_strategy, contrast_anchors=contrast_anchors,
+        contrast_positives=contrast_positives, text_ids=text_ids, anchor_offset=anchor_offset, rows=rows,
+        block_size=block_size, reduction=reduction,
+    )  # fmt: skip
 
 
 def unguided_contrastive_loss(
@@ -295,8 +366,8 @@ def unguided_contrastive_loss(
 ) -> Tensor:  # fmt: skip
     """InfoNCE over the same blocks: only own diagonals go (the original's loss id 10). `settings`: as for guided."""
     if wrong := sorted(k for k in settings if k.startswith(("guide_", "margin"))):
-        raise ValueError(f"{', '.join(wrong)}: mean nothing without a guide; call guided_contrastive_loss")
-    return guided_contrastive_loss(anchors, positives, negatives, **settings)
+        raise LossInputError(f"{', '.join(wrong)}: mean nothing without a guide; call guided_contrastive_loss")
+    return _contrastive_loss((anchors, positives, negatives), None, **settings)
 
 
 @dataclass
@@ -322,7 +393,7 @@ def false_negative_mask(
     with torch.autocast(guide_anchors.device.type, enabled=False):
         guide = _side((guide_anchors, guide_positives, guide_negatives), 0, "guide_")
         plan = _make_plan(guide, guide, margin, margin_strategy, (True, True), text_ids, 0)
-        blocks, everything = plan.blocks(guide), slice(0, len(guide_anchors))
+        blocks, everything = plan.blocks(_flat(guide)), slice(0, len(guide_anchors))
         removed: Any = {name: plan.removed(name, everything) for name in blocks}
         for name in removed.keys() - {"an"}:
             removed[name].fill_diagonal_(False)
@@ -360,24 +431,28 @@ class GuidedContrastiveLoss(torch.nn.Module):
     The guide is frozen and held by the cache, not as a module: it is in nobody's parameters, optimizer or
     state dict, and `train()` does not reach it. No guide and no cache: the unguided loss. `guided=True`
     without either expects a `GuidedCollator` that holds the cache.
+
+    Arguments have the names and the order of sentence-transformers' `GISTEmbedLoss`; those after `*` are ours.
+    `gather_across_devices`: candidates of all processes, anchors among them (the library leaves those out), so that
+    N processes have the loss of one with the whole batch; their shares may differ in size.
     """
 
     def __init__(
-        self, model: Any, guide: Any = None, temperature: float = 0.01, margin: float = 0.0,
-        margin_strategy: str = "absolute", contrast_anchors: bool = True, contrast_positives: bool = True,
-        guide_cache: GuideCache | Path | str | None = None, *, guide_text: Callable[[str], str] = lambda t: t,
-        gather_across_processes: bool = False, guided: bool | None = None,
+        self, model: Any, guide: Any = None, temperature: float = 0.01, margin_strategy: str = "absolute",
+        margin: float = 0.0, contrast_anchors: bool = True, contrast_positives: bool = True,
+        gather_across_devices: bool = False, *, guide_cache: GuideCache | Path | str | None = None,
+        guide_text: Callable[[str], str] = lambda t: t, guided: bool | None = None,
     ):  # fmt: skip
         super().__init__()
         _check_settings(temperature, margin, margin_strategy)
         if guide is model:
-            raise ValueError("guide: is the model itself, which freezing would stop; load a second copy")
+            raise LossInputError("guide: is the model itself, which freezing would stop; load a second copy")
         if guide is None and isinstance(guide_cache, (str, Path)):
-            raise ValueError(f"guide_cache {str(guide_cache)!r}: a folder needs a guide to fill it; give guide too")
+            raise LossInputError(f"guide_cache {str(guide_cache)!r}: a folder needs a guide to fill it; give guide too")
         self.model, ready = model, guide is None or isinstance(guide_cache, GuideCache)
         self.cache: Any = guide_cache if ready else GuideCache(guide, guide_cache)
         self.guided = self.cache is not None if guided is None else guided
-        self.guide_text, self.gather_across_processes = guide_text, gather_across_processes
+        self.guide_text, self.gather_across_devices = guide_text, gather_across_devices
         self.settings: dict[str, Any] = dict(temperature=temperature, margin=margin, margin_strategy=margin_strategy)
         self.settings |= dict(contrast_anchors=contrast_anchors, contrast_positives=contrast_positives)
 
@@ -389,16 +464,22 @@ class GuidedContrastiveLoss(torch.nn.Module):
 
     def _guide(self, features: dict[str, Any], column: int) -> Tensor:
         found = features.get("guide_embedding")
-        if found is None and (self.cache is None or "guide_text" not in features):
+        if found is not None:
+            return found
+        missing = f"guide embeddings: missing for column {column}"
+        if (texts := features.get("guide_text")) is None:
             remedy = "call loss.attach(trainer) before trainer.train()"
-            raise ValueError(f"guide embeddings: missing for column {column}, keys {sorted(features)}; {remedy}")
-        return self.cache(features["guide_text"]) if found is None else found
+            raise LossInputError(f"{missing}, no texts in the batch (keys {sorted(features)}); {remedy}")
+        if self.cache is None:
+            remedy = "give it one, or set trainer.data_collator to a GuidedCollator with the cache"
+            raise LossInputError(f"{missing}, text {shortened(texts[0])}: the loss has neither guide nor guide_cache; {remedy}")
+        return self.cache(texts)
 
     def split(self, sentence_features: Sequence[dict[str, Any]]) -> tuple[list[dict[str, Any]], Any, Any]:
         """(what the student reads, guide embeddings or None, text ids or None), each a list of columns."""
         features = list(sentence_features)
         if len(features) < 2:
-            raise ValueError(f"sentence_features: {len(features)} text column(s); give anchor, positive[, negatives]")
+            raise LossInputError(f"sentence_features: {len(features)} text column(s); give anchor, positive[, negatives]")
         ids: Any = [f["text_id"] for f in features] if all("text_id" in f for f in features) else None
         guide: Any = [self._guide(f, i) for i, f in enumerate(features)] if self.guided else None
         ours = ("text_id", "guide_text", "guide_embedding")
@@ -408,7 +489,7 @@ class GuidedContrastiveLoss(torch.nn.Module):
         """The loss of this process's rows, on embeddings; candidates of all processes if they are gathered."""
         device, count = student[0].device, len(student[0])
         world, total, rows = 1, count, (0, count)
-        if self.gather_across_processes and dist.is_available() and dist.is_initialized():
+        if self.gather_across_devices and dist.is_available() and dist.is_initialized():
             world, rank = dist.get_world_size(), dist.get_rank()
             every = [torch.zeros(1, dtype=torch.int64, device=device) for _ in range(world)]
             dist.all_gather(every, torch.tensor([count], device=device))
@@ -417,10 +498,8 @@ class GuidedContrastiveLoss(torch.nn.Module):
             student, guide, ids = (
                 given and [_Gather.apply(t.to(device), counts) for t in given] for given in (student, guide, ids)
             )
-        more = self.settings | dict(rows=rows, reduction="sum", text_ids=ids and (ids[0], ids[1], ids[2:]))
-        if guide is not None:
-            more |= dict(guide_anchors=guide[0], guide_positives=guide[1], guide_negatives=guide[2:])
-        summed = guided_contrastive_loss(student[0], student[1], student[2:], **more)
+        given, of_guide, of_ids = (t and (t[0], t[1], t[2:]) for t in (student, guide, ids))
+        summed = _contrastive_loss(given, of_guide, **self.settings, rows=rows, reduction="sum", text_ids=of_ids)
         return summed * (world / total)  # the trainer averages over processes, whose shares may differ in size
 
     def forward(self, sentence_features: Sequence[dict[str, Any]], labels: Tensor | None = None) -> Tensor:
@@ -428,4 +507,4 @@ class GuidedContrastiveLoss(torch.nn.Module):
         return self.loss_of([self.model(column)["sentence_embedding"] for column in columns], guide, ids)
 
     def get_config_dict(self) -> dict[str, Any]:
-        return {"guided": self.guided, **self.settings, "gather_across_processes": self.gather_across_processes}
+        return {"guided": self.guided, **self.settings, "gather_across_devices": self.gather_across_devices}

@@ -83,6 +83,7 @@ def hidden_states_only(model: Any) -> None:
     config, head = inner.config.get_text_config(), inner.get_output_embeddings()
     odd = [k for k in ("logit_scale", "logits_scaling", "lm_head_multiplier") if getattr(config, k, 1) not in (None, 1)]
     odd += ["a bias"] if getattr(head, "bias", None) is not None else []
+    odd += ["weights that are trained"] if any(p.requires_grad for p in head.parameters()) else []
     if odd:
         raise UserError(f"{type(inner).__name__}: a head with {odd[0]} is not supported here; train it with TRL's own trainers")
 

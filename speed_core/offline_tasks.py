@@ -407,10 +407,14 @@ def texts_of(task: Any) -> list[str]:
 
 
 def distinct_texts(tasks: Sequence[Any]) -> dict[str, list[str]]:
-    """The evaluated texts by task name, each once; loads the tasks."""
+    """The evaluated texts by task name, each once; loads the tasks, or those that a task is the mean of."""
+    out: dict[str, list[str]] = {}
     for task in tasks:
-        task.load_data()
-    return {task.metadata.name: list(dict.fromkeys(texts_of(task))) for task in tasks}
+        parts = task.tasks if task.is_aggregate else [task]
+        for part in parts:
+            part.load_data()
+        out[task.metadata.name] = list(dict.fromkeys(t for part in parts for t in texts_of(part)))
+    return out
 
 
 def offline_texts(size: str = "tiny") -> dict[str, list[str]]:

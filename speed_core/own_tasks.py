@@ -4,7 +4,8 @@ Each line is one of
     {"query": ..., "positive": ...}  with an optional "negative"        -> retrieval among all positives and negatives
     {"sentence1": ..., "sentence2": ..., "score": 0.8}                   -> STS
     {"text": ..., "label": ...}                                          -> classification, a few texts a label to learn from
-An optional "task" groups lines into tasks of their own; an optional "instruction" is what retrieval queries are given.
+An optional "task" groups lines into tasks of their own; an optional "instruction" is what retrieval queries are given, one
+for all lines of a task. Lines with the same query are one query with several relevant texts.
 """
 
 from __future__ import annotations
@@ -20,12 +21,13 @@ from typing import Any
 from datasets import Dataset, DatasetDict
 from mteb.abstasks import AbsTaskClassification, AbsTaskRetrieval, AbsTaskSTS
 
-from speed_core.artifacts import UserError, write_json
+from speed_core.artifacts import UserError, digest, write_json
 from speed_core.offline_tasks import metadata, set_retrieval
 
 SHAPES = {"Retrieval": ("query", "positive"), "STS": ("sentence1", "sentence2", "score"), "Classification": ("text", "label")}
+OPTIONAL = {"Retrieval": ("negative", "instruction")}  # null is none
 FEW = 8  # texts a label that the classifier learns from, at most half of them
-LEAST = 10  # lines a task: fewer give no interval worth printing
+LEAST = 10  # lines a task, or different queries: fewer give no interval worth printing
 
 
 def read(path: Path) -> dict[tuple[str, str], list[dict[str, Any]]]:
@@ -44,16 +46,27 @@ def read(path: Path) -> dict[tuple[str, str], list[dict[str, Any]]]:
         if not kind:
             shapes = "; ".join(" + ".join(f) for f in SHAPES.values())
             raise UserError(f"{path.name}: line {number} has none of the shapes {shapes}; add the missing field")
-        for field in SHAPES[kind]:
-            number_wanted = field == "score"
-            good = isinstance(row[field], (int, float)) if number_wanted else isinstance(row[field], str) and row[field].strip()
-            if not good and not (field == "label" and isinstance(row[field], int)):
-                what = "a number" if number_wanted else "a text that is not blank"
-                raise UserError(f"{path.name}: line {number}: {field!r} is {row[field]!r}; it must be {what}")
-        out.setdefault((str(row.get("task", path.stem)), kind), []).append(row)
+        for field in (*SHAPES[kind], *(f for f in OPTIONAL.get(kind, ()) if row.get(f) is not None)):
+            value = row[field]
+            if field == "score":  # json reads NaN and Infinity
+                good, what = isinstance(value, (int, float)) and abs(value) < 1e300, "a number"
+            else:
+                good = isinstance(value, str) and bool(value.strip()) or (field == "label" and isinstance(value, int))
+                what = "a text that is not blank"
+            if not good:
+                raise UserError(f"{path.name}: line {number}: {field!r} is {value!r}; it must be {what}")
+        rows = out.setdefault((str(row.get("task", path.stem)), kind), [])
+        if kind == "Retrieval" and rows and row.get("instruction") != rows[0].get("instruction"):
+            wanted = rows[0].get("instruction")
+            raise UserError(
+                f"{path.name}: line {number}: 'instruction' is {row.get('instruction')!r}, the task's first line has {wanted!r}; "
+                'give all lines of a task the same, or another "task"'
+            )
+        rows.append(row)
     for (name, kind), rows in out.items():
-        if len(rows) < LEAST:
-            raise UserError(f"{path.name}: task {name!r} ({kind}) has {len(rows)} lines; give at least {LEAST}")
+        have, what = (len({r["query"] for r in rows}), "different queries") if kind == "Retrieval" else (len(rows), "lines")
+        if have < LEAST:
+            raise UserError(f"{path.name}: task {name!r} ({kind}) has {have} {what}; give at least {LEAST}")
     if not out:
         raise UserError(f"{path.name}: empty; write one object a line")
     return out
@@ -81,7 +94,8 @@ def scorecard(names: Sequence[str], data: Path, out: Path, *, instructed: bool =
     tasks, results = own_tasks(data), []
     run = dataclasses.replace(open_run("smoke"), figures=out)
     for name in names:
-        label = Path(name).name.replace(":", "-") or "model"
+        # mteb keeps scores by this name: those with and without the instruction must not be taken for one another.
+        label = (Path(name).name.replace(":", "-") or "model") + ("" if instructed else "-without-instruction")
         encoder = evaluate.load(name, label, instructed=instructed)
         results.append(evaluate.evaluate(encoder, tasks, out / "mteb", label=label))
     write_json(out / "scores.json", results)
@@ -97,21 +111,26 @@ def scorecard(names: Sequence[str], data: Path, out: Path, *, instructed: bool =
     return rows
 
 
-def _about(name: str, kind: str, score: str, prompt: Any) -> Any:
-    return metadata(f"Own{kind}-{name}", "The user's own texts.", kind, score, prompt, "")
+def _about(name: str, kind: str, score: str, prompt: Any, rows: Sequence[dict[str, Any]]) -> Any:
+    """The task's metadata; the digest of its rows is its revision, so that mteb keeps no score of other rows."""
+    found = metadata(f"Own{kind}-{name}", "The user's own texts.", kind, score, prompt, "")
+    return found.model_copy(update={"dataset": {**found.dataset, "revision": f"rows-{digest(list(rows))}"}})
 
 
 def _retrieval(name: str, rows: Sequence[dict[str, Any]]) -> Any:
     texts = list(dict.fromkeys(t for r in rows for t in (r["positive"], r.get("negative")) if t))
     ids = {t: f"d{i}" for i, t in enumerate(texts)}
-    instruction = rows[0].get("instruction", "Given a query, retrieve the text that answers it")
+    instruction = rows[0].get("instruction") or "Given a query, retrieve the text that answers it"
+    wanted: dict[str, dict[str, int]] = {}  # query -> its relevant texts
+    for r in rows:
+        wanted.setdefault(r["query"], {})[ids[r["positive"]]] = 1
 
     class Own(AbsTaskRetrieval):
-        metadata = _about(name, "Retrieval", "ndcg_at_10", {"query": instruction})
+        metadata = _about(name, "Retrieval", "ndcg_at_10", {"query": instruction}, rows)
 
         def load_data(self, num_proc: int | None = None, *, timer: Any = None, **kwargs: Any) -> None:
-            queries = {f"q{i}": r["query"] for i, r in enumerate(rows)}
-            relevant = {f"q{i}": {ids[r["positive"]]: 1} for i, r in enumerate(rows)}
+            queries = {f"q{i}": query for i, query in enumerate(wanted)}
+            relevant = {f"q{i}": found for i, found in enumerate(wanted.values())}
             set_retrieval(self, queries, {i: t for t, i in ids.items()}, relevant, None)
 
     return Own()
@@ -119,7 +138,7 @@ def _retrieval(name: str, rows: Sequence[dict[str, Any]]) -> Any:
 
 def _sts(name: str, rows: Sequence[dict[str, Any]]) -> Any:
     class Own(AbsTaskSTS):
-        metadata = _about(name, "STS", "cosine_spearman", "Retrieve semantically similar text")
+        metadata = _about(name, "STS", "cosine_spearman", "Retrieve semantically similar text", rows)
         min_score = floor(min(r["score"] for r in rows))
         max_score = ceil(max(r["score"] for r in rows))
 
@@ -153,7 +172,7 @@ def _classification(name: str, rows: Sequence[dict[str, Any]]) -> Any:
         test += [(t, i) for t in texts[cut:]]
 
     class Own(AbsTaskClassification):
-        metadata = _about(name, "Classification", "accuracy", "Identify the label of the given text")
+        metadata = _about(name, "Classification", "accuracy", "Identify the label of the given text", rows)
         samples_per_label = min(FEW, max(1, min(len(set(v)) // 2 for v in by_label.values())))
         n_experiments = 5
 

@@ -21,12 +21,15 @@ from speed_core.artifacts import UserError
 
 @dataclass
 class Group:
-    """A prompt, its completions (token ids, <eos> included) and the pairs among them: (chosen, rejected, weight)."""
+    """A prompt, its completions (token ids, <eos> included) and the pairs among them: (chosen, rejected, weight).
+
+    `rows`: for messages, the number in the data of each pair.
+    """
 
     prompt: list[int]
     completions: list[list[int]]
     pairs: list[tuple[int, int, float]]
-    name: str = ""
+    rows: list[int] = field(default_factory=list)
     reference: list[float] = field(default_factory=list)  # log-probability of each completion under the reference
 
     def __len__(self) -> int:
@@ -53,16 +56,17 @@ def collate(groups: Sequence[Group], pad: int, capacity: int | None = None, *, s
 
     input_ids, position_ids, group (R, T; -1 for padding), part (R, T; 0 prompt, k completion k);
     source (S,) flat index of the hidden state that predicts target (S,), of completion owner (S,);
-    pairs (P, 2) indices of completions, weights (P,), lengths (K,), reference (K,) where it is known.
+    pairs (P, 2) indices of completions, weights (P,), rows (P,) as `Group.rows`, lengths (K,), reference (K,) where it is known.
     `capacity` tokens a row, by default the longest group: on a CPU a longer row costs more attention than it saves in
     padding. `share=False` gives every completion a copy of its prompt in a row of its own (to compare against).
     """
     spans: list[tuple[list[int], list[list[int]], list[int]]] = []  # prompt, completions, their indices
-    count, pairs, weights, reference = 0, [], [], []
+    count, pairs, weights, numbers, reference = 0, [], [], [], []
     for g in groups:
         index = list(range(count, count + len(g.completions)))
         pairs += [(index[best], index[worst]) for best, worst, _ in g.pairs]
         weights += [weight for _, _, weight in g.pairs]
+        numbers += g.rows or [-1] * len(g.pairs)
         reference += g.reference
         spans += (
             [(g.prompt, g.completions, index)]
@@ -98,7 +102,7 @@ def collate(groups: Sequence[Group], pad: int, capacity: int | None = None, *, s
                 at += len(piece)
     batch: dict[str, Any] = grid | {"source": torch.tensor(source), "target": torch.tensor(target), "owner": torch.tensor(owner)}
     batch |= {"pairs": torch.tensor(pairs).view(-1, 2), "weights": torch.tensor(weights, dtype=torch.float32)}
-    batch |= {"lengths": torch.tensor(lengths), "names": [g.name for g in groups]}
+    batch |= {"lengths": torch.tensor(lengths), "rows": torch.tensor(numbers)}
     if len(reference) == count:
         batch["reference"] = torch.tensor(reference, dtype=torch.float32)
     return batch
@@ -136,6 +140,10 @@ def attention_mask(config: Any, batch: dict[str, Tensor]) -> Any:
     kinds, window = getattr(config, "layer_types", None), getattr(config, "sliding_window", None)
     if kinds is None:
         return build(*place, window)
+    if odd := set(kinds) - {"full_attention", "sliding_attention"}:
+        raise UserError(
+            f"{config.model_type}: layers of {min(odd)} have no mask for packed rows; use full or sliding-window attention"
+        )
     return {kind: build(*place, window if kind == "sliding_attention" else None) for kind in dict.fromkeys(kinds)}
 
 

@@ -121,6 +121,36 @@ def rates(
     save(run, name, figure, out, inputs)
 
 
+def categories(run: Run, name: str, rows: Sequence[Mapping[str, Any]], inputs: Sequence[Artifact], title: str) -> None:
+    """Table 1: mean score of each category, a marker for each model; rows {category, model, value, low, high, paper}.
+
+    `paper`: SPEED's value of the category on MTEB (a black diamond), of another model on other tasks: its order may be compared,
+    its level not.
+    """
+    kinds, models = (list(dict.fromkeys(r[k] for r in rows)) for k in ("category", "model"))
+    figure, ax = canvas(7.6, 1.3 + 0.14 * len(kinds) * (len(models) + 1))
+    step = 0.8 / (len(models) + 1)  # the last place of a category is the paper's
+    for j, model in enumerate(models):
+        mine = [r for r in rows if r["model"] == model]
+        y = [kinds.index(r["category"]) - 0.4 + (j + 0.5) * step for r in mine]
+        value = np.array([r["value"] for r in mine])
+        error = np.maximum(0, [value - [r["low"] for r in mine], [r["high"] for r in mine] - value])
+        colour, mark = (GREY, THIRD, SECOND, "#CC79A7", OURS)[j % 5], "os^vP"[j % 5]
+        ax.errorbar(value, y, xerr=error, fmt=mark, color=colour, capsize=3, ms=5, label=model)
+    printed = {r["category"]: r["paper"] for r in rows if r["paper"] != ""}
+    if printed:
+        label = "paper: SPEED 7B on MTEB (other tasks: compare no levels)"
+        ax.plot(
+            list(printed.values()), [kinds.index(k) + 0.4 - step / 2 for k in printed], "D", color=PAPER, mfc="none", label=label
+        )
+    for edge in range(1, len(kinds)):
+        ax.axhline(edge - 0.5, color=GREY, lw=0.5)
+    ax.set_yticks(range(len(kinds)), kinds)
+    ax.set(title=title, xlabel="mean score x 100, 95% interval", ylim=(len(kinds) - 0.5, -0.5))
+    figure.legend(loc="outside lower center", ncols=3, fontsize=8)
+    save(run, name, figure, rows, inputs)
+
+
 def curves(
     run: Run,
     name: str,
@@ -311,7 +341,7 @@ def scaling(
     run: Run, name: str, rows: Sequence[Mapping[str, float]], fit: Mapping[str, float], band: Any, inputs: Sequence[Artifact]
 ) -> None:
     """Fig. 4: score against the number of synthetic records, log-linear fit with its band, what it leaves over, and the paper's
-    two points. Rows {records, value, low, high, fit, fit_low, fit_high, residual}."""
+    two points. Rows {records, value, low, high, fit, fit_low, fit_high, residual, residual_low, residual_high}."""
     figure, (ax, middle, right) = canvas(10.4, 3.4, 3)
     x = np.array([r["records"] for r in rows])
     y = np.array([r["value"] for r in rows])
@@ -323,8 +353,9 @@ def scaling(
     ax.set(title="ours", ylabel="mean score of the offline tasks")
     ax.legend(fontsize=8)
     middle.axhline(0, color=GREY, lw=1, ls="--")
-    middle.vlines(x, 0, [r["residual"] for r in rows], color=OURS, lw=1)
-    middle.plot(x, [r["residual"] for r in rows], "o", color=OURS)
+    left = np.array([r["residual"] for r in rows])
+    error = np.maximum(0, [left - [r["residual_low"] for r in rows], [r["residual_high"] for r in rows] - left])
+    middle.errorbar(x, left, yerr=error, fmt="o", color=OURS, capsize=4)
     middle.set(title="residuals of the line", ylabel="points")
     for panel in (ax, middle):
         panel.set_xscale("log", base=2)
@@ -346,7 +377,7 @@ def sweeps(run: Run, name: str, rows: Sequence[Mapping[str, Any]], inputs: Seque
     """Fig. 3: a panel for each sweep; rows {panel, x, own, records, value, low, high, each, paper} as `study.rows` gives them.
 
     A point whose models learned from another number of records than the profile's own says so under its value. Where the paper
-    prints a difference (`paper_value`), it is a black diamond.
+    prints a difference (`paper_value`, or several of them), it is a black diamond.
     """
     panels = list(dict.fromkeys(r["panel"] for r in rows))
     columns = min(3, len(panels))
@@ -364,7 +395,8 @@ def sweeps(run: Run, name: str, rows: Sequence[Mapping[str, Any]], inputs: Seque
             if not r["own"]:
                 ax.plot([i + 0.15] * len(r["each"]), r["each"], "_", color=OURS, ms=6)
             if r.get("paper_value", "") != "":
-                ax.plot(i - 0.15, r["paper_value"], "D", color=PAPER, mfc="none")
+                values = np.atleast_1d(r["paper_value"])
+                ax.plot([i - 0.15] * len(values), values, "D", color=PAPER, mfc="none")
         ax.axhline(0, color=GREY, lw=1, ls="--")
         usual = next((r["records"] for r in found if r["own"]), None)
         few = [r["records"] not in (None, usual) for r in found]

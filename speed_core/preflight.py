@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from speed_core import bundle, forecast, machine, models, planning, tasks
+from speed_core import bundle, forecast, machine, models, planning, study, tasks
 from speed_core import profile as profiles
 from speed_core.artifacts import UserError
 from speed_core.offline_tasks import CARRIERS
@@ -238,7 +238,14 @@ def plan_text(
         f"evaluation: {', '.join(p.evaluation.tasks)} at size {p.evaluation.size}",
         f"time: {p.minutes:g} minutes measured" if p.minutes else "time: not measured yet on such a machine",
     ]
+    if p.study.sweep_seeds is not None:
+        lines.append(f"sweeps, after the notebooks (`study`): {_points(run)} runs of parts of them, not in the minutes below")
     return "\n".join([*lines, planning.text(run, chosen, _asked(p, calls | {"brainstorm": brainstorm}) if endpoint else {})])
+
+
+def _points(run: Run) -> int:
+    own = profiles.dotted(run.profile)
+    return sum(value != own[sweep.parameter] for sweep in study.SWEEPS for value in sweep.points(run))
 
 
 def _asked(p: profiles.Profile, calls: dict[str, int]) -> dict[str, str]:

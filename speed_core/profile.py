@@ -130,7 +130,7 @@ class Lora(Part):
 
 
 class Training(Part):
-    """One fine-tuning run. `batch` is the global batch, in examples (pairs for DPO)."""
+    """One fine-tuning run. `batch` is the global batch, in examples (prompts with all their pairs for DPO)."""
 
     examples: int = Field(ge=1)
     epochs: float = Field(gt=0)
@@ -151,7 +151,8 @@ class Training(Part):
 
 
 class Senior(Training):
-    """DPO. `batch` counts prompts; `share` reads a prompt once for all its completions, `row_tokens` packs several into a row."""
+    """DPO on the first `examples` usable pairs. `batch` counts prompts; `share` reads a prompt once for all its completions,
+    `row_tokens` packs several prompts into a row. With `save_steps` a training that was interrupted goes on from a checkpoint."""
 
     beta: float = Field(0.1, gt=0)
     prompts: int = Field(ge=1)
@@ -162,6 +163,12 @@ class Senior(Training):
     row_tokens: int | None = Field(None, ge=64)
     gradient_checkpointing: bool = False
     save_steps: int = Field(0, ge=0)
+
+    @model_validator(mode="after")
+    def _smoothed(self) -> Senior:
+        if self.loss == "ipo" and self.label_smoothing:
+            raise ValueError("label_smoothing: has no meaning with loss 'ipo'; set it to 0")
+        return self
 
 
 class Synthesis(Part):

@@ -9,6 +9,7 @@ from __future__ import annotations
 import base64
 import csv
 import io
+import itertools
 import json
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -115,6 +116,8 @@ def _overrides(profile: profiles.Profile) -> dict[str, Any]:
     return {k: v for k, v in mine.items() if k not in unset and (k not in known or known[k] != v)}
 
 
+CLAIMS = "12_claims"  # the figure of the claim map; claims.csv beside it is the same table
+
 # --- checking -------------------------------------------------------------------------------------
 
 
@@ -220,8 +223,9 @@ def _record(path: Path) -> dict[str, Any] | None:
 def inspect(folder: Path, runs: Path | None = None, deep: bool = False) -> tuple[list[str], list[str]]:
     """(problems, remarks) of the figures in a folder, a line each.
 
-    Problems: a missing companion, a file changed since its record was written, and, where `runs` has the artifacts of
-    the figure's profile, an input that moved (the line names it and what made it move). Remarks: what was not checked.
+    Problems: a missing companion, a file changed since its record was written, a claims.csv that is not the table of the figure
+    `CLAIMS`, and, where `runs` has the artifacts of the figure's profile, an input that moved (the line names it and what made it
+    move). Remarks: what was not checked.
     """
     problems: list[str] = []
     remarks: list[str] = []
@@ -240,6 +244,8 @@ def inspect(folder: Path, runs: Path | None = None, deep: bool = False) -> tuple
         for key, path in (("data_sha256", data), ("svg_sha256", svg)):
             if said[key] != file_digest(path):
                 problems.append(f"{path.name}: changed since {record.name} was written; run its notebook again")
+        if name == CLAIMS and (differs := _claims_differ(folder)):
+            problems.append(f"claims.csv: {differs}; run notebook 12 again")
         for file, then in said.get("files", {}).items():
             if not (ROOT / file).is_file() or file_digest(ROOT / file) != then:
                 problems.append(f"{name}: stale, {file} moved since it was drawn; run its notebook again")
@@ -255,6 +261,19 @@ def inspect(folder: Path, runs: Path | None = None, deep: bool = False) -> tuple
             problems.append(f"{name}: stale, {why}")
     remarks += [f"inputs not checked: no run here of profile {p} ({count} figures)" for p, count in homeless.items()]
     return problems, remarks
+
+
+def _claims_differ(folder: Path) -> str:
+    """How claims.csv, which has no record of its own, differs from the plotted table of the claim map; empty where it does not."""
+    plotted, table = folder / f"{CLAIMS}.csv", folder / "claims.csv"
+    if not table.is_file():
+        return f"not beside {plotted.name}"
+    found = []
+    for path in (plotted, table):
+        with path.open(newline="", encoding="utf-8") as f:
+            found.append(list(csv.DictReader(f)))
+    moved = [str((a or b or {}).get("id")) for a, b in itertools.zip_longest(*found) if a != b]
+    return f"{', '.join(moved)} not as in {plotted.name}" if moved else ""
 
 
 def _stale(said: Mapping[str, Any], now: Now) -> str:

@@ -75,7 +75,12 @@ def _valid(rows: Rows) -> str:
 def _dpo(rows: Rows) -> str:
     first, last = rows[0], rows[-1]
     moved = f"from {round(_f(first, 'margin'), 2) + 0.0:.2f} to {_f(last, 'margin'):.2f}"
-    return f"in {len(rows)} steps the reward margin goes {moved}, and the last batch ranks {_f(last, 'accuracy'):.0%} of its pairs as the judge did."
+    chosen = [_f(r, "reward_chosen") for r in rows[-3:]]
+    likely = "less" if max(chosen) < 0 else "more" if min(chosen) > 0 else "neither clearly more nor less"
+    return (
+        f"in {len(rows)} steps the reward margin goes {moved}, and the last batch ranks {_f(last, 'accuracy'):.0%} of its pairs as "
+        f"the judge did; the chosen texts of the last three steps are {likely} likely than under the junior."
+    )
 
 
 def _packed(rows: Rows) -> str:
@@ -151,14 +156,15 @@ def _generators(rows: Rows) -> str:
 def _sweeps(rows: Rows) -> str:
     others = [r for r in rows if r["own"] != "True"]
     found = [f"{r['panel'].split(': ')[-1]} {r['x']} ({_interval(r)} points)" for r in others if _resolved(r)]
-    return f"of {len(others)} other values {_those(found, 'differs', 'differ')} from the profile's own by more than the noise."
+    return f"of {len(others)} other values {_those(found, 'differs', 'differ')} from the profile's own by more than texts and embedding seeds explain."
 
 
 def _scaling(rows: Rows) -> str:
     ours = [r for r in rows if r["source"] == "ours"]
     said = [f"{_interval(r, '.1f')} points at {r['records']} records" for r in ours]
     off = max(ours, key=lambda r: abs(_f(r, "residual")))
-    return f"{_listed(said)}; the line misses by {_f(off, 'residual'):+.1f} points at most, at {off['records']} records."
+    around = f" [{_f(off, 'residual_low'):+.1f}, {_f(off, 'residual_high'):+.1f}]" if off.get("residual_low") else ""
+    return f"{_listed(said)}; the line misses by {_f(off, 'residual'):+.1f}{around} points at most, at {off['records']} records."
 
 
 def _per_record(rows: Rows) -> str:
@@ -175,6 +181,20 @@ def _asked(rows: Rows) -> str:
 def _tasks(rows: Rows) -> str:
     low, high = min(rows, key=_f), max(rows, key=_f)
     return f"from {_interval(low, '.1f')} points ({low['label']}) to {_interval(high, '.1f')} ({high['label']}) over {len(rows)} tasks."
+
+
+def _categories(rows: Rows) -> str:
+    """Reading of the figure of category means: the best and the worst category of each model, and of the paper's."""
+    said, printed = [], [r for r in rows if r["paper"] and r["category"] != "Avg"]
+    for model in dict.fromkeys(r["model"] for r in rows):
+        mine = [r for r in rows if r["model"] == model and r["category"] != "Avg"]
+        best, worst = max(mine, key=_f), min(mine, key=_f)
+        said.append(f"{model}: best at {best['category']} ({_f(best):.1f}), worst at {worst['category']} ({_f(worst):.1f})")
+    if printed:
+        best, worst = (pick(printed, key=lambda r: _f(r, "paper")) for pick in (max, min))
+        ends = f"best at {best['category']} ({_f(best, 'paper'):.1f}), worst at {worst['category']} ({_f(worst, 'paper'):.1f})"
+        said.append(f"the paper: {ends}")
+    return "; ".join(said) + "."
 
 
 def _claims(rows: Rows) -> str:
@@ -200,6 +220,7 @@ READINGS: dict[str, Callable[[Rows], str]] = {
     "08_training": _training,
     "09_trained_minus_untrained": lambda rows: _differences(rows, "all tasks"),
     "09_table8_tasks": _tasks,
+    "09_table1_categories": _categories,
     "09_guided_minus_plain": lambda rows: _differences(rows, "all tasks"),
     "09_instructions": lambda rows: _differences(rows, "all tasks"),
     "10_table2_generators": _generators,

@@ -74,7 +74,8 @@ def quiet() -> None:
 
 
 def bar_callback(label: str) -> Any:
-    """A progress bar on standard output with steps done, total and time left."""
+    """A progress bar on standard output with steps done, total and time left; a gradient that is no number stops the training."""
+    import torch
     from transformers import TrainerCallback
 
     class Bar(TrainerCallback):
@@ -84,15 +85,26 @@ def bar_callback(label: str) -> Any:
         def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
             self.bar.update()
 
-        def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **_: Any) -> None:
-            loss = (logs or {}).get("loss")
-            if loss is not None and not math.isfinite(float(loss)):
-                control.should_training_stop = True
+        def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, model: Any = None, **_: Any) -> None:
+            # Before the weights are touched: the last checkpoint stays good, and nothing is trained further.
+            norm = torch.nn.utils.get_total_norm(p.grad for p in model.parameters() if p.grad is not None)
+            if not math.isfinite(float(norm)):
+                found = last_checkpoint(Path(args.output_dir))
+                kept = f"; last checkpoint: {found.name}" if found else ""
+                raise UserError(
+                    f"{label}: a gradient is not a number at step {state.global_step + 1}; lower the learning rate{kept}"
+                )
 
         def on_train_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
             self.bar.close()
 
     return Bar()
+
+
+def last_checkpoint(folder: Path) -> Path | None:
+    """The newest checkpoint in `folder` that was written to its end (the trainer's state comes last), or None."""
+    found = [p for p in folder.glob("checkpoint-*") if p.name[11:].isdecimal() and (p / "trainer_state.json").is_file()]
+    return max(found, key=lambda p: int(p.name[11:]), default=None)
 
 
 def remove_printer(trainer: Any) -> None:
@@ -133,6 +145,7 @@ def trainer_arguments(settings: Training, seed: int, output: Path, **more: Any) 
         "seed": seed,
         "data_seed": seed,
         "logging_steps": 1,
+        "logging_nan_inf_filter": False,  # it would log a loss that is not a number as the mean of those before
         "save_strategy": "no",
         "report_to": [],
         "disable_tqdm": True,

@@ -12,8 +12,8 @@ from dataclasses import dataclass
 from io import StringIO
 from typing import Any, Literal
 
-from speed_core import experiments, planning, uncertainty
-from speed_core.artifacts import Artifact, UserError
+from speed_core import experiments, planning, provenance, uncertainty
+from speed_core.artifacts import Artifact, UserError, write_json
 from speed_core.profile import dotted
 from speed_core.run_context import Run, open_run
 from speed_core.sweep import Point, folder_name, run_points
@@ -37,7 +37,8 @@ class Sweep:
     values: tuple[Any, ...] = ()
     shares: tuple[float, ...] = ()
     kind: Literal["hump", "fall", "flat"] = "hump"
-    printed: tuple[tuple[Any, float], ...] = ()  # (value, the paper's points against its own value), where it prints them
+    # (value, the paper's points against its own value), where it prints them; several for a value that stands for several
+    printed: tuple[tuple[Any, float], ...] = ()
     note: str = ""  # what the claim map adds to the words of the estimate
 
     def points(self, run: Run) -> list[Any]:
@@ -84,7 +85,18 @@ SWEEPS = (
         note="13 of the 60 data topics are deeper than four levels; the junior learned from truncated ones at both values",
     ),
     # Table 4. The packages carry one base model, so the weaker one is that model without its last layers.
-    Sweep("T4", "S11", "base model", "models.generator", "jr", ("03", "10"), "62.6 to 62.3", ("{own}[:12]",), kind="flat"),
+    Sweep(
+        "T4",
+        "S11",
+        "base model",
+        "models.generator",
+        "jr",
+        ("03", "10"),
+        "-0.1, -0.2, -0.3 for three others",  # Qwen-2.5-7B, LLaMA-2-7B, Gemma-7B against LLaMA-3-8B
+        ("{own}[:12]",),
+        kind="flat",
+        printed=(("{own}[:12]", -0.1), ("{own}[:12]", -0.2), ("{own}[:12]", -0.3)),
+    ),
     Sweep(
         "E4", "E4", "LoRA rank", "embedding.lora.rank", "sr_re", ("10",), "+0.3, 0, +0.1 at 8, 16, 32", (4, 16, 64), kind="flat"
     ),
@@ -168,12 +180,14 @@ def collect(run: Run, sweep: Sweep) -> tuple[dict[Any, list[dict[str, Any]]], li
 def rows(run: Run, sweep: Sweep, found: Mapping[Any, Sequence[Any]]) -> list[dict[str, Any]]:
     """Rows {panel, x, records, value, low, high, ...}: each value's mean score minus that at the profile's own value."""
     own = dotted(run.profile)[sweep.parameter]
+    printed = [(v.format(own=own) if isinstance(v, str) else v, points) for v, points in sweep.printed]
     out = []
     for value, results in found.items():
         e = uncertainty.difference(results, found[own])
+        shown = [points for v, points in printed if v == value]
         out.append(
             {"panel": f"{sweep.key}: {sweep.label}", "x": named_value(value), "own": value == own, "paper": sweep.paper}
-            | {"paper_value": dict(sweep.printed).get(value, "")}
+            | {"paper_value": shown[0] if len(shown) == 1 else shown or ""}
             | {"records": records(run, sweep, value)}
             | e.row("")
         )
@@ -181,30 +195,68 @@ def rows(run: Run, sweep: Sweep, found: Mapping[Any, Sequence[Any]]) -> list[dic
 
 
 def estimate(sweep: Sweep, found: Mapping[Any, Sequence[Any]], run: Run | None = None) -> dict[str, Any] | None:
-    """The sweep's claim as one contrast: the inner values minus the better end ("hump": an optimum inside is above both), the
-    first value minus the others ("fall"), the last value minus the first ("flat"). None with too few values for it. Of a `run`,
-    it says where the values left unequally many records to learn from.
+    """The sweep's claim as one contrast: the best inner value minus an end ("hump", see `_inside`), the first value minus the
+    others ("fall"), the last value minus the first ("flat"). None with too few values for it. Of a `run`, it says where the values
+    left unequally many records to learn from, and how many tasks and topics these have where tasks a topic are the value.
     """
     values = list(found)
     if len(values) < (3 if sweep.kind == "hump" else 2):
         return None
-    pairs = {
-        "hump": [(values[1:-1], values[:1]), (values[1:-1], values[-1:])],
-        "fall": [(values[:1], values[1:])],
-        "flat": [(values[-1:], values[:1])],
-    }[sweep.kind]
-    e, high, low = min(((_minus(found, *pair), *pair) for pair in pairs), key=lambda item: item[0].value)
+    level, chosen = 0.95, ""
+    if sweep.kind == "hump":
+        e, best, end, level = _inside(found)
+        high, low, chosen = (
+            [best],
+            [end],
+            f", the closer end{f' ({level:.1%}, as {best:g} was chosen)' * (level > 0.95)}",
+        )
+    else:
+        high, low = (values[:1], values[1:]) if sweep.kind == "fall" else (values[-1:], values[:1])
+        e = _minus(found, high, low)
     said = [" and ".join(map(named_value, part)) for part in (high, low)]
-    what = f"{sweep.label}: mean score at {said[0]} minus at {said[1]}{', the better end' * (len(pairs) > 1)}, arm {sweep.arm}"
+    what = f"{sweep.label}: mean score at {said[0]} minus at {said[1]}{chosen}, arm {sweep.arm}"
     counts = {named_value(v): records(run, sweep, v) for v in values} if run else {}
     if len(set(counts.values())) > 1:
         what += f", on unequally many records ({', '.join(f'{n} at {v}' for v, n in counts.items())})"
-    return e.row(sweep.claim) | {"what": f"{what} ({sweep.note})" if sweep.note else what, "source": "study"}
+    note = sweep.note
+    if run and sweep.parameter == "topics.tasks_per_topic":
+        note = _more_tasks([variety(run, sweep, v) for v in values])
+    more = {"level": level} if level > 0.95 else {}
+    return e.row(sweep.claim) | more | {"what": f"{what} ({note})" if note else what, "source": "study"}
 
 
-def _minus(found: Mapping[Any, Sequence[Any]], high: Sequence[Any], low: Sequence[Any]) -> uncertainty.Estimate:
+def _inside(found: Mapping[Any, Sequence[Any]]) -> tuple[uncertainty.Estimate, Any, Any, float]:
+    """(the best inner value minus an end, that value, that end, level of the interval) of a curve over rising values.
+
+    An optimum inside is one inner value above *both* ends, so the end whose interval reaches lower decides. The best of k inner
+    values was chosen by its score, so its interval has level 1 - 0.05 / k (Bonferroni).
+    """
+    (first, *inner, last), level = list(found), 0.95
+    level = 1 - (1 - level) / len(inner)
+    best = max(inner, key=lambda v: _minus(found, [v], [first]).value)
+    e, end = min(((_minus(found, [best], [x], level), x) for x in (first, last)), key=lambda item: item[0].low)
+    return e, best, end, level
+
+
+def variety(run: Run, sweep: Sweep, value: Any) -> tuple[int, int]:
+    """(distinct tasks, distinct topics) of the records that the embedding models of a point learned from."""
+    at = at_value(run, sweep, value)
+    used = at.store.need(f"synthetic-{sweep.arm}").rows("train.jsonl")[: records(run, sweep, value)]
+    return len({r["task"] for r in used}), len({r["topic"] for r in used})
+
+
+def _more_tasks(found: Sequence[tuple[int, int]]) -> str:
+    """What tasks a topic changed in the data: at the paper's size more of them leave fewer topics, and so less variety."""
+    tasks, topics = (" / ".join(map(str, column)) for column in zip(*found, strict=True))
+    said = f"{tasks} distinct tasks on {topics} topics"
+    return f"{said}: more a topic varies tasks more here, less in the paper" if found[-1][0] > found[0][0] else said
+
+
+def _minus(
+    found: Mapping[Any, Sequence[Any]], high: Sequence[Any], low: Sequence[Any], level: float = 0.95
+) -> uncertainty.Estimate:
     terms: list[uncertainty.Term] = [(1 / len(high), found[v], None) for v in high]
-    return uncertainty.contrast(terms + [(-1 / len(low), found[v], None) for v in low])
+    return uncertainty.contrast(terms + [(-1 / len(low), found[v], None) for v in low], level=level)
 
 
 def estimates(found: Mapping[Sweep, Mapping[Any, Sequence[Any]]], run: Run | None = None) -> dict[str, dict[str, Any]]:
@@ -215,6 +267,27 @@ def estimates(found: Mapping[Sweep, Mapping[Any, Sequence[Any]]], run: Run | Non
         if e := estimate(sweep, points, run):
             out[sweep.claim] = max((out.get(sweep.claim, e), e), key=_away)
     return out
+
+
+@dataclass
+class _Used(Artifact):
+    """An artifact under its key in `provenance`: several points of a sweep have artifacts of one name."""
+
+    key: str = ""
+
+    @property
+    def name(self) -> str:
+        return self.key
+
+
+def write(run: Run, facts: Mapping[str, Any], given: Sequence[Artifact]) -> Artifact:
+    """Artifact `study`: the estimates of the sweeps, made from the scores of all their points (`given`, of `collect`), so that what
+    rests on it is stale when one of them moves."""
+    now = provenance.Now([run.store.root])
+    with run.store.stage("study", facts, [_Used(a.path, a.manifest, a.shipped, now.key(a)) for a in given]) as draft:
+        if draft:
+            write_json(draft.file("study.json"), facts)
+    return run.store.need("study")
 
 
 def _away(e: Mapping[str, Any]) -> tuple[float, float]:

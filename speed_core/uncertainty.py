@@ -8,6 +8,10 @@ a difference (1, -1), a difference of two differences, the slope over data sizes
 V_items: bootstrap over the texts of each task (jackknife over the documents where items are pairs of them), the same for
 every model; S^2: sample variance of the contrast over K training seeds. The interval is value +- t sqrt(V), with Student's t at Welch and Satterthwaite's degrees of freedom,
 V^2 / ((S^2/K)^2 / (K-1)): with three seeds an interval that took S for known would be far too narrow.
+
+A task of which mteb gives no value for each text counts with its score; what the choice of its texts does is not known and is
+taken to be the mean of the other tasks' (V_items of those that have values, times all tasks over these). Where no task has
+values there is no interval over texts, and labels and printed estimates say so.
 """
 
 from __future__ import annotations
@@ -25,6 +29,8 @@ from scipy.stats import binomtest, norm, rankdata, t
 from speed_core.artifacts import UserError
 
 ENOUGH = "this size is enough"  # what `needed` says of an effect that would be seen
+NO_TEXTS = "no interval over texts"  # said of an estimate whose tasks have no value for each text
+BLOCK = 4_000_000  # resampled values that are held at a time: a test set may have 400 000 texts
 Result = Mapping[str, Any]  # what `evaluate.evaluate` returns
 Term = tuple[float, Sequence[Result], Sequence[str] | None]
 
@@ -32,7 +38,8 @@ Term = tuple[float, Sequence[Result], Sequence[str] | None]
 @dataclass(frozen=True)
 class Estimate:
     """A contrast in points (0-100) with its interval. `seeds` is 1 when no training was repeated: then `low` and `high`
-    cover the choice of texts alone. `sd_items` and `sd_seeds` are the standard errors of the two sources, in points."""
+    cover the choice of texts alone. `sd_items` and `sd_seeds` are the standard errors of the two sources, in points; `sd_items`
+    is nan where no task has values for its texts: then `low` and `high` cover the seeds alone, and are nan with one seed."""
 
     value: float
     low: float
@@ -49,13 +56,18 @@ class Estimate:
 
     @property
     def resolved(self) -> bool:
-        """Whether the interval leaves zero out."""
-        return self.low > 0 or self.high < 0
+        """Whether the interval leaves zero out; one without the choice of texts resolves nothing."""
+        return not self.no_texts and (self.low > 0 or self.high < 0)
+
+    @property
+    def no_texts(self) -> bool:
+        """Whether nothing is known of what the choice of texts does."""
+        return math.isnan(self.sd_items)
 
     def row(self, label: str) -> dict[str, Any]:
-        """{label, value, low, high, ...}, the row of a figure."""
+        """{label, value, low, high, ...}, the row of a figure; its label says where there is no interval over texts."""
         return {
-            "label": label,
+            "label": f"{label} ({NO_TEXTS})" if self.no_texts else label,
             "value": self.value,
             "low": self.low,
             "high": self.high,
@@ -66,7 +78,8 @@ class Estimate:
         }
 
     def __str__(self) -> str:
-        return f"{self.value:+.2f} [{self.low:+.2f}, {self.high:+.2f}]"
+        shown = f"{self.value:+.2f}" if math.isnan(self.low) else f"{self.value:+.2f} [{self.low:+.2f}, {self.high:+.2f}]"
+        return f"{shown} ({NO_TEXTS})" if self.no_texts else shown
 
 
 def fact(value: float, low: float, high: float, what: str) -> dict[str, Any]:
@@ -81,7 +94,8 @@ def contrast(terms: Sequence[Term], *, draws: int = 1000, seed: int = 0, level: 
     weight x mean score over these tasks.
 
     All terms have K results, in the order of the seeds, so that seeds are compared like with like; a term with one result
-    (a model that was not trained here) stands for all. Raises UserError when numbers of seeds or tasks do not fit.
+    (a model that was not trained here) stands for all. A task without values for its texts counts with its score (see above).
+    Raises UserError when numbers of seeds or tasks do not fit.
     """
     if not terms:
         raise UserError("contrast: no terms; give at least one (weight, results, types)")
@@ -89,18 +103,30 @@ def contrast(terms: Sequence[Term], *, draws: int = 1000, seed: int = 0, level: 
     if any(len(results) not in (1, count) for _, results, _ in terms):
         raise UserError(f"contrast: results of {sorted({len(r) for _, r, _ in terms})} seeds; give each model the same seeds")
     each, noise = np.zeros(count), np.zeros(draws)
-    for weight, results, types in terms:
-        names = [n for n, e in results[0]["tasks"].items() if e["items"] and (not types or {e["type"], n} & set(types))]
-        if not names or any(n not in r["tasks"] for r in results for n in names):
-            raise UserError("contrast: the results share no task with items; evaluate all models on the same tasks")
-        scores = np.array([np.mean([100 * r["tasks"][n]["score"] for n in names]) for r in results])
-        each += weight * scores
-        for name in names:
+    chosen = [
+        [n for n, e in results[0]["tasks"].items() if not types or {e["type"], n} & set(types)] for _, results, types in terms
+    ]
+    if any(
+        not names or any(n not in r["tasks"] for r in term[1] for n in names) for names, term in zip(chosen, terms, strict=True)
+    ):
+        raise UserError("contrast: the results share no task of those asked for; evaluate all models on the same tasks")
+    # A task's texts are drawn for all models or for none.
+    known = {
+        n: all(has_values(r["tasks"][n]) for _, results, _ in terms for r in results if n in r["tasks"])
+        for ns in chosen
+        for n in ns
+    }
+    for (weight, results, _), names in zip(terms, chosen, strict=True):
+        each += weight * np.array([np.mean([100 * r["tasks"][n]["score"] for n in names]) for r in results])
+        for name in filter(known.get, names):
             sampled = [_resampled(r["tasks"][name], name, draws, seed) for r in results]
             noise += weight * 100 * np.mean(sampled, axis=0) / len(names)
-    items, seeds = float(np.var(noise)), float(np.var(each, ddof=1) / count) if count > 1 else 0.0
-    free = (items + seeds) ** 2 / (seeds**2 / (count - 1)) if seeds > 0 else math.inf
-    half = float(t.ppf((1 + level) / 2, free)) * math.sqrt(items + seeds)
+    with_values = sum(known.values())
+    items = float(np.var(noise)) * (len(known) / with_values) if with_values else math.nan
+    seeds = float(np.var(each, ddof=1) / count) if count > 1 else 0.0
+    both = seeds if math.isnan(items) and count > 1 else items + seeds
+    free = both**2 / (seeds**2 / (count - 1)) if seeds > 0 else math.inf
+    half = float(t.ppf((1 + level) / 2, free)) * math.sqrt(both)
     value = float(each.mean())
     return Estimate(value, value - half, value + half, count, math.sqrt(items), math.sqrt(seeds), tuple(map(float, each)))
 
@@ -141,6 +167,8 @@ def needed(estimate: Estimate, effect: float, *, power: float = 0.8, level: floa
     has to be at most effect / (z_{1-a/2} + z_power). Seeds are the cheaper of the two, so they are raised first. What was not
     `trained` has no seeds.
     """
+    if estimate.no_texts:
+        return f"not known: {NO_TEXTS}"
     if not estimate.error:
         return ENOUGH
     if effect == 0:
@@ -165,9 +193,12 @@ def needed(estimate: Estimate, effect: float, *, power: float = 0.8, level: floa
 
 def statistic(kind: str, data: np.ndarray) -> np.ndarray:
     """The score of resampled items: of (draws, n) the mean, of (draws, n, 2) for STS Spearman's correlation, of
-    (draws, n, 1 + R) for clustering the V-measure of classes and clusters, mean over R clusterings."""
+    (draws, n, 1 + R) for clustering the V-measure of classes and clusters, mean over R clusterings, and for pair
+    classification the average precision of R similarities for the label, the highest of them (mteb's max_ap)."""
     if data.ndim == 2:
         return data.mean(axis=1)
+    if kind == "PairClassification":
+        return np.max([_average_precision(data[..., 0], data[..., k]) for k in range(1, data.shape[2])], axis=0)
     if kind == "Clustering":
         classes, *runs = np.moveaxis(data.astype(int), 2, 0)
         return np.mean([_v_measure(classes, clusters) for clusters in runs], axis=0)
@@ -189,6 +220,20 @@ def _v_measure(classes: np.ndarray, clusters: np.ndarray) -> np.ndarray:
     return np.divide(2 * (both - joint), both, out=np.ones(draws), where=both > 0)
 
 
+def _average_precision(labels: np.ndarray, scores: np.ndarray) -> np.ndarray:
+    """(draws,) average precisions of (draws, n) labels 0 or 1 and scores: sum of (R_k - R_{k-1}) P_k over thresholds, as
+    scikit-learn's; equal scores are one threshold. 0 where no label is 1."""
+    draws, n = labels.shape
+    order = np.argsort(-scores, axis=1)
+    labels, scores = (np.take_along_axis(v, order, 1) for v in (labels, scores))
+    last = np.append(scores[:, 1:] != scores[:, :-1], np.ones((draws, 1), bool), axis=1)
+    ends = np.where(last, np.arange(n), n)
+    ends = np.minimum.accumulate(ends[:, ::-1], axis=1)[:, ::-1]  # where the run of equal scores ends that a pair stands in
+    precision = np.take_along_axis(labels.cumsum(axis=1), ends, 1) / (ends + 1)
+    found = labels.sum(axis=1)
+    return np.divide((labels * precision).sum(axis=1), found, out=np.zeros(draws), where=found > 0)
+
+
 def _entropy(share: np.ndarray) -> np.ndarray:
     share = share.reshape(len(share), -1)
     return -(share * np.log(np.where(share > 0, share, 1))).sum(axis=1)
@@ -201,12 +246,24 @@ SHARED = {
 }
 
 
+def has_values(task: Mapping[str, Any]) -> bool:
+    """Whether a scored task has values that a bootstrap can draw from: at least two, in each part where its score is the mean
+    of parts' scores. One value alone would look as if it did not vary."""
+    return all(len(items) > 1 for items in task.get("parts") or [task["items"]])
+
+
 def _resampled(task: Mapping[str, Any], name: str, draws: int, seed: int) -> np.ndarray:
-    """(draws,) statistics of resampled items. By the task's name: the same items for every model, whatever stands beside it."""
+    """(draws,) statistics of resampled items. By the task's name: the same items for every model, whatever stands beside it.
+    Where the score is the mean of parts' scores, each part is drawn by itself."""
+    if task.get("parts"):
+        each = [{"type": task["type"], "items": items} for items in task["parts"]]
+        return np.mean([_resampled(part, f"{name}/{k}", draws, seed) for k, part in enumerate(each)], axis=0)
     items, rng = np.asarray(task["items"], float), np.random.default_rng([seed, zlib.crc32(SHARED.get(name, name).encode())])
     if task.get("documents"):
         return _over_documents(task["type"], items, task["documents"], draws, rng)
-    return statistic(task["type"], items[rng.integers(0, len(items), (draws, len(items)))])
+    some = max(1, BLOCK // items.size)
+    sizes = [min(some, draws - start) for start in range(0, draws, some)]
+    return np.concatenate([statistic(task["type"], items[rng.integers(0, len(items), (n, len(items)))]) for n in sizes])
 
 
 def _over_documents(kind: str, items: np.ndarray, documents: int, draws: int, rng: np.random.Generator) -> np.ndarray:

@@ -22,9 +22,12 @@ def tiny_config(family: str, vocab: int):
         vocab_size=vocab, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,
         num_key_value_heads=2, max_position_embeddings=512, bos_token_id=2, eos_token_id=1, pad_token_id=0,
     )  # fmt: skip
+    # Windows shorter than the tests' rows, and both sorts of layers where a family mixes them.
     if family == "gemma3":
-        return Gemma3TextConfig(**common, head_dim=8, sliding_window=16)
-    return {"llama": LlamaConfig, "mistral": MistralConfig, "qwen2": Qwen2Config}[family](**common)
+        return Gemma3TextConfig(**common, head_dim=8, sliding_window=16, layer_types=["sliding_attention", "full_attention"])
+    if family == "qwen2":
+        return Qwen2Config(**common, use_sliding_window=True, sliding_window=16, max_window_layers=1)
+    return MistralConfig(**common, sliding_window=16) if family == "mistral" else LlamaConfig(**common)
 
 
 @pytest.fixture(scope="session")

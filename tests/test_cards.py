@@ -29,7 +29,8 @@ def some_rows():
 
 @pytest.fixture(scope="module")
 def made(tmp_path_factory):
-    """A run with seeds -> raw -> synthetic -> embedder-guided -> scores-guided; the guide stands for the trained model."""
+    """A run with seeds -> raw -> synthetic -> embedder-guided -> scores-guided; the guide stands for the trained model. The same
+    model is scored as `scores-bare` too, without the instruction: its name comes first, and its scores are others."""
     folder = tmp_path_factory.mktemp("runs")
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("SPEED_RUNS", str(folder))
@@ -49,10 +50,12 @@ def made(tmp_path_factory):
         write_json(draft.file("training.json"), {"history": [{"step": 1, "loss": 2.5}], "rows": 3, "guided": True})
         write_json(draft.file("adapter/body.json"), {"base": "package:gemma-3-270m", "max_length": 96, "dtype": "bfloat16"})
         write_json(draft.file("adapter/adapter_config.json"), {"base_model_name_or_path": str(ROOT)})
-    guide = evaluate.load("package:all-MiniLM-L6-v2", "guided", instructed=False)
     tasks = evaluate.resolve_tasks(["OfflineWordSim353", "OfflineSimLex999"], "smoke")
-    with store.stage("scores-guided", {"tasks": ["offline"]}, [store.need("embedder-guided")]) as draft:
-        write_json(draft.file("scores.json"), evaluate.evaluate(guide, tasks, run.folder / "mteb", label="guided"))
+    for arm, instructed in (("bare", False), ("guided", True)):
+        guide = evaluate.load("package:all-MiniLM-L6-v2", arm, instructed=instructed)
+        how = {"tasks": ["offline"], "instructed": instructed}
+        with store.stage(f"scores-{arm}", how, [store.need("embedder-guided")]) as draft:
+            write_json(draft.file("scores.json"), evaluate.evaluate(guide, tasks, run.folder / "mteb", label=arm))
     return run, folder
 
 
@@ -67,12 +70,32 @@ def test_a_model_card_has_every_score_of_mtebs_files_and_the_files_themselves(ma
     for name, file in files.items():
         score = json.loads(file.read_text())["scores"]["test"][0]["main_score"]
         assert found[f"{name} (not MTEB)"].metric_value == pytest.approx(100 * score, abs=1e-3)
-        original = next((run.folder / "mteb").rglob(file.name))
+        (original,) = (p for p in (run.folder / "mteb").rglob(file.name) if p.parent.parent.name.endswith("__guided"))
         assert file.read_bytes() == original.read_bytes() and (file.parent / "model_meta.json").is_file()
     assert "not GPT-4o output" in text and "Gemma Terms of Use" in text and "| seed | 5 |" in text and "load_trained" in text
     assert run.store.need("synthetic").digest in text and r"Instruct: {task}\nQuery: {text}" in text and "| raw |" in text
     assert (tmp_path / "out" / "adapter" / "body.json").is_file()
     assert cards.local_paths(tmp_path / "out") == [f"adapter/adapter_config.json: {ROOT}"]
+
+
+def test_the_card_publishes_the_instructed_scores_and_says_so_when_there_are_none(made, tmp_path):
+    run, _ = made
+    guided, bare = (run.store.need(f"scores-{arm}").json("scores.json") for arm in ("guided", "bare"))
+    assert guided["revision"] == bare["revision"] and guided["tasks"] != bare["tasks"]
+    text = cards.write(run, "embedder-guided", tmp_path / "out").read_text()
+    for name, task in guided["tasks"].items():
+        assert f"| {name} | STS | {100 * task['score']:.1f} |" in text
+        assert f"{100 * task['score']:.1f}" != f"{100 * bare['tasks'][name]['score']:.1f}"
+    assert {p.name for p in (tmp_path / "out" / "results").iterdir()} == {"speed-step-by-step__guided"}
+    assert "queries with the instruction" in text
+    place = run.store.need("scores-guided").path
+    place.rename(tmp_path / "aside")
+    try:
+        text = cards.write(run, "embedder-guided", tmp_path / "bare").read_text()
+    finally:
+        (tmp_path / "aside").rename(place)
+    assert "queries without the instruction" in text
+    assert {p.name for p in (tmp_path / "bare" / "results").iterdir()} == {"speed-step-by-step__bare"}
 
 
 def test_an_unscored_model_says_so_and_has_no_scores(made, tmp_path):

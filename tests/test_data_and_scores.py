@@ -121,6 +121,31 @@ def test_the_v_measure_of_many_draws_is_scikit_learns(rows):
     assert uncertainty.statistic("Clustering", data) == pytest.approx([wanted, wanted], abs=1e-9)
 
 
+@given(st.lists(st.tuples(st.integers(0, 1), st.integers(0, 4), st.integers(0, 9)), min_size=2, max_size=40))
+@settings(max_examples=60, deadline=None)
+def test_the_average_precision_of_many_draws_is_scikit_learns_and_the_best_similaritys(rows):
+    from sklearn.metrics import average_precision_score
+
+    data = np.array([[(1, 4, 9), *rows]] * 2, float)
+    wanted = max(average_precision_score(data[0, :, 0], data[0, :, k]) for k in (1, 2))
+    assert uncertainty.statistic("PairClassification", data) == pytest.approx([wanted, wanted], abs=1e-9)
+
+
+def test_many_texts_are_resampled_block_by_block_to_the_same_interval(results, monkeypatch):
+    whole = uncertainty.average([results["good"]])
+    monkeypatch.setattr(uncertainty, "BLOCK", 999)
+    assert uncertainty.average([results["good"]]) == whole
+
+
+def test_seeds_alone_make_the_interval_where_no_task_has_values_and_resolve_nothing():
+    same = [{"tasks": {"t": {"type": "STS", "score": s, "items": []}}} for s in (0.50, 0.51, 0.52)]
+    found = uncertainty.average(same)
+    assert found.value == pytest.approx(51) and found.low < 51 < found.high and found.low > 45
+    assert found.no_texts and not found.resolved and "no interval over texts" in uncertainty.needed(found, 1.0)
+    one = [{"tasks": {"t": {"type": "STS", "score": 0.5, "items": [0.5]}}}]  # one value says nothing about how it varies
+    assert uncertainty.average(one).no_texts
+
+
 def test_pairs_of_few_documents_say_less_than_as_many_pairs_of_their_own(results):
     entry = results["good"]["tasks"]["OfflineLeeDocuments"]
     alone = {**entry, "documents": None}
@@ -242,7 +267,7 @@ def test_results_of_other_seeds_or_tasks_are_refused(results):
     with pytest.raises(UserError, match="give each model the same seeds"):
         uncertainty.difference([good] * 2, [bad] * 3)
     less = {**bad, "tasks": dict(list(bad["tasks"].items())[:1])}
-    with pytest.raises(UserError, match="no task with items"):
+    with pytest.raises(UserError, match="share no task"):
         uncertainty.difference([good], [less], types=("Nothing",))
 
 

@@ -1,15 +1,19 @@
 """DPO in shared, packed rows: equal to TRL, to plain rows, to itself over any split of the batch."""
 
+import functools
+import itertools
 import json
 import math
 import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, TrainingArguments
 
 from speed_core import dpo, lm_head, models, packing, profile, sft
@@ -25,16 +29,15 @@ PAIRS = [
 
 
 UNEVEN = (0.25, 1.0, 3.0, 0.5)  # equal weights would hide a mean of means
+MORE = [{**r, "prompt": f"{r['prompt']} Again, {n}."} for n in range(3) for r in PAIRS][:9]  # no whole number of batches
 
 
-def policy(base, seed=0, window=None):
-    """A fresh LoRA policy in float32 that returns hidden states."""
+def policy(base, seed=0):
+    """A fresh LoRA policy in float32."""
     from peft import get_peft_model
 
     torch.manual_seed(seed)
     model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
-    if window:
-        model.config.sliding_window = window
     return get_peft_model(model, sft.lora_config(Lora(rank=2, alpha=4)))
 
 
@@ -51,11 +54,13 @@ def grads(model):
     return {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
 
 
-def prepared(base, share=True, window=None):
+def prepared(base, pairs=PAIRS):
+    """A policy that has moved away from its reference, and the groups of `pairs` with that reference."""
     tokenizer = models.load_tokenizer(base)
-    groups, aside = dpo.check_pairs(tokenizer, PAIRS, 256, share=share)
-    assert len(groups) == len(PAIRS) and not any(aside.values())
-    model = policy(base, window=window)
+    groups, aside = dpo.check_pairs(tokenizer, pairs, 256)
+    assert len(groups) == len(pairs) and not any(aside.values())
+    assert max(map(len, groups)) > 2 * 16, "no row is longer than the windows of tiny_config"
+    model = policy(base)
     lm_head.hidden_states_only(model)
     dpo.reference_log_probs(model, groups, 0, 4)
     return shake(model), groups
@@ -113,22 +118,25 @@ def test_loss_rewards_and_gradients_equal_trls(family, kind, tiny_model, tmp_pat
         assert torch.allclose(g, expected[name], atol=1e-5, rtol=1e-3), name
 
 
-def ours_trainer(base, folder, batch=4, micro=4, steps=20, weights=None, **more):
-    model, made = prepared(base)
-    for g, w in zip(made, weights or (), strict=False):
+def ours_trainer(base, folder, batch=4, micro=4, steps=20, weights=None, pairs=PAIRS, **more):
+    model, made = prepared(base, pairs)
+    for g, w in zip(made, itertools.cycle(weights or (1.0,)), strict=False):
         g.pairs = [(a, b, w) for a, b, _ in g.pairs]
     if weights:
         made[0].pairs.append((1, 0, 2.0))
+        made[0].rows.append(-1)
     values = profile.load("smoke").senior.model_copy(update=dict(batch=batch, micro_batch=micro, lr=1e-3, dtype="float32"))
     arguments = sft.trainer_arguments(values, 0, folder, remove_unused_columns=False, max_steps=steps, **more)
     trainer = dpo._trainer_class()(
-        model=model, args=TrainingArguments(**arguments), train_dataset=made, data_collator=lambda part: packing.collate(part, 0)
+        model=model, args=TrainingArguments(**arguments), train_dataset=made, data_collator=lambda part: packing.collate(part, 0),
+        beta=0.1, callbacks=[sft.bar_callback("dpo")],
     )  # fmt: skip
     return trainer
 
 
-def test_the_trajectory_over_20_steps_equals_trls(tiny_model, tmp_path):
-    base = tiny_model("gemma3")
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_trajectory_over_20_steps_equals_trls(family, tiny_model, tmp_path):
+    base = tiny_model(family)
     ours = ours_trainer(base, tmp_path / "ours", batch=2, micro=2, save_strategy="no")
     ours.train()
     a = ours.args
@@ -140,20 +148,19 @@ def test_the_trajectory_over_20_steps_equals_trls(tiny_model, tmp_path):
     shake(theirs.model)
     theirs.train()
     one, other = ([h["loss"] for h in t.state.log_history if "loss" in h] for t in (ours, theirs))
-    assert len(one) == 20 and one == pytest.approx(other, abs=2e-3) and min(one) < one[0] - 0.03
+    assert len(one) == 20 and one == pytest.approx(other, abs=5e-4) and min(one) < one[0] - 0.01
     for (name, p), q in zip(ours.model.named_parameters(), dict(theirs.model.named_parameters()).items(), strict=False):
         if p.requires_grad:
             assert torch.allclose(p, dict(theirs.model.named_parameters())[name], atol=2e-4), (name, q[0])
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-@pytest.mark.parametrize("window", (None, 4))
-def test_shared_packed_and_separate_rows_agree(family, window, tiny_model):
-    model, groups = prepared(tiny_model(family), window=window)
+def test_shared_packed_and_separate_rows_agree(family, tiny_model):
+    model, groups = prepared(tiny_model(family))
     plain = loss_of(model, groups, share=False)
     for capacity in (None, 60, 1000):
         packed = loss_of(model, groups, capacity)
-        assert torch.allclose(plain[0], packed[0], atol=1e-5)
+        assert torch.allclose(plain[0], packed[0], atol=1e-5) and torch.allclose(plain[1], packed[1], atol=1e-5)
         assert all(torch.allclose(g, packed[2][n], atol=1e-5, rtol=1e-3) for n, g in plain[2].items())
 
 
@@ -207,14 +214,19 @@ def test_packing_keeps_every_group_once_and_within_the_row(sizes, capacity):
     assert all(sum(sizes[i] for i in row) <= capacity or len(row) == 1 for row in rows)
 
 
-@pytest.mark.parametrize("micro", (1, 2))
+@pytest.mark.parametrize("micro", (1, 2, 4))
 def test_accumulation_does_not_change_the_training(micro, tiny_model, tmp_path):
     base = tiny_model("llama")
-    whole, split = (ours_trainer(base, tmp_path / str(m), 4, m, 3, UNEVEN, save_strategy="no") for m in (4, micro))
+    # Nine prompts in batches of eight: each epoch ends in a batch of one.
+    whole, split = (ours_trainer(base, tmp_path / str(m), 8, m, 4, UNEVEN, MORE, save_strategy="no") for m in (8, micro))
     whole.train(), split.train()
     a, b = (dict(t.model.named_parameters()) for t in (whole, split))
     assert all(torch.allclose(p, b[n], atol=1e-5) for n, p in a.items())
-    assert whole.state.log_history[0]["loss"] == pytest.approx(split.state.log_history[0]["loss"], abs=1e-5)
+    assert losses(whole) == pytest.approx(losses(split), abs=1e-5) and len(losses(whole)) == 4
+
+
+def losses(trainer):
+    return [h["loss"] for h in trainer.state.log_history if "loss" in h]
 
 
 def test_resumed_from_a_checkpoint_equals_uninterrupted(tiny_model, tmp_path):
@@ -250,19 +262,23 @@ def test_two_processes_equal_one_with_the_whole_batch(tiny_model, tmp_path):
     script.write_text(
         f"import sys; sys.path[:0] = {[str(Path(__file__).parent), str(Path(__file__).parents[1])]!r}\n"
         "import torch, test_dpo\nfrom pathlib import Path\n"
-        f"t = test_dpo.ours_trainer({base!r}, Path({str(tmp_path / 'o')!r}), 4, 2, 2, test_dpo.UNEVEN, save_strategy='no', ddp_backend='gloo')\n"
+        f"t = test_dpo.ours_trainer({base!r}, Path({str(tmp_path / 'o')!r}), 4, 1, 4, test_dpo.UNEVEN, test_dpo.MORE[:5], "
+        "save_strategy='no', ddp_backend='gloo')\n"
         "t.train()\n"
-        f"if t.args.process_index == 0: torch.save(dict(t.model.named_parameters()), {str(tmp_path / 'p.pt')!r})\n"
+        "kept = {'weights': dict(t.model.named_parameters()), 'losses': test_dpo.losses(t)}\n"
+        f"if t.args.process_index == 0: torch.save(kept, {str(tmp_path / 'p.pt')!r})\n"
         "torch.distributed.destroy_process_group()\n"  # left open, gloo's threads may outlive the interpreter and abort
     )
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", str(script)]
     done = subprocess.run(command, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
-    one = ours_trainer(base, tmp_path / "one", 4, 4, 2, UNEVEN, save_strategy="no")
+    # Five prompts: the second batch of an epoch is one prompt, and one of the two processes has none for it.
+    one = ours_trainer(base, tmp_path / "one", 4, 4, 4, UNEVEN, MORE[:5], save_strategy="no")
     one.train()
     two = torch.load(tmp_path / "p.pt", weights_only=False)
     ours = dict(one.model.named_parameters())
-    assert all(torch.allclose(ours[n], p, atol=1e-5) for n, p in two.items() if ours[n].requires_grad)
+    assert two["losses"] == pytest.approx(losses(one), abs=1e-5) and len(losses(one)) == 4
+    assert all(torch.allclose(ours[n], p, atol=1e-5) for n, p in two["weights"].items() if ours[n].requires_grad)
 
 
 def test_gradient_checkpointing_changes_nothing_but_memory(tiny_model, tmp_path):
@@ -293,17 +309,80 @@ def test_the_reference_is_kept_by_digest_and_recomputed_for_other_data(tiny_mode
     assert dpo.cached_reference(None, groups, 0, 4, "w", tmp_path) == first  # read, not computed: there is no model
     assert all(g.reference == pytest.approx(w, abs=1e-5) for g, w in zip(groups, wanted, strict=True))
     assert dpo.cached_reference(model, groups, 0, 4, "other weights", tmp_path) != first
+    assert dpo.cached_reference(model, groups, 0, 4, "w", tmp_path, share=False) != first
+    assert dpo.cached_reference(model, groups, 0, 4, "w", tmp_path, row_tokens=1000) != first
     groups[0].completions[0] = groups[0].completions[0] + [5]
     assert dpo.cached_reference(model, groups, 0, 4, "w", tmp_path) != first
-    assert len(list(tmp_path.glob("*.npy"))) == 3
+    assert len(list(tmp_path.glob("*.npy"))) == 5
 
 
-def test_a_loss_that_is_no_number_stops_and_names_step_and_pair(tiny_model, tmp_path):
-    base = tiny_model("llama")
-    trainer = ours_trainer(base, tmp_path, 2, 2, 4, save_strategy="steps", save_steps=1)
+def test_a_reference_file_that_does_not_fit_is_refused_and_a_reference_that_is_no_number_is_not_kept(tiny_model, tmp_path):
+    model, groups = prepared(tiny_model("llama"))
+    dpo.cached_reference(model, groups, 0, 4, "w", tmp_path)
+    (file,) = tmp_path.glob("*.npy")
+    np.save(file, np.load(file)[:-1])
+    with pytest.raises(UserError, match="do not fit the data of its digest; delete the file"):
+        dpo.cached_reference(model, groups, 0, 4, "w", tmp_path)
+    model.get_base_model().model.norm.weight.data.fill_(float("nan"))
+    with pytest.raises(UserError, match="the junior gives pair 0 the log-probabilities"):
+        dpo.cached_reference(model, groups, 0, 4, "damaged", tmp_path)
+    assert list(tmp_path.glob("*.npy")) == [file]
+
+
+def test_a_loss_that_is_no_number_stops_and_names_step_pair_and_checkpoint(tiny_model, tmp_path):
+    trainer = ours_trainer(tiny_model("llama"), tmp_path, 2, 2, 4, save_strategy="steps", save_steps=1)
+    (at,) = (k for k, step in enumerate(trainer.get_train_dataloader()) if 2 in step["rows"])  # pair 2 comes with another
     trainer.train_dataset[2].reference[0] = float("nan")
-    with pytest.raises(UserError, match=r"not a number at step \d.*pair 2.*checkpoint"):
+    last = f"last checkpoint: checkpoint-{at}" if at else "there is no checkpoint yet"
+    with pytest.raises(UserError, match=f"not a number at step {at + 1} of pair 2; .*{last}"):
         trainer.train()
+
+
+def test_a_gradient_that_is_no_number_stops_before_it_reaches_the_weights(tiny_model, tmp_path):
+    trainer = ours_trainer(tiny_model("llama"), tmp_path, 2, 2, 4, save_strategy="steps", save_steps=1)
+    name, weight = next((n, p) for n, p in trainer.model.named_parameters() if p.requires_grad)
+    calls: list[int] = []
+
+    def poison(gradient):
+        calls.append(1)
+        return gradient * float("nan") if len(calls) == 2 else gradient
+
+    weight.register_hook(poison)
+    with pytest.raises(
+        UserError, match="dpo: a gradient is not a number at step 2; lower the learning rate; last checkpoint: checkpoint-1"
+    ):
+        trainer.train()
+    assert all(p.isfinite().all() for p in trainer.model.parameters())
+
+
+def test_the_last_checkpoint_is_the_newest_that_was_written_to_its_end(tmp_path):
+    assert sft.last_checkpoint(tmp_path) is None
+    for step, whole in ((9, True), (10, True), (11, False)):
+        (tmp_path / f"checkpoint-{step}").mkdir()
+        if whole:
+            (tmp_path / f"checkpoint-{step}" / "trainer_state.json").write_text("{}")
+    assert sft.last_checkpoint(tmp_path).name == "checkpoint-10"
+
+
+def test_layers_of_another_sort_are_refused(tiny_model):
+    model, groups = prepared(tiny_model("gemma3"))
+    model.get_base_model().config.layer_types = ["chunked_attention", "full_attention"]
+    with pytest.raises(UserError, match="chunked_attention have no mask for packed rows"):
+        packing.completion_log_probs(model, packing.collate(groups, 0))
+
+
+def test_a_head_that_is_trained_is_refused(tiny_model):
+    from peft import get_peft_model
+
+    lora = sft.lora_config(Lora(rank=2, alpha=4, targets=("q_proj", "lm_head")))
+    model = get_peft_model(AutoModelForCausalLM.from_pretrained(tiny_model("llama"), dtype=torch.float32), lora)
+    with pytest.raises(UserError, match="a head with weights that are trained is not supported"):
+        lm_head.hidden_states_only(model)
+
+
+def test_ipo_with_smoothing_is_refused():
+    with pytest.raises(UserError, match="label_smoothing: has no meaning with loss 'ipo'"):
+        profile.load("smoke", {"senior.loss": "ipo", "senior.label_smoothing": 0.1})
 
 
 def test_an_architecture_that_ignores_the_mask_is_refused(tiny_model, monkeypatch):
@@ -314,14 +393,19 @@ def test_an_architecture_that_ignores_the_mask_is_refused(tiny_model, monkeypatc
         packing.verify(model, groups[0], 0)
 
 
+def junior_and_senior(base, folder, **changes):
+    """A junior in `folder` and settings of a senior in float32."""
+    values, lora = profile.load("smoke"), Lora(rank=2, alpha=4)
+    junior = values.junior.model_copy(update=dict(lr=1e-2, dtype="float32", batch=2, micro_batch=2, lora=lora))
+    sft.train(base, [(r["prompt"], r["chosen"]) for r in PAIRS], junior, seed=0, output=folder / "junior")
+    given = dict(lr=1e-2, epochs=4, dtype="float32", batch=2, micro_batch=2, lora=lora, max_length=256) | changes
+    return values.senior.model_copy(update=given)
+
+
 @pytest.mark.parametrize("family", ("llama", "mistral"))
 def test_dpo_widens_the_margin_from_the_junior_as_reference(family, tiny_model, tmp_path):
     base = tiny_model(family)
-    values = profile.load("smoke")
-    junior = values.junior.model_copy(update=dict(lr=1e-2, dtype="float32", batch=2, micro_batch=2, lora=Lora(rank=2, alpha=4)))
-    sft.train(base, [(r["prompt"], r["chosen"]) for r in PAIRS], junior, seed=0, output=tmp_path / "junior")
-    changes = dict(lr=1e-2, epochs=4, dtype="float32", batch=2, micro_batch=2, lora=Lora(rank=2, alpha=4), max_length=256)
-    senior = values.senior.model_copy(update=changes)
+    senior = junior_and_senior(base, tmp_path)
     facts = dpo.train(base, tmp_path / "junior", PAIRS, senior, seed=0, output=tmp_path / "senior", cache=tmp_path / "cache")
     assert abs(facts["history"][0]["loss"] - 0.6931) < 1e-3, "the policy does not start at the reference"
     assert facts["history"][-1]["margin"] > facts["history"][0]["margin"]
@@ -329,12 +413,76 @@ def test_dpo_widens_the_margin_from_the_junior_as_reference(family, tiny_model, 
     assert noted["weights"] == models.weights_id(dpo.starting_point(base, tmp_path / "junior"))
 
 
+def test_the_settings_of_a_senior_reach_its_training_and_an_interrupted_one_goes_on(tiny_model, tmp_path, monkeypatch):
+    base = tiny_model("gemma3")
+    # At the start policy and reference agree, so ipo's loss is (1 / (2 beta))^2: 1 at beta 0.5.
+    senior = junior_and_senior(base, tmp_path, beta=0.5, loss="ipo", row_tokens=1000, save_steps=1, examples=4)
+    rows = [*PAIRS[:1], PAIRS[1] | {"rejected_status": "truncated"}, *PAIRS[1:], {**PAIRS[0], "prompt": "One more."}]
+
+    def train(name, cache):
+        return dpo.train(base, tmp_path / "junior", rows, senior, seed=0, output=tmp_path / name, cache=tmp_path / cache)
+
+    whole = train("whole", "a")
+    assert whole["history"][0]["loss"] == pytest.approx(1.0, abs=1e-3) and len(whole["history"]) == 8
+    assert whole["rows"] == 4 and whole["set_aside_rows"] == {"truncated": [1]}, "it took fewer than the four usable pairs"
+    widths: list[int] = []
+    real = packing.completion_log_probs
+
+    def stopped(model, batch):
+        widths.append(batch["input_ids"].shape[0])
+        if len(widths) == 2 + 2 + 5:  # verify, the reference, five steps
+            raise KeyboardInterrupt
+        return real(model, batch)
+
+    monkeypatch.setattr(packing, "completion_log_probs", stopped)
+    with pytest.raises(KeyboardInterrupt):
+        train("again", "b")
+    assert set(widths[2:]) == {1}, "row_tokens did not pack two prompts into one row"
+    widths.clear()
+    again = train("again", "b")
+    assert len(widths) == 2 + 4, "it began again instead of going on from the fourth step"
+    assert [h["loss"] for h in again["history"]] == pytest.approx([h["loss"] for h in whole["history"]], abs=1e-5)
+    adapters = [load_file(tmp_path / name / "adapter_model.safetensors") for name in ("whole", "again")]
+    assert all(torch.allclose(v, adapters[1][k], atol=1e-6) for k, v in adapters[0].items())
+
+
+def test_an_impossible_split_and_too_few_pairs_are_refused_before_anything_is_computed(tiny_model, tmp_path, monkeypatch):
+    base = tiny_model("llama")
+    senior = junior_and_senior(base, tmp_path, batch=4)
+    monkeypatch.setattr(packing, "completion_log_probs", None)
+    train = functools.partial(dpo.train, base, tmp_path / "junior", seed=0, output=tmp_path / "senior")
+    with pytest.raises(UserError, match=r"3 usable prompts among 3 pairs .* one batch needs 4; raise senior.prompts"):
+        train(PAIRS[:3], senior)
+    with pytest.raises(UserError, match="raise senior.examples or lower senior.batch"):
+        train(PAIRS, senior.model_copy(update={"examples": 3}))
+    monkeypatch.setenv("WORLD_SIZE", "3")
+    with pytest.raises(UserError, match="batch 4: not micro_batch 2 x 3 devices x a whole number"):
+        train(PAIRS, senior)
+
+
+@pytest.mark.parametrize(
+    ("row", "complaint"),
+    [
+        ({"prompt": "a", "chosen": "b"}, "pair 1: rejected is 'missing', not a text"),
+        ({"prompt": "a", "chosen": None, "rejected": "b"}, "pair 1: chosen is None, not a text"),
+        ({"prompt": "a", "chosen": "c", "rejected": "b", "weight": -1}, "pair 1: weight is -1, not a positive number"),
+        ({"prompt": "a", "chosen": "c", "rejected": "b", "weight": float("nan")}, "pair 1: weight is nan"),
+    ],
+)
+def test_a_row_of_another_form_is_named(row, complaint, tiny_model):
+    with pytest.raises(UserError, match=complaint):
+        dpo.check_pairs(models.load_tokenizer(tiny_model("llama")), [PAIRS[0], row], 256)
+
+
 def test_unusable_pairs_are_set_aside_by_rule_and_row(tiny_model):
     tokenizer = models.load_tokenizer(tiny_model("llama"))
     bad = [("a", "x", "x"), ("a", "", "x"), ("a", "x " * 300, "y"), ("a", "x", "y")]
     rows = [dict(zip(("prompt", "chosen", "rejected"), b, strict=True)) for b in bad]
-    groups, aside = dpo.check_pairs(tokenizer, [*rows, rows[3] | {"truncated": True}], 64)
-    assert len(groups) == 1 and aside == {"same": [0], "empty": [1], "truncated": [4], "too_long": [2], "joins": []}
+    cut = [rows[3] | {"truncated": True}, rows[3] | {"rejected_status": "truncated"}]  # as a user marks it, as `judge` does
+    groups, aside = dpo.check_pairs(tokenizer, [*rows, *cut, {**rows[0], "rejected": "x "}], 64)
+    assert len(groups) == 1 and aside == {"same": [0, 6], "empty": [1], "truncated": [4, 5], "too_long": [2], "joins": []}
+    first, none = dpo.check_pairs(tokenizer, [rows[3], rows[0]], 64, most=1)
+    assert len(first) == 1 and not any(none.values()), "rows behind the last one that is needed were looked at"
 
 
 def test_a_prompt_that_is_tokenised_differently_when_joined_is_set_aside(tiny_model, monkeypatch):
@@ -351,12 +499,8 @@ def test_groups_know_their_length():
 
 def test_share_false_trains_where_the_mask_is_ignored(tiny_model, tmp_path, monkeypatch):
     monkeypatch.setattr(packing, "attention_mask", lambda config, batch: (batch["group"] >= 0).long())
-    base, values = tiny_model("llama"), profile.load("smoke")
-    lora = Lora(rank=2, alpha=4)
-    junior = values.junior.model_copy(update=dict(lr=1e-2, dtype="float32", batch=2, micro_batch=2, lora=lora))
-    sft.train(base, [(r["prompt"], r["chosen"]) for r in PAIRS], junior, seed=0, output=tmp_path / "junior")
-    changes = dict(epochs=1, dtype="float32", batch=2, micro_batch=2, lora=lora, max_length=256)
-    refused = values.senior.model_copy(update=changes)
+    base = tiny_model("llama")
+    refused = junior_and_senior(base, tmp_path, epochs=1)
     with pytest.raises(UserError, match="set senior.share=false"):
         dpo.train(base, tmp_path / "junior", PAIRS, refused, seed=0, output=tmp_path / "a")
     facts = dpo.train(

@@ -1,5 +1,9 @@
 import math
+import os
 import pickle
+import subprocess
+import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -9,6 +13,8 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from speed_core.cached_loss import CachedGuidedContrastiveLoss
+from speed_core.files import UserError
 from speed_core.guided_loss import (
     GuideCache,
     GuidedCollator,
@@ -21,21 +27,30 @@ from speed_core.guided_loss import (
 WORDS = "a b c d e f g h red blue green cat dog bird runs sleeps eats who what where is the on under tree house".split()
 
 
-def oracle(a, p, n, ga, gp, gn, tau, margin=0.0, strategy="absolute", aa=True, pp=True):
-    """GISTEmbed's loss written as loops; no guide (ga None) removes diagonals only."""
+def oracle(a, p, n, ga, gp, gn, tau, margin=0.0, strategy="absolute", aa=True, pp=True, ids=None, offset=0):
+    """GISTEmbed's loss written as loops; no guide (ga None) removes diagonals and equal texts only.
+
+    The positive of anchor i is row `offset + i`; `ids` are lists of integers of anchors, positives and negatives.
+    """
     unit = lambda t: None if t is None else F.normalize(t.reshape(-1, t.shape[-1]), dim=-1)  # noqa: E731
     a, p, n, ga, gp, gn = (unit(t) for t in (a, p, n, ga, gp, gn))
     total = 0.0
     for i in range(len(a)):
-        own = None if ga is None else ga[i] @ gp[i]
+        o = offset + i
+        own = None if ga is None else ga[i] @ gp[o]
         t = None if own is None else own - margin if strategy == "absolute" else own - own.abs() * margin
-        kept = lambda x, y, t=t: t is None or x @ y <= t + 1e-6  # noqa: E731
+
+        def kept(x, y, column, j, i=i, o=o, t=t):
+            if ids is not None and ids[column][j] in (ids[0][i], ids[1][o]):
+                return False
+            return t is None or x @ y[j] <= t + 1e-6
+
         g = lambda side, k: None if side is None else side[k]  # noqa: E731
-        logits = [a[i] @ p[i]]
-        logits += [a[i] @ p[j] for j in range(len(p)) if j != i and kept(g(ga, i), g(gp, j))]
-        logits += [p[i] @ p[j] for j in range(len(p)) if pp and j != i and kept(g(gp, i), g(gp, j))]
-        logits += [a[i] @ a[j] for j in range(len(a)) if aa and j != i and kept(g(ga, i), g(ga, j))]
-        logits += [a[i] @ n[j] for j in range(0 if n is None else len(n)) if kept(g(ga, i), g(gn, j))]
+        logits = [a[i] @ p[o]]
+        logits += [a[i] @ p[j] for j in range(len(p)) if j != o and kept(g(ga, i), gp, 1, j)]
+        logits += [p[o] @ p[j] for j in range(len(p)) if pp and j != o and kept(g(gp, o), gp, 1, j)]
+        logits += [a[i] @ a[j] for j in range(len(a)) if aa and j != i and kept(g(ga, i), ga, 0, j)]
+        logits += [a[i] @ n[j] for j in range(0 if n is None else len(n)) if kept(g(ga, i), gn, 2, j)]
         total = total + torch.logsumexp(torch.stack(logits) / tau, 0) - logits[0] / tau
     return total / len(a)
 
@@ -55,25 +70,34 @@ def call(a, p, n, ga, gp, gn, **more):
 
 @given(
     st.integers(0, 10**6),
-    st.integers(1, 7),
+    st.integers(1, 6),
+    st.integers(0, 2),
+    st.integers(0, 2),
     st.integers(0, 3),
     st.sampled_from([-0.3, 0.0, 0.2]),
     st.sampled_from(["absolute", "relative"]),
     st.booleans(),
     st.booleans(),
     st.booleans(),
+    st.booleans(),
 )
-@settings(max_examples=60, deadline=None)
-def test_value_and_gradient_equal_the_loops(seed, b, k, margin, strategy, aa, pp, guided):
-    tensors = list(draw(seed, b, 5, k))
-    inputs = [t.requires_grad_() for t in tensors[:3] if t is not None]
+@settings(max_examples=100, deadline=None)
+def test_value_and_gradient_equal_the_loops(seed, b, before, after, k, margin, strategy, aa, pp, guided, with_ids):
+    a, p, n, ga, gp, gn = draw(seed, before + b + after, 5, k)  # candidates of other processes before and after ours
+    a, ga, ids = a[:b].clone(), ga[:b], None
+    if with_ids:  # few different texts, so that many are equal
+        texts = torch.Generator().manual_seed(seed)
+        ids = [torch.randint(8, shape, generator=texts) for shape in ((b,), (len(p),), (len(p), k))]
+    inputs = [t.requires_grad_() for t in (a, p, n) if t is not None]
+    more = {"temperature": 0.2, "block_size": 2, "contrast_anchors": aa, "contrast_positives": pp, "anchor_offset": before}
+    more["text_ids"] = ids if ids is None or k else ids[:2]
+    loops = {"aa": aa, "pp": pp, "offset": before, "ids": ids and [t.flatten().tolist() for t in ids]}
     if guided:
-        wanted = oracle(*tensors, 0.2, margin, strategy, aa, pp)
-        more = {"margin": margin, "margin_strategy": strategy, "contrast_anchors": aa, "contrast_positives": pp}
-        ours = call(*tensors, temperature=0.2, block_size=2, **more)
+        wanted = oracle(a, p, n, ga, gp, gn, 0.2, margin, strategy, **loops)
+        ours = call(a, p, n, ga, gp, gn, margin=margin, margin_strategy=strategy, **more)
     else:
-        wanted = oracle(*tensors[:3], None, None, None, 0.2, aa=aa, pp=pp)
-        ours = unguided_contrastive_loss(*tensors[:3], temperature=0.2, contrast_anchors=aa, contrast_positives=pp)
+        wanted = oracle(a, p, n, None, None, None, 0.2, **loops)
+        ours = unguided_contrastive_loss(a, p, n, **more)
     reference = torch.autograd.grad(wanted, inputs, allow_unused=True)
     assert torch.allclose(ours, wanted, atol=1e-8)
     for x, y in zip(torch.autograd.grad(ours, inputs), reference, strict=True):
@@ -119,8 +143,57 @@ def test_never_nan_with_zero_rows_duplicates_low_precision_and_any_margin(seed, 
     loss.backward()
     assert loss.dtype == torch.float32 and torch.isfinite(loss) and loss >= 0
     assert all(torch.isfinite(t.grad).all() for t in inputs)
-    view = false_negative_mask(ga, gp, gn, margin=margin, margin_strategy=strategy)
-    assert not any(view.removed[block].diagonal().any() for block in ("ap", "aa", "pp"))
+    # The loops always count the own positive and never the own query or positive once more.
+    wanted = oracle(*(t.detach().double() for t in (a, p, n, ga, gp, gn)), 0.01, margin, strategy)
+    assert torch.allclose(loss.double(), wanted, rtol=1e-4, atol=1e-3)
+
+
+EXTREMES = [
+    (torch.float16, 65504.0), (torch.float16, 6e-8), (torch.bfloat16, 3e38), (torch.bfloat16, 1e-38),
+    (torch.float32, 3e38), (torch.float32, 1e20), (torch.float32, 1e-30), (torch.float32, 1e-42),
+    (torch.float64, 1e300), (torch.float64, 1e-310),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("dtype", "size"), EXTREMES)
+def test_the_length_of_a_row_does_not_matter_up_to_the_ends_of_its_type(dtype, size):
+    ordinary = [t.sign() for t in draw(4, 4, 6, 1)]
+    extreme = [(t * size).to(dtype).requires_grad_() for t in ordinary]
+    loss = call(*extreme, temperature=0.1)
+    plain = [t.to(loss.dtype).requires_grad_() for t in ordinary]
+    wanted = call(*plain, temperature=0.1)
+    assert torch.allclose(loss, wanted, rtol=1e-5) and loss > 0.1
+    loss.backward()
+    wanted.backward()
+    for x, y in zip(extreme[:3], plain[:3], strict=True):
+        assert not x.grad.isnan().any()
+        if 1e-30 <= size < 1e38 and dtype in (torch.float32, torch.float64):
+            assert torch.allclose(x.grad * size, y.grad, rtol=1e-4, atol=1e-6) and y.grad.abs().max() > 0.01
+
+
+def test_extreme_guide_rows_of_another_type_are_no_zero_rows_either():
+    a, p, n, ga, gp, gn = draw(4, 4, 6, 1)
+    wanted = call(*(t.float() for t in (a, p, n)), ga, gp, gn)
+    assert torch.allclose(call(*(t.float() for t in (a, p, n)), ga * 1e200, gp * 1e-200, gn * 1e30), wanted, rtol=1e-5)
+
+
+def test_ordinary_rows_keep_their_values_to_the_last_bit():
+    from speed_core.guided_loss import _unit
+
+    x = torch.randn(64, 384, generator=torch.Generator().manual_seed(0))
+    x[3] = 0
+    assert torch.equal(_unit(x, "x", torch.float32), F.normalize(x, dim=1))
+
+
+def test_a_gradient_that_float16_cannot_hold_is_infinite_and_neither_nan_nor_cut():
+    x, y = (1e-4 * torch.randn(2, 4, 8, generator=torch.Generator().manual_seed(0))).half()
+    wide = [t.float().requires_grad_() for t in (x, y)]
+    half = [x.requires_grad_(), y.requires_grad_()]
+    for pair in (wide, half):
+        unguided_contrastive_loss(*pair).backward()
+    for t, w in zip(half, wide, strict=True):
+        assert torch.equal(t.grad, w.grad.half()) and torch.isfinite(w.grad).all()
+    assert half[0].grad.isinf().any(), "GradScaler sees an inf and skips the step"
 
 
 @given(st.integers(0, 10**6), st.integers(1, 9), st.integers(1, 9))
@@ -162,7 +235,7 @@ def test_texts_with_the_same_id_are_no_negatives(guided):
     ids = (torch.tensor([0, 1, 2]), torch.tensor([3, 1, 3]), [torch.tensor([2, 0, 5])])
     more = {"guide_anchors": x, "guide_positives": x, "guide_negatives": [x]} if guided else {}  # t = 1: keeps all
     switches = {"contrast_anchors": False, "contrast_positives": False, "temperature": 0.1}
-    ours = guided_contrastive_loss(x, y, [y], text_ids=ids, **more, **switches)
+    ours = (guided_contrastive_loss if guided else unguided_contrastive_loss)(x, y, [y], text_ids=ids, **more, **switches)
     logits = (torch.cat([x @ y.T, x @ y.T], 1)) / 0.1
     for i, j in ((0, 2), (2, 0), (0, 4), (2, 3)):  # 0 and 2 share a positive; negatives 1 and 0 are anchors 0 and 2
         logits[i, j] = float("-inf")
@@ -171,15 +244,20 @@ def test_texts_with_the_same_id_are_no_negatives(guided):
 
 def test_gathered_candidates_with_an_offset_equal_the_rows_of_the_whole_batch():
     a, p, n, ga, gp, gn = draw(5, 6, 4, 2)
-    switches = {"contrast_anchors": False, "temperature": 0.2, "margin": 0.1, "reduction": "sum"}
-    whole = call(a, p, n, ga, gp, gn, **switches)
-    parts = [
-        call(a[s], p, n, ga[s], gp, gn, anchor_offset=s.start, **switches) for s in (slice(0, 2), slice(2, 6))
-    ]  # fmt: skip
-    assert torch.allclose(whole, sum(parts), atol=1e-9)
-    switches["contrast_anchors"] = True
-    parts = [call(a, p, n, ga, gp, gn, rows=r, **switches) for r in ((0, 2), (2, 6))]
-    assert torch.allclose(call(a, p, n, ga, gp, gn, **switches), sum(parts), atol=1e-9)
+    leaves = [t.requires_grad_() for t in (a, p, n)]
+    switches = {"temperature": 0.2, "margin": 0.1, "reduction": "sum"}
+
+    def same(whole, parts):
+        assert torch.allclose(whole, sum(parts), atol=1e-9) and whole > 0.01
+        for x, y in zip(*(torch.autograd.grad(value, leaves) for value in (whole, sum(parts))), strict=True):
+            assert torch.allclose(x, y, atol=1e-9) and x.abs().max() > 0.01
+
+    few = switches | {"contrast_anchors": False}  # the anchors of the other processes are not there
+    shares = (slice(0, 2), slice(2, 6))
+    same(  # six rows of negatives for two and four anchors
+        call(a, p, n, ga, gp, gn, **few), [call(a[s], p, n, ga[s], gp, gn, anchor_offset=s.start, **few) for s in shares]
+    )
+    same(call(a, p, n, ga, gp, gn, **switches), [call(a, p, n, ga, gp, gn, rows=r, **switches) for r in ((0, 2), (2, 6))])
 
 
 def test_autocast_changes_neither_value_nor_gradient():
@@ -209,10 +287,36 @@ BAD = [
     ({"anchor_offset": 1}, "anchor_offset 1"),
     ({"negatives": torch.ones(2, 4)}, r"negatives: shape \(2, 4\).*expected \(3, 4\)"),
     ({"negatives": [torch.ones(3, 4), torch.ones(3, 5)]}, r"negatives: shape .*\(3, 5\)"),
-    ({"negatives": torch.ones(3, 4)}, r"guide_negatives: \[3, 3, 0\] rows, but \[3, 3, 3\]"),
-    ({"guide_positives": None}, "guide_positives missing"),
-    ({"guide_anchors": torch.ones(2, 4)}, r"guide_anchors"),
-    ({"text_ids": (torch.arange(3), torch.arange(2), None)}, r"text_ids: \[3, 2, 0\] ids for \[3, 3, 0\]"),
+    ({"negatives": torch.ones(3, 4)}, r"guide_negatives: shape none, but negatives \(3, 4\); encode the same texts"),
+    ({"guide_negatives": torch.ones(3, 4)}, r"guide_negatives: shape \(3, 4\), but negatives none"),
+    ({"guide_positives": None}, "guide_positives: None; encode .* or call unguided_contrastive_loss"),
+    ({"guide_anchors": None}, "guide_anchors: None"),
+    ({"guide_anchors": torch.ones(2, 4)}, r"guide_anchors: shape \(2, 4\), but anchors \(3, 4\); encode the same texts"),
+    ({"guide_positives": torch.ones(4, 2), "guide_anchors": torch.ones(3, 2)}, r"guide_positives: shape \(4, 2\), but positives"),
+    ({"text_ids": (torch.arange(3), torch.arange(2), None)}, r"text_ids\[1\]: shape \(2,\), but positives \(3, 4\); give one"),
+    (
+        {"text_ids": (torch.ones(3, 1), torch.arange(3))},
+        r"text_ids\[0\]: shape \(3, 1\), but anchors \(3, 4\); give one integer id",
+    ),
+    ({"text_ids": (torch.arange(3), torch.arange(3), torch.arange(3))}, r"text_ids\[2\]: shape \(3,\), but negatives none"),
+    ({"text_ids": (torch.arange(3),)}, "text_ids: 1 parts; give ids of anchors, positives"),
+    (
+        {"positives": torch.ones(5, 4), "negatives": [torch.ones(3, 4), torch.ones(5, 4)]},
+        r"negatives: shape \(3, 4\), \(5, 4\), expected \(3, 4\) or \(5, 4\) or K of one of them",
+    ),
+    ({"anchors": torch.ones(0, 4), "positives": torch.ones(0, 4)}, r"shape \(0, 4\).*give at least one pair"),
+    ({"anchors": torch.ones(3, 0), "positives": torch.ones(3, 0)}, "give at least one pair"),
+    (
+        {"positives": torch.ones(6, 4), "guide_positives": torch.ones(6, 4), "negatives": torch.ones(6, 4)}
+        | {"guide_negatives": torch.ones(3, 2, 4)},
+        r"guide_negatives: shape \(3, 2, 4\), but negatives \(6, 4\)",
+    ),
+    (
+        {"negatives": torch.ones(3, 2, 4).index_fill(1, torch.tensor(1), math.nan)},
+        r"negatives: row 0, negative 1 of shape \(3, 2, 4\)",
+    ),
+    ({"negatives": [torch.ones(3, 4), torch.full((3, 4), math.inf)]}, "negatives: row 0, negative 1 of shape"),
+    ({"negatives": torch.ones(3, 4).index_fill(0, torch.tensor(2), math.nan)}, r"negatives: row 2 of shape \(3, 4\)"),
     ({"anchors": torch.full((3, 4), float("nan"))}, "anchors: row 0 of shape .* not finite"),
     ({"guide_positives": torch.full((3, 4), float("inf"))}, "guide_positives: row 0 .* not finite"),
     ({"margin_strategy": "other"}, "margin_strategy 'other'"),
@@ -227,9 +331,21 @@ BAD = [
 def test_bad_input_gets_one_line_that_names_the_argument(change, says):
     values = {k: torch.ones(3, 4) for k in ("anchors", "positives", "guide_anchors", "guide_positives")} | change
     a, p, n = values.pop("anchors"), values.pop("positives"), values.pop("negatives", None)
-    with pytest.raises(ValueError, match=says) as caught:
+    with pytest.raises(UserError, match=says) as caught:
         guided_contrastive_loss(a, p, n, **values)
-    assert "\n" not in str(caught.value)
+    assert "\n" not in str(caught.value) and isinstance(caught.value, ValueError)
+
+
+def test_a_forgotten_guide_is_an_error_and_not_the_unguided_loss():
+    with pytest.raises(TypeError, match="guide_anchors"):
+        guided_contrastive_loss(torch.eye(3), torch.eye(3), margin=0.1)
+
+
+def test_ids_of_pairs_need_no_third_part():
+    a, p, _, ga, gp, _ = draw(2, 4, 5, 0)
+    ids = torch.tensor([0, 1, 2, 0]), torch.tensor([4, 5, 4, 6])
+    values = [call(a, p, None, ga, gp, None, temperature=1.0, text_ids=x) for x in (ids, (*ids, None), (*ids, []))]
+    assert values[0] == values[1] == values[2] and values[0] < call(a, p, None, ga, gp, None, temperature=1.0)
 
 
 def test_a_margin_without_a_guide_is_refused():
@@ -269,12 +385,12 @@ def texts(rows, columns, seed=0):
     return [{k: " ".join(rng.choice(WORDS, rng.integers(3, 9))) for k in names} for _ in range(rows)]
 
 
-def features(model, rows, **collator):
+def features(model, rows, prompts=None, **collator):
     """What the trainer hands to a loss for these rows, by the trainer's own code."""
     from sentence_transformers import SentenceTransformerTrainer
     from sentence_transformers.sentence_transformer.data_collator import SentenceTransformerDataCollator
 
-    batch = GuidedCollator(SentenceTransformerDataCollator(model.preprocess), **collator)(rows)
+    batch = GuidedCollator(SentenceTransformerDataCollator(model.preprocess, prompts=prompts), **collator)(rows)
     return SentenceTransformerTrainer.collect_features(None, batch)[0]
 
 
@@ -290,28 +406,63 @@ def bare(inputs):
 
 
 @pytest.mark.parametrize("columns", (2, 3, 4))
-@pytest.mark.parametrize(("margin", "strategy"), [(0.0, "absolute"), (0.05, "absolute"), (0.1, "relative")])
-def test_agrees_with_the_librarys_losses_where_they_are_right(make_model, columns, margin, strategy):
+@pytest.mark.parametrize(
+    ("margin", "strategy", "switches"),
+    [
+        (0.0, "absolute", (True, True)),
+        (0.05, "absolute", (False, False)),
+        (-0.01, "absolute", (False, True)),
+        (0.1, "relative", (True, False)),
+        (-0.01, "relative", (True, True)),
+    ],
+)
+def test_agrees_with_the_librarys_losses_where_they_are_right(make_model, columns, margin, strategy, switches):
     from sentence_transformers.sentence_transformer.losses import CachedGISTEmbedLoss, GISTEmbedLoss
 
     model, guide = make_model(0).eval(), make_model(1, 24)
     inputs = features(model, texts(7, columns))
-    settings = {"temperature": 0.05, "margin": margin, "margin_strategy": strategy}
-    ours = value_and_gradients(GuidedContrastiveLoss(model, guide, **settings), model, inputs)
-    peers = [CachedGISTEmbedLoss(model, guide, mini_batch_size=3, **settings)]
+    own = (F.normalize(torch.tensor(guide.encode(inputs[i]["guide_text"]))) for i in (0, 1))
+    # Where threshold passes 1 the library counts q-q and p-p themselves.
+    assert (math.prod(own).sum(1) < 0.97).all()
+    # By position, in the library's own order, so that one name replaces the other.
+    how = (strategy, margin, *switches)
+    ours = value_and_gradients(GuidedContrastiveLoss(model, guide, 0.05, *how), model, inputs)
+    cached = CachedGuidedContrastiveLoss(model, guide, 0.05, 3, None, False, *how)
+    assert torch.allclose(value_and_gradients(cached, model, inputs)[0], ours[0], atol=1e-5)
+    peers = [CachedGISTEmbedLoss(model, guide, 0.05, 3, None, False, *how)]
     if columns < 4:
-        peers.append(GISTEmbedLoss(model, guide, **settings))
+        peers.append(GISTEmbedLoss(model, guide, 0.05, *how))
     for peer in peers:
         theirs = value_and_gradients(peer, model, bare(inputs))
         assert torch.allclose(ours[0], theirs[0], atol=1e-4) and ours[0] > 0.01
         assert all(torch.allclose(x, y, atol=1e-4, rtol=1e-3) for x, y in zip(ours[1], theirs[1], strict=True))
 
 
+@pytest.mark.parametrize("cached", (False, True))
+def test_arguments_have_the_librarys_names_order_and_defaults(cached):
+    from inspect import signature
+
+    from sentence_transformers.sentence_transformer.losses import CachedGISTEmbedLoss, GISTEmbedLoss
+
+    ours, theirs = (CachedGuidedContrastiveLoss, CachedGISTEmbedLoss) if cached else (GuidedContrastiveLoss, GISTEmbedLoss)
+    wanted = signature(theirs).parameters
+    found = [p for p in signature(ours).parameters.values() if p.kind is p.POSITIONAL_OR_KEYWORD]
+    assert [p.name for p in found] == [*wanted]
+    assert all(p.default == wanted[p.name].default for p in found if p.name != "guide")
+    sizes = {"mini_batch_size": 5, "mini_batch_num_tokens": 9} if cached else {}
+    config = ours(torch.nn.Linear(1, 1), temperature=0.5, gather_across_devices=True, **sizes).get_config_dict()
+    assert config["gather_across_devices"] and config["temperature"] == 0.5 and sizes.items() <= config.items()
+
+
+@pytest.mark.parametrize("wrong", ({"mini_batch_size": 0}, {"mini_batch_num_tokens": 0}, {"mini_batch_num_tokens": -1}))
+def test_a_mini_batch_of_nothing_is_refused(wrong):
+    with pytest.raises(UserError, match=f"{[*wrong][0]} {[*wrong.values()][0]}: needs at least 1"):
+        CachedGuidedContrastiveLoss(torch.nn.Linear(1, 1), **wrong)
+
+
 @pytest.mark.parametrize("guided", (True, False))
 @pytest.mark.parametrize("size", (1, 3, 50))
 def test_the_cached_loss_equals_the_uncached_one(make_model, guided, size):
-    from speed_core.cached_loss import CachedGuidedContrastiveLoss
-
     model, guide = make_model(0).train(), make_model(1, 24) if guided else None
     for module in model.modules():
         if isinstance(module, torch.nn.Dropout):
@@ -325,17 +476,59 @@ def test_the_cached_loss_equals_the_uncached_one(make_model, guided, size):
     assert not any("guide" in name for name, _ in cached.named_parameters())
 
 
-def test_where_the_query_is_the_positive_the_library_stops_above_log_3_and_ours_does_not(make_model):
-    from sentence_transformers.sentence_transformer.losses import GISTEmbedLoss
+class Basis(torch.nn.Module):
+    """An encoder whose texts are orthogonal, exactly: token i is the i-th unit vector."""
 
-    model, guide = make_model(0).eval(), make_model(1)
-    rows = [{"anchor": w, "positive": w} for w in WORDS[:4]]
-    inputs = features(model, rows)
-    with torch.no_grad():
-        library = GISTEmbedLoss(model, guide)(bare(inputs), None)
-        ours = GuidedContrastiveLoss(model, guide)(inputs)
-        wanted = unguided_contrastive_loss(*[guide.encode(WORDS[:4], convert_to_tensor=True)] * 2)
-    assert library > math.log(3) - 0.45 and ours < library - 0.3 and torch.isfinite(wanted)
+    def forward(self, features):
+        return {"sentence_embedding": torch.eye(8, dtype=torch.float64)[features["input_ids"][:, 0]]}
+
+
+def test_where_the_query_is_the_positive_the_library_stops_at_log_3_and_ours_does_not(make_model):
+    from sentence_transformers.sentence_transformer.losses import CachedGISTEmbedLoss, GISTEmbedLoss
+
+    # The guide calls q-q and p-p as alike as q-p, not more: the own pair is counted three times.
+    inputs = [{"input_ids": torch.arange(8)[:, None]} for _ in range(2)]
+    for library in (GISTEmbedLoss(make_model(0), make_model(1)), CachedGISTEmbedLoss(make_model(0), make_model(1))):
+        library.model = library.guide = Basis()
+        with torch.no_grad():
+            assert float(library([dict(f) for f in inputs], None)) == pytest.approx(math.log(3), abs=1e-6)
+    guide = torch.eye(8, dtype=torch.float64)
+    loss = GuidedContrastiveLoss(Basis(), guided=True)
+    assert float(loss([f | {"guide_embedding": guide} for f in inputs])) < 1e-12
+    # The same of an ordinary student.
+    x = torch.randn(8, 5, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    ours = guided_contrastive_loss(x, x, guide_anchors=guide, guide_positives=guide, temperature=0.2)
+    assert torch.allclose(ours, oracle(x, x, None, guide, guide, None, 0.2))
+
+
+@pytest.mark.parametrize("retokenise", (False, True))
+@pytest.mark.parametrize("cached", (False, True))
+def test_the_librarys_guide_reads_cut_texts_and_prompts_at_every_step_and_ours_reads_each_text_once(
+    make_model, cached, retokenise
+):
+    from sentence_transformers.sentence_transformer.losses import CachedGISTEmbedLoss, GISTEmbedLoss
+
+    model, guide, read = make_model(0, limit=8).eval(), make_model(1), []
+    guide.register_forward_pre_hook(lambda _, given: read.extend(guide.tokenizer.batch_decode(given[0]["input_ids"], True)))
+    rows = [{"anchor": w, "positive": " ".join([w, *WORDS])} for w in ("cat", "dog", "bird")]
+    raw = sorted(text for row in rows for text in row.values())
+    inputs = features(model, rows, prompts={"anchor": "query : "})
+
+    library = (CachedGISTEmbedLoss if cached else GISTEmbedLoss)(model, guide)
+    assert not library.must_retokenize
+    library.must_retokenize, library.tokenizer = retokenise, model.tokenizer  # what another vocabulary sets
+    library(bare(inputs), None)
+    once = sorted(read)
+    assert not set(once) & set(raw), "no text reaches the guide as it is"
+    assert sum("query :" in t for t in once) == 3 and max(len(t.split()) for t in once) == 6, "the student's eight tokens"
+    library(bare(inputs), None)
+    assert sorted(read) == sorted(once * 2)
+
+    read.clear()
+    ours = (CachedGuidedContrastiveLoss if cached else GuidedContrastiveLoss)(model, guide)
+    for _ in range(2):
+        assert torch.isfinite(ours(inputs))
+    assert sorted(read) == raw
 
 
 def test_the_library_takes_one_negative_and_trains_its_guide_and_ours_does_neither(make_model):
@@ -406,11 +599,53 @@ def test_the_cache_on_disk_serves_another_process_and_only_the_same_guide(make_m
     assert not list(tmp_path.rglob("*.tmp"))
 
 
-def test_missing_guide_embeddings_say_how_to_attach(make_model):
+def test_another_dimension_or_tokenizer_is_another_guide_and_use_changes_nothing(make_model):
+    from tokenizers.normalizers import Lowercase
+
+    guide = make_model(1)
+    digest = GuideCache(guide)._digest()
+    assert guide.tokenizer.backend_tokenizer.truncation is None
+    guide.encode(["red cat " * 40])
+    assert guide.tokenizer.backend_tokenizer.truncation is not None, "what a call leaves behind"
+    assert GuideCache(guide)._digest() == digest
+    guide.truncate_dim = 8
+    assert GuideCache(guide)._digest() != digest
+    guide.truncate_dim = None
+    assert GuideCache(guide)._digest() == digest
+    guide.tokenizer.backend_tokenizer.normalizer = Lowercase()
+    assert GuideCache(guide)._digest() != digest
+
+
+def test_two_caches_of_one_process_keep_one_anothers_files(make_model, tmp_path):
+    for new in ("blue dog", "green bird"):
+        cache = GuideCache(make_model(1), tmp_path)
+        cache._rows.clear()  # as if both had been opened before either wrote
+        cache(["red cat", new])
+    assert len(GuideCache(make_model(1), tmp_path)._rows) == 3 and len(list(tmp_path.rglob("*.npz"))) == 2
+
+
+def test_a_text_without_a_finite_guide_embedding_is_named_and_not_kept():
+    class Broken(Spy):
+        def encode(self, batch, **_):
+            return np.stack([np.full(3, math.nan if "cat" in t else 1.0) for t in batch])
+
+    cache = GuideCache(Broken())
+    with pytest.raises(UserError, match=r"not finite for the text 'red cat red[a-z ]+\.\.\.';"):
+        cache(["blue dog", "red cat " * 40])
+    assert not cache._rows
+
+
+def test_missing_guide_embeddings_say_how_to_attach_or_that_nothing_can_compute_them(make_model):
     model = make_model(0)
-    inputs = bare(features(model, texts(2, 2)))
-    with pytest.raises(ValueError, match="missing for column 0.*loss.attach"):
+    whole = features(model, [{"anchor": "red cat " * 40, "positive": "blue dog"}] * 2)
+    inputs = bare(whole)
+    with pytest.raises(UserError, match="missing for column 0.*no texts in the batch.*loss.attach"):
         GuidedContrastiveLoss(model, Spy())(inputs)
+    with pytest.raises(
+        UserError, match=r"column 0, text 'red cat red.{40,50}\.\.\.': .*neither guide nor guide_cache; give"
+    ) as caught:
+        GuidedContrastiveLoss(model, guided=True)(whole)
+    assert "attach" not in str(caught.value)
     with pytest.raises(ValueError, match="1 text column"):
         GuidedContrastiveLoss(model)(inputs[:1])
     with pytest.raises(ValueError, match="second copy"):
@@ -459,6 +694,13 @@ def test_two_steps_of_the_trainer_with_two_negative_columns(make_model, tmp_path
 
 # --- two processes ------------------------------------------------------------------------------
 
+CLASSES = {"uncached": GuidedContrastiveLoss, "cached": CachedGuidedContrastiveLoss}
+CASES = {  # columns, guided, with ids
+    "triplets with a guide and equal texts": (3, True, True),
+    "pairs with a guide": (2, True, False),
+    "pairs without a guide, equal texts": (2, False, True),
+}
+
 
 class Linear(torch.nn.Module):
     def __init__(self):
@@ -469,34 +711,93 @@ class Linear(torch.nn.Module):
         return {"sentence_embedding": self.layer(features["x"])}
 
 
-def two_process_batch():
+def one_step(kind, case, own=slice(None)):
+    """[value, gradients] of the rows `own`; by DistributedDataParallel where processes have met."""
     torch.manual_seed(0)
+    count, guided, with_ids = CASES[case]
     ids = [torch.tensor([0, 1, 2, 3, 0]), torch.tensor([5, 6, 5, 8, 9]), torch.tensor([10, 11, 12, 13, 1])]
     columns = [{"x": torch.randn(5, 5), "guide_embedding": torch.randn(5, 3), "text_id": i} for i in ids]
-    more = {"guided": True, "margin": 0.1, "temperature": 0.2, "gather_across_processes": True}
+    left_out = {k for k, kept in (("guide_embedding", guided), ("text_id", with_ids)) if not kept}
+    columns = [{k: v[own] for k, v in c.items() if k not in left_out} for c in columns[:count]]
     model = Linear()
-    return model, GuidedContrastiveLoss(model, **more), columns
-
-
-def one_rank(rank, folder):
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=2)
-    model, loss, columns = two_process_batch()
-    own = slice(0, 3) if rank == 0 else slice(3, 5)  # shares of different size
-    value = loss([{k: v[own] for k, v in c.items()} for c in columns])
+    more = {"mini_batch_size": 2} if kind == "cached" else {}
+    loss = CLASSES[kind](model, guided=guided, margin=0.1, temperature=0.2, gather_across_devices=True, **more)
+    if dist.is_initialized():
+        loss.model = torch.nn.parallel.DistributedDataParallel(model)
+    value = loss(columns)
     value.backward()
-    for t in (value := value.detach(), *(p.grad for p in model.parameters())):
-        dist.all_reduce(t)
-        t /= 2  # what DistributedDataParallel does
-    torch.save([value, *(p.grad for p in model.parameters())], f"{folder}/{rank}.pt")
+    value = value.detach()
+    if dist.is_initialized():
+        dist.all_reduce(value)
+        value /= dist.get_world_size()
+    return [value, *(p.grad for p in model.parameters())]
+
+
+def trained(kind, folder, output, batch):
+    """Parameters after two steps of the trainer, in as many processes as there are."""
+    from datasets import Dataset
+    from sentence_transformers import SentenceTransformer, SentenceTransformerTrainer, SentenceTransformerTrainingArguments
+
+    model, guide = (SentenceTransformer(str(folder / name), device="cpu") for name in ("student", "guide"))
+    for module in model.modules():
+        if isinstance(module, torch.nn.Dropout):
+            module.p = 0.0
+    arguments = SentenceTransformerTrainingArguments(
+        output_dir=str(output), per_device_train_batch_size=batch, max_steps=2, learning_rate=0.1, optim="sgd", use_cpu=True,
+        report_to=[], save_strategy="no", disable_tqdm=True, ddp_backend="gloo" if dist.is_initialized() else None,
+    )  # fmt: skip
+    more = {"mini_batch_size": 2} if kind == "cached" else {}
+    loss = CLASSES[kind](model, guide, 0.05, gather_across_devices=True, **more)
+    data = Dataset.from_list(texts(12, 4))
+    loss.attach(SentenceTransformerTrainer(model, arguments, train_dataset=data, loss=loss)).train()
+    return {name: p.detach().clone() for name, p in model.named_parameters()}
+
+
+def one_rank(folder):
+    """What each of the two processes runs."""
+    dist.init_process_group("gloo")
+    rank = dist.get_rank()
+    own = slice(0, 3) if rank == 0 else slice(3, 5)  # shares of different size
+    found = {(kind, case): one_step(kind, case, own) for kind in CLASSES for case in CASES}
+    found |= {kind: trained(kind, folder, folder / f"{kind}-{rank}", 3) for kind in CLASSES}
+    torch.save(found, folder / f"{rank}.pt")
     dist.destroy_process_group()
 
 
-def test_two_processes_that_gather_equal_one_with_the_whole_batch(tmp_path):
-    torch.multiprocessing.spawn(one_rank, (str(tmp_path),), nprocs=2)
-    model, loss, columns = two_process_batch()
-    value, gradients = value_and_gradients(loss, model, columns)
-    for rank in (0, 1):
-        found = torch.load(tmp_path / f"{rank}.pt")
-        for x, y in zip(found, [value, *gradients], strict=True):
+@pytest.fixture(scope="module")
+def ranks(make_model, tmp_path_factory):
+    """(folder with a student and a guide, what both processes found), from one launch for all cases."""
+    folder = tmp_path_factory.mktemp("ranks")
+    make_model(0).save(str(folder / "student"))
+    make_model(1, 24).save(str(folder / "guide"))
+    folders = [str(Path(__file__).parent), str(Path(__file__).parents[1])]
+    script = folder / "two.py"
+    script.write_text(
+        f"import sys; sys.path[:0] = {folders!r}\n"
+        f"from pathlib import Path\nimport torch, test_guided_loss\ntorch.set_num_threads(1)\n"
+        f"test_guided_loss.one_rank(Path({str(folder)!r}))\n"
+    )
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", str(script)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300, env=os.environ | {"HF_HUB_OFFLINE": "1"})
+    assert done.returncode == 0, done.stderr
+    return folder, [torch.load(folder / f"{rank}.pt") for rank in (0, 1)]
+
+
+@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("kind", CLASSES)
+def test_two_processes_that_gather_equal_one_with_the_whole_batch(ranks, kind, case):
+    wanted = one_step(kind, case)
+    assert wanted[0] > 0.01 and all(t.abs().max() > 0.01 for t in wanted[1:2])
+    for found in ranks[1]:
+        for x, y in zip(found[kind, case], wanted, strict=True):
             assert torch.allclose(x, y, atol=1e-5)
+
+
+@pytest.mark.parametrize("kind", CLASSES)
+def test_the_trainer_in_two_processes_equals_one_with_the_whole_batch(ranks, kind, tmp_path):
+    folder, both = ranks
+    wanted = trained(kind, folder, tmp_path, 6)
+    alone = trained(kind, folder, tmp_path, 3)  # what processes that do not gather would come near at best
+    assert max(float((wanted[name] - t).abs().max()) for name, t in alone.items()) > 1e-3
+    for found in both:
+        assert all(torch.allclose(found[kind][name], t, atol=1e-5) for name, t in wanted.items())

@@ -9,7 +9,8 @@ import torch
 import triton  # noqa: F401  without it both sides would be the same path
 
 from speed_core import guided_loss
-from speed_core.guided_loss import guided_contrastive_loss
+from speed_core.guided_loss import guided_contrastive_loss, unguided_contrastive_loss
+from speed_core.kernels.guided_loss import part_width
 
 
 def both(monkeypatch, columns, guide, dtype=torch.float32, **settings):
@@ -19,13 +20,13 @@ def both(monkeypatch, columns, guide, dtype=torch.float32, **settings):
         with monkeypatch.context() as patch:
             if not kernels:
                 patch.setattr(guided_loss, "_kernel_dtype", lambda given, unit: None)
-            assert (guided_loss._kernel_dtype(dtype, torch.zeros(1)) is not None) == kernels
+            assert (guided_loss._kernel_dtype([torch.zeros(1, dtype=dtype)], torch.zeros(1)) is not None) == kernels
             leaves = [c.to(dtype).requires_grad_() for c in columns]
             more = dict(settings)
             if guide:
                 more |= dict(guide_anchors=guide[0], guide_positives=guide[1])
                 more |= dict(guide_negatives=guide[2]) if len(guide) > 2 else {}
-            loss = guided_contrastive_loss(*leaves, temperature=0.05, **more)
+            loss = (guided_contrastive_loss if guide else unguided_contrastive_loss)(*leaves, temperature=0.05, **more)
             loss.backward()
             out.append((loss.detach(), [c.grad.float() for c in leaves]))
     return out
@@ -44,13 +45,21 @@ def close(found, tolerance):
 
 
 @pytest.mark.parametrize(
-    "settings", [{}, {"margin": 0.1}, {"contrast_anchors": False}, {"contrast_positives": False, "margin": -0.1}]
+    "settings",
+    [
+        {},
+        {"margin": 0.1},
+        {"margin": 0.3, "margin_strategy": "relative"},
+        {"contrast_anchors": False},
+        {"contrast_positives": False, "margin": -0.1},
+        {"contrast_anchors": False, "contrast_positives": False},
+    ],
 )
 @pytest.mark.parametrize("negatives", [0, 1, 2])
 @pytest.mark.parametrize("guided", [True, False])
 def test_value_and_gradients_equal_the_matrix_products(monkeypatch, settings, negatives, guided):
     if not guided and "margin" in settings:
-        settings = {k: v for k, v in settings.items() if k != "margin"}
+        settings = {k: v for k, v in settings.items() if not k.startswith("margin")}
     b = 70  # more than one tile, and no multiple of it
     columns = draw(0, (b, 40), (b, 40), *([(b, negatives, 40)] if negatives else []))
     guide = draw(1, (b, 24), (b, 24), *([(b, negatives, 24)] if negatives else [])) if guided else None
@@ -79,3 +88,57 @@ def test_every_negative_removed_leaves_a_loss_of_zero(monkeypatch):
 def test_half_precision_inputs_are_multiplied_as_they_come(monkeypatch):
     columns, guide = draw(8, (66, 48), (66, 48), (66, 48)), draw(9, (66, 24), (66, 24), (66, 24))
     close(both(monkeypatch, columns, guide, dtype=torch.float16), 1e-2)
+
+
+def test_zero_rows_and_exact_ties_and_extreme_lengths_give_what_the_matrix_products_give(monkeypatch):
+    columns, guide = draw(10, (12, 16), (12, 16), (12, 16)), draw(11, (12, 8), (12, 8), (12, 8))
+    columns[0][0] = columns[1][0] = columns[2][3] = guide[0][2] = guide[1][5] = 0
+    columns[0][1], columns[1][2] = columns[0][1] * 1e20, columns[1][2] * 1e-20
+    guide[1][7], guide[2][8] = guide[1][6], guide[1][6]  # a duplicate of the own positive of row 6: equal, so kept
+    close(found := both(monkeypatch, columns, guide), 2e-5)
+    assert all(bool(torch.isfinite(g).all()) for _, grads in found for g in grads)
+
+
+@pytest.mark.parametrize("negatives", [0, 1])
+def test_one_pair_alone(monkeypatch, negatives):
+    columns, guide = (draw(i, (1, 16), (1, 16), *[(1, 16)] * negatives) for i in (12, 13))
+    columns[-1] = -columns[0] if not negatives else columns[0] + 0.5
+    guide[-1] = -guide[0] if negatives else guide[0]  # the negative is kept
+    (x, dx), (y, dy) = both(monkeypatch, columns, guide)
+    assert torch.allclose(x, y, atol=1e-5) and (x > 0.01) == bool(negatives)
+    assert all(torch.allclose(one, other, atol=1e-4) for one, other in zip(dx, dy, strict=True))
+
+
+@pytest.mark.parametrize("mixed", ["student", "guide"])
+def test_half_precision_needs_all_operands_so_mixed_ones_lose_nothing(monkeypatch, mixed):
+    columns, guide = draw(14, (20, 16), (20, 16)), draw(15, (20, 8), (20, 8))
+    # Candidate 1 is more like anchor 0 than its own positive by less than float16 can tell near 0.7.
+    guide[0][0] = torch.eye(8)[0]
+    for row, cosine in ((0, 0.7), (1, 0.7001)):
+        guide[1][row] = cosine * torch.eye(8)[0] + (1 - cosine**2) ** 0.5 * torch.eye(8)[1]
+    columns[1][1] = columns[0][0]  # and the student would pay for it
+    side = columns if mixed == "student" else guide
+    side[0] = side[0].half()
+    values = []
+    for kernels in (True, False):
+        with monkeypatch.context() as patch:
+            if not kernels:
+                patch.setattr(guided_loss, "_kernel_dtype", lambda given, unit: None)
+            more = dict(guide_anchors=guide[0], guide_positives=guide[1], temperature=0.05)
+            values.append(guided_contrastive_loss(*columns, **more))
+    assert torch.allclose(*values, rtol=1e-6, atol=1e-6) and values[0] > 0.01
+
+
+def test_integers_of_two_bytes_are_no_half_precision():
+    rows = [torch.eye(3, dtype=torch.int16)] * 2
+    assert guided_loss._common_half(rows) == torch.float32
+    assert guided_loss._common_half([t.half() for t in rows]) == torch.float16
+    assert guided_loss._common_half([rows[0].half(), rows[1].bfloat16()]) == torch.float32
+
+
+def test_a_part_of_the_gradients_is_a_power_of_two_of_at_most_512_bytes(monkeypatch):
+    wanted = {(5, 2): 16, (40, 4): 64, (384, 4): 128, (200, 2): 256, (384, 2): 256, (4096, 2): 256}
+    assert {k: part_width(*k) for k in wanted} == wanted
+    for width, dtype, tolerance in ((5, torch.float32, 2e-5), (200, torch.float32, 2e-5), (300, torch.float16, 1e-2)):
+        columns, guide = draw(16, (10, width), (10, width)), draw(17, (10, 8), (10, 8))
+        close(both(monkeypatch, columns, guide, dtype=dtype), tolerance)

@@ -43,7 +43,17 @@ def test_a_model_compared_with_itself_differs_by_nothing(tmp_path):
         ([{"query": "a"}], "line 1 has none of the shapes query . positive"),
         ([{"query": "a", "positive": " "}], "line 1: 'positive' is ' '; it must be a text"),
         ([{"sentence1": "a", "sentence2": "b", "score": "high"}], "'score' is 'high'; it must be a number"),
-        ([{"query": "a", "positive": "b"}] * 3, "has 3 lines; give at least 10"),
+        ([{"sentence1": "a", "sentence2": "b", "score": float("nan")}], "line 1: 'score' is nan; it must be a number"),
+        ([{"sentence1": "a", "sentence2": "b", "score": float("inf")}], "line 1: 'score' is inf; it must be a number"),
+        ([{"query": "a", "positive": "b", "negative": 5}], "line 1: 'negative' is 5; it must be a text"),
+        ([{"query": "a", "positive": "b", "negative": ["c"]}], "line 1: 'negative' is .'c'.; it must be a text"),
+        ([{"query": "a", "positive": "b", "instruction": 5}], "line 1: 'instruction' is 5; it must be a text"),
+        (
+            [{"query": "a", "positive": "b"}, {"query": "c", "positive": "d", "instruction": "Find"}],
+            "line 2: 'instruction' is 'Find', the task's first line has None; give all lines of a task the same",
+        ),
+        ([{"text": "a", "label": "x"}] * 3, "has 3 lines; give at least 10"),
+        ([{"query": "a", "positive": f"b{i}"} for i in range(12)], "has 1 different queries; give at least 10"),
         ([{"text": f"t{i}", "label": "x"} for i in range(12)], "one label only"),
         ([{"sentence1": "a", "sentence2": "b", "score": 1}] * 12, "scores that differ"),
         ([], "empty"),
@@ -60,3 +70,40 @@ def test_a_file_that_is_missing_or_no_json_is_refused(tmp_path):
     (tmp_path / "bad.jsonl").write_text('{"query": "a"\n')
     with pytest.raises(UserError, match="line 1 is no JSON"):
         own_tasks.own_tasks(tmp_path / "bad.jsonl")
+
+
+def test_a_query_on_two_lines_has_two_relevant_texts(tmp_path):
+    rows = [{"query": f"what is a {t} for", "positive": f"a {t} {w}"} for t in ("spade", "hoe", "saw", "drill", "clamp", "brush", "ladder", "bucket", "chisel", "rake") for w in ("digs", "cuts")]  # fmt: skip
+    (task,) = own_tasks.own_tasks(write(tmp_path / "my.jsonl", rows))
+    task.load_data()
+    split = task.dataset["default"]["test"]
+    assert len(split["queries"]) == 10 and {len(found) for found in split["relevant_docs"].values()} == {2}
+    (found,) = own_tasks.scorecard(["package:all-MiniLM-L6-v2"], tmp_path / "my.jsonl", tmp_path / "out", instructed=False)
+    assert found["value"] > 95
+
+
+def scores(folder):
+    (found,) = json.loads((folder / "scores.json").read_text())
+    return {name: task["score"] for name, task in found["tasks"].items()}
+
+
+def test_a_file_that_was_edited_is_scored_anew(tmp_path):
+    model, rows = ["package:all-MiniLM-L6-v2"], some_rows()[12:24]
+    own_tasks.scorecard(model, write(tmp_path / "my.jsonl", rows), tmp_path / "out", instructed=False)
+    before = scores(tmp_path / "out")["OwnSTS-my"]
+    write(tmp_path / "my.jsonl", [r | {"score": 1 - r["score"]} for r in rows])
+    own_tasks.scorecard(model, tmp_path / "my.jsonl", tmp_path / "out", instructed=False)
+    assert scores(tmp_path / "out")["OwnSTS-my"] == pytest.approx(-before)
+
+
+def test_scores_without_the_instruction_are_not_those_with_it(tmp_path):
+    rows = [r | {"instruction": "Say nothing of tools, sing of the sea"} for r in some_rows()[:12]]
+    rows = [r | {"positive": r["positive"].split()[1][::-1]} for r in rows]  # hard enough to differ
+    data, kept = write(tmp_path / "my.jsonl", rows), {}
+    for where in ("shared", "fresh"):
+        for instructed in (True, False):
+            folder = tmp_path / (where if where == "shared" else f"{where}{instructed}")
+            own_tasks.scorecard(["package:all-MiniLM-L6-v2"], data, folder, instructed=instructed)
+            kept[where, instructed] = scores(folder)
+    assert kept["fresh", True] != kept["fresh", False]
+    assert all(kept["shared", k] == kept["fresh", k] for k in (True, False))

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from speed_core import plots, provenance
+from speed_core import claims, plots, provenance, study
 from speed_core.artifacts import UserError, write_json
 from speed_core.run_context import open_run
 
@@ -179,6 +179,37 @@ def test_a_figure_over_several_points_keeps_their_inputs_apart(drawn, monkeypatc
     make(points[1], "scores-jr", 3, ["embedder-jr"])
     (line,) = plots.check(run.figures, runs)
     assert "input variants/lr=2/scores-jr moved (" in line and line.endswith("because variants/lr=2/embedder-jr moved")
+
+
+def test_a_verdict_on_a_sweep_is_stale_when_a_point_of_the_sweep_moves(drawn, monkeypatch):
+    run, _, runs = drawn
+    sweep = next(s for s in study.SWEEPS if s.label == "temperature")
+    points = [study.at_value(run, sweep, value) for value in (0.3, 1.0)]
+    for point in points:
+        make(point, "scores-jr", point.folder.name, ["embedder-jr"])
+    used = [run.store.need("scores-jr"), *(p.store.need("scores-jr") for p in points)]
+    made = study.write(run, {"S12": {"value": 1.0}}, used)
+    assert list(made.manifest["parents"]) == ["scores-jr", *(f"variants/{p.folder.name}/scores-jr" for p in points)]
+    assert study.write(run, {"S12": {"value": 1.0}}, used).manifest["written"] == made.manifest["written"]
+    plots.rates(run, "12_map", ROWS, [made], "Verdicts", "points")
+    assert plots.check(run.figures, runs) == []
+    make(points[1], "scores-jr", "moved", ["embedder-jr"])
+    (line,) = plots.check(run.figures, runs)
+    assert line.startswith(f"12_map: stale, input study is of an earlier variants/{points[1].folder.name}/scores-jr: ")
+
+
+def test_a_table_of_claims_that_is_not_the_plotted_one_is_found(drawn):
+    run, folder, runs = drawn
+    rows = claims.build({}, {}, {})
+    plots.verdicts(run, "12_claims", rows, [])
+    assert plots.check(folder) == ["claims.csv: not beside 12_claims.csv; run notebook 12 again"]
+    claims.write(folder / "claims.csv", rows)
+    assert plots.check(folder) == []
+    text = (folder / "claims.csv").read_text()
+    (folder / "claims.csv").write_text(text.replace("S3,", "S3,all of it, ", 1))
+    assert plots.check(folder) == ["claims.csv: S3 not as in 12_claims.csv; run notebook 12 again"]
+    (folder / "claims.csv").write_text("\n".join(text.splitlines()[:-1]) + "\n")
+    assert plots.check(folder) == ["claims.csv: G9 not as in 12_claims.csv; run notebook 12 again"]
 
 
 def test_the_command_ends_with_one_on_a_problem_and_two_on_a_folder_that_is_none(drawn):

@@ -1,13 +1,16 @@
 """The sweeps: which points a profile gets, and what they say of a claim. tests/test_notebooks.py runs one."""
 
+import csv
 import dataclasses
 import json
+import math
+import re
 from pathlib import Path
 
 import pytest
 
-from speed_core import claims, experiments, pipeline, plots, study, teacher, uncertainty
-from speed_core.artifacts import UserError
+from speed_core import claims, experiments, pipeline, plots, readings, study, teacher, uncertainty
+from speed_core.artifacts import UserError, write_json, write_jsonl
 from speed_core.run_context import open_run
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -18,6 +21,13 @@ def scores(mean: float) -> list[dict]:
     return [
         {"tasks": {"t": {"type": "Clustering", "score": mean + d, "items": [mean + d] * 40}}} for d in (-0.001, 0.0, 0.001)
     ]  # fmt: skip
+
+
+def noisy(mean: float, key: int = 0, spread: float = 0.02) -> list[dict]:
+    """Three training seeds of a model with one task of forty texts, which differ by model and seed."""
+    shift = [spread * x for x in ((-1.0, 0.2, 0.8), (0.9, -1.1, 0.2), (-0.3, 1.1, -0.8), (0.1, 0.9, -1.0))[key]]
+    each = [[mean + d + 0.1 * (-1) ** (k * (key + 1)) for k in range(40)] for d in shift]
+    return [{"tasks": {"t": {"type": "Retrieval", "score": sum(i) / 40, "items": i}}} for i in each]
 
 
 @pytest.fixture
@@ -84,13 +94,36 @@ def test_sweeps_are_chosen_by_key_and_one_key_may_name_several():
         study.named(["4z"])
 
 
-def test_a_hump_needs_both_ends_and_is_the_middle_minus_the_better_of_them():
+def test_a_hump_needs_both_ends_and_is_the_best_inner_value_minus_an_end():
     temperature = by_label("temperature")
     assert study.estimate(temperature, {0.3: scores(0.4), 1.0: scores(0.5)}) is None
     found = study.estimate(temperature, {0.3: scores(0.40), 1.0: scores(0.50), 1.3: scores(0.44)})
-    assert found["value"] == pytest.approx(6.0) and "at 1 minus at 1.3, the better end" in found["what"]
+    assert found["value"] == pytest.approx(6.0) and "at 1 minus at 1.3, the closer end" in found["what"]
     rising = study.estimate(temperature, {0.3: scores(0.40), 1.0: scores(0.50), 1.3: scores(0.51)})
     assert rising["value"] < 0, "a curve that rises and levels off has no optimum inside"
+
+
+def test_a_poor_inner_value_does_not_hide_the_best_one_and_the_interval_allows_for_the_choice():
+    temperature = by_label("temperature")
+    found = study.estimate(temperature, {0.3: scores(0.50), 0.7: scores(0.60), 1.0: scores(0.35), 1.3: scores(0.45)})
+    assert found["value"] == pytest.approx(10.0) and "at 0.7 minus at 0.3" in found["what"]
+    assert found["level"] == 0.975 and "97.5%, as 0.7 was chosen" in found["what"]
+    one = study.estimate(temperature, {0.3: noisy(0.50), 0.7: noisy(0.60, 1), 1.3: noisy(0.45, 2)})
+    two = study.estimate(temperature, {0.3: noisy(0.50), 0.7: noisy(0.60, 1), 1.0: noisy(0.35, 3), 1.3: noisy(0.45, 2)})
+    assert two["value"] == one["value"] and two["high"] - two["low"] > 1.05 * (one["high"] - one["low"])
+
+
+def test_an_optimum_inside_has_to_be_above_the_end_that_is_less_clearly_below():
+    found = {0.3: noisy(0.40), 1.0: noisy(0.50, 1), 1.3: [r for r, _ in zip(noisy(0.39, 2, spread=0.3), range(3), strict=True)]}
+    e = study.estimate(by_label("temperature"), found)
+    assert "minus at 1.3" in e["what"] and e["low"] < 0, "1.3 has the lower mean, and is hardly known"
+
+
+def test_a_best_value_at_an_end_contradicts_no_optimum():
+    falls = uncertainty.difference(scores(0.5), scores(0.6))
+    for key in claims.HUMPS:
+        row = claims.judged(key, falls, "x", "a@1")
+        assert falls.high < 0 and row["verdict"] == claims.UNRESOLVED and "outside of this range" in row["why"]
 
 
 def test_what_falls_is_the_first_value_against_all_others():
@@ -137,9 +170,147 @@ def test_what_is_not_resolved_says_what_would_resolve_the_papers_effect_or_else_
     little = claims.judged("S11", wide, "x", "a@1", expected=0)["why"]
     assert "an interval within 1 of zero would need about" in little
     outside = uncertainty.Estimate(1.2, -0.1, 2.5, 5, 0.3, 0.6)
-    assert "would" not in claims.judged("S11", outside, "x", "a@1", expected=0)["why"], "no size moves the middle inside"
+    beyond = claims.judged("S11", outside, "x", "a@1", expected=0)["why"]
+    assert "one wholly beyond 1 would need about" in beyond, "no size moves the middle inside"
     texts = claims.judged("S18", uncertainty.Estimate(0.8, -0.2, 1.8, 1, 0.5, 0.0), "x", "a@1", trained=False)["why"]
     assert "would need about 2 times as many texts, and generators" in texts
+
+
+def test_an_interval_without_the_papers_effect_says_so_and_no_line_says_that_it_would_have_been_resolved():
+    narrow = uncertainty.Estimate(0.06, -0.07, 0.19, 5, 0.03, 0.03)
+    assert claims.judged("G1", narrow, "x", "a@1")["why"].endswith(
+        "smaller than the paper's effect: the interval leaves +0.27 out"
+    )
+    fell = uncertainty.Estimate(-1.04, -4.67, 2.59, 5, 1.0, 1.0)
+    assert claims.judged("G4", fell, "x", "a@1", expected=-1)["why"].endswith("the interval leaves -7 out")
+    margin = claims.judged("G9", uncertainty.Estimate(0.10, -0.04, 0.25, 5, 0.03, 0.03), "x", "a@1")["why"]
+    assert "an effect of 1 is outside of the interval, the +0.10 seen would need about" in margin
+    inside = claims.judged("G1", uncertainty.Estimate(0.1, -0.01, 0.30, 5, 0.03, 0.03), "x", "a@1")["why"]
+    assert "leaves" not in inside and "would need" in inside
+    once = claims.judged("S5", uncertainty.Estimate(0.1, -0.1, 0.3, 5, 0.1, 0.0), "x", "a@1")["why"]
+    assert "leaves" not in once, "an interval over embedding seeds cannot exclude an effect of generators"
+
+
+def test_as_many_seeds_as_were_used_are_called_the_same_seeds():
+    news = uncertainty.Estimate(1.6, -0.76, 3.96, 5, 1.19, 0.2)
+    assert re.search(r"about \d+ times as many texts and the same seeds$", claims.judged("G8", news, "x", "a@1")["why"])
+
+
+def test_data_sets_that_were_written_once_resolve_nothing():
+    better, wide = uncertainty.difference(scores(0.6), scores(0.5)), uncertainty.Estimate(0.5, -1.0, 2.0, 3, 0.3, 0.6)
+    for key in ("S9", "S10", "S12"):
+        row = claims.judged(key, better, "x", "a@1")
+        assert row["verdict"] == claims.UNRESOLVED and "each data set was written once" in row["why"]
+        assert claims.judged(key, wide, "x", "a@1")["why"].endswith("and data sets written more than once")
+
+
+def test_an_interval_that_leaves_out_the_texts_resolves_nothing():
+    seeds_only = uncertainty.Estimate(5.0, 4.0, 6.0, 3, math.nan, 0.3)
+    row = claims.judged("E1", seeds_only, "x", "a@1")
+    assert row["verdict"] == claims.UNRESOLVED and "over 3 embedding seeds; it leaves out the texts" in row["why"]
+    once = claims.judged("E1", uncertainty.Estimate(5.0, math.nan, math.nan, 1, math.nan, 0.0), "x", "a@1")
+    assert once["verdict"] == claims.UNRESOLVED and once["low"] == once["high"] == "" and once["ours"] == 5.0
+
+
+def test_a_claim_of_two_halves_needs_both():
+    def said(**bend):
+        facts = {
+            "estimates": {
+                "S17": uncertainty.difference(scores(0.6), scores(0.5)).row("") | bend | {"what": "slope", "source": "s"}
+            }
+        }
+        return next(r for r in claims.build({}, facts, {"s": "scaling@1"}) if r["id"] == "S17")
+
+    bends = [uncertainty.Estimate(v, v - 2, v + 2, 5, 0.5, 0.5).row("bend") for v in (-5.0, -1.0, 5.0)]
+    down, open_, up = (said(bend=b) for b in bends)
+    assert [r["verdict"] for r in (down, open_, up)] == [claims.SMALLER, claims.UNRESOLVED, "contradicted"]
+    assert "bend -1.00 [-3.00, +1.00] is not resolved; the -1.0 seen would need about" in open_["why"]
+    assert said()["verdict"] == claims.UNRESOLVED and "it takes three sizes" in said()["why"]
+
+
+def test_what_few_records_cannot_show_says_how_many_could():
+    facts = {"kept": 408, "valid": 408, "calls": {"calls": 407, "tokens": 408 * 213, "records": 408, "share": 407 / 408}}
+    by = {r["id"]: r for r in claims.build({}, facts, {"synthetic": "s@1"})}
+    assert (
+        "more than 4,070 (10.0 x as many)" in by["S3"]["why"] and "a sixth of its tokens 1,449 (3.6 x as many)" in by["S3"]["why"]
+    )
+    assert "takes embedding models trained with and without it, on a pool of which MinHash drops something" in by["S22"]["why"]
+    assert by["S2"]["verdict"] == claims.UNTESTED and "at small scale: add notebook 07's" in by["S2"]["why"]
+
+
+def test_a_comparison_of_generators_that_leaves_zero_out_says_what_is_missing():
+    arms = {"sr_re": 0.6, "teacher": 0.5, "jr": 0.55, "base": 0.3}
+    by = {r["id"]: r for r in claims.build({k: scores(v) for k, v in arms.items()}, {}, dict.fromkeys(arms, "a@1"))}
+    for key in ("S1", "S4", "S5"):
+        assert by[key]["why"].endswith("it takes generators trained more than once, three times at least")
+
+
+def test_a_reader_is_told_what_was_tested_in_place_of_the_claim():
+    row = uncertainty.difference(scores(0.6), scores(0.5)).row("") | {"what": "x", "source": "s"}
+    facts = {"estimates": dict.fromkeys(("S15", "S16", "E4", "G7", "S20", "G1"), row)}
+    arms = {"guided": noisy(0.5), "plain": noisy(0.48, 1)}
+    rows = claims.build(arms, facts, {"s": "s@1", "guided": "scores-guided-0@1", "plain": "scores-plain-0@1"})
+    why = {r["id"]: r["why"] for r in rows}
+    assert all("optimum inside the range only" in why[k] and "were not compared" in why[k] for k in ("S15", "S16"))
+    assert "learning rate was chosen with last-token pooling" in why["E4"] and "without allowance for their number" in why["G7"]
+    assert "written by the rubric's authors" in why["S20"]
+    assert f"notebook 09 {uncertainty.difference(*arms.values())}" in why["G1"]
+    assert next(r for r in rows if r["id"] == "G1")["artifact"].split() == ["s@1", "scores-guided-0@1", "scores-plain-0@1"]
+
+
+def made_at(run, rows, trained):
+    """A data set of the junior's and one embedding model that learned from its first `trained` records."""
+    with run.store.stage("synthetic-jr", {"rows": rows}) as draft:
+        write_jsonl(draft.file("train.jsonl"), rows)
+    with run.store.stage("embedder-jr-0", {"rows": rows}) as draft:
+        write_json(draft.file("training.json"), {"rows": trained})
+
+
+def test_the_sweep_of_tasks_a_topic_says_how_the_data_varied(run):
+    sweep = by_label("tasks a topic")
+    made_at(run, [{"task": f"t{k % 2}", "topic": f"p{k % 4}"} for k in range(9)], 8)
+    for value in (2, 3):
+        made_at(study.at_value(run, sweep, value), [{"task": f"t{k % (2 * value)}", "topic": f"p{k % 3}"} for k in range(9)], 8)
+    assert study.variety(run, sweep, 1) == (2, 4) and study.variety(run, sweep, 3) == (6, 3)
+    what = study.estimate(sweep, {1: scores(0.5), 2: scores(0.48), 3: scores(0.44)}, run)["what"]
+    assert "2 / 4 / 6 distinct tasks on 4 / 3 / 3 topics: more a topic varies tasks more here" in what
+    assert study._more_tasks([(5, 9), (5, 4)]) == "5 / 5 distinct tasks on 9 / 4 topics"
+
+
+def test_a_value_that_stands_for_several_of_the_papers_has_all_their_differences(run, monkeypatch):
+    monkeypatch.setattr(study, "records", lambda run, sweep, value: 48)
+    base = by_label("base model")
+    found = study.rows(run, base, dict.fromkeys(base.points(run), scores(0.5)))
+    assert [r["paper_value"] for r in found] == ["", [-0.1, -0.2, -0.3]]
+    plots.sweeps(run, "10_sweeps", found, [], "One value changed")
+    pooling = study.rows(run, by_label("pooling"), {"last": scores(0.5), "mean": scores(0.4)})
+    assert [r["paper_value"] for r in pooling] == ["", -0.4]
+
+
+def whole(rows: list[dict[str, str]]) -> bool:
+    """Does a claim map hold every claim once, each with a known verdict, a reason, and artifacts where something was measured?"""
+    ids = [*(f"S{k}" for k in range(1, 23)), *(f"E{k}" for k in range(1, 6)), *(f"G{k}" for k in range(1, 10))]
+    digest = re.compile(r"[\w-]+@[0-9a-f]{8}( [\w-]+@[0-9a-f]{8})*")
+    known = all(r["verdict"] in claims.VERDICTS and len(r["why"]) > 20 for r in rows)
+    return (
+        [r["id"] for r in rows] == ids and known and all(bool(r["ours"]) == bool(digest.fullmatch(r["artifact"])) for r in rows)
+    )
+
+
+def test_the_committed_claim_map_has_every_claim_with_a_verdict_a_reason_and_its_artifacts():
+    with (ROOT / "figures" / "claims.csv").open(encoding="utf-8") as f:
+        rows = list(csv.DictReader(f))
+    assert whole(rows) and len(set(claims.VERDICTS)) == 6
+    for key, value in {"id": "S99", "verdict": "probably", "why": "", "artifact": ""}.items():
+        assert not whole([rows[0] | {key: value}, *rows[1:]]), key
+    assert not whole(rows[1:])
+
+
+def test_the_table_of_claims_shows_every_claim_with_its_interval_and_escapes_its_text():
+    facts = {"estimates": {"G9": uncertainty.Estimate(0.1, -0.1, 0.3, 5, 0.1, 0.1).row("") | {"what": "a < b", "source": "s"}}}
+    page = claims.table(claims.build({}, facts, {"s": "s@1"}))
+    assert page.count("<tr>") == 1 + len(claims.CLAIMS) and "a &lt; b" in page and "[-0.1, 0.3]" in page
+    assert page.index(">G9<") < page.index(">S1<"), "what was measured comes first"
 
 
 def test_an_order_is_judged_by_its_smallest_step_and_kept_records_by_those_that_were_valid():
@@ -171,7 +342,7 @@ def test_each_claim_that_can_be_measured_names_a_code_cell_of_its_notebook():
     for path in sorted((ROOT / "notebooks").glob("*.ipynb")):
         cells[path.name[:2]] = {c["id"] for c in json.loads(path.read_text())["cells"] if c["cell_type"] == "code"}
     for key, _, _, notebook, cell in claims.CLAIMS:
-        assert (cell == "") == (key in claims.NOT_POSSIBLE) and (not cell or cell in cells[notebook]), key
+        assert (cell == "") == (key in claims.NOT_POSSIBLE | claims.NOT_TESTED) and (not cell or cell in cells[notebook]), key
 
 
 def test_a_sweep_of_text_values_changes_one_setting_like_any_other(run):
@@ -198,3 +369,35 @@ def test_a_point_that_learned_from_fewer_records_says_so_in_the_figure(run):
     plots.sweeps(run, "10_sweeps", found, [], "One value changed")
     drawn = (run.figures / "10_sweeps.svg").read_text(encoding="utf-8")
     assert drawn.count("(36 records)") == 1 and "(48 records)" not in drawn
+
+
+def test_the_scaling_figure_keeps_the_intervals_of_its_residuals(run):
+    rows = [{"records": n, "value": 1.0, "low": 0.0, "high": 2.0, "residual": r, "residual_low": r - 1, "residual_high": r + 1}
+            for n, r in ((8, 0.5), (16, -0.5))]  # fmt: skip
+    plots.scaling(run, "11_scaling", rows, {"slope": 0.0, "intercept": 1.0}, [[0.0] * 50, [2.0] * 50], [])
+    with (run.figures / "11_scaling.csv").open() as f:
+        ours = [r for r in csv.DictReader(f) if r["source"] == "ours"]
+    assert [(r["residual_low"], r["residual_high"]) for r in ours] == [("-0.5", "1.5"), ("-1.5", "0.5")]
+    drawn = (run.figures / "11_scaling.svg").read_text(encoding="utf-8")
+    narrow = [r | {"residual_low": r["residual"], "residual_high": r["residual"]} for r in rows]
+    plots.scaling(run, "11_scaling", narrow, {"slope": 0.0, "intercept": 1.0}, [[0.0] * 50, [2.0] * 50], [])
+    assert drawn != (run.figures / "11_scaling.svg").read_text(encoding="utf-8")
+
+
+def test_category_means_stand_beside_the_papers_where_it_prints_one_and_are_read_in_a_sentence(run):
+    rows = [{"category": c, "model": m, "value": v, "low": v - 1, "high": v + 1, "paper": {"STS": 82.6}.get(c, "")}
+            for m, up in (("untrained", 0), ("Sr + Re", 20)) for c, v in (("STS", 10 + up), ("Pair", 30.0), ("Avg", 20 + up))]  # fmt: skip
+    plots.categories(run, "09_table1_categories", rows, [], "Means")
+    drawn = (run.figures / "09_table1_categories.svg").read_text(encoding="utf-8")
+    assert "compare no levels" in drawn and all(f">{word}<" in drawn for word in ("STS", "Pair", "untrained", "Sr + Re"))
+    said = readings.reading("09_table1_categories", run.figures)
+    assert "untrained: best at Pair (30.0), worst at STS (10.0)" in said and "the paper: best at STS (82.6)" in said
+
+
+def test_only_models_that_this_run_scored_with_every_seed_count_as_scored(run):
+    for arm, seeds in {"sr_re": (0, 1, 2), "base": (0, 1)}.items():
+        for s in seeds:
+            with run.store.stage(f"scores-{arm}-{s}", {}) as draft:
+                write_json(draft.file("scores.json"), {})
+    found = experiments.already_scored(run, ["base", "sr_re", "teacher"])
+    assert {arm: [a.name for a in made] for arm, made in found.items()} == {"sr_re": [f"scores-sr_re-{s}" for s in range(3)]}

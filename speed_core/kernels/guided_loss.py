@@ -10,7 +10,15 @@ L (B, D) and R (N, D), guide rows GL (B, E) and GR (N, E), thresholds t (B,):
 sum_i lse_i: with P_ij = exp(x_ij - lse_i), dL = P R / tau and dR = P^T L / tau. P is never stored: the two kernels
 recompute it, one for tiles of rows and one for tiles of candidates, so that no atomic addition makes sums random.
 
-Widths are handled in chunks of 64 for the products; the gradients are made `WIDTH` columns at a time.
+Widths are handled in chunks of 64 for the products; the gradients are made `part` columns at a time, a power of two of
+at most 512 bytes a row (256 columns of bfloat16, 128 of float32), which is what registers and shared memory allow.
+
+Cost, in products of the size B x N x D (guide of the same width): forward 2. Each backward kernel recomputes student and
+guide similarities in each of its ceil(D / part) parts and multiplies part columns, also those past D: for D = 384 in
+bfloat16 2 x 2 + 2 x 256/384 = 5.3, and 12.7 in all; in float32 2 x 3 + 1 = 7, and 16. `matmul_rate` of
+`benchmarks/guided_loss.py` counts the 4 that no implementation can do without (2 forward, 2 gradients), so its share is
+at most 4 / 12.7 = 32% even if every product ran at full rate; 60% needs similarities that are not recomputed per part
+or per kernel. Not yet run on a GPU: neither rate nor register use has been measured.
 """
 
 from __future__ import annotations
@@ -24,8 +32,8 @@ import triton.language as tl
 from torch import Tensor
 
 NO_DIAGONAL, KEEP, DROP = 0, 1, 2  # what holds for candidate i + offset of row i
-ROWS, COLUMNS, CHUNK, WIDTH = 64, 64, 64, 128
-NEGATIVE = -1.0e30  # stands for -inf: differences of it are 0 and not NaN
+ROWS, COLUMNS, CHUNK, PART_BYTES = 64, 64, 64, 512
+NEGATIVE = tl.constexpr(-1.0e30)  # stands for -inf: differences of it are 0 and not NaN
 
 
 @triton.jit
@@ -81,7 +89,7 @@ def _logits(
         gone = gone & ~own
     if DIAGONAL == 2:
         gone = gone | own
-    return tl.where(kept & ~gone, x, -1.0e30)
+    return tl.where(kept & ~gone, x, NEGATIVE)
 
 
 @triton.jit
@@ -91,7 +99,7 @@ def _forward(
     CHUNK: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, PRECISION: tl.constexpr, GUIDE_PRECISION: tl.constexpr,
 ):  # fmt: skip
     rows = (tl.program_id(0) * BM + tl.arange(0, BM)).to(tl.int64)
-    top = tl.full((BM,), -1.0e30, tl.float32)
+    top = tl.full((BM,), NEGATIVE, tl.float32)
     mass = tl.zeros((BM,), tl.float32)
     for start in range(0, n_columns, BN):
         columns = (start + tl.arange(0, BN)).to(tl.int64)
@@ -101,7 +109,7 @@ def _forward(
         )  # fmt: skip
         new = tl.maximum(top, tl.max(x, 1))
         # A removed entry must add 0 even while nothing has been kept and new is NEGATIVE itself.
-        mass = mass * tl.exp(top - new) + tl.sum(tl.where(x > -0.5e30, tl.exp(x - new[:, None]), 0.0), 1)
+        mass = mass * tl.exp(top - new) + tl.sum(tl.where(x > 0.5 * NEGATIVE, tl.exp(x - new[:, None]), 0.0), 1)
         top = new
     tl.store(lse + rows, tl.where(mass > 0, top + tl.log(mass), float("-inf")), mask=rows < n_rows)
 
@@ -156,6 +164,11 @@ def _backward_columns(
     )
 
 
+def part_width(width: int, itemsize: int) -> int:
+    """Columns of the gradient that one program makes; a product needs at least 16."""
+    return max(16, min(triton.next_power_of_2(width), PART_BYTES // itemsize))
+
+
 def _on(t: Tensor) -> Any:
     """Launches go to the current device, so make it the tensor's."""
     return torch.cuda.device_of(t) if t.is_cuda else nullcontext()
@@ -194,9 +207,11 @@ class Block:
         rows, columns, width, _ = self.sizes
         left = torch.empty(rows, width, dtype=torch.float32, device=lse.device)
         right = torch.empty(columns, width, dtype=torch.float32, device=lse.device)
-        parts = triton.cdiv(width, WIDTH)
-        more = (*self.sizes, *self.numbers)
+        part = part_width(width, self.left.element_size())
+        # The sum of a (64, 256) tile in float32 takes 128 registers a thread with 4 warps, 64 with 8.
+        flags = self.flags | {"WIDTH": part, "num_warps": 8 if part > 128 else 4}
+        parts, more = triton.cdiv(width, part), (*self.sizes, *self.numbers)
         with _on(lse):
-            _backward_rows[(triton.cdiv(rows, ROWS), parts)](*self.tensors, lse, left, *more, WIDTH=WIDTH, **self.flags)
-            _backward_columns[(triton.cdiv(columns, COLUMNS), parts)](*self.tensors, lse, right, *more, WIDTH=WIDTH, **self.flags)
+            _backward_rows[(triton.cdiv(rows, ROWS), parts)](*self.tensors, lse, left, *more, **flags)
+            _backward_columns[(triton.cdiv(columns, COLUMNS), parts)](*self.tensors, lse, right, *more, **flags)
         return left, right
