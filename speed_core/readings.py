@@ -220,7 +220,7 @@ READINGS: dict[str, Callable[[Rows], str]] = {
     "08_training": _training,
     "09_trained_minus_untrained": lambda rows: _differences(rows, "all tasks"),
     "09_table8_tasks": _tasks,
-    "09_table1_categories": _categories,
+    "10_table1_categories": _categories,
     "09_guided_minus_plain": lambda rows: _differences(rows, "all tasks"),
     "09_instructions": lambda rows: _differences(rows, "all tasks"),
     "10_table2_generators": _generators,

@@ -387,10 +387,10 @@ def test_the_scaling_figure_keeps_the_intervals_of_its_residuals(run):
 def test_category_means_stand_beside_the_papers_where_it_prints_one_and_are_read_in_a_sentence(run):
     rows = [{"category": c, "model": m, "value": v, "low": v - 1, "high": v + 1, "paper": {"STS": 82.6}.get(c, "")}
             for m, up in (("untrained", 0), ("Sr + Re", 20)) for c, v in (("STS", 10 + up), ("Pair", 30.0), ("Avg", 20 + up))]  # fmt: skip
-    plots.categories(run, "09_table1_categories", rows, [], "Means")
-    drawn = (run.figures / "09_table1_categories.svg").read_text(encoding="utf-8")
+    plots.categories(run, "10_table1_categories", rows, [], "Means")
+    drawn = (run.figures / "10_table1_categories.svg").read_text(encoding="utf-8")
     assert "compare no levels" in drawn and all(f">{word}<" in drawn for word in ("STS", "Pair", "untrained", "Sr + Re"))
-    said = readings.reading("09_table1_categories", run.figures)
+    said = readings.reading("10_table1_categories", run.figures)
     assert "untrained: best at Pair (30.0), worst at STS (10.0)" in said and "the paper: best at STS (82.6)" in said
 
 
