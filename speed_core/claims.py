@@ -332,13 +332,12 @@ def write(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
 def table(rows: Sequence[Mapping[str, Any]]) -> str:
     """The claim map as an HTML table: claim, paper, ours, interval, verdict, why; the claims that were measured first."""
     heads = ("", "claim", "paper", "ours", "95% interval", "verdict", "why", "notebook")
+    left = 'style="text-align: left; vertical-align: top"'  # on each cell: notebooks align tables to the right
     lines = []
     for r in sorted(rows, key=lambda r: not r["artifact"]):
         interval = f"[{r['low']}, {r['high']}]" if r["low"] != "" else ""
         cells = (r["claim"], r["paper"], r["ours"], interval, r["verdict"], r["why"], r["notebook"])
-        lines.append(
-            f'<tr><th scope="row">{escape(r["id"])}</th>' + "".join(f"<td>{escape(str(c))}</td>" for c in cells) + "</tr>"
-        )
-    head = "".join(f'<th scope="col">{h}</th>' for h in heads)
-    style = "<style>.claims td, .claims th {text-align: left; vertical-align: top}</style>"
-    return f'{style}<table class="claims"><thead><tr>{head}</tr></thead><tbody>{"".join(lines)}</tbody></table>'
+        shown = "".join(f"<td {left}>{escape(str(c))}</td>" for c in cells)
+        lines.append(f'<tr><th scope="row" {left}>{escape(r["id"])}</th>{shown}</tr>')
+    head = "".join(f'<th scope="col" {left}>{h}</th>' for h in heads)
+    return f"<table><thead><tr>{head}</tr></thead><tbody>{''.join(lines)}</tbody></table>"
