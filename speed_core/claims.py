@@ -136,12 +136,12 @@ def judged(
     seeds must be covered."""
     said = verdict(e.low, e.high, expected)
     seeds = f"{e.seeds} embedding seeds and the texts" if e.seeds > 1 else "the texts; one training seed"
-    if math.isnan(e.sd_items):
+    if e.no_texts:
         seeds = f"{e.seeds} embedding seeds"
     why = f"{what}: {e} points, interval over {seeds if trained else 'the texts'}"
     if e.low == e.high:
         said, why = UNRESOLVED, why + "; nothing changed anywhere, which says nothing of a case in which something would"
-    elif math.isnan(e.sd_items):  # tasks of which mteb gives no value for each text
+    elif e.no_texts:  # tasks of which mteb gives no value for each text
         said, why = UNRESOLVED, why + "; it leaves out the texts, so its sign decides nothing"
     elif key in HUMPS and said == CONTRADICTED:
         said, why = UNRESOLVED, why + "; the best value is at an end, so an optimum may lie outside of this range"

@@ -223,7 +223,6 @@ def _trainer_class() -> Any:
             **more: Any,
         ):
             self.beta, self.kind, self.smoothing, self.real = beta, kind, smoothing, len(train_dataset)
-            self.seed = args.data_seed or 0
             # Several processes need equally many rows. accelerate would read the first rows twice; fillers weigh nothing.
             self.fillers = -self.real % (args.per_device_train_batch_size * args.world_size) if args.world_size > 1 else 0
             first = train_dataset[0]
@@ -233,7 +232,7 @@ def _trainer_class() -> Any:
         def _get_train_sampler(self, train_dataset: Any = None) -> Any:
             if not self.fillers:
                 return super()._get_train_sampler(train_dataset)
-            return WithFillers(self.real, self.real + self.fillers, self.seed)
+            return WithFillers(self.real, self.real + self.fillers, self.args.data_seed or 0)
 
         def _get_num_items_in_batch(self, batch_samples: Any, device: Any) -> Any:
             total = sum(batch["weights"].sum() for batch in batch_samples).to(device)
