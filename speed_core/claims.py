@@ -22,7 +22,7 @@ from speed_core.uncertainty import Estimate
 # Sources: SPEED Tables 1-6 and Figs. 3-4, E5-mistral Table 5, GISTEmbed cards.
 CLAIMS: list[tuple[str, str, str, str, str]] = [
     ("S1", "data of aligned 8B models beats GPT-made data, synthetic-only", "63.4 against 63.1", "10", "table2"),
-    ("S2", "with labelled data added the order flips slightly", "66.5 against 66.6", "09", ""),
+    ("S2", "with labelled data added the order flips slightly", "66.5 against 66.6", "10", "mixed"),
     ("S3", "fewer than 1/10 of the teacher calls, about 1/6 of the tokens", "45K/500K calls, 32M/180M tokens", "12", "calls"),
     ("S4", "alignment beats the off-the-shelf model (paper: instruct model; here: base model)", "61.0 against 62.6 (Jr) and 63.2", "10", "table2"),
     ("S5", "the aligned small model beats its own teacher's data at equal size", "62.2 against 63.2", "10", "table2"),
@@ -62,8 +62,8 @@ CLAIMS: list[tuple[str, str, str, str, str]] = [
 
 # The effect in points that the paper prints (or its middle), for the question what size would resolve it.
 EFFECTS = {
-    "S1": 0.3, "S4": 1.9, "S5": 1.0, "S6": 0.1, "S7": 0.25, "S8": 0.35, "S9": 1.35, "S10": 0.8, "S17": 0.1, "E2": 2.0, "E3": 4.2,
-    "G1": 0.27, "G2": 0.46, "G3": 1.1, "G4": -7.0,
+    "S1": 0.3, "S2": -0.1, "S4": 1.9, "S5": 1.0, "S6": 0.1, "S7": 0.25, "S8": 0.35, "S9": 1.35, "S10": 0.8, "S17": 0.1,
+    "E2": 2.0, "E3": 4.2, "G1": 0.27, "G2": 0.46, "G3": 1.1, "G4": -7.0,
 }  # fmt: skip
 
 # What no run of this repository can measure without something that it does not have.
@@ -72,23 +72,16 @@ NOT_POSSIBLE = {
     "E5": "needs a base model before and after contrastive pre-training; no package carries such a pair",
 }
 
-# What no notebook measures, though one could.
-NOT_TESTED = {
-    "S2": (
-        "the 13 labelled training sets of E5 are in no package; at small scale: add notebook 07's labelled newsgroup pairs to the "
-        "Sr+Re and to the teacher's records of notebook 10, and compare again"
-    )
-}
-
 # What compares generators that were trained once each, or data sets that were written once each: more embedding seeds do not
 # tell how much another training or another sample would change. `run --seed 0,1,2` repeats both, in run folders of their own
 # that no verdict reads.
-ONE_GENERATOR = ("S1", "S4", "S5", "S6", "S7", "S8", "S11", "S13", "S14", "S15", "S16", "S18", "S19")
+ONE_GENERATOR = ("S1", "S2", "S4", "S5", "S6", "S7", "S8", "S11", "S13", "S14", "S15", "S16", "S18", "S19")
 ONE_SAMPLE = ("S9", "S10", "S12")
 HUMPS = ("S12", "S13", "S14", "S15", "S16")  # claims of an optimum inside a range
 
 # What a reader has to know of a claim's evidence beside its interval.
 NOTES = {
+    "S2": "one labelled source in place of 13",
     "S15": "tests an optimum inside the range only; the shares of DPO and SFT were not compared",
     "S16": "tests an optimum inside the range only; the shares of revisor and junior were not compared",
     "S20": "the paper gives no number; the pairs were written by the rubric's authors",
@@ -263,8 +256,8 @@ def build(
         what = "the smallest of the three steps Jr, Jr+Re, Sr, Sr+Re"
         found["S6"] = judged("S6", least, what, " ".join(digests[arm] for arm in order))
     for key, f in facts.get("estimates", {}).items():
-        # G4 says that retrieval *can* fall; S11, S19 and E4 say that something makes little difference.
-        expected = {"G4": -1, "S11": 0, "S19": 0, "E4": 0}.get(key, 1)
+        # S2 says that the teacher's data wins with labelled data, G4 that retrieval *can* fall; S11, S19 and E4 say that something makes little difference.
+        expected = {"S2": -1, "G4": -1, "S11": 0, "S19": 0, "E4": 0}.get(key, 1)
         how = {"trained": f.get("trained", True), "level": f.get("level", 0.95)}
         found[key] = judged(key, _estimate(f), f["what"], digests[f["source"]], expected=expected, **how)
     if "S17" in found:
@@ -310,7 +303,7 @@ def build(
             entry = nothing | {"verdict": IMPOSSIBLE, "why": NOT_POSSIBLE[key]}
         else:
             why = absent.get(key, "this run does not measure it yet (sweeps: `python -m speed_core study`)")
-            entry = nothing | {"verdict": UNTESTED, "why": NOT_TESTED.get(key, why)}
+            entry = nothing | {"verdict": UNTESTED, "why": why}
         row = {"id": key, "claim": claim, "paper": paper, **found.get(key, entry), "notebook": notebook, "cell": cell}
         if key in found and key in NOTES:
             row["why"] += f"; {NOTES[key]}"

@@ -16,6 +16,7 @@ from speed_core.run_context import Run
 
 TABLE2 = ("jr", "jr_re", "sr", "sr_re")
 ARMS = (*TABLE2, "base", "teacher")  # of notebook 10
+MIXED = {"mixed_sr_re": "sr_re", "mixed_teacher": "teacher"}  # students that learn labelled pairs too (S2), and from which data
 WHOLE = 0  # layers of a student that is the guide itself
 TOPIC = "Computers"  # the topic that notebook 07 leaves out of a student's data, then puts back in (G5)
 
@@ -187,6 +188,32 @@ def student_arms(run: Run) -> list[tuple[int, int, str]]:
     return cut + [(WHOLE, seed, "uncovered") for seed in plan.seeds]
 
 
+def mixed_arms(run: Run) -> list[tuple[int, int, str]]:
+    """(layers, seed, arm) of the students of S2, which notebook 10 trains; none where it lacks one of their data sets."""
+    plan = run.profile.study
+    return [
+        (min(plan.student.layers), seed, arm)
+        for arm in (MIXED if set(MIXED.values()) <= set(plan.arms) else ())
+        for seed in plan.student.seeds
+    ]
+
+
+def mixed_size(run: Run) -> int:
+    """Synthetic records that each student of S2 learns from: as many as notebook 10 compares, and the smaller of both sets has."""
+    made = [run.store.get(f"synthetic-{arm}") for arm in MIXED.values()]
+    return min([ablation_size(run)] + [a.manifest["kept"] for a in made if a])
+
+
+def mixed_scores(run: Run) -> dict[str, list[Artifact]]:
+    """{arm: artifacts of its scores, in the order of the seeds} of S2's students, which are trained where they are not current."""
+    out: dict[str, list[Artifact]] = {}
+    for layers, seed, arm in mixed_arms(run):
+        name = student_name(layers, arm, seed)
+        scores(run, name, student(run, layers, arm, seed))
+        out.setdefault(arm, []).append(run.store.need(f"scores-{name}"))
+    return out
+
+
 def student_name(layers: int, arm: str, seed: int) -> str:
     """Name of a student's artifact."""
     return f"student-{'whole' if layers == WHOLE else layers}-{arm}-{seed}"
@@ -204,7 +231,7 @@ def student(run: Run, layers: int, arm: str, seed: int) -> Artifact:
 
     `arm`: "plain" (no mask), "guided", "margin" (mask with margin 0.05), "weak" (the mask of a guide of two layers), and
     guided on other data: "labelled" (equally many pairs that people labelled, `offline_tasks.labelled_pairs`), "both",
-    "uncovered" and "covered" (`topic_records`).
+    "uncovered" and "covered" (`topic_records`), and `MIXED` (labelled pairs, and records of one of notebook 10's data sets).
     """
     from speed_core import embed, offline_tasks
 
@@ -219,12 +246,15 @@ def student(run: Run, layers: int, arm: str, seed: int) -> Artifact:
     parameters["guide"] = models.weights_id(models.resolve(guide_))
     rows: list[dict[str, Any]] = []
     parents: list[Artifact] = []
-    if arm in ("labelled", "both"):
+    if arm in ("labelled", "both", *MIXED):
         rows += offline_tasks.labelled_pairs(plan.examples, run.profile.data_seed, run.profile.evaluation.size)
         parameters["labelled"] = prompts.text_digest("".join(r["query"] + r["positive"] for r in rows))
     if arm in ("uncovered", "covered"):
         rows, parents = topic_records(run, covered=arm == "covered"), [run.store.need("seeds")]
         parameters["topic"] = TOPIC
+    elif arm in MIXED:
+        parameters["records"], parents = mixed_size(run), [run.store.need(f"synthetic-{MIXED[arm]}")]
+        rows = parents[0].rows("train.jsonl")[: mixed_size(run)] + rows
     elif arm != "labelled":
         rows, parents = pipeline.teacher_records(run)[: plan.examples] + rows, [run.store.need("seeds")]
     with run.store.stage(name, parameters, parents) as draft:

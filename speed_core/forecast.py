@@ -118,7 +118,7 @@ def work(p: Profile, name: str) -> tuple[str, float]:
     if head == "student" and name.count("-") == 3:
         _, layers, arm, _ = name.split("-")
         depth = 6 if layers == "whole" else int(layers)  # the packaged guide's
-        return head, depth * s.student.examples * s.student.epochs * (2 if arm == "both" else 1)
+        return head, depth * s.student.examples * s.student.epochs * (2 if arm in ("both", *experiments.MIXED) else 1)
     if head == "embedder" and "-" in name:
         arm = name.split("-")[1]
         whole = min(p.embedding.examples, p.synthesis.count)

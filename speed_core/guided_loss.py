@@ -17,7 +17,6 @@ kernels trade that for memory traffic and compute each tile again).
 from __future__ import annotations
 
 import importlib.util
-import math
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -29,120 +28,10 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from speed_core.files import UserError
 from speed_core.guide_cache import GuideCache, GuidedCollator, shortened
+from speed_core.loss_plan import TIE, Ids, LossInputError, Negatives, Plan, check_settings, flat, make_plan, side
 
 _BLOCK_ELEMENTS = 1 << 22  # entries of one block of similarities: 16 MB in float32
-_TIE = 16  # units in the last place that two ways to compute one dot product may differ by
-
-Columns = tuple[Tensor, Tensor, Tensor]  # anchors (B, D), positives (C, D), negatives (M, D), M may be 0
-Negatives = Tensor | Sequence[Tensor] | None
-Ids = tuple[Tensor, Tensor] | tuple[Tensor, Tensor, Negatives]
-
-
-class LossInputError(UserError, ValueError):
-    """Bad input to the loss; also a ValueError, for code outside of this project."""
-
-
-def _shape(t: Tensor, width: int = 1) -> str:
-    """As it was given: negatives (B, K, D) with K = 1 read (B, D), with K = 0 none. `width` is 0 for ids."""
-    count = t.shape[1] if t.dim() == 2 + width else None
-    return "none" if count == 0 else str((*t.shape[:1], *t.shape[2:]) if count == 1 else tuple(t.shape))
-
-
-def _stacked(columns: Negatives, like: Tensor, rows: Sequence[int], name: str) -> Tensor:
-    """(B, D), (B, K, D), a list of K (B, D), or None -> (B, K, D); ids (`like` has no D) -> (B, K)."""
-    tail, one = tuple(like.shape[1:]), isinstance(columns, Tensor)
-    if columns is None or (not one and not len(columns)):
-        return like.new_empty((len(like), 0, *tail))
-    given = [columns] if isinstance(columns, Tensor) else list(columns)
-    shapes = [tuple(t.shape) for t in given]
-    many = one and given[0].dim() == like.dim() + 1
-    if len(set(shapes)) > 1 or shapes[0][:1] not in [(b,) for b in rows] or shapes[0][1 + many :] != tail:
-        wanted = " or ".join(str((b, *tail)) for b in dict.fromkeys(rows))
-        raise LossInputError(
-            f"{name}: shape {', '.join(map(str, shapes))}, expected {wanted} or K of one of them, a row per anchor"
-        )
-    return given[0] if many else torch.stack(given, dim=1)
-
-
-def _unit(t: Tensor, name: str, dtype: torch.dtype) -> Tensor:
-    """Rows of length one (a zero row stays zero, with a zero gradient)."""
-    t = t.to(torch.promote_types(t.dtype, dtype))
-    # Squares leave float32's range from 1e19 up and 1e-23 down. A power of two is exact: it moves no ordinary value.
-    with torch.no_grad():
-        top = torch.linalg.vector_norm(t, math.inf, dim=-1, keepdim=True)
-        scale = (top.frexp().mantissa / top).nan_to_num(1.0).clamp(tiny := torch.finfo(t.dtype).tiny, 1 / tiny)
-    if not bool(torch.isfinite(top).all()):
-        row, *which = (~torch.isfinite(top)).nonzero()[0, :-1].tolist()
-        where = f"row {row}, negative {which[0]}" if which and t.shape[1] > 1 else f"row {row}"
-        raise LossInputError(
-            f"{name}: {where} of shape {_shape(t)} is not finite; check the encoder (float16 overflows at 65504)"
-        )
-    t = (t * scale).to(dtype)
-    length = torch.linalg.vector_norm(t, dim=-1, keepdim=True)
-    return torch.where(length > 0, t / length.clamp_min(1e-12), torch.zeros_like(t))
-
-
-def _side(columns: tuple[Tensor, Tensor, Negatives], offset: int, prefix: str, like: Tensor | None = None) -> Columns:
-    """One encoder's columns of length one, negatives (rows, K, D), on the device and in the precision of `like`."""
-    a, p, _ = columns
-    shapes = f"shape {tuple(p.shape)}, but {prefix}anchors {tuple(a.shape)}"
-    if a.dim() != 2 or p.dim() != 2 or a.shape[1] != p.shape[1] or not a.numel():
-        raise LossInputError(f"{prefix}positives: {shapes}; give at least one pair, (rows, D), from one model")
-    if offset < 0 or offset + len(a) > len(p):
-        raise LossInputError(f"{prefix}positives: {shapes} from anchor_offset {offset}; each anchor needs its own positive")
-    n = _stacked(columns[2], a, (len(a), len(p)), f"{prefix}negatives")
-    double = torch.float64 in (a.dtype, p.dtype) if like is None else like.dtype == torch.float64
-    dtype, device = torch.float64 if double else torch.float32, (a if like is None else like).device
-    a, p = _unit(a.to(device), f"{prefix}anchors", dtype), _unit(p.to(device), f"{prefix}positives", dtype)
-    return a, p, _unit(n.to(device), f"{prefix}negatives", dtype)
-
-
-def _flat(columns: Columns) -> Columns:
-    """Negatives (rows, K, D) -> (rows * K, D); ids the same without D."""
-    return columns[0], columns[1], columns[2].flatten(0, 1)
-
-
-def _check_settings(temperature: float, margin: float, strategy: str) -> None:
-    if strategy not in ("absolute", "relative"):
-        raise LossInputError(f"margin_strategy {strategy!r}: unknown; use absolute or relative")
-    if not 0 < temperature < math.inf or not math.isfinite(margin):
-        raise LossInputError(f"temperature {temperature}, margin {margin}: finite, the first above 0; the paper's: 0.01, 0")
-
-
-@dataclass
-class _Plan:
-    """Everything but the student's embeddings: guide rows, thresholds, identities, switches."""
-
-    guide: Columns | None
-    threshold: Tensor
-    ids: Columns | None
-    offset: int
-    contrast_anchors: bool
-    contrast_positives: bool
-    kernel: torch.dtype | None = None  # what the GPU kernel multiplies in; None: matrix products in blocks
-
-    def blocks(self, columns: Columns) -> dict[str, tuple[Tensor, Tensor]]:
-        """Left rows (one per anchor) and candidates of each block in use."""
-        a, p, n = columns
-        out = {"ap": (a, p), "an": (a, n), "aa": (a, a), "pp": (p[self.offset : self.offset + len(a)], p)}
-        off = {"an": not len(n), "aa": not self.contrast_anchors, "pp": not self.contrast_positives}
-        return {name: sides for name, sides in out.items() if not off.get(name)}
-
-    def removed(self, block: str, rows: slice) -> Tensor | None:
-        """Boolean (rows, candidates) by the guide and the text ids alone: no positive or diagonal considered."""
-        out: Tensor | None = None
-        if self.guide is not None:
-            left, right = self.blocks(self.guide)[block]
-            # An exact tie (a duplicate of the own positive) must not be removed by rounding.
-            out = left[rows] @ right.T > self.threshold[rows, None] + _TIE * torch.finfo(left.dtype).eps
-        if self.ids is not None:
-            a, p, _ = self.ids
-            right = self.blocks(self.ids)[block][1][None]
-            same = (right == a[rows, None]) | (right == p[self.offset :][rows, None])
-            out = same if out is None else out | same
-        return out
 
 
 def _common_half(tensors: Sequence[Tensor]) -> torch.dtype:
@@ -164,7 +53,7 @@ def _operands(columns: tuple[Tensor, Tensor, Negatives]) -> list[Tensor]:
     return [a, p, *((n,) if isinstance(n, Tensor) else n or ())]
 
 
-def _fused(a: Tensor, p: Tensor, n: Tensor, plan: _Plan, rows: slice, tau: float, want: bool) -> list[Tensor]:
+def _fused(a: Tensor, p: Tensor, n: Tensor, plan: Plan, rows: slice, tau: float, want: bool) -> list[Tensor]:
     """[sum of loss_i, and with `want` the three gradients], by the Triton kernel."""
     from speed_core.kernels.guided_loss import DROP, KEEP, NO_DIAGONAL, Block
 
@@ -178,7 +67,7 @@ def _fused(a: Tensor, p: Tensor, n: Tensor, plan: _Plan, rows: slice, tau: float
             own_ids = plan.ids[1][plan.offset :][: len(a)]
             ids = plan.ids[0][rows], own_ids[rows], plan.blocks(plan.ids)[name][1]
         blocks[name] = Block(
-            left[rows], right, guide, ids, temperature=tau, slack=_TIE * torch.finfo(torch.float32).eps,
+            left[rows], right, guide, ids, temperature=tau, slack=TIE * torch.finfo(torch.float32).eps,
             diagonal={"ap": KEEP, "an": NO_DIAGONAL}.get(name, DROP),
             offset=rows.start + (0 if name == "aa" else plan.offset),
         )  # fmt: skip
@@ -204,9 +93,7 @@ class _Blockwise(torch.autograd.Function):
     """Sum of loss_i over `rows`. Value and gradient come from one pass over blocks of rows."""
 
     @staticmethod
-    def forward(
-        ctx: Any, a: Tensor, p: Tensor, n: Tensor, plan: _Plan, rows: slice, tau: float, block_size: int | None
-    ) -> Tensor:
+    def forward(ctx: Any, a: Tensor, p: Tensor, n: Tensor, plan: Plan, rows: slice, tau: float, block_size: int | None) -> Tensor:
         want = any(ctx.needs_input_grad[:3])
         if plan.kernel is not None:
             out = _fused(a, p, n, plan, rows, tau, want)
@@ -257,39 +144,6 @@ class _Blockwise(torch.autograd.Function):
         return *(g * upstream for g in ctx.saved_tensors), None, None, None, None
 
 
-_NAMES = ("anchors", "positives", "negatives")
-
-
-def _make_plan(
-    student: Columns, guide: Columns | None, margin: float, strategy: str, contrast: tuple[bool, bool],
-    text_ids: Ids | None, offset: int,
-) -> _Plan:  # fmt: skip
-    a, p, _ = student
-    threshold, ids = a[:0], None
-    if guide is not None:
-        for name, of_guide, t in zip(_NAMES, guide, student, strict=True):
-            # Rows alone would let (4, D) meet (2, 2, E), which is another order of the same number of texts.
-            if of_guide.shape[:-1] != t.shape[:-1] and (of_guide.numel() or t.numel()):
-                both = f"shape {_shape(of_guide)}, but {name} {_shape(t)}"
-                raise LossInputError(f"guide_{name}: {both}; encode the same texts, in the same order, with the guide")
-        own = (guide[0].to(a.dtype) * guide[1][offset : offset + len(a)].to(a.dtype)).sum(1)
-        threshold = own - margin if strategy == "absolute" else own - own.abs() * margin
-        guide = _flat(guide)
-    if text_ids is not None:
-        if len(text_ids) not in (2, 3):
-            raise LossInputError(f"text_ids: {len(text_ids)} parts; give ids of anchors, positives and, if any, of negatives")
-        ids_a, ids_p = (t.to(a.device) for t in text_ids[:2])
-        found = [ids_a, ids_p]
-        if ids_a.dim() == 1:
-            found += [_stacked(text_ids[2] if len(text_ids) > 2 else None, ids_a, (len(a), len(p)), "text_ids[2]").to(a.device)]
-        for i, (name, these, t) in enumerate(zip(_NAMES, found, student, strict=False)):
-            if these.shape != t.shape[:-1] and (these.numel() or t.numel()):
-                shapes = f"shape {_shape(these, 0) if i == 2 else tuple(these.shape)}, but {name} {_shape(t)}"
-                raise LossInputError(f"text_ids[{i}]: {shapes}; give one integer id a text")
-        ids = _flat((ids_a, ids_p, found[2]))
-    return _Plan(guide, threshold, ids, offset, *contrast)
-
-
 def _contrastive_loss(
     student_given: tuple[Tensor, Tensor, Negatives], guide_given: tuple[Tensor, Tensor, Negatives] | None, *,
     temperature: float = 0.01, margin: float = 0.0, margin_strategy: str = "absolute",
@@ -298,26 +152,26 @@ def _contrastive_loss(
     block_size: int | None = None, reduction: str = "mean",
 ) -> Tensor:  # fmt: skip
     """Both losses: without a guide only diagonals and equal texts go."""
-    _check_settings(temperature, margin, margin_strategy)
+    check_settings(temperature, margin, margin_strategy)
     if reduction not in ("mean", "sum") or (block_size is not None and block_size < 1):
         raise LossInputError(f"reduction {reduction!r}, block_size {block_size}: use mean or sum, and None or at least 1")
     anchors = student_given[0]
     # Mixed precision would round similarities to bfloat16 before they meet the threshold.
     with torch.autocast(anchors.device.type, enabled=False):
-        student, guide = _side(student_given, anchor_offset, ""), None
+        student, guide = side(student_given, anchor_offset, ""), None
         start, stop = rows or (0, len(anchors))
         if not 0 <= start < stop <= len(anchors):
             raise LossInputError(f"rows {rows}: no part of anchors, shape {tuple(anchors.shape)}; give (start, stop)")
         if guide_given is not None:
             with torch.no_grad():
-                guide = _side(guide_given, anchor_offset, "guide_", student[0])
+                guide = side(guide_given, anchor_offset, "guide_", student[0])
         contrast = (contrast_anchors, contrast_positives)
-        plan = _make_plan(student, guide, margin, margin_strategy, contrast, text_ids, anchor_offset)
+        plan = make_plan(student, guide, margin, margin_strategy, contrast, text_ids, anchor_offset)
         plan.kernel = _kernel_dtype(_operands(student_given), student[0])
         if plan.kernel is not None and plan.guide is not None and guide_given is not None:
             kept, (ga, gp, gn) = _common_half(_operands(guide_given)), plan.guide
             plan.guide = ga.to(kept), gp.to(kept), gn.to(kept)
-        total = _Blockwise.apply(*_flat(student), plan, slice(start, stop), temperature, block_size)
+        total = _Blockwise.apply(*flat(student), plan, slice(start, stop), temperature, block_size)
     return total / (stop - start) if reduction == "mean" else total
 
 
@@ -389,11 +243,11 @@ def false_negative_mask(
     Blocks "ap" (B, C), "aa" (B, B), "pp" (B, C) and, with negatives, "an" (B, M). The diagonals of the first three
     read False: an own positive is never removed, and q_i-q_i and p_i-p_i are no candidates at all.
     """
-    _check_settings(1.0, margin, margin_strategy)
+    check_settings(1.0, margin, margin_strategy)
     with torch.autocast(guide_anchors.device.type, enabled=False):
-        guide = _side((guide_anchors, guide_positives, guide_negatives), 0, "guide_")
-        plan = _make_plan(guide, guide, margin, margin_strategy, (True, True), text_ids, 0)
-        blocks, everything = plan.blocks(_flat(guide)), slice(0, len(guide_anchors))
+        guide = side((guide_anchors, guide_positives, guide_negatives), 0, "guide_")
+        plan = make_plan(guide, guide, margin, margin_strategy, (True, True), text_ids, 0)
+        blocks, everything = plan.blocks(flat(guide)), slice(0, len(guide_anchors))
         removed: Any = {name: plan.removed(name, everything) for name in blocks}
         for name in removed.keys() - {"an"}:
             removed[name].fill_diagonal_(False)
@@ -444,7 +298,7 @@ class GuidedContrastiveLoss(torch.nn.Module):
         guide_text: Callable[[str], str] = lambda t: t, guided: bool | None = None,
     ):  # fmt: skip
         super().__init__()
-        _check_settings(temperature, margin, margin_strategy)
+        check_settings(temperature, margin, margin_strategy)
         if guide is model:
             raise LossInputError("guide: is the model itself, which freezing would stop; load a second copy")
         if guide is None and isinstance(guide_cache, (str, Path)):

@@ -41,7 +41,8 @@ def brainstorm_prompts(run: Run) -> list[Prompt]:
     everything = prompts.load_topics()
     used = {*topics(run)[0], *topics(run)[1]}
     p, t = run.profile.prompts, run.profile.topics
-    planned = tasks.plan_brainstorm(everything, max_depth=t.max_depth, truncate=t.truncate, style=p.style, clone=p.clone)
+    how = t.model_dump(include={"max_depth", "truncate", "tasks_per_topic"})
+    planned = tasks.plan_brainstorm(everything, **how, style=p.style, clone=p.clone)
     wanted = set(names(run, sorted(used)))
     return [q for q in planned if q.topic in wanted]
 

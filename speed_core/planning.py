@@ -189,6 +189,9 @@ def stages(run: Run) -> list[tuple[str, str, Callable[[], Any]]]:
         name = f"embedder-{arm}-{k}"
         out.append(("10", name, train(name, f"synthetic-{arm}", limit=equal, seed=k)))
         out.append(("10", f"scores-{arm}-{k}", score(f"{arm}-{k}", name)))
+    for layers, seed, arm in experiments.mixed_arms(run):
+        name = experiments.student_name(layers, arm, seed)
+        out += [("10", name, partial(experiments.student, run, layers, arm, seed)), ("10", f"scores-{name}", score(name, name))]
     # Notebook 10 comes before 11: until its data set is there, the plan takes it for the beginning of notebook 06's.
     soon = p.embedding.guided and "sr_re" in given and not run.store.get("synthetic-sr_re")
     own = [n for n in experiments.scaling_sizes(run)[:-1] if not (experiments.shares_ablation(run, n) or (soon and n == equal))]

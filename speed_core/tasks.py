@@ -35,13 +35,21 @@ def brainstorm_kinds(position: int) -> tuple[str, ...]:
 
 
 def plan_brainstorm(
-    topics: Sequence[str], *, max_depth: int = 4, truncate: bool = True, style: str = "own", clone: str = ""
+    topics: Sequence[str],
+    *,
+    max_depth: int = 4,
+    truncate: bool = True,
+    tasks_per_topic: int = 1,
+    style: str = "own",
+    clone: str = "",
 ) -> list[prompts.Prompt]:
-    """One brainstorm prompt for each topic and each of its kinds."""
+    """One brainstorm prompt for each topic and each of its kinds, for three tasks, or as many as are used of a topic."""
+    # SPEED's released prompts ask for about five, whatever is used of them.
+    count = max(3, tasks_per_topic) if style == "own" else 3
     out = []
     for position, path in enumerate(topics):
         topic = prompts.truncate_topic(path, max_depth) if truncate else path
-        out += [prompts.brainstorm(k, topic, style=style, clone=clone) for k in brainstorm_kinds(position)]
+        out += [prompts.brainstorm(k, topic, count=count, style=style, clone=clone) for k in brainstorm_kinds(position)]
     return out
 
 

@@ -86,7 +86,9 @@ class RecordedTeacher:
     def __init__(self) -> None:
         self.ledger = Ledger()
         self._answers = {
-            row["prompt_digest"]: row["answer"] for name in ("tasks", "seeds", "revisions") for row in recorded_rows(name)
+            row["prompt_digest"]: row["answer"]
+            for name in ("tasks", "tasks_five", "seeds", "revisions")
+            for row in recorded_rows(name)
         }
 
     def answer(self, prompt: str, purpose: str, temperature: float | None = None) -> Answer:

@@ -178,11 +178,11 @@ def test_extreme_guide_rows_of_another_type_are_no_zero_rows_either():
 
 
 def test_ordinary_rows_keep_their_values_to_the_last_bit():
-    from speed_core.guided_loss import _unit
+    from speed_core.loss_plan import unit_rows
 
     x = torch.randn(64, 384, generator=torch.Generator().manual_seed(0))
     x[3] = 0
-    assert torch.equal(_unit(x, "x", torch.float32), F.normalize(x, dim=1))
+    assert torch.equal(unit_rows(x, "x", torch.float32), F.normalize(x, dim=1))
 
 
 def test_a_gradient_that_float16_cannot_hold_is_infinite_and_neither_nan_nor_cut():

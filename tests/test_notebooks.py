@@ -189,7 +189,7 @@ def test_the_plan_names_exactly_the_stages_that_a_run_makes_and_why_they_would_r
 
     runs, _ = smoke
     found = planning.steps(open_run("smoke"))
-    written_by_notebooks = {"mask", "guided-gain", "scaling", "second-pass", "hard-negatives", "judge-check"}
+    written_by_notebooks = {"mask", "mixed", "guided-gain", "scaling", "second-pass", "hard-negatives", "judge-check"}
     made = {p.parent.name for p in (runs / "smoke" / "artifacts").glob("*/manifest.json")}
     assert {s.name for s in found} == made - written_by_notebooks and [s.reason for s in found] == [""] * len(found)
     assert all(s.seconds is not None and s.disk_mb is not None and s.peak_mb for s in found)

@@ -79,6 +79,18 @@ def test_every_recorded_seed_answers_a_prompt_that_is_really_built():
         assert prompts.text_digest(prompts.revise(r["prompt"], r["weak"])) == r["prompt_digest"]
 
 
+def test_who_uses_more_than_three_tasks_of_a_topic_asks_for_as_many():
+    three, five = (tasks.plan_brainstorm(TOPICS, tasks_per_topic=n) for n in (3, 5))
+    assert three == tasks.plan_brainstorm(TOPICS) and "about 5" in five[0].text and "about 3" in three[0].text
+    answers = {r["prompt_digest"]: json.loads(r["answer"]) for r in teacher.recorded_rows("tasks_five")}
+    assert {q.digest for q in five} == set(answers)
+    for short, long in zip(three, five, strict=True):
+        told = answers[long.digest]
+        assert told[:3] == TABLE[short.kind, short.topic] and len(set(told)) == 5
+    added = [t for told in answers.values() for t in told[3:]]
+    assert len(set(added)) == len(added) and not set(added) & {t for told in TABLE.values() for t in told}
+
+
 @given(st.sampled_from(records.KINDS), st.sampled_from(("short", "paper")), st.integers(0, 200))
 def test_a_prompt_read_back_from_its_text_asks_the_judge_for_the_same(kind, table, index):
     built = prompts.synthesis(kind, "Health/Sleep", "" if kind == "sts" else "Find it.", index=index, table=table)
