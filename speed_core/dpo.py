@@ -21,7 +21,7 @@ from typing import Any
 
 import numpy as np
 
-from speed_core import lm_head, models, packing, sft
+from speed_core import engines, lm_head, models, packing, sft
 from speed_core.artifacts import UserError, digest
 from speed_core.packing import Group
 from speed_core.profile import Senior
@@ -305,6 +305,7 @@ def train(
     from transformers import AutoModelForCausalLM, TrainingArguments
 
     sft.quiet()
+    engines.end_resting()
     if settings.lora is None:
         raise UserError("senior.lora: missing; give rank and alpha")
     if torch.cuda.device_count() > 1 and "WORLD_SIZE" not in os.environ:

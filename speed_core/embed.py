@@ -14,7 +14,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-from speed_core import models, sft
+from speed_core import engines, models, sft
 from speed_core.artifacts import UserError, write_json
 from speed_core.guided_loss import GuideCache, GuidedCollator, GuidedContrastiveLoss
 from speed_core.profile import Embedding
@@ -201,6 +201,7 @@ def train(
     from sentence_transformers.base.sampler import BatchSamplers
 
     sft.quiet()
+    engines.end_resting()
     if len(rows) < settings.batch:
         raise UserError(
             f"{label}: {len(rows)} records, one batch needs {settings.batch}; synthesise more or lower embedding.batch"

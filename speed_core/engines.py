@@ -27,6 +27,7 @@ from speed_core.artifacts import UserError, digest
 # compilation and then writes 150 to 200 tokens a second, `generate` about 30; below this many tokens the
 # start costs more than it saves.
 VLLM_WORTH_TOKENS = 1000
+REST_SECONDS = 20  # that a vLLM waits for other weights of the same architecture
 # For glibc: keep what was freed. By default each tensor of 64 x 262,144 logits is new memory, whose first touch costs more
 # than the step that fills it (with the nucleus in place: 127 -> 206 tokens a second).
 KEPT_MEMORY = {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": str(2**34)}
@@ -163,15 +164,13 @@ class TransformersEngine:
         del self.model
 
 
-class VllmEngine:
-    """vLLM in a child process. The parent never touches the accelerator; memory is back after `close`."""
+class _Worker:
+    """The child process of a `VllmEngine`: JSON lines in and out, and what it said on its way down."""
 
-    name = "vllm"
-
-    def __init__(self, model: str, adapter: Path | None = None, dtype: str = "bfloat16", max_length: int = 1024):
+    def __init__(self) -> None:
         self._errors = tempfile.TemporaryFile("w+b")
         read_end, write_end = os.pipe()
-        self._child = subprocess.Popen(
+        self.child = subprocess.Popen(
             [sys.executable, "-m", "speed_core.vllm_worker", str(write_end)],
             stdin=subprocess.PIPE,
             stdout=self._errors,
@@ -181,29 +180,120 @@ class VllmEngine:
         )
         os.close(write_end)
         self._out = os.fdopen(read_end, encoding="utf-8")
-        try:  # while the child imports
+
+    def send(self, message: Any) -> None:
+        assert self.child.stdin is not None
+        try:
+            self.child.stdin.write((json.dumps(message) + "\n").encode())
+            self.child.stdin.flush()
+        except BrokenPipeError:
+            pass  # the reader reports the dead child with its own error
+
+    def read(self) -> Any:
+        """Its next line; None when it is dead."""
+        line = self._out.readline()
+        return json.loads(line) if line else None
+
+    def last_error(self) -> str:
+        self.child.wait()
+        self._errors.seek(0)
+        lines = [s for s in self._errors.read().decode(errors="replace").splitlines() if "Error" in s]
+        return lines[-1].strip()[:300] if lines else f"exit code {self.child.returncode}"
+
+    def end(self) -> None:
+        if self.child.stdin and not self.child.stdin.closed:
+            try:
+                self.child.stdin.close()
+            except BrokenPipeError:
+                pass
+        try:
+            self.child.wait(timeout=20)
+        except subprocess.TimeoutExpired:
+            self.child.kill()
+            self.child.wait()
+        self._out.close()
+        self._errors.close()
+
+
+class _Resting:
+    """At most one vLLM that was let go of a moment ago, and ends by itself soon if nobody takes it."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._held: tuple[Any, _Worker, threading.Timer] | None = None
+
+    def put(self, sizes: Any, worker: _Worker) -> None:
+        self.end()
+        timer = threading.Timer(REST_SECONDS, self._end, [worker])
+        timer.daemon = True
+        with self._lock:
+            self._held = sizes, worker, timer
+        timer.start()
+
+    def take(self, sizes: Any) -> _Worker | None:
+        """The worker if it has these sizes; one of other sizes ends."""
+        with self._lock:
+            held, self._held = self._held, None
+        if held is None:
+            return None
+        held[2].cancel()
+        if held[0] == sizes and held[1].child.poll() is None:
+            return held[1]
+        held[1].end()
+        return None
+
+    def end(self) -> None:
+        self.take(None)
+
+    def _end(self, worker: _Worker) -> None:
+        with self._lock:
+            mine = self._held is not None and self._held[1] is worker
+            self._held = None if mine else self._held
+        if mine:
+            worker.end()
+
+
+_resting = _Resting()
+
+
+def end_resting() -> None:
+    """End a vLLM that rests, where something else is about to need the memory: a training, another engine."""
+    _resting.end()
+
+
+class VllmEngine:
+    """vLLM in a child process. The parent never touches the accelerator; memory is back after `close`.
+
+    After `rest` the child stays for `REST_SECONDS`. An engine of the same architecture that is opened in that time reads its
+    weights into it, which writes the same texts and takes a few seconds where a start takes half a minute.
+    """
+
+    name = "vllm"
+
+    def __init__(self, model: str, adapter: Path | None = None, dtype: str = "bfloat16", max_length: int = 1024):
+        self._sizes = dtype, max_length, models.architecture(model)
+        rested = _resting.take(self._sizes)
+        self._worker = rested or _Worker()
+        try:  # while a new child imports
             folder = str(models.merged_folder(model, adapter)) if adapter else models.resolve(model)
-            self._send((json.dumps({"model": folder, "dtype": dtype, "max_length": max_length}) + "\n").encode())
+            first = {"model": folder, "dtype": dtype, "max_length": max_length}
+            self._worker.send(first)
             self._tokenizer = models.load_tokenizer(folder)
-            self._wait_ready()
+            ready = self._worker.read()
+            if ready is None and rested:  # it could not take these weights
+                self._worker.end()
+                self._worker = _Worker()
+                self._worker.send(first)
+                ready = self._worker.read()
+            if ready is None:
+                why = self._worker.last_error()
+                raise UserError(f"vllm: the engine did not start ({why}); use generation.engine=transformers")
         except BaseException:
-            self._child.kill()
+            self._worker.child.kill()
             self.close()
             raise
 
-    def _wait_ready(self) -> None:
-        line = self._out.readline()
-        if not line:
-            raise UserError(f"vllm: the engine did not start ({self._last_error()}); use generation.engine=transformers")
-
-    def _last_error(self) -> str:
-        self._child.wait()
-        self._errors.seek(0)
-        lines = [s for s in self._errors.read().decode(errors="replace").splitlines() if "Error" in s]
-        return lines[-1].strip()[:300] if lines else f"exit code {self._child.returncode}"
-
     def generate(self, requests: Sequence[Request], decoding: Decoding) -> Iterator[Completion]:
-        assert self._child.stdin is not None
         job = {
             "decoding": asdict(decoding),
             "schemas": {k: grammar_schema(k, decoding) for k in {r.kind for r in requests} if k},
@@ -217,40 +307,23 @@ class VllmEngine:
                 for r in requests
             ],
         }
-        payload = (json.dumps(job) + "\n").encode()
         # A thread writes, so that a large job cannot block while the child's answers fill the pipe.
-        writer = threading.Thread(target=self._send, args=(payload,), daemon=True)
+        writer = threading.Thread(target=self._worker.send, args=(job,), daemon=True)
         writer.start()
         for _ in requests:
-            line = self._out.readline()
-            if not line:
-                raise UserError(
-                    f"vllm: the engine ended in the middle ({self._last_error()}); finished requests are logged, run again to go on"
-                )
-            yield Completion(**json.loads(line))
+            answer = self._worker.read()
+            if answer is None:
+                why = self._worker.last_error()
+                raise UserError(f"vllm: the engine ended in the middle ({why}); finished requests are logged, run again to go on")
+            yield Completion(**answer)
         writer.join()
 
-    def _send(self, payload: bytes) -> None:
-        assert self._child.stdin is not None
-        try:
-            self._child.stdin.write(payload)
-            self._child.stdin.flush()
-        except BrokenPipeError:
-            pass  # the reader reports the dead child with its own error
-
     def close(self) -> None:
-        if self._child.stdin and not self._child.stdin.closed:
-            try:
-                self._child.stdin.close()
-            except BrokenPipeError:
-                pass
-        try:
-            self._child.wait(timeout=20)
-        except subprocess.TimeoutExpired:
-            self._child.kill()
-            self._child.wait()
-        self._out.close()
-        self._errors.close()
+        self._worker.end()
+
+    def rest(self) -> None:
+        """Close, but for an engine that is opened at once. To be called only when every request was answered."""
+        _resting.put(self._sizes, self._worker)
 
 
 def vllm_installed() -> bool:
@@ -299,6 +372,7 @@ def open_engine(
         models.check_adapter(adapter, model)
     if name == "vllm":
         return VllmEngine(model, adapter, dtype, max_length)
+    end_resting()
     if name == "continuous":
         from speed_core.continuous_engine import ContinuousEngine
 

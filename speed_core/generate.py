@@ -14,7 +14,7 @@ from typing import Any
 
 from speed_core import models, records
 from speed_core.artifacts import AppendLog, UserError, digest
-from speed_core.engines import Completion, Engine, choose_engine, open_engine
+from speed_core.engines import Completion, Engine, VllmEngine, choose_engine, open_engine
 from speed_core.engines import Decoding as Decoding
 from speed_core.engines import Request as Request
 from speed_core.sft import progress
@@ -96,9 +96,13 @@ def run(
                 if attempt < attempts:
                     failed = [r for r in latest.values() if r.attempt == attempt and _weak(entry(r))]
                     latest |= {r.id: r.again() for r in failed}
-        finally:
+        except BaseException:
             if started is not None and isinstance(engine, str):
                 started.close()
+            raise
+        if started is not None and isinstance(engine, str):
+            # The next stage often opens the same engine on other weights.
+            started.rest() if isinstance(started, VllmEngine) else started.close()
         return [e for r in requests if (e := entry(latest[r.id])) is not None]
 
 

@@ -241,6 +241,15 @@ def load_causal_lm(name: str, adapter: str | Path | None = None, dtype: str = "b
     return model.eval()
 
 
+def architecture(name: str) -> dict[str, Any]:
+    """What a model's configuration says of its shape: equal for two models that differ in their weights alone."""
+    from transformers import AutoConfig
+
+    of_files = ("_name_or_path", "name_or_path", "transformers_version", "dtype", "torch_dtype")
+    found = AutoConfig.from_pretrained(resolve(name)).to_dict()
+    return {k: v for k, v in found.items() if k not in of_files}
+
+
 def check_adapter(adapter: Path, base: str) -> None:
     """Refuse an adapter that was trained on other weights."""
     note = adapter / "base.json"

@@ -24,6 +24,7 @@ from speed_core.artifacts import UserError
 # Texts of each task by size: queries, or texts, or pairs.
 SIZES = {
     "smoke": {"retrieval": 40, "continuation": 20, "rerank": 20, "train": 4, "test": 40, "pairs": 60, "lee": 10},
+    "half": {"retrieval": 75, "continuation": 40, "rerank": 40, "train": 4, "test": 48, "pairs": 150, "lee": 20},
     "tiny": {"retrieval": 150, "continuation": 80, "rerank": 80, "train": 4, "test": 80, "pairs": 150, "lee": 20},
     "full": {"retrieval": 700, "continuation": 400, "rerank": 300, "train": 16, "test": 400, "pairs": 999, "lee": 50},
 }

@@ -17,7 +17,7 @@ from typing import Any
 
 from tqdm import tqdm
 
-from speed_core import lm_head, models
+from speed_core import engines, lm_head, models
 from speed_core.artifacts import UserError, write_json
 from speed_core.profile import Lora, Training
 
@@ -238,6 +238,7 @@ def train(
     from trl import SFTConfig
 
     quiet()
+    engines.end_resting()
     if settings.lora is None:
         raise UserError(f"{label}.lora: missing; generators are trained with LoRA, give rank and alpha")
     tokenizer = models.load_tokenizer(base)

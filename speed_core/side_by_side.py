@@ -28,7 +28,7 @@ from pathlib import Path
 from queue import SimpleQueue
 from typing import Any
 
-from speed_core import machine, models, planning, sft
+from speed_core import engines, machine, models, planning, sft
 from speed_core.artifacts import UserError
 from speed_core.run_context import ROOT, Run, reopen
 
@@ -43,6 +43,7 @@ def make(run: Run, notebook: str) -> int:
     memory allow. With one, or nothing to gain, it returns 0 and the notebook makes them itself. Raises UserError when a stage
     fails, after those that the other processes were at.
     """
+    engines.end_resting()
     most = workers()
     work = chains(run, notebook) if most > 1 and not run.replay else []
     count = min(len(work) // 2, most)  # each takes 15 s to start, which two models at least have to pay for

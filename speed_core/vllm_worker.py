@@ -1,7 +1,8 @@
 """The child process of `engines.VllmEngine`: jobs come in on stdin, completions leave on a pipe.
 
 Run as `python -m speed_core.vllm_worker FD`. The first JSON line in says which model; then one JSON line a job in,
-one JSON line a completion out, as soon as it is finished. The process ends when stdin closes.
+one JSON line a completion out, as soon as it is finished. A line that names another model of the same architecture puts its
+weights in the place of the first one's. The process ends when stdin closes.
 """
 
 from __future__ import annotations
@@ -74,6 +75,12 @@ def main() -> None:
     out.write(json.dumps({"ready": True}) + "\n")
     for line in sys.stdin:
         job = json.loads(line)
+        if "model" in job:
+            engine.collective_rpc("reload_weights", kwargs={"weights_path": job["model"]})
+            if not engine.reset_prefix_cache():  # keys and values of the weights before
+                raise RuntimeError("the prefix cache could not be emptied")
+            out.write(json.dumps({"ready": True}) + "\n")
+            continue
         d = job["decoding"]
         nucleus.p = d["top_p"]
         grammars = {k: StructuredOutputsParams(json=s) for k, s in job["schemas"].items()}

@@ -53,11 +53,45 @@ def test_vllm_runs_in_a_process_of_its_own_and_ends_with_it(tmp_path):
         text = list(engine.generate(items[6:], generate.Decoding(max_new_tokens=12, temperature=0.0, constrained=False)))[0].text
     finally:
         engine.close()
-    assert engine._child.poll() is not None
+    assert engine._worker.child.poll() is not None
     assert sum(generate.counts(entries).values()) == 6 == len(read_jsonl(tmp_path / "log"))
     assert refused[0]["status"] == "error" and "limit 512" in refused[0]["reason"], "a long prompt ends itself, not the engine"
     assert all(e["raw"].startswith('{"') and "\n" not in e["raw"][:3] for e in entries)
     assert "100" in text, "without <bos> the model would only repeat itself"
+
+
+@pytest.mark.skipif(importlib.util.find_spec("vllm") is None, reason="vLLM is not installed")
+def test_a_vllm_that_rests_takes_other_weights_and_writes_what_a_new_one_writes(tmp_path, monkeypatch):
+    import torch
+    from peft import LoraConfig, get_peft_model
+
+    workers = []
+
+    class Counted(engines._Worker):
+        def __init__(self):
+            super().__init__()
+            workers.append(self)
+
+    torch.manual_seed(0)
+    other = LoraConfig(r=4, target_modules=["q_proj", "o_proj"], init_lora_weights=False)
+    get_peft_model(models.load_causal_lm(BASE), other).save_pretrained(tmp_path / "other")
+    base = models.resolve(BASE)
+    monkeypatch.setattr(models, "cache_dir", lambda: tmp_path / "cache")  # of the merged weights
+    monkeypatch.setattr(engines, "_Worker", Counted)
+    engines.end_resting()
+    # float32: a fresh engine compiles its grammars while it writes, so its batches, and the last bits in bfloat16, are others.
+    how = {"decoding": generate.Decoding(temperature=0.7, max_new_tokens=24), "max_length": 512, "dtype": "float32"}
+    told = {}
+    for name, adapter in (("base", None), ("other", tmp_path / "other"), ("base again", None), ("new", tmp_path / "other")):
+        if name == "new":
+            assert len(workers) == 1 and workers[0].child.poll() is None
+            engines.end_resting()
+            assert workers[0].child.poll() is not None
+            monkeypatch.setattr(engines, "REST_SECONDS", 0.1)
+        entries = generate.run(requests(6), model=base, adapter=adapter, log=tmp_path / f"{name}.log", engine="vllm", **how)
+        told[name] = [e["raw"] for e in entries]
+    assert told["other"] == told["new"] != told["base"] == told["base again"] and len(workers) == 2
+    workers[1].child.wait(timeout=30)  # nobody came
 
 
 def test_the_cache_of_vllm_on_a_cpu_holds_all_requests_of_full_length():
