@@ -1,7 +1,7 @@
 """Transformers' continuous batching with a grammar for each request: where vLLM is not installed.
 
 A padded batch runs until its slowest text ends; here a finished request makes room for the next one at once. On two
-cores this wrote 42.7 tokens a second where padded batches wrote 18.2 (benchmarks/results/generation.cpu.json). Transformers
+cores this wrote 32.5 tokens a second where padded batches wrote 14.2 (benchmarks/results/generation.cpu.json). Transformers
 5.19 has no public way to give a request a grammar of its own: its list of processors is made from the generation
 config. The list is plain, though, and its base class is told of every request's tokens before each step, so a processor
 put into it can follow one matcher a request. That is the one private place used here, and a test runs it.

@@ -189,7 +189,13 @@ def _exchange(groups: Sequence[Group], rank: int, world: int) -> None:
             g.reference = values
 
 
-def _trainer_class() -> Any:
+def trainer_class() -> Any:
+    """A Hugging Face `Trainer` for rows of `Group`s with their reference, as `check_pairs` and `cached_reference` give them.
+
+    `trainer_class()(model=, args=, train_dataset=, eval_dataset=, beta=, kind="sigmoid", smoothing=0.0, data_collator=lambda part:
+    packing.collate(part, pad), callbacks=, ...)`: what `train` below uses, for a loop of one's own. It logs the weighted means of
+    loss, rewards, margin, accuracy and log-probability over the global batch; `evaluate` gives `eval_loss`.
+    """
     import torch
     from accelerate.data_loader import SeedableRandomSampler
     from transformers import Trainer
@@ -197,10 +203,12 @@ def _trainer_class() -> Any:
     class WithFillers(torch.utils.data.Sampler[int]):
         """The order in which one process would read `real` rows, then the fillers behind them."""
 
-        def __init__(self, real: int, total: int, seed: int):
-            self.order, self.total = SeedableRandomSampler(range(real), data_seed=seed), total
+        def __init__(self, real: int, total: int, seed: int, state: Any):
+            self.order, self.total, self.state = SeedableRandomSampler(range(real), data_seed=seed), total, state
 
         def __iter__(self) -> Any:
+            # No `set_epoch` reaches a sampler within a sampler, so one that resumed would read the first epoch's order again.
+            self.order.set_epoch(int(self.state().epoch or 0))
             yield from self.order
             yield from range(len(self.order), self.total)
 
@@ -232,9 +240,10 @@ def _trainer_class() -> Any:
         def _get_train_sampler(self, train_dataset: Any = None) -> Any:
             if not self.fillers:
                 return super()._get_train_sampler(train_dataset)
-            return WithFillers(self.real, self.real + self.fillers, self.args.data_seed or 0)
+            return WithFillers(self.real, self.real + self.fillers, self.args.data_seed or 0, lambda: self.state)
 
         def _get_num_items_in_batch(self, batch_samples: Any, device: Any) -> Any:
+            self.step_rows = [row for batch in batch_samples for row in batch["rows"].tolist()]  # of this process
             total = sum(batch["weights"].sum() for batch in batch_samples).to(device)
             return self.accelerator.gather(total).sum() if self.args.world_size > 1 else total
 
@@ -249,9 +258,10 @@ def _trainer_class() -> Any:
                 kind=self.kind,
                 smoothing=self.smoothing,
             )
-            total = inputs["weights"].sum() if num_items_in_batch is None else num_items_in_batch
-            # Every process divides by the pairs of all of them, and their gradients are averaged.
-            loss = (each * inputs["weights"]).sum() / total * self.args.world_size
+            if num_items_in_batch is None:
+                loss = (each * inputs["weights"]).sum() / inputs["weights"].sum()
+            else:  # every process divides by the pairs of all of them, and their gradients are averaged
+                loss = (each * inputs["weights"]).sum() / num_items_in_batch * self.args.world_size
             if not bool(torch.isfinite(loss)):
                 raise UserError(self._complaint(each, inputs))
             kept = self.__dict__.setdefault("kept", [])
@@ -260,11 +270,18 @@ def _trainer_class() -> Any:
             kept.append(torch.stack([rewards[0], rewards[1], ahead, logp, each.detach(), inputs["weights"]]))
             return (loss, {}) if return_outputs else loss
 
+        def prediction_step(self, model: Any, inputs: Any, prediction_loss_only: bool, ignore_keys: Any = None) -> Any:
+            kept = self.__dict__.pop("kept", [])  # what is evaluated is no part of a training step's means
+            with torch.no_grad():
+                loss = self.compute_loss(model, self._prepare_inputs(inputs))
+            self.kept = kept
+            return loss, None, None
+
         def _complaint(self, each: Any, inputs: Any) -> str:
             values = zip(inputs["rows"].tolist(), each.tolist(), strict=True)
             bad = ", ".join(f"pair {row}" for row, value in values if not math.isfinite(value))
             saved = sft.last_checkpoint(Path(str(self.args.output_dir)))
-            kept = f"last checkpoint: {saved.name}" if saved else "there is no checkpoint yet (senior.save_steps)"
+            kept = f"last good checkpoint: {saved.name}" if saved else "there is no checkpoint yet (senior.save_steps)"
             return (
                 f"senior: the loss is not a number at step {self.state.global_step + 1} of {bad or 'all pairs'}; "
                 f"lower senior.lr or look at the data; {kept}"
@@ -333,7 +350,7 @@ def train(
         torch._dynamo.config.recompile_limit = 64  # FlexAttention meets rows, windows and modes of several sizes
     torch.manual_seed(seed)
     dtype = getattr(torch, settings.dtype)
-    attention = "flex_attention" if torch.cuda.is_available() else "sdpa"
+    attention = "flex_attention" if torch.cuda.is_available() else "sdpa"  # the former has not run on a GPU yet
     model: Any = AutoModelForCausalLM.from_pretrained(start, dtype=dtype, attn_implementation=attention)
     model = get_peft_model(model.to(models.device()), sft.lora_config(settings.lora))
     lm_head.hidden_states_only(model)
@@ -355,7 +372,7 @@ def train(
         }
         where = cache / f"dpo-{digest(decides)[:24]}"
         arguments.output_dir, checkpoint = str(where), sft.last_checkpoint(where)
-    trainer = _trainer_class()(
+    trainer: Any = trainer_class()(
         model=model,
         args=arguments,
         train_dataset=groups,
@@ -363,7 +380,7 @@ def train(
         kind=settings.loss,
         smoothing=settings.label_smoothing,
         data_collator=lambda part: packing.collate(part, pad, settings.row_tokens, share=settings.share),
-        callbacks=[sft.bar_callback("dpo")],
+        callbacks=[sft.bar_callback("dpo", lambda: trainer.step_rows)],
     )
     sft.remove_printer(trainer)
     trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)

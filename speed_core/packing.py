@@ -119,7 +119,7 @@ def dense_mask(group: Tensor, part: Tensor, position: Tensor, window: int | None
 
 
 def block_mask(group: Tensor, part: Tensor, position: Tensor, window: int | None = None) -> Any:
-    """The same rule as a FlexAttention block mask: nothing of size T x T stays."""
+    """The same rule as a FlexAttention block mask: nothing of size T x T stays. Not yet run on a GPU; forward only on a CPU."""
     from torch.nn.attention.flex_attention import create_block_mask
 
     # Uncompiled, the builder itself holds a T x T mask for a moment.

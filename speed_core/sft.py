@@ -11,7 +11,7 @@ import logging
 import math
 import os
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -73,8 +73,9 @@ def quiet() -> None:
     datasets.disable_progress_bars()
 
 
-def bar_callback(label: str) -> Any:
-    """A progress bar on standard output with steps done, total and time left; a gradient that is no number stops the training."""
+def bar_callback(label: str, among: Callable[[], Sequence[int]] | None = None) -> Any:
+    """A progress bar on standard output with steps done, total and time left; a gradient that is no number stops the training.
+    `among` tells which pairs the step has read."""
     import torch
     from transformers import TrainerCallback
 
@@ -90,9 +91,10 @@ def bar_callback(label: str) -> Any:
             norm = torch.nn.utils.get_total_norm(p.grad for p in model.parameters() if p.grad is not None)
             if not math.isfinite(float(norm)):
                 found = last_checkpoint(Path(args.output_dir))
-                kept = f"; last checkpoint: {found.name}" if found else ""
+                kept = f"; last good checkpoint: {found.name}" if found else ""
+                pairs = f" of pairs {', '.join(map(str, among()))}" if among else ""
                 raise UserError(
-                    f"{label}: a gradient is not a number at step {state.global_step + 1}; lower the learning rate{kept}"
+                    f"{label}: a gradient is not a number at step {state.global_step + 1}{pairs}; lower the learning rate{kept}"
                 )
 
         def on_train_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:

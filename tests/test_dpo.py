@@ -127,9 +127,9 @@ def ours_trainer(base, folder, batch=4, micro=4, steps=20, weights=None, pairs=P
         made[0].rows.append(-1)
     values = profile.load("smoke").senior.model_copy(update=dict(batch=batch, micro_batch=micro, lr=1e-3, dtype="float32"))
     arguments = sft.trainer_arguments(values, 0, folder, remove_unused_columns=False, max_steps=steps, **more)
-    trainer = dpo._trainer_class()(
+    trainer = dpo.trainer_class()(
         model=model, args=TrainingArguments(**arguments), train_dataset=made, data_collator=lambda part: packing.collate(part, 0),
-        beta=0.1, callbacks=[sft.bar_callback("dpo")],
+        beta=0.1, callbacks=[sft.bar_callback("dpo", lambda: trainer.step_rows)],
     )  # fmt: skip
     return trainer
 
@@ -256,29 +256,82 @@ def stop_after(step):
     return Stop()
 
 
-def test_two_processes_equal_one_with_the_whole_batch(tiny_model, tmp_path):
-    base = tiny_model("llama")
-    script = tmp_path / "two.py"
+def in_two_processes(folder, body):
+    """Run the lines of `body` in two processes of one training, with this module as `test_dpo` and a `rank`."""
+    script = folder / "two.py"
     script.write_text(
         f"import sys; sys.path[:0] = {[str(Path(__file__).parent), str(Path(__file__).parents[1])]!r}\n"
-        "import torch, test_dpo\nfrom pathlib import Path\n"
-        f"t = test_dpo.ours_trainer({base!r}, Path({str(tmp_path / 'o')!r}), 4, 1, 4, test_dpo.UNEVEN, test_dpo.MORE[:5], "
-        "save_strategy='no', ddp_backend='gloo')\n"
-        "t.train()\n"
-        "kept = {'weights': dict(t.model.named_parameters()), 'losses': test_dpo.losses(t)}\n"
-        f"if t.args.process_index == 0: torch.save(kept, {str(tmp_path / 'p.pt')!r})\n"
+        "import os, torch, test_dpo\nfrom pathlib import Path\nrank = int(os.environ['RANK'])\n"
+        f"{body}\n"
         "torch.distributed.destroy_process_group()\n"  # left open, gloo's threads may outlive the interpreter and abort
     )
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", str(script)]
     done = subprocess.run(command, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
+
+
+def test_two_processes_equal_one_with_the_whole_batch_and_go_on_from_a_checkpoint_in_its_order(tiny_model, tmp_path):
+    base = tiny_model("llama")
+    in_two_processes(
+        tmp_path,
+        f"""
+def trainer(name, **more):
+    folder = Path({str(tmp_path)!r}) / name
+    return test_dpo.ours_trainer({base!r}, folder, 4, 1, 4, test_dpo.UNEVEN, test_dpo.MORE[:5], ddp_backend='gloo', **more)
+def kept(t):
+    return {{'weights': dict(t.model.named_parameters()), 'losses': test_dpo.losses(t)}}
+whole = trainer('whole', save_strategy='steps', save_steps=3)
+whole.train()
+again = trainer('again', save_strategy='no')
+again.train(resume_from_checkpoint={str(tmp_path / "whole" / "checkpoint-3")!r})
+if rank == 0:
+    torch.save([kept(whole), kept(again)], {str(tmp_path / "p.pt")!r})
+""",
+    )
     # Five prompts: the second batch of an epoch is one prompt, and one of the two processes has none for it.
     one = ours_trainer(base, tmp_path / "one", 4, 4, 4, UNEVEN, MORE[:5], save_strategy="no")
     one.train()
-    two = torch.load(tmp_path / "p.pt", weights_only=False)
     ours = dict(one.model.named_parameters())
-    assert two["losses"] == pytest.approx(losses(one), abs=1e-5) and len(losses(one)) == 4
-    assert all(torch.allclose(ours[n], p, atol=1e-5) for n, p in two["weights"].items() if ours[n].requires_grad)
+    assert len(losses(one)) == 4
+    for two in torch.load(tmp_path / "p.pt", weights_only=False):
+        assert two["losses"] == pytest.approx(losses(one), abs=1e-5)
+        assert all(torch.allclose(ours[n], p, atol=1e-5) for n, p in two["weights"].items() if ours[n].requires_grad)
+
+
+def test_two_processes_train_the_senior_that_one_would_and_share_the_reference(tiny_model, tmp_path):
+    base = tiny_model("llama")
+    senior = junior_and_senior(base, tmp_path, batch=4, micro_batch=1, epochs=2, save_steps=1)
+    dpo.starting_point(base, tmp_path / "junior")  # merged once, before two processes ask for it
+    in_two_processes(
+        tmp_path,
+        f"""
+from speed_core import dpo
+from speed_core.profile import Senior
+settings, folder = Senior.model_validate_json({senior.model_dump_json()!r}), Path({str(tmp_path)!r})
+dpo.train({base!r}, folder / 'junior', test_dpo.MORE[:5], settings, seed=0, output=folder / 'two', cache=folder / 'c2')
+""",
+    )
+    one = dpo.train(base, tmp_path / "junior", MORE[:5], senior, seed=0, output=tmp_path / "one", cache=tmp_path / "c1")
+    references = [sorted((tmp_path / c).glob("reference-*.npy")) for c in ("c1", "c2")]
+    assert len(references[0]) == 1 and [p.name for p in references[0]] == [p.name for p in references[1]]
+    assert np.load(references[0][0]) == pytest.approx(np.load(references[1][0]), abs=1e-4)
+    two = json.loads((tmp_path / "two" / "training.json").read_text())["history"]
+    assert len(two) == 4 and [h["loss"] for h in two] == pytest.approx([h["loss"] for h in one["history"]], abs=1e-5)
+    a, b = (load_file(tmp_path / name / "adapter_model.safetensors") for name in ("one", "two"))
+    assert all(torch.allclose(v, b[k], atol=1e-5) for k, v in a.items())
+
+
+def test_an_evaluation_gives_the_mean_loss_of_its_pairs_and_leaves_the_training_means_alone(tiny_model, tmp_path):
+    base = tiny_model("llama")
+    plain, watched = (ours_trainer(base, tmp_path / n, 2, 2, 2, save_strategy="no") for n in "ab")
+    watched.eval_dataset = plain.train_dataset
+    model, groups = prepared(base)
+    assert watched.evaluate()["eval_loss"] == pytest.approx(float(loss_of(model, groups)[0]), abs=1e-5)
+    plain.train()
+    watched.args.eval_strategy, watched.args.eval_steps = "steps", 1
+    watched.train()
+    assert losses(watched) == pytest.approx(losses(plain), abs=1e-6)
+    assert len([h for h in watched.state.log_history if "eval_loss" in h]) == 2
 
 
 def test_gradient_checkpointing_changes_nothing_but_memory(tiny_model, tmp_path):
@@ -333,7 +386,7 @@ def test_a_loss_that_is_no_number_stops_and_names_step_pair_and_checkpoint(tiny_
     trainer = ours_trainer(tiny_model("llama"), tmp_path, 2, 2, 4, save_strategy="steps", save_steps=1)
     (at,) = (k for k, step in enumerate(trainer.get_train_dataloader()) if 2 in step["rows"])  # pair 2 comes with another
     trainer.train_dataset[2].reference[0] = float("nan")
-    last = f"last checkpoint: checkpoint-{at}" if at else "there is no checkpoint yet"
+    last = f"last good checkpoint: checkpoint-{at}" if at else "there is no checkpoint yet"
     with pytest.raises(UserError, match=f"not a number at step {at + 1} of pair 2; .*{last}"):
         trainer.train()
 
@@ -348,10 +401,13 @@ def test_a_gradient_that_is_no_number_stops_before_it_reaches_the_weights(tiny_m
         return gradient * float("nan") if len(calls) == 2 else gradient
 
     weight.register_hook(poison)
-    with pytest.raises(
-        UserError, match="dpo: a gradient is not a number at step 2; lower the learning rate; last checkpoint: checkpoint-1"
-    ):
+    said = (
+        r"dpo: a gradient is not a number at step 2 of pairs \d, \d; lower the learning rate; last good checkpoint: checkpoint-1"
+    )
+    with pytest.raises(UserError, match=said) as error:
         trainer.train()
+    first, second = trainer.get_train_dataloader()
+    assert f"of pairs {', '.join(map(str, second['rows'].tolist()))};" in str(error.value)
     assert all(p.isfinite().all() for p in trainer.model.parameters())
 
 
