@@ -32,8 +32,7 @@ def small(tmp_path_factory):
     words = ["bundle", str(folder / "small.tar"), "--profile", "smoke", "--no-weights", "--incomplete"]
     done = speed(folder / "runs", *words)
     assert done.returncode == 0 and "small.tar: sha256 " in done.stdout, done.stderr
-    with tarfile.open(folder / "small.tar") as tar:
-        tar.extractall(folder, filter="data")
+    subprocess.run(["tar", "xf", folder / "small.tar", "-C", folder], check=True)  # as its reader would
     return folder / "runs", folder / "small.tar", folder / bundle.NAME
 
 
