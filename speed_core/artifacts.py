@@ -348,5 +348,6 @@ PRODUCERS = {
     "second": "05",
     "hard": "10",
     "study": "10",
+    "generators": "10",
     "judge": "04",
 }

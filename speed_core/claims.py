@@ -72,11 +72,11 @@ NOT_POSSIBLE = {
     "E5": "needs a base model before and after contrastive pre-training; no package carries such a pair",
 }
 
-# What compares generators that were trained once each, or data sets that were written once each: more embedding seeds do not
-# tell how much another training or another sample would change. `run --seed 0,1,2` repeats both, in run folders of their own
-# that no verdict reads.
+# What compares generators, or data sets: more embedding seeds do not tell how much another training or another sample would
+# change. Of some, generators are trained and asked again (`repeats`); the others are never resolved.
 ONE_GENERATOR = ("S1", "S2", "S4", "S5", "S6", "S7", "S8", "S11", "S13", "S14", "S15", "S16", "S18", "S19")
 ONE_SAMPLE = ("S9", "S10", "S12")
+TRAININGS = 3  # of the generators, from which on an interval over them may decide
 HUMPS = ("S12", "S13", "S14", "S15", "S16")  # claims of an optimum inside a range
 
 # What a reader has to know of a claim's evidence beside its interval.
@@ -105,6 +105,18 @@ VERDICTS = (REPRODUCED, SMALLER, UNRESOLVED, CONTRADICTED, IMPOSSIBLE, UNTESTED)
 PAPER_RECORDS = 230_000
 SIZED = {"S17": "guided", "E3": "guided"}
 EQUAL = ("S1", "S4", "S5", "S7", "S8")  # comparisons of data sets at equal size
+# Differences of arms: claim -> (in words, (arm, the one it is compared with)). Where the paper prints two such differences, ours is the
+# mean of the two; S6 is the smallest of its three.
+COMPARED: dict[str, tuple[str, tuple[tuple[str, str], ...]]] = {
+    "S1": ("Sr+Re against the recorded teacher's own examples", (("sr_re", "teacher"),)),
+    "S4": ("Jr and Sr+Re against the untrained base model's records", (("jr", "base"), ("sr_re", "base"))),
+    "S5": ("Sr+Re against the recorded teacher's own examples", (("sr_re", "teacher"),)),
+    "S6": ("the smallest of the three steps Jr, Jr+Re, Sr, Sr+Re", (("jr_re", "jr"), ("sr", "jr_re"), ("sr_re", "sr"))),
+    "S7": ("revised against not, of Jr and of Sr", (("jr_re", "jr"), ("sr_re", "sr"))),
+    "S8": ("Sr against Jr, without and with revision", (("sr", "jr"), ("sr_re", "jr_re"))),
+    "E1": ("trained on synthetic data against untrained", (("guided", "untrained"),)),
+    "E3": ("the same models with instructions against without", (("guided", "bare"),)),
+}
 E5_TOKENS = 180e6 / 500e3  # teacher tokens a record of E5-mistral (SPEED Table 5), which spends one call a record
 
 
@@ -129,6 +141,8 @@ def judged(
     seeds must be covered."""
     said = verdict(e.low, e.high, expected)
     seeds = f"{e.seeds} embedding seeds and the texts" if e.seeds > 1 else "the texts; one training seed"
+    if e.generators > 1:
+        seeds = f"{e.generators} trainings of the generators ({e.seeds} embedding models an arm) and the texts"
     if e.no_texts:
         seeds = f"{e.seeds} embedding seeds"
     why = f"{what}: {e} points, interval over {seeds if trained else 'the texts'}"
@@ -138,8 +152,9 @@ def judged(
         said, why = UNRESOLVED, why + "; it leaves out the texts, so its sign decides nothing"
     elif key in HUMPS and said == CONTRADICTED:
         said, why = UNRESOLVED, why + "; the best value is at an end, so an optimum may lie outside of this range"
-    elif (once := _once(key)) and said != UNRESOLVED:
-        single = "each generator was trained once" if key in ONE_GENERATOR else "each data set was written once"
+    elif (once := _once(key, e)) and said != UNRESOLVED:
+        times = "once" if e.generators == 1 else "twice"
+        single = f"each generator was trained {times}" if key in ONE_GENERATOR else "each data set was written once"
         said, why = UNRESOLVED, why + f"; the interval leaves zero out, but {single}: it takes {once}, three times at least"
     elif key == "G4" and said == CONTRADICTED:
         said, why = UNRESOLVED, why + "; a rise here does not show that it cannot fall elsewhere"
@@ -153,17 +168,17 @@ def judged(
     return numbers | {"verdict": said, "why": why, "artifact": artifact}
 
 
-def _once(key: str) -> str:
-    """What would have to be repeated beside the embedding models to resolve a claim; empty for most."""
+def _once(key: str, e: Estimate) -> str:
+    """What would have to be repeated beside the embedding models to resolve a claim; empty for most, and where it was repeated."""
     if key in ONE_GENERATOR:
-        return "generators trained more than once"
+        return "generators trained more than once" if e.generators < TRAININGS else ""
     return "data sets written more than once" if key in ONE_SAMPLE else ""
 
 
 def _would_resolve(key: str, e: Estimate, trained: bool, expected: int, level: float) -> str:
     """That the interval leaves the paper's effect out, or what it takes to resolve it, or one of `LITTLE` where it prints none; of
     a claim that something matters little, what it takes to have the whole interval on one side of `LITTLE`."""
-    once = _once(key)
+    once = _once(key, e)
     if expected:
         effect = EFFECTS.get(key, LITTLE * expected)
         whose = f"the paper's {effect:+g}" if key in EFFECTS else f"an effect of {LITTLE:g}"
@@ -185,8 +200,9 @@ def _would_resolve(key: str, e: Estimate, trained: bool, expected: int, level: f
 
 
 def _same_seeds(needed: str, e: Estimate) -> str:
-    """`needed` without a number of seeds that is no larger than the one that was used."""
-    return re.sub(r" and (\d+) seeds", lambda m: " and the same seeds" if int(m[1]) <= e.seeds else m[0], needed)
+    """`needed` without a number of repetitions that is no larger than the one that was used."""
+    unit = r" and (\d+) (seeds|trainings of the generators)"
+    return re.sub(unit, lambda m: f" and the same {m[2]}" if int(m[1]) <= e.repeats else m[0], needed)
 
 
 def _bent(row: dict[str, Any], bend: Mapping[str, Any] | None) -> dict[str, Any]:
@@ -206,7 +222,30 @@ def _bent(row: dict[str, Any], bend: Mapping[str, Any] | None) -> dict[str, Any]
 
 
 def _estimate(f: Mapping[str, Any]) -> Estimate:
-    return Estimate(*(f[k] for k in ("value", "low", "high", "seeds", "sd_items", "sd_seeds")))
+    names = ("value", "low", "high", "seeds", "sd_items", "sd_seeds")
+    return Estimate(**{k: f[k] for k in names}, generators=f.get("generators", 1))
+
+
+def compared(key: str, scores: Mapping[str, Sequence[Any]], groups: Sequence[int] = (), *, draws: int = 1000) -> Estimate | None:
+    """The estimate of a claim of `COMPARED` from {arm: results} (`groups` as in `uncertainty.contrast`); None without an arm's."""
+    pairs = COMPARED[key][1]
+    if not all(scores.get(arm) for pair in pairs for arm in pair):
+        return None
+    if key == "S6":
+        steps = [uncertainty.difference(scores[a], scores[b], draws=draws, groups=groups) for a, b in pairs]
+        return min(steps, key=lambda e: e.value)
+    signs = [(sign, arm) for pair in pairs for sign, arm in zip((1, -1), pair, strict=True)]
+    return uncertainty.contrast([(sign / len(pairs), scores[arm], None) for sign, arm in signs], draws=draws, groups=groups)
+
+
+def compared_words(key: str, records: Mapping[str, int]) -> str:
+    """What a claim of `COMPARED` compares, and whether on equally many `records` ({arm: how many})."""
+    what, pairs = COMPARED[key]
+    counts = {arm: records[arm] for arm in dict.fromkeys(arm for pair in pairs for arm in pair) if arm in records}
+    if key not in EQUAL or not counts:
+        return what
+    many = f"on unequally many ({', '.join(f'{arm} {n}' for arm, n in counts.items())})"
+    return f"{what}, {many if len(set(counts.values())) > 1 else 'equally many'}"
 
 
 def build(
@@ -226,35 +265,14 @@ def build(
     found: dict[str, dict[str, Any]] = {}
     absent: dict[str, str] = {}
     records = records or {}
-    # Where the paper prints two such differences, ours is the mean of the two.
-    pairs: dict[str, tuple[str, list[tuple[str, str]]]] = {
-        "S1": ("Sr+Re against the recorded teacher's own examples", [("sr_re", "teacher")]),
-        "S4": ("Jr and Sr+Re against the untrained base model's records", [("jr", "base"), ("sr_re", "base")]),
-        "S5": ("Sr+Re against the recorded teacher's own examples", [("sr_re", "teacher")]),
-        "S7": ("revised against not, of Jr and of Sr", [("jr_re", "jr"), ("sr_re", "sr")]),
-        "S8": ("Sr against Jr, without and with revision", [("sr", "jr"), ("sr_re", "jr_re")]),
-        "E1": ("trained on synthetic data against untrained", [("guided", "untrained")]),
-        "E3": ("the same models with instructions against without", [("guided", "bare")]),
-    }
-    for key, (what, compared) in pairs.items():
-        arms = list(dict.fromkeys(arm for pair in compared for arm in pair))
-        if all(scores.get(arm) for arm in arms):
-            signs = [(sign, arm) for pair in compared for sign, arm in zip((1, -1), pair, strict=True)]
-            e = uncertainty.contrast([(sign / len(compared), scores[arm], None) for sign, arm in signs])
-            if key in EQUAL and (counts := {arm: records[arm] for arm in arms if arm in records}):
-                many = f"on unequally many ({', '.join(f'{arm} {n}' for arm, n in counts.items())})"
-                what += f", {many if len(set(counts.values())) > 1 else 'equally many'}"
-            found[key] = judged(key, e, what, " ".join(digests[arm] for arm in arms))
+    for key in COMPARED:
+        arms = list(dict.fromkeys(arm for pair in COMPARED[key][1] for arm in pair))
+        if e := compared(key, scores):
+            found[key] = judged(key, e, compared_words(key, records), " ".join(digests[arm] for arm in arms))
         else:
             absent[key] = (
                 f"no scores of {' and '.join(a for a in arms if not scores.get(a))}; an arm with too few valid records is left out"
             )
-    order = ("jr", "jr_re", "sr", "sr_re")
-    if all(scores.get(arm) for arm in order):
-        steps = [uncertainty.difference(scores[b], scores[a]) for a, b in zip(order, order[1:], strict=False)]
-        least = min(steps, key=lambda e: e.value)
-        what = "the smallest of the three steps Jr, Jr+Re, Sr, Sr+Re"
-        found["S6"] = judged("S6", least, what, " ".join(digests[arm] for arm in order))
     for key, f in facts.get("estimates", {}).items():
         # S2 says that the teacher's data wins with labelled data, G4 that retrieval *can* fall; S11, S19 and E4 say that something makes little difference.
         expected = {"S2": -1, "G4": -1, "S11": 0, "S19": 0, "E4": 0}.get(key, 1)

@@ -65,6 +65,11 @@ def ablation_data(run: Run, arms: Sequence[str] | None = None) -> dict[str, Arti
     return out
 
 
+def compares_all(run: Run) -> bool:
+    """Whether notebook 10 compares everything that its figures show: a point of a sweep does not."""
+    return not run.point and run.profile.study.arms == ARMS
+
+
 def ablation_size(run: Run) -> int:
     """Records in each compared data set: as many as the smallest of Table 2's has, at most `study.ablation_examples`."""
     made = [run.store.get(f"synthetic-{k}") for k in run.profile.study.arms if k in TABLE2]

@@ -232,6 +232,12 @@ def steps(run: Run) -> list[Step]:
     return out
 
 
+def current(run: Run, names: Iterable[str]) -> bool:
+    """Whether all artifacts `names` are made and would not be made again."""
+    with redirect_stdout(StringIO()):
+        return set(names) <= {s.name for s in steps(run) if not s.reason}
+
+
 def _cost(step: Step, made: Artifact | None, shipped: Artifact | None, ahead: forecast.Forecast | None) -> Step:
     """The step with what it took here the last time, else in the recorded run, scaled to this size (`forecast`)."""
     if not made and ahead and (said := ahead.expected(step.name)):

@@ -95,8 +95,8 @@ def rates(
 ) -> None:  # fmt: skip
     """Estimates with intervals: rows {label, value, low, high}; the paper's value (same units) as a black diamond.
 
-    With `each` in a row, the values of single training seeds stand as small marks below the estimate. `line`: the value that
-    says "no difference", drawn dashed.
+    With `each` in a row, the values of single training seeds (of single trainings of the generators, where a row counts several) stand
+    as small marks below the estimate. `line`: the value that says "no difference", drawn dashed.
     """
     if any("low" not in r or "high" not in r for r in rows):
         raise UserError(f"figure {name}: a compared score without an interval; give low and high")
@@ -106,8 +106,9 @@ def rates(
         ax.errorbar(r["value"], i, xerr=error, fmt="o", color=OURS, capsize=4, label="ours, 95% interval" if i == 0 else None)
         seeds = r.get("each", ())
         if len(seeds) > 1:
-            shown = ax.get_legend_handles_labels()[1].count("one seed")
-            ax.plot(seeds, [i + 0.22] * len(seeds), "|", color=OURS, ms=6, label=None if shown else "one seed")
+            mark = "one training of the generators" if r.get("generators", 1) > 1 else "one seed"
+            shown = ax.get_legend_handles_labels()[1].count(mark)
+            ax.plot(seeds, [i + 0.22] * len(seeds), "|", color=OURS, ms=6, label=None if shown else mark)
         if paper and r["label"] in paper:
             shown = not ax.get_legend_handles_labels()[1].count("paper")
             ax.plot(paper[r["label"]], i, "D", color=PAPER, mfc="none", label="paper" if shown else None)

@@ -245,7 +245,8 @@ def plan_text(
 
 def _points(run: Run) -> int:
     own = profiles.dotted(run.profile)
-    return sum(value != own[sweep.parameter] for sweep in study.SWEEPS for value in sweep.points(run))
+    sweeps = sum(value != own[sweep.parameter] for sweep in study.SWEEPS for value in sweep.points(run))
+    return sweeps + len(run.profile.study.generator_seeds)
 
 
 def _asked(p: profiles.Profile, calls: dict[str, int]) -> dict[str, str]:

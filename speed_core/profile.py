@@ -215,7 +215,8 @@ class Study(Part):
     """Notebooks 07 to 11: the guided-loss students, size of each ablation data set, sizes of the scaling points.
 
     `seeds` counts from the run's own seed: every embedding model is trained once for each. `sweep_seeds`: the first of
-    them, when the points of a sweep (`study.SWEEPS`) are to be trained with fewer.
+    them, when the points of a sweep (`study.SWEEPS`) are to be trained with fewer. `generator_seeds`: the run's seed in each
+    further training of the generators (`repeats`).
     """
 
     ablation_examples: int = Field(ge=4)
@@ -225,6 +226,7 @@ class Study(Part):
     scaling: tuple[int, ...]
     seeds: tuple[int, ...] = (0,)
     sweep_seeds: tuple[int, ...] | None = None
+    generator_seeds: tuple[int, ...] = (10, 20)
     student: Student = Student()  # type: ignore[call-arg]
 
     @model_validator(mode="after")
@@ -235,6 +237,8 @@ class Study(Part):
             raise ValueError(f"seeds {list(self.seeds)}: give at least one, each once")
         if self.sweep_seeds is not None and self.sweep_seeds != self.seeds[: len(self.sweep_seeds) or None]:
             raise ValueError(f"sweep_seeds {list(self.sweep_seeds)}: not the first of seeds {list(self.seeds)}")
+        if len(set(self.generator_seeds)) != len(self.generator_seeds):
+            raise ValueError(f"generator_seeds {list(self.generator_seeds)}: give each once")
         return self
 
 

@@ -26,6 +26,11 @@ class Run:
     figures: Path
     replay: bool = False  # answer from the logs alone: no engine, no weights
 
+    @property
+    def point(self) -> bool:
+        """Whether this is one point of a sweep, over the profile's own run."""
+        return self.store.base is not None
+
     def log(self, name: str) -> Path:
         return self.folder / "log" / f"{name}.jsonl"
 

@@ -7,12 +7,10 @@ point is that of the embedding models trained on the data set that the value dec
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from contextlib import redirect_stdout
 from dataclasses import dataclass
-from io import StringIO
 from typing import Any, Literal
 
-from speed_core import experiments, planning, provenance, uncertainty
+from speed_core import experiments, planning, provenance, repeats, uncertainty
 from speed_core.artifacts import Artifact, UserError, write_json
 from speed_core.profile import dotted
 from speed_core.run_context import Run, open_run
@@ -116,11 +114,11 @@ SWEEPS = (
 
 
 def named(keys: Sequence[str]) -> list[Sweep]:
-    """Sweeps by key; all of them for no key."""
+    """Sweeps by key; all of them for no key. `repeats.KEY` is known too, and no sweep."""
     known = list(dict.fromkeys(s.key for s in SWEEPS))
     for key in keys:
-        if key not in known:
-            raise UserError(f"sweep {key!r}: unknown; use {', '.join(known)}")
+        if key not in (*known, repeats.KEY):
+            raise UserError(f"sweep {key!r}: unknown; use {', '.join(known)} or {repeats.KEY}")
     return [s for k in keys or known for s in SWEEPS if s.key == k]
 
 
@@ -133,12 +131,15 @@ def point(run: Run, sweep: Sweep, value: Any) -> Point:
 
 
 def run_study(profile: str, keys: Sequence[str] = (), *, jobs: int = 1) -> list[tuple[Point, int]]:
-    """Run every point that is not the profile's own, which notebooks 00 to 12 have made; returns them with exit codes."""
+    """Run every point that is not the profile's own, which notebooks 00 to 12 have made, and the further trainings of the
+    generators; returns them with exit codes."""
     run, done = open_run(profile), []
     for sweep in named(keys):
         own = dotted(run.profile)[sweep.parameter]
         todo = [point(run, sweep, v) for v in sweep.points(run) if v != own]
         done += run_points(profile, todo, only=sweep.notebooks, jobs=jobs)
+    if not keys or repeats.KEY in keys:
+        done += run_points(profile, repeats.points(run), only=repeats.NOTEBOOKS, jobs=jobs)
     return done
 
 
@@ -165,10 +166,7 @@ def collect(run: Run, sweep: Sweep) -> tuple[dict[Any, list[dict[str, Any]]], li
         if value != own:
             if not (at.folder / "times.jsonl").is_file():
                 continue
-            names = {f"scores-{sweep.arm}-{s}" for s in experiments.training_seeds(at)}
-            with redirect_stdout(StringIO()):
-                current = {s.name for s in planning.steps(at) if not s.reason}
-            if not names <= current:
+            if not planning.current(at, [f"scores-{sweep.arm}-{s}" for s in experiments.training_seeds(at)]):
                 continue
         scores = experiments.scored(at, sweep.arm)[:count]
         if len(scores) == count:
@@ -280,14 +278,14 @@ class _Used(Artifact):
         return self.key
 
 
-def write(run: Run, facts: Mapping[str, Any], given: Sequence[Artifact]) -> Artifact:
-    """Artifact `study`: the estimates of the sweeps, made from the scores of all their points (`given`, of `collect`), so that what
-    rests on it is stale when one of them moves."""
+def write(run: Run, facts: Mapping[str, Any], given: Sequence[Artifact], name: str = "study") -> Artifact:
+    """Artifact `study` (or `name`): the estimates of the sweeps, made from the scores of all their points (`given`, of `collect`), so
+    that what rests on it is stale when one of them moves."""
     now = provenance.Now([run.store.root])
-    with run.store.stage("study", facts, [_Used(a.path, a.manifest, a.shipped, now.key(a)) for a in given]) as draft:
+    with run.store.stage(name, facts, [_Used(a.path, a.manifest, a.shipped, now.key(a)) for a in given]) as draft:
         if draft:
-            write_json(draft.file("study.json"), facts)
-    return run.store.need("study")
+            write_json(draft.file(f"{name}.json"), facts)
+    return run.store.need(name)
 
 
 def _away(e: Mapping[str, Any]) -> tuple[float, float]:

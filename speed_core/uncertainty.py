@@ -47,7 +47,13 @@ class Estimate:
     seeds: int
     sd_items: float
     sd_seeds: float
-    each: tuple[float, ...] = ()  # of each seed
+    each: tuple[float, ...] = ()  # of each seed; of each training of the generators where there are several
+    generators: int = 1  # how often they were trained: with several, `sd_seeds` is the standard error over them
+
+    @property
+    def repeats(self) -> int:
+        """How many repetitions the error over seeds rests on."""
+        return self.generators if self.generators > 1 else self.seeds
 
     @property
     def error(self) -> float:
@@ -75,7 +81,7 @@ class Estimate:
             "sd_items": self.sd_items,
             "sd_seeds": self.sd_seeds,
             "each": [round(v, 4) for v in self.each],
-        }
+        } | ({"generators": self.generators} if self.generators > 1 else {})
 
     def __str__(self) -> str:
         shown = f"{self.value:+.2f}" if math.isnan(self.low) else f"{self.value:+.2f} [{self.low:+.2f}, {self.high:+.2f}]"
@@ -89,20 +95,30 @@ def fact(value: float, low: float, high: float, what: str) -> dict[str, Any]:
     return {k: v for k, v in known.items() if k not in ("label", "each")} | {"what": what, "trained": False}
 
 
-def contrast(terms: Sequence[Term], *, draws: int = 1000, seed: int = 0, level: float = 0.95) -> Estimate:
+def contrast(
+    terms: Sequence[Term], *, draws: int = 1000, seed: int = 0, level: float = 0.95, groups: Sequence[int] = ()
+) -> Estimate:
     """Estimate of sum over `terms` (weight, results of K training seeds, task types or names or None for all) of
     weight x mean score over these tasks.
 
     All terms have K results, in the order of the seeds, so that seeds are compared like with like; a term with one result
     (a model that was not trained here) stands for all. A task without values for its texts counts with its score (see above).
-    Raises UserError when numbers of seeds or tasks do not fit.
+    `groups`: how many of the K results, in order, come from each training of the generators. Results of one group share their
+    data set, so what varies from group to group is the mean of a group, and groups count alike. Raises UserError when numbers of seeds or tasks do not fit.
     """
     if not terms:
         raise UserError("contrast: no terms; give at least one (weight, results, types)")
     count = max(len(results) for _, results, _ in terms)
     if any(len(results) not in (1, count) for _, results, _ in terms):
         raise UserError(f"contrast: results of {sorted({len(r) for _, r, _ in terms})} seeds; give each model the same seeds")
-    each, noise = np.zeros(count), np.zeros(draws)
+    if groups and sum(groups) != count:
+        raise UserError(
+            f"contrast: groups {list(groups)} hold {sum(groups)} results, the models have {count}; give each its group"
+        )
+    sizes = np.array(groups if len(groups) > 1 else [1] * count)
+    group = np.repeat(np.arange(len(sizes)), sizes)
+    weights = 1 / (len(sizes) * sizes[group]) if len(groups) > 1 else None  # of each result
+    each, noise = np.zeros(len(sizes)), np.zeros(draws)
     chosen = [
         [n for n, e in results[0]["tasks"].items() if not types or {e["type"], n} & set(types)] for _, results, types in terms
     ]
@@ -117,23 +133,33 @@ def contrast(terms: Sequence[Term], *, draws: int = 1000, seed: int = 0, level: 
         for n in ns
     }
     for (weight, results, _), names in zip(terms, chosen, strict=True):
-        each += weight * np.array([np.mean([100 * r["tasks"][n]["score"] for n in names]) for r in results])
+        means = np.array([np.mean([100 * r["tasks"][n]["score"] for n in names]) for r in results])
+        each += weight * (np.bincount(group, means) / sizes if len(results) == count else means)
         for name in filter(known.get, names):
             sampled = [_resampled(r["tasks"][name], name, draws, seed) for r in results]
-            noise += weight * 100 * np.mean(sampled, axis=0) / len(names)
+            noise += weight * 100 * np.average(sampled, axis=0, weights=weights if len(results) == count else None) / len(names)
     with_values = sum(known.values())
     items = float(np.var(noise)) * (len(known) / with_values) if with_values else math.nan
-    seeds = float(np.var(each, ddof=1) / count) if count > 1 else 0.0
-    both = seeds if math.isnan(items) and count > 1 else items + seeds
-    free = both**2 / (seeds**2 / (count - 1)) if seeds > 0 else math.inf
+    repeats = len(sizes)
+    seeds = float(np.var(each, ddof=1) / repeats) if repeats > 1 else 0.0
+    both = seeds if math.isnan(items) and repeats > 1 else items + seeds
+    free = both**2 / (seeds**2 / (repeats - 1)) if seeds > 0 else math.inf
     half = float(t.ppf((1 + level) / 2, free)) * math.sqrt(both)
     value = float(each.mean())
-    return Estimate(value, value - half, value + half, count, math.sqrt(items), math.sqrt(seeds), tuple(map(float, each)))
+    both_errors = math.sqrt(items), math.sqrt(seeds)
+    return Estimate(value, value - half, value + half, count, *both_errors, tuple(map(float, each)), max(1, len(groups)))
 
 
-def difference(a: Sequence[Result], b: Sequence[Result], types: Sequence[str] | None = None, *, draws: int = 1000) -> Estimate:
-    """Mean score of `a` minus that of `b`, each given as the results of the same training seeds."""
-    return contrast([(1, a, types), (-1, b, types)], draws=draws)
+def difference(
+    a: Sequence[Result],
+    b: Sequence[Result],
+    types: Sequence[str] | None = None,
+    *,
+    draws: int = 1000,
+    groups: Sequence[int] = (),
+) -> Estimate:
+    """Mean score of `a` minus that of `b`, each given as the results of the same training seeds (`groups` as in `contrast`)."""
+    return contrast([(1, a, types), (-1, b, types)], draws=draws, groups=groups)
 
 
 def average(a: Sequence[Result], types: Sequence[str] | None = None, *, draws: int = 1000) -> Estimate:
@@ -165,7 +191,7 @@ def needed(estimate: Estimate, effect: float, *, power: float = 0.8, level: floa
 
     From the observed variances: with K seeds and m times the texts the standard error is sqrt(V_items / m + S^2 / K); it
     has to be at most effect / (z_{1-a/2} + z_power). Seeds are the cheaper of the two, so they are raised first. What was not
-    `trained` has no seeds.
+    `trained` has no seeds. Where generators were trained several times, K counts them.
     """
     if estimate.no_texts:
         return f"not known: {NO_TEXTS}"
@@ -174,17 +200,18 @@ def needed(estimate: Estimate, effect: float, *, power: float = 0.8, level: floa
     if effect == 0:
         return "no size resolves an effect of zero"
     wanted = (effect / (norm.ppf((1 + level) / 2) + norm.ppf(power))) ** 2
-    items, one = estimate.sd_items**2, estimate.sd_seeds**2 * estimate.seeds
+    repeats, unit = estimate.repeats, "trainings of the generators" if estimate.generators > 1 else "seeds"
+    items, one = estimate.sd_items**2, estimate.sd_seeds**2 * repeats
     # Whether this size was enough is judged by the interval that was drawn, which has Student's t for few seeds.
     half = (estimate.high - estimate.low) / 2
     if half + norm.ppf(power) * estimate.error <= abs(effect):
         return ENOUGH
-    if items < wanted / 2 and estimate.seeds > 1:
-        return f"about {max(estimate.seeds + 1, math.ceil(one / (wanted - items)))} seeds on the same texts"
+    if items < wanted / 2 and repeats > 1:
+        return f"about {max(repeats + 1, math.ceil(one / (wanted - items)))} {unit} on the same texts"
     if not trained:
         return f"about {math.ceil(items / wanted)} times as many texts"
     texts = math.ceil(2 * items / wanted)  # half of the variance for each
-    seeds = f" and {max(3, math.ceil(2 * one / wanted))} seeds" if estimate.seeds > 1 else ", seeds not counted"
+    seeds = f" and {max(3, math.ceil(2 * one / wanted))} {unit}" if repeats > 1 else ", seeds not counted"
     return f"about {texts} times as many texts{seeds}"
 
 
