@@ -25,8 +25,11 @@ kernels: setup ## the GPU kernels under Triton's interpreter (fetches triton int
 	@test -d .venv/triton/triton || $(PY) -m pip install -q --disable-pip-version-check --no-deps --target .venv/triton "$$(grep '^triton==' requirements/cuda.lock)"
 	@TRITON_INTERPRET=1 PYTHONPATH=.venv/triton $(PY) -m pytest tests/test_kernels.py
 
-test: lint kernels ## lint, types, kernels, unit tests, and every notebook at smoke size
-	@$(PY) -m pytest
+# Two workers, each with one thread a process: most tests wait for imports and child processes. A file stays with one worker, since
+# its tests share what was made for them; the one that executes all notebooks is the longest and is begun first.
+TEST_WORKERS ?= 2
+test: lint kernels ## lint, types, kernels, unit tests, and every notebook at smoke size (TEST_WORKERS=0: one test at a time)
+	@$(PY) -m pytest -n $(TEST_WORKERS) --dist loadfile --no-loadscope-reorder
 
 browser: setup ## the notebooks in JupyterLab and a headless Chromium (in `test` too; needs chromium)
 	@$(PY) -m pytest tests/test_browser.py

@@ -118,11 +118,15 @@ def run(
 def study(
     profile: ProfileName = "tiny",
     only: Annotated[
-        str, typer.Option(help="panels, for instance 3a,3c: 3a to 3e of the paper's Fig. 3, T3 for its Table 3")
+        str,
+        typer.Option(
+            help="panels, for instance 3a,3c: 3a to 3e of the paper's Fig. 3, T3 and T4 for its tables, E4 for rank and pooling, generators to train those again"
+        ),
     ] = "",
     jobs: Annotated[int, typer.Option(min=0, help="points at a time; 0: as many as cores and memory allow")] = 0,
 ) -> None:
-    """Run the sweeps of Fig. 3 and Tables 3 and 4 over a finished run, then draw notebooks 10 and 12 again."""
+    """Run the sweeps of Fig. 3 and Tables 3 and 4, and further trainings of the generators, over a finished run, then draw notebooks
+    10 and 12 again."""
     from speed_core import side_by_side
     from speed_core.run import run_all
     from speed_core.study import run_study

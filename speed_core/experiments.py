@@ -50,8 +50,8 @@ def ablation_data(run: Run, arms: Sequence[str] | None = None) -> dict[str, Arti
                 return pipeline.to_records(run, raw.rows(), planned, "junior"), [raw]
             better = pipeline.revise(run, "revised-junior", raw, planned)
             return pipeline.revised_records(run, raw, better, planned, "junior"), [raw, better]
-        # Notebook 06 made both; at a point of a sweep that trains another senior they are made again here.
-        made_here = run.store.made("raw") is not None
+        # Notebook 06 made both (or they are shipped); at a point of a sweep that trains another senior they are made again here.
+        made_here = run.store.made("raw") is not None or (run.point and run.store.made("senior") is not None)
         raw = pipeline.sample(run, "raw", everything, "senior") if made_here else run.store.need("raw")
         if arm == "sr":
             return own(pipeline.to_records(run, raw.rows(), everything, "senior")), [raw]

@@ -232,10 +232,11 @@ def steps(run: Run) -> list[Step]:
     return out
 
 
-def current(run: Run, names: Iterable[str]) -> bool:
-    """Whether all artifacts `names` are made and would not be made again."""
+def stale(run: Run, names: Iterable[str]) -> list[str]:
+    """Of `names` those that are not made, or would be made again, each with the reason: ["scores-jr-10: not made yet"]."""
     with redirect_stdout(StringIO()):
-        return set(names) <= {s.name for s in steps(run) if not s.reason}
+        found = {s.name: s.reason for s in steps(run)}
+    return [f"{n}: {found.get(n, 'no stage of this run')}" for n in names if found.get(n, "?")]
 
 
 def _cost(step: Step, made: Artifact | None, shipped: Artifact | None, ahead: forecast.Forecast | None) -> Step:

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from speed_core import bundle, forecast, machine, models, planning, study, tasks
+from speed_core import bundle, forecast, machine, models, planning, repeats, study, tasks
 from speed_core import profile as profiles
 from speed_core.artifacts import UserError
 from speed_core.offline_tasks import CARRIERS
@@ -246,7 +246,7 @@ def plan_text(
 def _points(run: Run) -> int:
     own = profiles.dotted(run.profile)
     sweeps = sum(value != own[sweep.parameter] for sweep in study.SWEEPS for value in sweep.points(run))
-    return sweeps + len(run.profile.study.generator_seeds)
+    return sweeps + len(repeats.points(run))
 
 
 def _asked(p: profiles.Profile, calls: dict[str, int]) -> dict[str, str]:

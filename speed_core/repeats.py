@@ -16,6 +16,7 @@ import numpy as np
 
 from speed_core import claims, evaluate, experiments, planning
 from speed_core.artifacts import Artifact
+from speed_core.profile import dotted
 from speed_core.run_context import Run, open_run
 from speed_core.sweep import Point, folder_name
 
@@ -27,20 +28,22 @@ Scores = Mapping[str, Sequence[Any]]  # arm -> what `evaluate.evaluate` returned
 
 
 def point(run: Run, seed: int) -> Point:
-    """The run of one repetition, at `seed`."""
+    """The run of one repetition, at `seed`: it shares no seed of a student with the profile's own run, nor another repetition."""
     own = run.profile
     values: dict[str, Any] = {
         "study.seeds": list(own.study.seeds[:SEEDS]),
         "study.sweep_seeds": None,
-        "study.student.seeds": list(own.study.student.seeds[:SEEDS]),
+        "study.student.seeds": [seed + k for k in own.study.student.seeds[:SEEDS]],
         "synthesis.evaluation_prompts": min(UNSEEN, own.synthesis.evaluation_prompts),
     }
     return Point(folder_name(f"seed={seed}"), values, seed)
 
 
 def points(run: Run) -> list[Point]:
-    """Every repetition that the profile asks for (`study.generator_seeds`) and that is not the run itself."""
-    return [point(run, seed) for seed in run.profile.study.generator_seeds if seed != run.profile.seed]
+    """Every repetition that the profile asks for (`study.generator_seeds`), but those that share a seed with the run itself."""
+    own = set(experiments.training_seeds(run)) | set(run.profile.study.student.seeds)
+    theirs = {seed: {seed + k for k in run.profile.study.seeds[:SEEDS]} for seed in run.profile.study.generator_seeds}
+    return [point(run, seed) for seed, used in theirs.items() if not used & own]
 
 
 @dataclass(frozen=True)
@@ -51,10 +54,14 @@ class Repeats:
     scores: tuple[Scores, ...]
     inputs: tuple[Artifact, ...]
 
+    def having(self, arms: Iterable[str]) -> list[int]:
+        """Which of the repetitions have scores of all `arms`."""
+        return [k for k, s in enumerate(self.scores) if all(s.get(arm) for arm in arms)]
+
     def joined(self, own: Scores, arms: Iterable[str]) -> tuple[dict[str, list[Any]], tuple[int, ...]]:
         """({arm: results of the profile's own run, then of each repetition that has all `arms`}, how many of each)."""
         arms = list(arms)
-        every = [own, *(s for s in self.scores if all(s.get(arm) for arm in arms))]
+        every = [own, *(self.scores[k] for k in self.having(arms))]
         return {arm: [r for s in every for r in s[arm]] for arm in arms}, tuple(len(s[arms[0]]) for s in every)
 
     def means(self, own: Scores, arm: str) -> list[list[float]]:
@@ -68,17 +75,24 @@ class Repeats:
         """
         out: dict[str, dict[str, Any]] = {}
         for key in claims.COMPARED:
-            arms = {arm for pair in claims.COMPARED[key][1] for arm in pair}
+            arms = list(dict.fromkeys(arm for pair in claims.COMPARED[key][1] for arm in pair))
             if key not in claims.ONE_GENERATOR or not all(own.get(arm) for arm in arms):
                 continue
             scores, groups = self.joined(own, arms)
             e = claims.compared(key, scores, groups, draws=draws) if len(groups) > 1 else None
             if e:
-                what = claims.compared_words(key, records[0])
-                used = [sorted({r[arm] for arm in arms if arm in r}) for r in records[1:]]
-                said = " and ".join("-".join(map(str, dict.fromkeys([n[0], n[-1]]))) for n in used if n)
-                out[key] = e.row(key) | {"what": f"{what}; {said} records in the further trainings", "source": KEY}
+                used = [_counts(records[0], arms), *(_counts(records[1 + k], arms) for k in self.having(arms))]
+                what = f"{claims.COMPARED[key][0]}, on {', then '.join(used)} records"
+                out[key] = e.row(key) | {"what": what, "source": KEY}
         return out
+
+
+def _counts(records: Mapping[str, int], arms: Iterable[str]) -> str:
+    """Says "168" where the models of all `arms` learned from equally many records, else "168 (base 150)"."""
+    known = {arm: records[arm] for arm in arms if arm in records}
+    most = max(known.values(), default=0)
+    fewer = [f"{arm} {n}" for arm, n in known.items() if n < most]
+    return f"{most} ({', '.join(fewer)})" if fewer else str(most)
 
 
 def spread(means: Sequence[Sequence[float]]) -> tuple[float, float]:
@@ -93,14 +107,18 @@ def spread(means: Sequence[Sequence[float]]) -> tuple[float, float]:
 
 
 def collect(run: Run) -> Repeats:
-    """The repetitions of `run` that were run and are current; of one the arms that it could compare."""
+    """The repetitions of `run` that were run and are current, each with the arms that it could compare; of the others it says why
+    they are left out."""
     runs, scores, inputs = [], [], []
     for one in [] if run.point else points(run):
         at = open_run(run.profile.name, one.overrides, one.seed, variant=one.name)
-        arms = experiments.ablation_arms(at) if (at.folder / "times.jsonl").is_file() else []
-        names = [f"scores-{arm}-{s}" for arm in arms for s in experiments.training_seeds(at)]
+        if not (at.folder / "times.jsonl").is_file():
+            continue
+        arms = experiments.ablation_arms(at)
         students = [(arm, f"scores-{experiments.student_name(layers, arm, s)}") for layers, s, arm in experiments.mixed_arms(at)]
-        if not arms or not planning.current(at, names + [name for _, name in students]):
+        names = [f"scores-{arm}-{s}" for arm in arms for s in experiments.training_seeds(at)] + [n for _, n in students]
+        if wrong := _otherwise(run, at, one) or planning.stale(at, names):
+            print(f"{one.name} is left out: {wrong[0]}{f', and {len(wrong) - 1} more' if len(wrong) > 1 else ''}")
             continue
         made = {arm: experiments.scored(at, arm) for arm in arms}
         for arm, name in students:
@@ -109,6 +127,12 @@ def collect(run: Run) -> Repeats:
         scores.append({arm: [a.json("scores.json") for a in of] for arm, of in made.items()})
         inputs += [a for of in made.values() for a in of]
     return Repeats(tuple(runs), tuple(scores), tuple(inputs))
+
+
+def _otherwise(run: Run, at: Run, one: Point) -> list[str]:
+    """What a repetition was told that the run is not (`run --set` changes the run alone): ["junior.epochs 2 here, 1 there"]."""
+    own, theirs = dotted(run.profile), dotted(at.profile)
+    return [f"{k} {v} here, {theirs[k]} there" for k, v in own.items() if k not in {"seed", *one.overrides} and theirs[k] != v]
 
 
 def trained_on(run: Run, arms: Iterable[str]) -> dict[str, int]:

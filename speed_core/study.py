@@ -166,7 +166,7 @@ def collect(run: Run, sweep: Sweep) -> tuple[dict[Any, list[dict[str, Any]]], li
         if value != own:
             if not (at.folder / "times.jsonl").is_file():
                 continue
-            if not planning.current(at, [f"scores-{sweep.arm}-{s}" for s in experiments.training_seeds(at)]):
+            if planning.stale(at, [f"scores-{sweep.arm}-{s}" for s in experiments.training_seeds(at)]):
                 continue
         scores = experiments.scored(at, sweep.arm)[:count]
         if len(scores) == count:

@@ -118,7 +118,7 @@ def contrast(
     sizes = np.array(groups if len(groups) > 1 else [1] * count)
     group = np.repeat(np.arange(len(sizes)), sizes)
     weights = 1 / (len(sizes) * sizes[group]) if len(groups) > 1 else None  # of each result
-    each, noise = np.zeros(len(sizes)), np.zeros(draws)
+    each, noise = np.zeros(count), np.zeros(draws)
     chosen = [
         [n for n, e in results[0]["tasks"].items() if not types or {e["type"], n} & set(types)] for _, results, types in terms
     ]
@@ -134,16 +134,21 @@ def contrast(
     }
     for (weight, results, _), names in zip(terms, chosen, strict=True):
         means = np.array([np.mean([100 * r["tasks"][n]["score"] for n in names]) for r in results])
-        each += weight * (np.bincount(group, means) / sizes if len(results) == count else means)
+        each += weight * means
         for name in filter(known.get, names):
             sampled = [_resampled(r["tasks"][name], name, draws, seed) for r in results]
             noise += weight * 100 * np.average(sampled, axis=0, weights=weights if len(results) == count else None) / len(names)
     with_values = sum(known.values())
     items = float(np.var(noise)) * (len(known) / with_values) if with_values else math.nan
-    repeats = len(sizes)
-    seeds = float(np.var(each, ddof=1) / repeats) if repeats > 1 else 0.0
+    each, single = np.bincount(group, each) / sizes, each
+    repeats, inside = len(sizes), count - len(sizes)  # degrees of freedom between groups are repeats - 1, inside of them `inside`
+    seeds, degrees = (float(np.var(each, ddof=1) / repeats), repeats - 1) if repeats > 1 else (0.0, 0)
+    # Means of few groups may lie close together by chance, but no closer than the embedding models inside of a group let them.
+    least = np.sum((single - each[group]) ** 2) / inside * np.sum(1 / sizes) / repeats**2 if inside else 0.0
+    if least > seeds:
+        seeds, degrees = float(least), inside
     both = seeds if math.isnan(items) and repeats > 1 else items + seeds
-    free = both**2 / (seeds**2 / (repeats - 1)) if seeds > 0 else math.inf
+    free = both**2 / (seeds**2 / degrees) if seeds > 0 else math.inf
     half = float(t.ppf((1 + level) / 2, free)) * math.sqrt(both)
     value = float(each.mean())
     both_errors = math.sqrt(items), math.sqrt(seeds)
@@ -190,7 +195,8 @@ def needed(estimate: Estimate, effect: float, *, power: float = 0.8, level: floa
     """What would resolve a true `effect` (points) in `power` of all repetitions, in words.
 
     From the observed variances: with K seeds and m times the texts the standard error is sqrt(V_items / m + S^2 / K); it
-    has to be at most effect / (z_{1-a/2} + z_power). Seeds are the cheaper of the two, so they are raised first. What was not
+    has to be at most effect / (t_{1-a/2} + t_power), with the degrees of freedom that K leaves. Seeds are the cheaper of the two, so
+    they are raised first. What was not
     `trained` has no seeds. Where generators were trained several times, K counts them.
     """
     if estimate.no_texts:
@@ -207,12 +213,25 @@ def needed(estimate: Estimate, effect: float, *, power: float = 0.8, level: floa
     if half + norm.ppf(power) * estimate.error <= abs(effect):
         return ENOUGH
     if items < wanted / 2 and repeats > 1:
-        return f"about {max(repeats + 1, math.ceil(one / (wanted - items)))} {unit} on the same texts"
+        return f"about {max(repeats + 1, _enough(one, items, effect, power, level))} {unit} on the same texts"
     if not trained:
         return f"about {math.ceil(items / wanted)} times as many texts"
     texts = math.ceil(2 * items / wanted)  # half of the variance for each
-    seeds = f" and {max(3, math.ceil(2 * one / wanted))} {unit}" if repeats > 1 else ", seeds not counted"
+    seeds = f" and {max(3, _enough(one, items / texts, effect, power, level))} {unit}" if repeats > 1 else ", seeds not counted"
     return f"about {texts} times as many texts{seeds}"
+
+
+def _enough(one: float, items: float, effect: float, power: float, level: float) -> int:
+    """The least number K of repetitions, each of variance `one`, with which a true `effect` is resolved in `power` of all cases;
+    `items` is the variance that they do not lower."""
+    # Student's t is wider than the normal distribution, so its answer is where the search begins.
+    k = max(2, math.ceil(one / ((effect / (norm.ppf((1 + level) / 2) + norm.ppf(power))) ** 2 - items)))
+    while True:
+        seeds, both = one / k, items + one / k
+        free = both**2 / (seeds**2 / (k - 1)) if seeds else math.inf
+        if (t.ppf((1 + level) / 2, free) + t.ppf(power, free)) * math.sqrt(both) <= abs(effect):
+            return k
+        k += 1
 
 
 # --- one task ------------------------------------------------------------------------------------------

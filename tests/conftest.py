@@ -6,13 +6,22 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ["SPEED_SHIPPED"] = "/nonexistent"  # a test that wants shipped upstream says which
 
+if os.environ.get("PYTEST_XDIST_WORKER"):  # tests beside each other share the cores, and so do the processes that they start
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+    os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")
+
 import pytest
 import torch
 
-torch.set_num_threads(2)
+torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", 2)))
 
 # Triton reads TRITON_INTERPRET when it is imported, so its tests get a process of their own (see the Makefile).
 collect_ignore = [] if os.environ.get("TRITON_INTERPRET") == "1" else ["test_kernels.py"]
+
+
+def pytest_collection_modifyitems(items):
+    """The file that executes every notebook takes longest, so it is begun first."""
+    items.sort(key=lambda item: item.path.name != "test_notebooks.py")
 
 
 def tiny_config(family: str, vocab: int):

@@ -6,14 +6,16 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from scipy import stats
 
 from speed_core import claims, experiments, planning, repeats, study, uncertainty
 from speed_core.artifacts import UserError, write_json
 from speed_core.run_context import open_run
 
 
-def result(score: float, texts: int = 40) -> dict:
-    items = [score + 0.05 * (-1) ** k for k in range(texts)]
+def result(score: float, texts: int = 40, turn: int = 1) -> dict:
+    """One task of `texts` texts; with another `turn` others of them are hard."""
+    items = [score + 0.05 * (-1) ** (k // turn) for k in range(texts)]
     return {"tasks": {"t": {"type": "Retrieval", "score": sum(items) / texts, "items": items}}}
 
 
@@ -56,6 +58,26 @@ def test_one_group_or_one_result_a_group_is_what_it_is_without_groups(scores):
     assert (each.value, each.sd_seeds, each.low) == pytest.approx((plain.value, plain.sd_seeds, plain.low), abs=1e-9)
 
 
+def test_the_interval_over_groups_has_students_t_of_their_number():
+    found, groups = trained((0.50, 0.51), (0.60, 0.61), (0.55, 0.56))
+    e = uncertainty.contrast([(1, found, None), (-1, [result(0.545)], None)], groups=groups)
+    assert e.sd_items < 1e-6 and (e.high - e.low) / 2 == pytest.approx(stats.t.ppf(0.975, 2) * e.sd_seeds, rel=1e-3)
+
+
+def test_groups_count_alike_in_the_error_over_texts_too():
+    found = [result(0.5, turn=1)] * 4 + [result(0.5, turn=4)]
+    alike = uncertainty.contrast([(1, found, None)], groups=(4, 1))
+    assert alike.sd_items == pytest.approx(uncertainty.average([found[0], found[-1]]).sd_items)
+    assert abs(uncertainty.average(found).sd_items - alike.sd_items) > 0.05
+
+
+def test_groups_that_agree_by_chance_are_no_more_certain_than_their_embedding_models_let_them():
+    found, groups = trained((0.45, 0.55), (0.44, 0.56), (0.46, 0.54))
+    e = uncertainty.contrast([(1, found, None), (-1, [result(0.4)], None)], groups=groups)
+    inside = np.sum([(5.0**2 + 6.0**2 + 4.0**2) * 2]) / 3
+    assert np.std(e.each) < 1e-9 and e.sd_seeds == pytest.approx((inside * 1.5 / 9) ** 0.5)
+
+
 def test_groups_that_do_not_hold_every_result_are_refused():
     with pytest.raises(UserError, match=r"groups \[1, 1\] hold 2 results, the models have 3"):
         uncertainty.contrast([(1, [result(0.5)] * 3, None)], groups=[1, 1])
@@ -77,21 +99,49 @@ def test_an_interval_over_three_trainings_of_the_generators_may_decide_and_one_o
     assert claim(3.0, 1.0, 3)["verdict"] == claims.SMALLER and claim(-3.0, 1.0, 3)["verdict"] == claims.CONTRADICTED
     assert "over 3 trainings of the generators (9 embedding models an arm) and the texts" in claim(3.0, 1.0, 3)["why"]
     twice = claim(3.0, 1.0, 2)
-    assert twice["verdict"] == claims.UNRESOLVED and "each generator was trained twice" in twice["why"]
+    assert twice["verdict"] == claims.UNRESOLVED
+    assert twice["why"].endswith("rests on two trainings of each generator: it takes generators trained three times at least")
     wide = claim(0.5, 3.0, 3)["why"]
-    assert "the paper's +0.35 would need about" in wide and "more than once" not in wide
+    assert "the paper's +0.35 would need about" in wide and "three times at least" not in wide
+
+
+def test_an_order_holds_where_each_step_rises_and_the_step_that_is_least_sure_decides():
+    def order(*steps: tuple[float, ...]) -> uncertainty.Estimate:
+        level, out = np.zeros(3), {"jr": [result(0.5)] * 3}
+        for arm, step in zip(("jr_re", "sr", "sr_re"), steps, strict=True):
+            level = level + np.array(step)
+            out[arm] = [result(0.5 + v) for v in level]
+        found = claims.compared("S6", out)
+        assert found
+        return found
+
+    sure, wide, down = (0.029, 0.03, 0.031), (-0.06, 0.04, 0.14), (-0.032, -0.03, -0.028)
+    assert order(sure, sure, sure).low > 0
+    e = order(sure, wide, sure)
+    assert e.low < 0 < e.high and e.value == pytest.approx(4.0), "a larger step may be the one that is not shown"
+    fell = order(sure, down, sure)
+    assert fell.high < 0 and fell.low < uncertainty.difference([result(0.5 + v) for v in down], [result(0.5)] * 3).low, (
+        "one of three was chosen"
+    )
 
 
 def test_a_repetition_is_a_point_at_another_seed_and_never_the_run_itself(run):
     assert [p.name for p in repeats.points(run)] == ["seed=10", "seed=20"]
     assert [p.seed for p in repeats.points(open_run("tiny", seed=10))] == [20]
+    assert [p.seed for p in repeats.points(open_run("tiny", seed=9))] == [20], "9, 10 and 11 are its own embedding seeds"
     one = open_run("tiny", repeats.points(run)[0].overrides, 10, variant="seed=10")
     assert experiments.training_seeds(one) == [10, 11] and one.profile.synthesis.evaluation_prompts <= repeats.UNSEEN
+    assert not set(one.profile.study.student.seeds) & set(run.profile.study.student.seeds), "S2's teacher students differ too"
     assert one.point and not run.point and not experiments.compares_all(one) and experiments.compares_all(run)
     kept = {"topics", "seeds", "junior", "senior", "revisor", "generation", "embedding", "evaluation"}
     assert all(getattr(one.profile, name) == getattr(run.profile, name) for name in kept), "nothing else is changed"
     with pytest.raises(UserError, match="generator_seeds .* give each once"):
         open_run("tiny", {"study.generator_seeds": [10, 10]})
+
+
+def test_unequal_records_are_named_by_arm():
+    assert repeats._counts({"jr": 168, "base": 150}, ["jr", "base"]) == "168 (base 150)"
+    assert repeats._counts({"jr": 168, "sr": 168, "base": 1}, ["jr", "sr"]) == "168"
 
 
 def test_study_knows_them_by_a_key_of_their_own():
@@ -112,7 +162,7 @@ def scored(at, arms: dict[str, float]) -> None:
                 write_json(draft.file("scores.json"), result(score + 0.01 * k))
 
 
-def test_repetitions_that_are_there_and_current_are_read_and_joined_by_arm(run, monkeypatch):
+def test_repetitions_that_are_there_and_current_are_read_and_joined_by_arm(run, monkeypatch, capsys):
     arms = {"jr": 0.50, "jr_re": 0.52, "sr": 0.51, "sr_re": 0.55, "teacher": 0.54}
     scored(run, arms)
     assert repeats.collect(run).runs == (), "none was run"
@@ -121,9 +171,11 @@ def test_repetitions_that_are_there_and_current_are_read_and_joined_by_arm(run, 
         scored(at, {arm: s + 0.02 * shift * (arm != "teacher") for arm, s in arms.items() if shift or arm != "teacher"})
         (at.folder / "times.jsonl").write_text("")
     stale = {"seed=20"}
-    monkeypatch.setattr(planning, "current", lambda at, names: at.folder.name not in stale)
+    monkeypatch.setattr(planning, "stale", lambda at, names: names[:1] if at.folder.name in stale else [])
     monkeypatch.setattr(experiments, "mixed_arms", lambda at: [])
+    capsys.readouterr()
     assert [r.folder.name for r in repeats.collect(run).runs] == ["seed=10"]
+    assert capsys.readouterr().out == "seed=20 is left out: scores-jr-20\n"
     stale.clear()
     again = repeats.collect(run)
     assert [r.folder.name for r in again.runs] == ["seed=10", "seed=20"]
@@ -135,13 +187,22 @@ def test_repetitions_that_are_there_and_current_are_read_and_joined_by_arm(run, 
     facts = again.estimates(own, counts)
     assert set(facts) == {"S1", "S5", "S6", "S7", "S8"} and "S4" not in facts, "no arm of the base model"
     assert facts["S8"]["generators"] == 3 and facts["S1"]["generators"] == 2
-    assert facts["S8"]["what"].endswith("equally many; 40 and 40 records in the further trainings")
+    assert facts["S8"]["what"].endswith(", on 40, then 40, then 40 records")
+    assert facts["S1"]["what"].endswith(", on 40, then 40 records"), "the repetition that has both arms"
     made = study.write(run, facts, again.inputs, "generators")
     assert json.loads(made.file("generators.json").read_text()) == facts
     assert {k.rpartition("/")[0] for k in made.manifest["parents"]} == {"variants/seed=10", "variants/seed=20"}
     rows = claims.build(own, {"estimates": facts}, dict.fromkeys(arms, "a@1") | {"generators": "generators@1"})
     assert next(r for r in rows if r["id"] == "S8")["artifact"] == "generators@1"
     assert repeats.collect(again.runs[0]).runs == (), "a repetition has no repetitions"
+    capsys.readouterr()
+    assert repeats.collect(open_run("tiny", {"junior.epochs": 2})).runs == ()
+    assert capsys.readouterr().out.startswith("seed=10 is left out: junior.epochs 2.0 here, 1.0 there\n")
+
+
+def test_scores_that_were_never_made_are_stale_with_the_reason(run):
+    assert planning.stale(run, ["scores-jr-0"]) == ["scores-jr-0: not made yet"]
+    assert planning.stale(run, ["scores-of-nothing"]) == ["scores-of-nothing: no stage of this run"]
 
 
 def test_the_spread_between_trainings_stands_beside_that_of_single_embedding_models():
