@@ -150,7 +150,9 @@ def _training(rows: Rows) -> str:
 
 def _generators(rows: Rows) -> str:
     found = [f"{r['label']} ({_interval(r)} points)" for r in rows if _resolved(r)]
-    return f"of {len(rows)} data sets {_those(found, 'differs', 'differ')} from Jr by more than the noise."
+    times = max(int(r.get("generators") or 1) for r in rows)
+    over = f" over {times} trainings of the generators" if times > 1 else ""
+    return f"of {len(rows)} data sets {_those(found, 'differs', 'differ')} from Jr by more than the noise{over}."
 
 
 def _sweeps(rows: Rows) -> str:
