@@ -82,7 +82,8 @@ class Repeats:
             e = claims.compared(key, scores, groups, draws=draws) if len(groups) > 1 else None
             if e:
                 used = [_counts(records[0], arms), *(_counts(records[1 + k], arms) for k in self.having(arms))]
-                what = f"{claims.COMPARED[key][0]}, on {', then '.join(used)} records"
+                said = f"{used[0]} records each time" if len(set(used)) == 1 else f"{', then '.join(used)} records"
+                what = f"{claims.COMPARED[key][0]}, on {said}"
                 out[key] = e.row(key) | {"what": what, "source": KEY}
         return out
 

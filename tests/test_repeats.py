@@ -187,8 +187,9 @@ def test_repetitions_that_are_there_and_current_are_read_and_joined_by_arm(run, 
     facts = again.estimates(own, counts)
     assert set(facts) == {"S1", "S5", "S6", "S7", "S8"} and "S4" not in facts, "no arm of the base model"
     assert facts["S8"]["generators"] == 3 and facts["S1"]["generators"] == 2
-    assert facts["S8"]["what"].endswith(", on 40, then 40, then 40 records")
-    assert facts["S1"]["what"].endswith(", on 40, then 40 records"), "the repetition that has both arms"
+    assert facts["S8"]["what"].endswith(", on 40 records each time")
+    counts[2] = counts[2] | {"teacher": 30}
+    assert again.estimates(own, counts)["S1"]["what"].endswith(", on 40, then 40 (teacher 30) records"), "it has both arms"
     made = study.write(run, facts, again.inputs, "generators")
     assert json.loads(made.file("generators.json").read_text()) == facts
     assert {k.rpartition("/")[0] for k in made.manifest["parents"]} == {"variants/seed=10", "variants/seed=20"}
