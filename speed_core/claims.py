@@ -226,10 +226,15 @@ def _estimate(f: Mapping[str, Any]) -> Estimate:
     return Estimate(**{k: f[k] for k in names}, generators=f.get("generators", 1))
 
 
+def arms_of(key: str) -> list[str]:
+    """The arms that a claim of `COMPARED` compares."""
+    return list(dict.fromkeys(arm for pair in COMPARED[key][1] for arm in pair))
+
+
 def compared(key: str, scores: Mapping[str, Sequence[Any]], groups: Sequence[int] = (), *, draws: int = 1000) -> Estimate | None:
     """The estimate of a claim of `COMPARED` from {arm: results} (`groups` as in `uncertainty.contrast`); None without an arm's."""
     pairs = COMPARED[key][1]
-    if not all(scores.get(arm) for pair in pairs for arm in pair):
+    if not all(scores.get(arm) for arm in arms_of(key)):
         return None
     if key == "S6":  # an order holds where each step rises, and fails where one falls, be it of three
         least = _least_step(scores, groups, draws, 0.95)
@@ -247,8 +252,7 @@ def _least_step(scores: Mapping[str, Sequence[Any]], groups: Sequence[int], draw
 
 def compared_words(key: str, records: Mapping[str, int]) -> str:
     """What a claim of `COMPARED` compares, and whether on equally many `records` ({arm: how many})."""
-    what, pairs = COMPARED[key]
-    counts = {arm: records[arm] for arm in dict.fromkeys(arm for pair in pairs for arm in pair) if arm in records}
+    what, counts = COMPARED[key][0], {arm: records[arm] for arm in arms_of(key) if arm in records}
     if key not in EQUAL or not counts:
         return what
     many = f"on unequally many ({', '.join(f'{arm} {n}' for arm, n in counts.items())})"
@@ -272,15 +276,16 @@ def build(
     found: dict[str, dict[str, Any]] = {}
     absent: dict[str, str] = {}
     records = records or {}
-    for key in COMPARED:
-        arms = list(dict.fromkeys(arm for pair in COMPARED[key][1] for arm in pair))
+    estimates = facts.get("estimates", {})
+    for key in (k for k in COMPARED if k not in estimates):  # notebook 10 may have estimated it over several trainings
+        arms = arms_of(key)
         if e := compared(key, scores):
             found[key] = judged(key, e, compared_words(key, records), " ".join(digests[arm] for arm in arms))
         else:
             absent[key] = (
                 f"no scores of {' and '.join(a for a in arms if not scores.get(a))}; an arm with too few valid records is left out"
             )
-    for key, f in facts.get("estimates", {}).items():
+    for key, f in estimates.items():
         # S2 says that the teacher's data wins with labelled data, G4 that retrieval *can* fall; S11, S19 and E4 say that something makes little difference.
         expected = {"S2": -1, "G4": -1, "S11": 0, "S19": 0, "E4": 0}.get(key, 1)
         how = {"trained": f.get("trained", True), "level": f.get("level", 0.95)}

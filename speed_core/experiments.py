@@ -6,7 +6,7 @@ Stages like those of `pipeline`, whose data sets they read. Each compared model 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 from speed_core import models, pipeline, prompts
@@ -105,6 +105,11 @@ def trained_on(run: Run, arm: str) -> int | None:
     """How many records each embedding model of an arm learned from; None when none was trained."""
     model = run.store.get(f"embedder-{arm}-{training_seeds(run)[0]}")
     return model.json("training.json")["rows"] if model else None
+
+
+def records(run: Run, arms: Iterable[str]) -> dict[str, int]:
+    """{arm: records that each of its embedding models learned from}, without arms of which none was trained."""
+    return {arm: n for arm in arms if (n := trained_on(run, arm))}
 
 
 def seeded_scores(run: Run, arm: str, trained: Sequence[Artifact], **how: Any) -> list[dict[str, Any]]:

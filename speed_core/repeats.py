@@ -75,7 +75,7 @@ class Repeats:
         """
         out: dict[str, dict[str, Any]] = {}
         for key in claims.COMPARED:
-            arms = list(dict.fromkeys(arm for pair in claims.COMPARED[key][1] for arm in pair))
+            arms = claims.arms_of(key)
             if key not in claims.ONE_GENERATOR or not all(own.get(arm) for arm in arms):
                 continue
             scores, groups = self.joined(own, arms)
@@ -101,10 +101,9 @@ def spread(means: Sequence[Sequence[float]]) -> tuple[float, float]:
 
     The first holds a part of the second, which the mean over a training's embedding models has not removed.
     """
-    within = [np.var(m, ddof=1) for m in means if len(m) > 1]
-    free = [len(m) - 1 for m in means if len(m) > 1]
-    pooled = float(np.average(within, weights=free)) if within else float("nan")
-    return float(np.std([np.mean(m) for m in means], ddof=1)) if len(means) > 1 else float("nan"), pooled**0.5
+    free = sum(len(m) - 1 for m in means)
+    pooled = sum(len(m) * np.var(m) for m in means) / free if free else float("nan")
+    return float(np.std([np.mean(m) for m in means], ddof=1)) if len(means) > 1 else float("nan"), float(pooled) ** 0.5
 
 
 def collect(run: Run) -> Repeats:
@@ -134,8 +133,3 @@ def _otherwise(run: Run, at: Run, one: Point) -> list[str]:
     """What a repetition was told that the run is not (`run --set` changes the run alone): ["junior.epochs 2 here, 1 there"]."""
     own, theirs = dotted(run.profile), dotted(at.profile)
     return [f"{k} {v} here, {theirs[k]} there" for k, v in own.items() if k not in {"seed", *one.overrides} and theirs[k] != v]
-
-
-def trained_on(run: Run, arms: Iterable[str]) -> dict[str, int]:
-    """{arm: records that each of its embedding models learned from}."""
-    return {arm: n for arm in arms if (n := experiments.trained_on(run, arm))}

@@ -104,7 +104,9 @@ def contrast(
     All terms have K results, in the order of the seeds, so that seeds are compared like with like; a term with one result
     (a model that was not trained here) stands for all. A task without values for its texts counts with its score (see above).
     `groups`: how many of the K results, in order, come from each training of the generators. Results of one group share their
-    data set, so what varies from group to group is the mean of a group, and groups count alike. Raises UserError when numbers of seeds or tasks do not fit.
+    data set, so what varies from group to group is the mean of a group, and groups count alike.
+
+    Raises UserError when numbers of seeds or tasks do not fit.
     """
     if not terms:
         raise UserError("contrast: no terms; give at least one (weight, results, types)")
@@ -148,11 +150,15 @@ def contrast(
     if least > seeds:
         seeds, degrees = float(least), inside
     both = seeds if math.isnan(items) and repeats > 1 else items + seeds
-    free = both**2 / (seeds**2 / degrees) if seeds > 0 else math.inf
-    half = float(t.ppf((1 + level) / 2, free)) * math.sqrt(both)
+    half = float(t.ppf((1 + level) / 2, _degrees(both, seeds, degrees))) * math.sqrt(both)
     value = float(each.mean())
     both_errors = math.sqrt(items), math.sqrt(seeds)
     return Estimate(value, value - half, value + half, count, *both_errors, tuple(map(float, each)), max(1, len(groups)))
+
+
+def _degrees(both: float, seeds: float, known: int) -> float:
+    """Degrees of freedom of a variance `both` whose part `seeds` is known with `known` of them and the rest surely (Satterthwaite)."""
+    return both**2 / (seeds**2 / known) if seeds > 0 else math.inf
 
 
 def difference(
@@ -196,8 +202,7 @@ def needed(estimate: Estimate, effect: float, *, power: float = 0.8, level: floa
 
     From the observed variances: with K seeds and m times the texts the standard error is sqrt(V_items / m + S^2 / K); it
     has to be at most effect / (t_{1-a/2} + t_power), with the degrees of freedom that K leaves. Seeds are the cheaper of the two, so
-    they are raised first. What was not
-    `trained` has no seeds. Where generators were trained several times, K counts them.
+    they are raised first. What was not `trained` has no seeds. Where generators were trained several times, K counts them.
     """
     if estimate.no_texts:
         return f"not known: {NO_TEXTS}"
@@ -213,22 +218,26 @@ def needed(estimate: Estimate, effect: float, *, power: float = 0.8, level: floa
     if half + norm.ppf(power) * estimate.error <= abs(effect):
         return ENOUGH
     if items < wanted / 2 and repeats > 1:
-        return f"about {max(repeats + 1, _enough(one, items, effect, power, level))} {unit} on the same texts"
+        return f"about {max(repeats + 1, _enough(one, items, effect, wanted, power, level))} {unit} on the same texts"
     if not trained:
         return f"about {math.ceil(items / wanted)} times as many texts"
     texts = math.ceil(2 * items / wanted)  # half of the variance for each
-    seeds = f" and {max(3, _enough(one, items / texts, effect, power, level))} {unit}" if repeats > 1 else ", seeds not counted"
+    seeds = (
+        f" and {max(3, _enough(one, items / texts, effect, wanted, power, level))} {unit}"
+        if repeats > 1
+        else ", seeds not counted"
+    )
     return f"about {texts} times as many texts{seeds}"
 
 
-def _enough(one: float, items: float, effect: float, power: float, level: float) -> int:
+def _enough(one: float, items: float, effect: float, wanted: float, power: float, level: float) -> int:
     """The least number K of repetitions, each of variance `one`, with which a true `effect` is resolved in `power` of all cases;
-    `items` is the variance that they do not lower."""
-    # Student's t is wider than the normal distribution, so its answer is where the search begins.
-    k = max(2, math.ceil(one / ((effect / (norm.ppf((1 + level) / 2) + norm.ppf(power))) ** 2 - items)))
+    `items` is the variance that they do not lower, `wanted` the one that would do if it were known surely."""
+    # Student's t is wider than the normal distribution, so the latter's answer is where the search begins.
+    k = max(2, math.ceil(one / (wanted - items)))
     while True:
         seeds, both = one / k, items + one / k
-        free = both**2 / (seeds**2 / (k - 1)) if seeds else math.inf
+        free = _degrees(both, seeds, k - 1)
         if (t.ppf((1 + level) / 2, free) + t.ppf(power, free)) * math.sqrt(both) <= abs(effect):
             return k
         k += 1

@@ -187,10 +187,10 @@ def entry_browser(found: Sequence[Mapping[str, str]]) -> Any:
 
 def browse(planned: Sequence[Prompt], raw: Artifact, revised: Artifact, data: Artifact) -> None:
     """Notebook 06: how many texts ended how, and a browser of all of them."""
-    from speed_core import plots
+    from speed_core import pictures
 
     found = entries(planned, raw, revised, data)
-    show(outcome_table(found), lambda: entry_browser(found), plots.outcome_picture(outcome_counts(found)))
+    show(outcome_table(found), lambda: entry_browser(found), pictures.outcome_picture(outcome_counts(found)))
 
 
 # --- 03: the temperature -------------------------------------------------------------------------
@@ -263,11 +263,11 @@ def temperature_slider() -> Any:
 
 def temperature() -> None:
     """Notebook 03: share of valid records at four temperatures (recorded), and the texts behind it."""
-    from speed_core import plots
+    from speed_core import pictures
 
     header, rows = recorded_samples()
     made = f"recorded {header['date']} on {header['device']}: profile {header['profile']}, junior {header['junior'][:12]}"
     record = rows[0]["record"]
     samples = [f"{r['temperature']}: {' '.join(r['raw'].split())[:110]} ..." for r in rows if r["record"] == record]
     text = "\n".join([made, *temperature_lines(), "", "one prompt, one seed:", *samples])
-    show(text, temperature_slider, plots.temperature_picture(temperature_points()))
+    show(text, temperature_slider, pictures.temperature_picture(temperature_points()))

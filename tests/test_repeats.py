@@ -183,7 +183,7 @@ def test_repetitions_that_are_there_and_current_are_read_and_joined_by_arm(run, 
     both, groups = again.joined(own, ("sr", "jr"))
     assert groups == (3, 2, 2) and len(both["sr"]) == 7
     assert again.joined(own, ("sr_re", "teacher"))[1] == (3, 2), "the first repetition has no teacher's models"
-    counts = [repeats.trained_on(r, arms) for r in (run, *again.runs)]
+    counts = [experiments.records(r, arms) for r in (run, *again.runs)]
     facts = again.estimates(own, counts)
     assert set(facts) == {"S1", "S5", "S6", "S7", "S8"} and "S4" not in facts, "no arm of the base model"
     assert facts["S8"]["generators"] == 3 and facts["S1"]["generators"] == 2

@@ -8,7 +8,7 @@ import nbformat
 import pytest
 import torch
 
-from speed_core import plots, run, widgets
+from speed_core import pictures, run, widgets
 from speed_core.guided_loss import false_negative_mask
 from speed_core.run_context import ROOT
 
@@ -73,11 +73,11 @@ def test_the_margin_table_counts_what_the_mask_removes_and_a_larger_margin_remov
 
 def test_the_still_figures_draw_the_numbers_of_the_text():
     points = widgets.temperature_points()
-    (ax,) = plots.temperature_picture(points).axes
+    (ax,) = pictures.temperature_picture(points).axes
     assert ax.lines[0].get_ydata().tolist() == [p["valid"] / p["all"] for p in points]
     found = [{"stage": "raw", "status": s, "reason": r} for s, r in [("ok", "")] * 3 + [("truncated", "length")]]
     counts = widgets.outcome_counts(found)
-    (ax,) = plots.outcome_picture(counts).axes
+    (ax,) = pictures.outcome_picture(counts).axes
     assert [bar.get_width() for bar in ax.patches] == [3, 1] == list(counts.values())
     assert [t.get_text() for t in ax.get_yticklabels()] == ["raw, ok", "raw, truncated, length"]
     plt.close("all")
