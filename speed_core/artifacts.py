@@ -105,8 +105,20 @@ class Artifact:
 
     def changes(self, parameters: Mapping[str, Any], parents: Iterable[Artifact]) -> list[str]:
         """What was otherwise when it was made: ['decoding.temperature 1.0 -> 0.7', 'input.seeds 4c6c -> 99fe']."""
-        found = difference(self.manifest["parameters"], json.loads(canonical(parameters)))
+        found = difference(*self._with_types(json.loads(canonical(parameters))))
         return found + difference(self.manifest["parents"], {p.name: p.digest for p in parents}, "input.")
+
+    def _with_types(self, asked: dict[str, Any]) -> tuple[Any, Any]:
+        """(own parameters, `asked`), with compute types to compare: `auto` takes an artifact of any type, as it takes one of any
+        device; a type that is asked for has to be the one that the artifact was computed in."""
+        own = json.loads(canonical(self.manifest["parameters"]))
+        for mine, wanted in ((own, asked), (own.get("training", {}), asked.get("training", {}))):
+            if wanted.get("dtype", "auto") == "auto":
+                mine.pop("dtype", None)
+                wanted.pop("dtype", None)
+            elif mine.get("dtype") == "auto":
+                mine["dtype"] = self.manifest.get("compute_type", "auto")
+        return own, asked
 
     def rows(self, name: str = "data.jsonl") -> list[dict[str, Any]]:
         return read_jsonl(self.path / name)

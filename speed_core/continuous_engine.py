@@ -68,7 +68,7 @@ class ContinuousEngine:
 
     name = "continuous"
 
-    def __init__(self, model: str, adapter: Path | None = None, dtype: str = "bfloat16"):
+    def __init__(self, model: str, adapter: Path | None = None, dtype: str = "auto"):
         self.tokenizer = models.load_tokenizer(model)
         self.model = models.load_causal_lm(model, adapter, dtype).to(models.device())
         self._compiler: Any = None

@@ -21,7 +21,7 @@ from typing import Any
 
 import numpy as np
 
-from speed_core import engines, lm_head, models, packing, sft
+from speed_core import compute_type, engines, lm_head, models, packing, sft
 from speed_core.artifacts import UserError, digest
 from speed_core.packing import Group
 from speed_core.profile import Senior
@@ -349,7 +349,8 @@ def train(
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
         torch._dynamo.config.recompile_limit = 64  # FlexAttention meets rows, windows and modes of several sizes
     torch.manual_seed(seed)
-    dtype = getattr(torch, settings.dtype)
+    kind = compute_type.choose(settings.dtype, training=True)
+    dtype = compute_type.torch_type(kind.weights)
     attention = "flex_attention" if torch.cuda.is_available() else "sdpa"  # the former has not run on a GPU yet
     model: Any = AutoModelForCausalLM.from_pretrained(start, dtype=dtype, attn_implementation=attention)
     model = get_peft_model(model.to(models.device()), sft.lora_config(settings.lora))
@@ -359,7 +360,7 @@ def train(
     if settings.share:
         packing.verify(model, groups[0], pad)
     config = digest(json.loads((Path(start) / "config.json").read_text(encoding="utf-8")))
-    read = f"{models.weights_id(start)} {settings.dtype} {attention} {config}"
+    read = f"{models.weights_id(start)} {kind.name} {attention} {config}"
     rows: dict[str, Any] = {"share": settings.share, "row_tokens": settings.row_tokens}
     reference = cached_reference(model, groups, pad, settings.micro_batch, read, cache, **rows)
     checkpoint = None

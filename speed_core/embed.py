@@ -14,7 +14,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-from speed_core import engines, models, sft
+from speed_core import compute_type, engines, models, sft
 from speed_core.artifacts import UserError, write_json
 from speed_core.guided_loss import GuideCache, GuidedCollator, GuidedContrastiveLoss
 from speed_core.profile import Embedding
@@ -37,14 +37,14 @@ def bare(text: str) -> str:
     return text.split("\nQuery: ", 1)[1] if text.startswith("Instruct: ") and "\nQuery: " in text else text
 
 
-def build(name: str, max_length: int, dtype: str = "bfloat16", pooling: str = "last") -> Any:
+def build(name: str, max_length: int, dtype: str = "auto", pooling: str = "last") -> Any:
     """A fresh sentence-transformers model: causal decoders pool the last token (or the mean), encoders the mean.
 
     Decoders get <eos> behind every text (the vector is read there) and <bos> before it, through the
     tokenizer itself, so that the saved model does the same wherever it is loaded.
     """
     sft.quiet()
-    folder = models.resolve(name)
+    folder, dtype = models.resolve(name), compute_type.choose(dtype).name
     if models.device().type == "cpu":
         # Most of the time to load gemma-3-270m goes into its vocabulary, and the study loads it some eighty times.
         known = _known(folder, dtype, pooling)
@@ -59,16 +59,15 @@ def build(name: str, max_length: int, dtype: str = "bfloat16", pooling: str = "l
 
 
 def _read(folder: str, dtype: str, pooling: str) -> Any:
-    import torch
     from sentence_transformers import SentenceTransformer
     from sentence_transformers.sentence_transformer.modules import Pooling, Transformer
     from transformers import AutoConfig
 
     if Path(folder, "modules.json").is_file():
-        return SentenceTransformer(folder, device=str(models.device()))
+        return models.sentence_transformer(folder, dtype)
     config = AutoConfig.from_pretrained(folder)
     decoder = any("CausalLM" in a or "LMHead" in a for a in (config.architectures or []))
-    body = Transformer(folder, model_kwargs={"dtype": getattr(torch, dtype)})
+    body = Transformer(folder, model_kwargs={"dtype": compute_type.torch_type(dtype)})
     mode = "lasttoken" if decoder and pooling == "last" else "mean"
     head = Pooling(config.get_text_config().hidden_size, pooling_mode=mode)
     if decoder:
@@ -152,17 +151,15 @@ class _Loss(GuidedContrastiveLoss):
         return self.loss_of(by_length(self.model, columns, CPU_ROWS_WHOLE if whole else CPU_ROWS), guide, ids)
 
 
-def load_trained(path: Path | str) -> Any:
-    """The sentence-transformers model that `train` left in `path`, adapter merged.
+def load_trained(path: Path | str, dtype: str = "stored") -> Any:
+    """The sentence-transformers model that `train` left in `path`, adapter merged; `dtype` for one that has no adapter.
 
     Raises UserError when the adapter belongs to other weights than the base's name stands for now.
     """
-    from sentence_transformers import SentenceTransformer
-
     sft.quiet()
     adapter = Path(path) / ADAPTER
     if not adapter.is_dir():
-        return SentenceTransformer(str(path), device=str(models.device()))
+        return models.sentence_transformer(str(path), dtype)
     from peft import PeftModel
 
     how = json.loads((adapter / "body.json").read_text(encoding="utf-8"))
@@ -197,7 +194,7 @@ def train(
     import torch
     from datasets import Dataset
     from peft import get_peft_model
-    from sentence_transformers import SentenceTransformer, SentenceTransformerTrainer, SentenceTransformerTrainingArguments
+    from sentence_transformers import SentenceTransformerTrainer, SentenceTransformerTrainingArguments
     from sentence_transformers.base.sampler import BatchSamplers
 
     sft.quiet()
@@ -212,10 +209,11 @@ def train(
         )
     torch.manual_seed(seed)
     how: dict[str, Any] = {"max_length": settings.max_length, "dtype": settings.dtype, "pooling": settings.pooling}
-    model = build(base, **how)
+    kind = compute_type.choose(settings.dtype, training=True).weights
+    model = build(base, **how | {"dtype": kind})
     if settings.lora is not None:
         model[0].model = get_peft_model(model[0].model, sft.lora_config(settings.lora, "FEATURE_EXTRACTION"))
-    cache = GuideCache(SentenceTransformer(models.resolve(guide), device=str(models.device())), guide_cache)
+    cache = GuideCache(models.sentence_transformer(guide, "float32"), guide_cache)
     arguments = sft.trainer_arguments(settings, seed, output / "trainer", batch_sampler=BatchSamplers.NO_DUPLICATES)
     trainer: Any = SentenceTransformerTrainer(
         model=model,
@@ -232,7 +230,7 @@ def train(
         sft.save_adapter(model[0].model, output / ADAPTER, base)
         write_json(output / ADAPTER / "body.json", {"base": base, **how})
     else:
-        model[0].model.to(getattr(torch, settings.dtype))
+        model[0].model.to(compute_type.torch_type(kind))
         model.save_pretrained(str(output), create_model_card=False)
     facts = {"history": history, "rows": min(len(rows), settings.examples), "guided": settings.guided}
     (output / "training.json").write_text(json.dumps(facts, indent=1))

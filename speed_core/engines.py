@@ -20,7 +20,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol
 
-from speed_core import models, records
+from speed_core import compute_type, models, records
 from speed_core.artifacts import UserError, digest
 
 # Measured on 2 cores (gemma-3-270m, 32 to 64 requests with a grammar): vLLM starts in 24 s without graph
@@ -94,7 +94,7 @@ class TransformersEngine:
 
     name = "transformers"
 
-    def __init__(self, model: str, adapter: Path | None = None, dtype: str = "bfloat16", batch_size: int = 32):
+    def __init__(self, model: str, adapter: Path | None = None, dtype: str = "auto", batch_size: int = 32):
         self.tokenizer = models.load_tokenizer(model)
         self.model = models.load_causal_lm(model, adapter, dtype).to(models.device())
         self.batch_size = batch_size
@@ -270,7 +270,8 @@ class VllmEngine:
 
     name = "vllm"
 
-    def __init__(self, model: str, adapter: Path | None = None, dtype: str = "bfloat16", max_length: int = 1024):
+    def __init__(self, model: str, adapter: Path | None = None, dtype: str = "auto", max_length: int = 1024):
+        dtype = compute_type.choose(dtype).name
         self._sizes = dtype, max_length, models.architecture(model)
         rested = _resting.take(self._sizes)
         self._worker = rested or _Worker()
@@ -353,7 +354,7 @@ def open_engine(
     model: str,
     adapter: Path | None = None,
     *,
-    dtype: str = "bfloat16",
+    dtype: str = "auto",
     max_length: int = 1024,
     batch_size: int = 32,
     workers: int = 0,

@@ -100,15 +100,19 @@ def _tensor(value: Any) -> Any:
     return torch.atleast_2d(torch.as_tensor(np.asarray(value), dtype=torch.float32))
 
 
-def load(path: str | Any, name: str, *, instructed: bool, max_length: int | None = None, batch_size: int = 32) -> Embedder:
-    """An Embedder from a saved folder, a hub id, package:NAME, or a loaded SentenceTransformer."""
+def load(
+    path: str | Any, name: str, *, instructed: bool, max_length: int | None = None, batch_size: int = 32, dtype: str = "auto"
+) -> Embedder:
+    """An Embedder from a saved folder, a hub id, package:NAME, or a loaded SentenceTransformer.
 
+    `dtype` as in `models.load_causal_lm`; an adapter that was trained here says its own.
+    """
     sft.quiet()
     model = path
     if isinstance(path, str):
         folder = Path(models.resolve(path))
         bare = folder.is_dir() and not any((folder / part).exists() for part in (ADAPTER, "modules.json"))
-        model = build(path, max_length or 512) if bare else load_trained(str(folder))
+        model = build(path, max_length or 512, dtype) if bare else load_trained(str(folder), dtype)
     return Embedder(model, name, instructed, batch_size, max_length)
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-from speed_core import models, pipeline, prompts
+from speed_core import compute_type, models, pipeline, prompts
 from speed_core.artifacts import Artifact, write_json
 from speed_core.profile import Profile, dotted
 from speed_core.run_context import Run
@@ -172,6 +172,7 @@ def embedder(
     }
     with run.store.stage(name, parameters, [data]) as draft:
         if draft:
+            draft.info |= compute_type.facts(compute_type.choose(settings.dtype, training=True).name)
             embed.train(
                 base,
                 data.rows("train.jsonl"),
@@ -270,6 +271,7 @@ def student(run: Run, layers: int, arm: str, seed: int) -> Artifact:
     with run.store.stage(name, parameters, parents) as draft:
         if draft:
             settings = settings.model_copy(update={"examples": len(rows)})
+            draft.info |= compute_type.facts(settings.dtype)
             embed.train(
                 str(base), rows, settings, guide=guide_, guide_cache=run.folder / "guide", seed=seed, output=draft.path, label=name
             )  # fmt: skip
@@ -317,12 +319,16 @@ def scores(
     parents = [model] if isinstance(model, Artifact) else []
     parameters: dict[str, Any] = {"tasks": wanted, "size": e.size, "max_length": e.max_length, "instructed": instructed}
     parameters["model"] = model if isinstance(model, str) else "artifact"
+    if isinstance(model, str):  # a trained model says the type of its training
+        parameters["dtype"] = run.profile.embedding.dtype
     with run.store.stage(f"scores-{name}", parameters, parents) as draft:
         if draft:
             from speed_core import evaluate
 
             where = str(model.weights()) if isinstance(model, Artifact) else model
-            encoder = evaluate.load(where, name, instructed=instructed, max_length=e.max_length, batch_size=e.batch_size)
+            how = {"max_length": e.max_length, "batch_size": e.batch_size, "dtype": parameters.get("dtype", "stored")}
+            encoder = evaluate.load(where, name, instructed=instructed, **how)
+            draft.info |= compute_type.facts(str(next(encoder.model.parameters()).dtype).removeprefix("torch."))
             found = evaluate.resolve_tasks(wanted, e.size)
             write_json(draft.file("scores.json"), evaluate.evaluate(encoder, found, run.folder / "mteb", label=name))
     return run.store.need(f"scores-{name}").json("scores.json")

@@ -57,6 +57,18 @@ def alone(lock: Path, name: str) -> Iterator[None]:
             lock.unlink(missing_ok=True)
 
 
+BUNDLED = Path(__file__).resolve().parent.parent / "cache"  # where an offline bundle unpacks weights
+
+
+def cache_dir() -> Path:
+    """Folder for converted weights: $SPEED_CACHE, else cache/ of an unpacked bundle, else the user's cache folder."""
+    if os.environ.get("SPEED_CACHE"):
+        return Path(os.environ["SPEED_CACHE"]).expanduser()
+    if BUNDLED.is_dir():
+        return BUNDLED
+    return Path(os.environ.get("XDG_CACHE_HOME", "~/.cache")).expanduser() / "speed-step-by-step"
+
+
 def canonical(value: Any) -> str:
     """Canonical JSON: sorted keys, no spaces. The text that digests are taken of."""
     return json.dumps(value, sort_keys=True, ensure_ascii=False, separators=(",", ":"), default=str)

@@ -20,8 +20,8 @@ from speed_core.engines import Request as Request
 from speed_core.sft import progress
 
 
-def request_id(request: Request, model_id: str, decoding: Decoding) -> str:
-    """Digest of everything that decides the text: prompt, weights, decoding, schema, seed."""
+def request_id(request: Request, model_id: str, decoding: Decoding, dtype: str = "auto") -> str:
+    """Digest of everything that decides the text: prompt, weights, decoding, schema, seed, and a compute type that was asked for."""
     decides = {
         "prompt": request.text,
         "model": model_id,
@@ -30,7 +30,8 @@ def request_id(request: Request, model_id: str, decoding: Decoding) -> str:
         "seed": request.seed,
         "record": request.id,
     }
-    return digest(decides | ({"attempt": request.attempt} if request.attempt > 1 else {}))[:24]
+    decides |= {"attempt": request.attempt} if request.attempt > 1 else {}
+    return digest(decides | ({"dtype": dtype} if dtype != "auto" else {}))[:24]
 
 
 def run(
@@ -42,7 +43,7 @@ def run(
     adapter: Path | None = None,
     engine: str | Engine = "auto",
     label: str = "generate",
-    dtype: str = "bfloat16",
+    dtype: str = "auto",
     max_length: int = 1024,
     batch_size: int = 32,
     attempts: int = 1,
@@ -69,7 +70,7 @@ def run(
     with AppendLog(log) as entries:
 
         def entry(r: Request) -> dict[str, Any] | None:
-            return entries.entries.get(request_id(r, model_id, decoding))
+            return entries.entries.get(request_id(r, model_id, decoding, dtype))
 
         others = {e["record"] for e in entries.entries.values()} & {r.id for r in requests if entry(r) is None}
         if others:
@@ -89,7 +90,8 @@ def run(
                     bar = progress(len(requests), f"{named} [{started.name}]", "rec", len(requests) - len(todo))
                     try:
                         for c in started.generate(prefix_order(todo), decoding):
-                            entries.append(_entry(c, latest[c.id], model_id, decoding, started.name, parse))
+                            key = request_id(latest[c.id], model_id, decoding, dtype)
+                            entries.append(_entry(c, latest[c.id], key, model_id, started.name, parse))
                             bar.update()
                     finally:
                         bar.close()
@@ -118,8 +120,8 @@ def _weak(entry: dict[str, Any] | None) -> bool:
 def _entry(
     c: Completion,
     request: Request,
+    key: str,
     model_id: str,
-    decoding: Decoding,
     engine: str,
     parse: Callable[[str, str, str], records.Outcome],
 ) -> dict[str, Any]:
@@ -130,7 +132,7 @@ def _entry(
         outcome = parse(c.text, request.kind, c.finish_reason)
     more = {"attempt": request.attempt} if request.attempt > 1 else {}
     return more | {
-        "id": request_id(request, model_id, decoding),
+        "id": key,
         "record": c.id,
         "kind": request.kind,
         "seed": request.seed,
@@ -145,7 +147,9 @@ def _entry(
     }
 
 
-def replay(requests: Sequence[Request], log: Path, decoding: Decoding, attempts: int = 1) -> list[dict[str, Any]]:
+def replay(
+    requests: Sequence[Request], log: Path, decoding: Decoding, attempts: int = 1, dtype: str = "auto"
+) -> list[dict[str, Any]]:
     """The log entries of `requests` in their order, without model or engine: the last attempt of each, as `run` returns it.
 
     An entry counts only when its id is the digest of this very prompt, decoding and seed with the model it names.
@@ -158,7 +162,7 @@ def replay(requests: Sequence[Request], log: Path, decoding: Decoding, attempts:
             by_record.setdefault(e["record"], []).append(e)
 
     def find(r: Request) -> dict[str, Any] | None:
-        found = [e for e in by_record.get(r.id, []) if e["id"] == request_id(r, e["model"], decoding)]
+        found = [e for e in by_record.get(r.id, []) if e["id"] == request_id(r, e["model"], decoding, dtype)]
         return found[-1] if found else None
 
     out = []

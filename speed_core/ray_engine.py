@@ -153,7 +153,7 @@ class RayEngine:
         adapter: Path | None = None,
         *,
         workers: int = 1,
-        dtype: str = "bfloat16",
+        dtype: str = "auto",
         max_length: int = 1024,
         batch_size: int = 32,
         address: str = "",

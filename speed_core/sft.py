@@ -17,7 +17,7 @@ from typing import Any
 
 from tqdm import tqdm
 
-from speed_core import engines, lm_head, models
+from speed_core import compute_type, engines, lm_head, models
 from speed_core.artifacts import UserError, write_json
 from speed_core.profile import Lora, Training
 
@@ -127,7 +127,7 @@ def trainer_arguments(settings: Training, seed: int, output: Path, **more: Any) 
     """Arguments that SFT, DPO and embedding training share. Accumulation is derived from the global batch."""
     import torch
 
-    cuda = torch.cuda.is_available()
+    cuda, kind = torch.cuda.is_available(), compute_type.choose(settings.dtype, training=True).name
     world = int(os.environ.get("WORLD_SIZE", max(1, torch.cuda.device_count())))
     if settings.batch % (settings.micro_batch * world):
         raise UserError(
@@ -142,7 +142,8 @@ def trainer_arguments(settings: Training, seed: int, output: Path, **more: Any) 
         "gradient_accumulation_steps": settings.batch // (settings.micro_batch * world),
         "warmup_steps": settings.warmup_ratio,
         "weight_decay": settings.weight_decay,
-        "bf16": settings.dtype == "bfloat16" and cuda,
+        "bf16": kind == "bfloat16" and cuda,
+        "fp16": kind == "float16",
         "use_cpu": not cuda,
         "seed": seed,
         "data_seed": seed,
@@ -247,7 +248,7 @@ def train(
     rows, dropped = encode_rows(tokenizer, pairs[: settings.examples], settings.max_length)
     if not rows:
         raise UserError(f"{label}: none of {len(pairs)} examples fits max_length {settings.max_length}; raise it")
-    dtype = getattr(torch, settings.dtype)
+    dtype = compute_type.torch_type(compute_type.choose(settings.dtype, training=True).weights)
     torch.manual_seed(seed)
     model = AutoModelForCausalLM.from_pretrained(models.resolve(base), dtype=dtype, attn_implementation="sdpa")
     trainer = _trainer_class()(

@@ -20,7 +20,7 @@ import threading
 import traceback
 from collections import deque
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor, wait
+from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from contextlib import redirect_stdout, suppress
 from dataclasses import replace
 from io import StringIO
@@ -40,8 +40,8 @@ def make(run: Run, notebook: str) -> int:
     """Make the models and scores of `notebook` that are not current, several at a time; returns how many were handed over.
 
     $SPEED_WORKERS says how many processes; without it, as many as the cores of this process (or $OMP_NUM_THREADS) and the free
-    memory allow. With one, or nothing to gain, it returns 0 and the notebook makes them itself. Raises UserError when a stage
-    fails, after those that the other processes were at.
+    memory allow. With one, or nothing to gain, it returns 0 and the notebook makes them itself. Raises UserError as soon as a
+    stage fails; the other processes are stopped, and what they had finished stays.
     """
     engines.end_resting()
     most = workers()
@@ -60,14 +60,13 @@ def make(run: Run, notebook: str) -> int:
             try:
                 children += [Child(run, notebook, k, count) for k in range(count)]
                 served = [pool.submit(child.serve, waiting, bar) for child in children]
-                wait(served)
-            except BaseException:  # interrupted
+                for done in wait(served, return_when=FIRST_EXCEPTION).done:
+                    done.result()
+            except BaseException:  # one failed, or this process was interrupted
                 waiting.clear()
                 for child in children:
                     child.process.kill()
                 raise
-            for done in served:
-                done.result()
     finally:
         for child in children:
             child.close()

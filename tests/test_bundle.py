@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from speed_core import bundle, forecast, machine, models, planning, preflight
+from speed_core import bundle, files, forecast, machine, models, planning, preflight
 from speed_core.artifacts import UserError
 from speed_core.run_context import ROOT, open_run
 
@@ -119,7 +119,7 @@ def test_weights_of_packages_and_of_the_hub_are_laid_out_where_they_are_looked_f
     with pytest.raises(UserError, match="generator model 'Qwen/Qwen2.5-0.5B' is not in the hub cache"):
         bundle.weights(open_run("workshop"))
     monkeypatch.delenv("SPEED_CACHE", raising=False)
-    monkeypatch.setattr(models, "BUNDLED", tmp_path)
+    monkeypatch.setattr(files, "BUNDLED", tmp_path)
     monkeypatch.setattr(models, "PACKAGES", {k: ("not_installed", "x") for k in models.PACKAGES})
     (tmp_path / Path(tokenizer_folder).name).symlink_to(tokenizer_folder)
     assert models.resolve("package:gemma-3-270m") == str(tmp_path / Path(tokenizer_folder).name), "the carrier is not needed"

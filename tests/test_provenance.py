@@ -51,7 +51,7 @@ def test_a_record_names_inputs_ancestors_seeds_overrides_and_digests(drawn):
     assert said["inputs"] == {"scores-jr": run.store.need("scores-jr").digest}
     assert said["upstream"] == {n: run.store.need(n).digest for n in ("embedder-jr", "seeds")}
     assert said["seeds"] == [7] and said["overrides"] == {"junior.epochs": 3} and said["profile"] == "smoke"
-    assert {"device", "code", "written", "data_sha256", "svg_sha256"} <= set(said)
+    assert {"device", "compute_types", "code", "written", "data_sha256", "svg_sha256"} <= set(said)
     assert provenance.inspect(folder, runs) == ([], []) and provenance.inspect(folder, runs, deep=True) == ([], [])
 
 

@@ -92,6 +92,16 @@ def test_a_stage_that_fails_is_named_with_its_reason_and_the_log(run, monkeypatc
         side_by_side.make(run, "08")
 
 
+def test_when_one_process_fails_the_others_are_stopped_in_the_middle(run, monkeypatch):
+    monkeypatch.setenv("SPEED_WORKERS", "2")
+    students = [f"student-1-{arm}-0" for arm in ("guided", "plain", "weak", "margin", "labelled", "both", "uncovered", "covered")]
+    # A pair for each process, so that one works on the students while the other fails.
+    monkeypatch.setattr(side_by_side, "chains", lambda run, notebook: [students, ["embedder-guided-0"], [], []])
+    with pytest.raises(UserError, match=r"embedder-guided-0: artifact 'synthetic': not in"):
+        side_by_side.make(run, "08")
+    assert run.store.made(students[-1]) is None
+
+
 def test_a_process_whose_parent_is_gone_ends_in_the_middle_of_its_stage(run):
     child = side_by_side.Child(run, "07", 0, 1)
     child._say(["student-1-guided-0", "student-1-plain-0"])
