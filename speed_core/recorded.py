@@ -98,15 +98,13 @@ def _machine(made: Iterable[Artifact]) -> dict[str, str]:
     return {key: ", ".join(values) or "unknown" for key, values in told.items()}
 
 
-def text(c: Comparison, name: str) -> str:
-    """What is equal in one line, what differs in a line each."""
-    lines = [f"beside the recorded run of {name}: {sum(s.equal for s in c.stages)} of {sum(s.of for s in c.stages)} texts equal"]
+def text(c: Comparison, other: str) -> str:
+    """What is equal in one line, what differs in a line each. `other`: what the first of both runs is called."""
+    lines = [f"beside {other}: {sum(s.equal for s in c.stages)} of {sum(s.of for s in c.stages)} texts equal"]
     equal = [f"{s.name} {s.of}" for s in c.stages if s.equal == s.of and not s.asked]
     lines += [f"  all of {', '.join(equal)}"] if equal else []
     lines += [f"  {s.name} {s.equal} of {s.of}: {_why(s)}" for s in c.stages if s.equal < s.of or s.asked]
-    if c.verdicts is None:
-        lines.append("  verdicts not compared: the recorded run holds no verdicts, or this one none")
-    else:
+    if c.verdicts is not None:
         other = [f"  {k}: recorded {old!r}, here {new!r}" for k, (old, new) in c.verdicts.items() if old != new]
         lines += [f"  {len(c.verdicts) - len(other)} of {len(c.verdicts)} verdicts equal", *other]
     for what, found in (("a score, in points", c.score), ("a claim's estimate", c.claim)):
@@ -159,9 +157,11 @@ def report(run: Run) -> str:
     if others := [f"{k} is {mine[k]!r} here and {v!r} there" for k, v in theirs.items() if k in mine and mine[k] != v]:
         more = f", and {len(others) - 1} more values differ" if len(others) > 1 else ""
         return f"not compared with the recorded run of {name}: {others[0]}{more}"
-    found = compare(Store(folder), run.store, known.get("verdicts"), _verdicts(run.figures))
+    then, now = known.get("verdicts"), _verdicts(run.figures)
+    found = compare(Store(folder), run.store, then, now)
     write_json(target, {"profile": name, **asdict(found)})
-    return text(found, name)
+    said = text(found, f"the recorded run of {name}")
+    return said if found.verdicts else f"{said}\n  {'this' if then else 'the recorded'} run holds no verdicts"
 
 
 def report_later(profile: str) -> str:
