@@ -13,7 +13,7 @@ import os
 import sys
 from typing import Any
 
-CPU_REQUESTS = 64  # at a time
+CPU_REQUESTS = int(os.environ.get("SPEED_CPU_REQUESTS", 64))  # at a time
 
 
 def cache_gigabytes(config: Any, max_length: int, requests: int = CPU_REQUESTS) -> int:
