@@ -105,8 +105,8 @@ def text(c: Comparison, other: str) -> str:
     lines += [f"  all of {', '.join(equal)}"] if equal else []
     lines += [f"  {s.name} {s.equal} of {s.of}: {_why(s)}" for s in c.stages if s.equal < s.of or s.asked]
     if c.verdicts is not None:
-        other = [f"  {k}: recorded {old!r}, here {new!r}" for k, (old, new) in c.verdicts.items() if old != new]
-        lines += [f"  {len(c.verdicts) - len(other)} of {len(c.verdicts)} verdicts equal", *other]
+        changed = [f"  {k}: recorded {old!r}, here {new!r}" for k, (old, new) in c.verdicts.items() if old != new]
+        lines += [f"  {len(c.verdicts) - len(changed)} of {len(c.verdicts)} verdicts equal", *changed]
     for what, found in (("a score, in points", c.score), ("a claim's estimate", c.claim)):
         lines += [f"  largest difference of {what}: {found[0]:.2f} ({found[1]})"] if found else []
     for run, said in c.machines.items():
@@ -131,9 +131,8 @@ def write(run: Run) -> Path:
 
 
 def _values(p: profiles.Profile) -> dict[str, Any]:
-    return json.loads(
-        canonical({k: v for k, v in profiles.dotted(p).items() if k.split(".")[0] not in ("description", "sources")})
-    )
+    values = {k: v for k, v in profiles.dotted(p).items() if k.partition(".")[0] not in ("description", "sources")}
+    return json.loads(canonical(values))
 
 
 def _verdicts(figures: Path) -> dict[str, dict[str, str]]:

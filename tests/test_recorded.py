@@ -182,3 +182,15 @@ def test_one_changed_text_is_always_found(texts, data):
     changed[at]["raw"] = data.draw(st.text(max_size=30).filter(lambda t: t != texts[at]))
     stage = recorded.compare_texts("a", rows, data.draw(st.permutations(changed)))
     assert stage.equal == len(rows) - 1 and stage.first["record"] == f"r{at}" and stage.first["here"] == changed[at]["raw"]
+
+
+@pytest.mark.parametrize(
+    ("how", "statuses", "times"), [({}, "ok", 1), ({"only": ["01"]}, "ok", 0), ({"start": "01"}, "ok", 0), ({}, "failed", 0)]
+)
+def test_only_a_whole_run_that_went_well_ends_with_the_comparison(how, statuses, times, tmp_path, monkeypatch):
+    monkeypatch.setenv("SPEED_RUNS", str(tmp_path))
+    monkeypatch.setattr(runner, "execute", lambda path, *_, **__: runner.Report(path.stem, statuses, 1.0))
+    asked = []
+    monkeypatch.setattr(recorded, "report", lambda run: asked.append(run.profile.name) or "")
+    runner.run_all("smoke", **how)
+    assert asked == ["smoke"] * times
