@@ -111,6 +111,7 @@ def test_the_cache_of_vllm_on_a_cpu_holds_all_requests_of_full_length():
     config = AutoConfig.from_pretrained(models.resolve(BASE)).get_text_config()
     a_token = 2 * 2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim  # keys and values, 16 bits
     assert (cache_gigabytes(config, 640) - 1) * 2**30 < a_token * 640 * CPU_REQUESTS <= cache_gigabytes(config, 640) * 2**30
+    assert cache_gigabytes(config, 6400, dtype="float32") >= 2 * cache_gigabytes(config, 6400) - 1
     assert cache_gigabytes(config, 6400) > 5 * cache_gigabytes(config, 640)
 
 
