@@ -170,11 +170,21 @@ def preflight(
 def check(
     folder: Annotated[Path | None, typer.Argument(help="folder of figures; default: figures/")] = None,
     deep: Annotated[bool, typer.Option(help="take the digests of the inputs of their bytes, not of their manifests")] = False,
+    recorded: Annotated[
+        bool,
+        typer.Option("--recorded", help="compare the run of --profile with the recorded one instead: texts, verdicts, scores"),
+    ] = False,
+    profile: ProfileName = "tiny",
 ) -> None:
     """Fail when a figure and its data disagree, or when what it was drawn from has moved since (exit code 1)."""
     from speed_core import provenance
     from speed_core.run_context import ROOT, runs_folder
 
+    if recorded:
+        from speed_core.recorded import report_later
+
+        print(report_later(profile))
+        return
     folder = folder or ROOT / "figures"
     if not folder.is_dir():
         raise UserError(f"{folder}: no such folder; give one that holds figures")
@@ -336,14 +346,14 @@ def bundle(
 def record(profile: ProfileName = "tiny") -> None:
     """Take a finished run into the package: its logs, what each stage took, and the data sets that a fresh clone starts on."""
     from speed_core import bundle as bundles
-    from speed_core import forecast, planning, readings, replay
+    from speed_core import forecast, planning, readings, recorded, replay
     from speed_core.run import notebooks
     from speed_core.run_context import OFFICIAL, ROOT, open_run
 
     run = open_run(profile)
     entry = planning.record(run)
     print(f"{forecast.RECORDED.name}: {len(entry['artifacts'])} stages, {entry['device']} ({entry['cpu']}), {entry['date']}")
-    print(f"assets/shipped/{profile}: {len(bundles.carry(run))} artifacts")
+    print(f"assets/shipped/{profile}: {len(bundles.carry(run))} artifacts, values and verdicts in {recorded.write(run).name}")
     if profile == OFFICIAL:
         print(f"{replay.RECORDED.name}: sha256 {replay.export_logs(run, replay.RECORDED)}")
         print(f"notebooks: {readings.write(notebooks(ROOT / 'notebooks'), ROOT / 'figures')} sentences under figures changed")

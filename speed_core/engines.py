@@ -112,19 +112,14 @@ class TransformersEngine:
             device = self.model.device
             ids = torch.tensor([[pad] * (width - len(r)) + r for r in rows], device=device)
             mask = torch.tensor([[0] * (width - len(r)) + [1] * len(r) for r in rows], device=device)
-            # Temperature and top-p are in our own processors; what the model's defaults say is switched off.
-            options: dict[str, Any] = {"do_sample": decoding.temperature > 0}
-            if decoding.temperature > 0:
-                options |= {"temperature": 1.0, "top_p": 1.0, "top_k": 0}
-            with torch.random.fork_rng(), torch.no_grad():
-                torch.manual_seed(int(digest([r.seed for r in batch])[:8], 16))
+            with torch.no_grad():
                 out = self.model.generate(
                     ids,
                     attention_mask=mask,
                     max_new_tokens=decoding.max_new_tokens,
                     pad_token_id=pad,
                     logits_processor=self._processors(batch, decoding),
-                    **options,
+                    do_sample=False,  # `_processors` sample, and what the model's own defaults say has no say
                 )
             for request, row, full in zip(batch, rows, out[:, width:].tolist(), strict=True):
                 eos = self.tokenizer.eos_token_id
@@ -134,7 +129,7 @@ class TransformersEngine:
                 yield Completion(request.id, text, "stop" if ended else "length", len(row), len(new))
 
     def _processors(self, batch: Sequence[Request], decoding: Decoding) -> list[Any]:
-        """Grammar, temperature, nucleus, in this order: the nucleus is taken of the tokens that the grammar allows."""
+        """Grammar, temperature, nucleus, noise, in this order: the nucleus is taken of the tokens that the grammar allows."""
         from transformers import TemperatureLogitsWarper
 
         from speed_core import sampling
@@ -142,6 +137,7 @@ class TransformersEngine:
         out = self._grammars(batch, decoding) if decoding.constrained and any(r.kind for r in batch) else []
         if decoding.temperature > 0:
             out += [TemperatureLogitsWarper(decoding.temperature), sampling.hf_processor(decoding.top_p)]
+            out.append(sampling.hf_noise([r.seed for r in batch]))
         return out
 
     def _grammars(self, batch: Sequence[Request], decoding: Decoding) -> list[Any]:

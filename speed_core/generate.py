@@ -82,7 +82,8 @@ def run(
                 todo = [r for r in latest.values() if r.attempt == attempt and entry(r) is None]
                 if todo and started is None:
                     assert isinstance(engine, str)
-                    name = choose_engine(engine, len(todo), decoding.max_new_tokens)
+                    # By all requests: what is left of a stopped run is answered by the engine that began it.
+                    name = choose_engine(engine, len(requests), decoding.max_new_tokens)
                     sizes: dict[str, Any] = {"dtype": dtype, "max_length": max_length, "batch_size": batch_size}
                     started = open_engine(name, model, adapter, workers=workers, ray_address=ray_address, **sizes)
                 if todo and started is not None:

@@ -20,11 +20,14 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import nbformat
 
 from speed_core.artifacts import UserError
+
+if TYPE_CHECKING:
+    from speed_core.run_context import Run
 
 PROGRESS = re.compile(r": making it \(|\d+%\|[ #]*\|")
 SENTINEL = "speed-core: every cell ran"
@@ -301,7 +304,21 @@ def run_all(
         if report.status != "ok":
             break
     table(reports, [p.stem for p in chosen], run.figures)
+    if not only and not start and all(r.status == "ok" for r in reports):
+        _compare(run)
     return reports
+
+
+def _compare(run: Run) -> None:
+    """Say how a whole run compares with the recorded one. The run has succeeded by now, whatever happens here."""
+    from speed_core import recorded
+
+    try:
+        said = recorded.report(run)
+    except Exception as error:  # an archive that is damaged, a full disk, a manifest of another version
+        said = f"not compared with the recorded run: {type(error).__name__}: {_plain(str(error))}"
+    if said:
+        print(said, flush=True)
 
 
 def table(reports: Sequence[Report], wanted: Sequence[str], figures: Path) -> None:

@@ -189,7 +189,7 @@ def save_adapter(model: Any, folder: Path, base: str) -> None:
 def by_length(batch: dict[str, Any], rows: int) -> list[dict[str, Any]]:
     """A right-padded batch of tensors (B, T) in parts of at most `rows` rows of like length, each as wide as its longest."""
     lengths = batch["attention_mask"].sum(1)
-    parts = lengths.argsort(descending=True).split(rows)
+    parts = lengths.argsort(descending=True, stable=True).split(rows)
     return [{k: v[part, : int(lengths[part[0]])] for k, v in batch.items()} for part in parts]
 
 

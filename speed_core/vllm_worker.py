@@ -13,15 +13,16 @@ import os
 import sys
 from typing import Any
 
-CPU_REQUESTS = 64  # at a time
+CPU_REQUESTS = int(os.environ.get("SPEED_CPU_REQUESTS", 64))  # at a time
 
 
-def cache_gigabytes(config: Any, max_length: int, requests: int = CPU_REQUESTS) -> int:
-    """GiB of keys and values in 16 bits for `requests` of `max_length` tokens each; `config`: transformers', of the model."""
+def cache_gigabytes(config: Any, max_length: int, requests: int = CPU_REQUESTS, dtype: str = "bfloat16") -> int:
+    """GiB of keys and values in `dtype` for `requests` of `max_length` tokens each; `config`: transformers', of the model."""
     text = config.get_text_config()
     heads = getattr(text, "num_key_value_heads", None) or text.num_attention_heads
     size = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
-    return math.ceil(2 * 2 * text.num_hidden_layers * heads * size * max_length * requests / 2**30)
+    each = 4 if dtype == "float32" else 2  # bytes
+    return math.ceil(2 * each * text.num_hidden_layers * heads * size * max_length * requests / 2**30)
 
 
 def main() -> None:
@@ -49,7 +50,7 @@ def main() -> None:
     config = json.loads(line)
     cpu = not torch.cuda.is_available()
     if cpu:  # the engine would take half the memory, and fill with zeros what it takes
-        gigabytes = cache_gigabytes(AutoConfig.from_pretrained(config["model"]), config["max_length"])
+        gigabytes = cache_gigabytes(AutoConfig.from_pretrained(config["model"]), config["max_length"], dtype=config["dtype"])
         os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", str(gigabytes))
     nucleus = vllm_processor()
     # Not `LLM`: it prepares chats, and reads the tokenizer again for that.

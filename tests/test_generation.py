@@ -40,6 +40,15 @@ def test_transformers_answers_every_request_once_and_resumes_from_the_log(tmp_pa
     assert again == entries
 
 
+def test_a_text_of_transformers_does_not_depend_on_its_batch(tiny_model):
+    engine = engines.TransformersEngine(tiny_model("gemma3"), dtype="float32")
+    decoding, told = generate.Decoding(0.9, 0.95, 8, constrained=False), []
+    for size, items in ((5, requests(5)), (2, requests(5)[::-1])):
+        engine.batch_size = size
+        told.append({c.id: c.text for c in engine.generate(items, decoding)})
+    assert told[0] == told[1] and len(set(told[0].values())) == 5
+
+
 @pytest.mark.skipif(importlib.util.find_spec("vllm") is None, reason="vLLM is not installed")
 def test_vllm_runs_in_a_process_of_its_own_and_ends_with_it(tmp_path):
     engine = engines.VllmEngine(BASE, max_length=512)
@@ -102,6 +111,7 @@ def test_the_cache_of_vllm_on_a_cpu_holds_all_requests_of_full_length():
     config = AutoConfig.from_pretrained(models.resolve(BASE)).get_text_config()
     a_token = 2 * 2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim  # keys and values, 16 bits
     assert (cache_gigabytes(config, 640) - 1) * 2**30 < a_token * 640 * CPU_REQUESTS <= cache_gigabytes(config, 640) * 2**30
+    assert cache_gigabytes(config, 6400, dtype="float32") >= 2 * cache_gigabytes(config, 6400) - 1
     assert cache_gigabytes(config, 6400) > 5 * cache_gigabytes(config, 640)
 
 

@@ -58,3 +58,23 @@ def test_it_agrees_with_the_filters_of_transformers_and_vllm():
 def test_p_of_one_changes_nothing():
     logits = torch.randn(2, 10)
     assert sampling.nucleus(logits, 1.0) is logits
+
+
+def test_the_mass_of_a_row_has_the_same_bits_with_one_thread_and_with_two():
+    logits = 3 * torch.randn(3, 262_144 + 7, generator=torch.Generator().manual_seed(0))
+    logits[2, 512:] = -torch.inf  # pieces without any token that a grammar allows
+    before, found = torch.get_num_threads(), []
+    for threads in (1, 2):
+        torch.set_num_threads(threads)
+        found.append(torch.cat([sampling.log_mass(row) for row in logits.split(1)]))
+    torch.set_num_threads(before)
+    assert torch.equal(*found)
+    assert torch.allclose(found[0].double(), logits.double().logsumexp(-1, keepdim=True), rtol=0, atol=4e-6)
+
+
+def test_noise_draws_each_token_as_often_as_its_probability_and_a_row_does_not_depend_on_the_others():
+    logits = torch.tensor([0.5, 0.3, 0.2, 0.0]).log()
+    draws = sampling.hf_noise(range(20_000))(None, logits.repeat(20_000, 1)).argmax(-1)
+    assert torch.allclose(draws.bincount(minlength=4) / 20_000, logits.exp(), atol=0.012)
+    some = [7, 19_999, 3]
+    assert torch.equal(sampling.hf_noise(some)(None, logits.repeat(3, 1)).argmax(-1), draws[some])
