@@ -322,7 +322,7 @@ def train(
     from transformers import AutoModelForCausalLM, TrainingArguments
 
     sft.quiet()
-    engines.end_resting()
+    engines.make_room()
     if settings.lora is None:
         raise UserError("senior.lora: missing; give rank and alpha")
     if torch.cuda.device_count() > 1 and "WORLD_SIZE" not in os.environ:

@@ -20,14 +20,15 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol
 
-from speed_core import compute_type, models, records
+from speed_core import compute_type, machine, models, records
 from speed_core.artifacts import UserError, digest
 
 # Measured on 2 cores (gemma-3-270m, 32 to 64 requests with a grammar): vLLM starts in 24 s without graph
 # compilation and then writes 150 to 200 tokens a second, `generate` about 30; below this many tokens the
 # start costs more than it saves.
 VLLM_WORTH_TOKENS = 1000
-REST_SECONDS = 20  # that a vLLM waits for other weights of the same architecture
+REST_SECONDS = 300  # that a vLLM waits for other weights of the same architecture
+TRAINING_GB = 9  # of free memory that training a generator may need; a vLLM that rests ends where less is free
 # For glibc: keep what was freed. By default each tensor of 64 x 262,144 logits is new memory, whose first touch costs more
 # than the step that fills it (with the nucleus in place: 127 -> 206 tokens a second).
 KEPT_MEMORY = {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": str(2**34)}
@@ -252,8 +253,14 @@ class _Resting:
 _resting = _Resting()
 
 
+def make_room() -> None:
+    """Before a generator is trained: end a vLLM that rests, unless there is memory for both. A start takes half a minute."""
+    if machine.memory_gb() < TRAINING_GB:
+        end_resting()
+
+
 def end_resting() -> None:
-    """End a vLLM that rests, where something else is about to need the memory: a training, another engine."""
+    """End a vLLM that rests, where something else is about to need the memory: another engine, or models that are trained side by side."""
     _resting.end()
 
 

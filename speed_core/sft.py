@@ -241,7 +241,7 @@ def train(
     from trl import SFTConfig
 
     quiet()
-    engines.end_resting()
+    engines.make_room()
     if settings.lora is None:
         raise UserError(f"{label}.lora: missing; generators are trained with LoRA, give rank and alpha")
     tokenizer = models.load_tokenizer(base)
