@@ -38,13 +38,13 @@ of_pip() {
   {
     printenv "PIP_$(echo "$1" | tr a-z- A-Z_)" | tr '\n' ' ' && echo
     for section in install global; do printf '%s\n' "$pip_says" | sed -n "s/^$section\.$1=.\(.*\).\$/\1/p"; done
-  } | grep . | head -n 1 | sed 's/\\n/ /g' || true
+  } | grep . | head -n 1 | sed 's/\\n/ /g; s/^ *//; s/ *$//' || true
 }
 
 # Gives uv's variable $1 the value of pip's setting $2. A UV_ variable that the user has set stays.
 give() {
   case $1 in UV_*) [ -z "$(printenv "$1")" ] || return 0 ;; esac
-  value=$(of_pip "$2" | xargs)
+  value=$(of_pip "$2")
   [ -z "$value" ] || export "$1=$value"
 }
 
@@ -63,14 +63,10 @@ hand_over() {
   give ALL_PROXY proxy
   links=
   for link in $(of_pip find-links); do
-    case $link in
-      *://*) ;;
-      "~/"*) link=$HOME/${link#??} ;;
-    esac
-    # pip passes over a folder that is not there; uv would stop.
-    case $link in *://*) ;; *) [ -e "$link" ] || continue ;; esac
+    case $link in "~/"*) link=$HOME/${link#??} ;; esac
+    case $link in *://*) ;; *) [ -e "$link" ] || continue ;; esac # pip passes over a folder that is not there; uv would stop
     links=$links${links:+,}$link
   done
-  [ -n "${UV_FIND_LINKS:-}" ] || export UV_FIND_LINKS="$links"
+  [ -z "$links" ] || export UV_FIND_LINKS="${UV_FIND_LINKS:-$links}"
   case $(of_pip no-index) in 1 | [Tt]rue | [Yy]es | [Oo]n) no_index=--no-index ;; *) no_index= ;; esac
 }

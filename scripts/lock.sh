@@ -24,7 +24,7 @@ resolve() { # LOCK PLATFORM, then more options; what to resolve comes by standar
 flag=${1:+ $1}
 case $flag in
   "")
-    [ -n "$UV_FIND_LINKS" ] || export UV_INDEX="${UV_INDEX:-} https://download.pytorch.org/whl/cpu"
+    [ -n "${UV_FIND_LINKS:-}" ] || export UV_INDEX="${UV_INDEX:-} https://download.pytorch.org/whl/cpu"
     resolve cpu x86_64-manylinux_2_28 --override requirements/overrides.txt < requirements/cpu.in
     ;;
   " --cuda") resolve cuda x86_64-manylinux_2_28 < requirements/cuda.in ;;
