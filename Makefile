@@ -3,7 +3,7 @@ PROFILE ?= tiny
 PY := .venv/bin/python
 
 help: ## this list
-	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/'
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{print $$1 "\t" $$2}'
 
 setup: ## create .venv from the lock
 	@bash scripts/setup.sh

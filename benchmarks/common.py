@@ -19,8 +19,10 @@ from typing import Any
 
 import torch
 
-RESULTS = Path(__file__).parent / "results"
+RESULTS, CLEAR = Path(__file__).parent / "results", Path("/proc/self/clear_refs")
 sys.path.insert(0, str(Path(__file__).parent.parent))  # run from a clone, nothing installed
+
+import speed_core.machine  # noqa: E402
 
 
 def arguments(description: str, options: dict[str, str] | None = None, **switches: str) -> argparse.Namespace:
@@ -43,8 +45,7 @@ def arguments(description: str, options: dict[str, str] | None = None, **switche
 
 def machine(device: str) -> dict[str, Any]:
     """Processor, cores, memory, and the GPU where one is used."""
-    names = [line.split(":")[1].strip() for line in Path("/proc/cpuinfo").read_text().splitlines() if "model name" in line]
-    out = {"cpu": names[0] if names else platform.machine(), "cores": os.cpu_count(), "threads": torch.get_num_threads()}
+    out: dict[str, Any] = {"cpu": speed_core.machine.cpu(), "cores": os.cpu_count(), "threads": torch.get_num_threads()}
     out["memory_gb"] = round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30)
     if device == "cuda":
         properties = torch.cuda.get_device_properties(0)
@@ -147,7 +148,8 @@ def reset_peak(device: str) -> float:
         torch.cuda.reset_peak_memory_stats()
         return torch.cuda.memory_allocated() / 2**20
     gc.collect()
-    Path("/proc/self/clear_refs").write_text("5")  # the high-water mark falls to what is resident
+    if CLEAR.exists():
+        CLEAR.write_text("5")  # the high-water mark falls to what is resident; on macOS it stays, and earlier peaks count
     return peak_mb(device)
 
 
@@ -155,7 +157,9 @@ def peak_mb(device: str) -> float:
     """Highest memory since the start or `reset_peak`: resident set of this process, or the allocator's on the GPU."""
     if device == "cuda":
         return torch.cuda.max_memory_allocated() / 2**20
-    lines = Path("/proc/self/status").read_text().splitlines()
+    if not CLEAR.exists():
+        return speed_core.machine.peak_mb()
+    lines = CLEAR.with_name("status").read_text().splitlines()
     return next(int(line.split()[1]) for line in lines if line.startswith("VmHWM")) / 1024
 
 

@@ -3,30 +3,30 @@
 # Weights are found in cache/ and upstream artifacts in shipped/ of this folder, so no variable has to be set.
 set -eu
 cd "$(dirname "$0")"
-[ -f SHA256SUMS ] || { echo "install: no SHA256SUMS here; run it in the folder that the bundle unpacked" >&2; exit 2; }
+[ -f SHA256SUMS ] && [ -f scripts/common.sh ] || { echo "install: no whole bundle here; run it in the folder that the bundle unpacked" >&2; exit 2; }
+me=install
+. scripts/common.sh
 # What a reader works on may change after the first time; weights, wheels and artifacts may not.
 if [ -f .installed ]; then grep -E '^[0-9a-f]{64}  (cache|shipped|wheels)/' SHA256SUMS > .sums || true; else cp SHA256SUMS .sums; fi
 echo "install: comparing $(wc -l < .sums) files with SHA256SUMS"
-bad=$(sha256sum --check --quiet .sums 2>/dev/null | sed -n 's/: FAILED.*//p' | head -n 1)
-[ -z "$bad" ] || { echo "install: $bad is damaged or missing (its digest is not the one in SHA256SUMS); unpack the bundle again" >&2; exit 2; }
+bad=$(sha256 --check .sums 2>/dev/null | sed -n 's/: FAILED.*//p' | head -n 1)
+[ -z "$bad" ] || die "$bad is damaged or missing (its digest is not the one in SHA256SUMS); unpack the bundle again"
 python=${PYTHON:-python3}
-"$python" -c 'import sys; sys.exit(sys.version_info[:2] != (3, 11))' 2>/dev/null || {
-  echo "install: $python is not Python 3.11, which the wheels are made for; set PYTHON=python3.11" >&2; exit 2; }
+is_311 "$python" || die "$python is not Python 3.11, which the wheels are made for; set PYTHON=python3.11"
 if ls wheels/torch-*.whl >/dev/null 2>&1; then
-  [ -x .venv/bin/python ] || "$python" -m venv .venv || { echo "install: $python cannot make .venv; install python3.11-venv" >&2; exit 2; }
+  [ -x .venv/bin/python ] || "$python" -m venv .venv || die "$python cannot make .venv; install python3.11-venv"
 elif [ ! -x .venv/bin/python ]; then
-  echo "install: this bundle has no wheels and there is no .venv; run \`make setup\` where there is a network, then this again" >&2; exit 2
+  die "this bundle has no wheels and there is no .venv; run \`make setup\` where there is a network, then this again"
 fi
 pip() { .venv/bin/python -m pip --disable-pip-version-check install -q --no-index --no-deps "$@"; }
-lock=requirements/${SPEED_LOCK:-cpu}.lock
-want=$(sha256sum "$lock" pyproject.toml | sha256sum | cut -c1-16)
-if [ ! -f .installed ] || [ "$(cat .venv/.speed-lock 2>/dev/null)" != "$want" ]; then
+choose_lock
+if [ ! -f .installed ] || [ "$(cat "$stamp" 2>/dev/null)" != "$want" ]; then
   if ls wheels/*.whl >/dev/null 2>&1; then
     echo "install: installing $(ls wheels/*.whl | wc -l) wheels into .venv (a few minutes)"
     pip wheels/*.whl
   fi
   pip --no-build-isolation -e .
-  echo "$want" > .venv/.speed-lock # so that make takes the environment as set up
+  echo "$want" > "$stamp" # so that make takes the environment as set up
   touch .installed
 fi
 rm -f .sums

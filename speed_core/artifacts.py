@@ -10,7 +10,6 @@ import json
 import os
 import platform
 import re
-import resource
 import shutil
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -20,6 +19,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
+from speed_core import machine
 from speed_core.files import (
     AppendLog,
     UserError,
@@ -316,7 +316,7 @@ class Store:
             "device": device_name(),
             "seconds": round(time.time() - started, 1),
             **({"beside": beside} if beside > 1 else {}),
-            "peak_mb": round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024),  # of the process so far
+            "peak_mb": round(machine.peak_mb()),  # of the process so far
             "written": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
             **draft.info,
         }

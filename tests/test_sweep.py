@@ -7,6 +7,7 @@ import sys
 import time
 from pathlib import Path
 
+import psutil
 import pytest
 
 from speed_core import sweep
@@ -121,7 +122,7 @@ def test_sigterm_ends_the_points_that_run_and_begins_no_other(tmp_path):
     child.terminate()
     assert child.wait(30) == 143
     pids = [p.stem for p in tmp_path.glob("*.pid")]
-    assert len(pids) == 2 and not any(os.path.exists(f"/proc/{pid}") for pid in pids)
+    assert len(pids) == 2 and not any(psutil.pid_exists(int(pid)) for pid in pids)
 
 
 def test_a_run_that_was_killed_goes_on_from_its_artifacts(tmp_path):
