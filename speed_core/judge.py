@@ -93,9 +93,12 @@ class RubricJudge:
 
     def _embed(self, texts: Sequence[str]) -> np.ndarray:
         new = list(dict.fromkeys(t for t in texts if t not in self._cache))
-        if new:
-            vectors = self.guide.encode(new, normalize_embeddings=True, show_progress_bar=False, batch_size=64)
-            self._cache.update(zip(new, np.asarray(vectors), strict=True))
+        # A batch at a time: `encode` would order all texts by length, and texts of one length differently on each processor.
+        new.sort(key=len)
+        for start in range(0, len(new), 64):
+            batch = new[start : start + 64]
+            vectors = self.guide.encode(batch, normalize_embeddings=True, show_progress_bar=False, batch_size=64)
+            self._cache.update(zip(batch, np.asarray(vectors), strict=True))
         return np.stack([self._cache[t] for t in texts])
 
     def warm(self, texts: Sequence[str]) -> None:
