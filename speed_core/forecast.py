@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from speed_core import experiments
+from speed_core import compute_type, experiments, machine
 from speed_core import profile as profiles
 from speed_core.profile import Profile
 
@@ -36,7 +36,7 @@ class Row(NamedTuple):
 
 
 def recorded(profile: str) -> dict[str, Any]:
-    """What `planning.record` wrote for a profile: device, cpu, cores, gflops, date, weights, artifacts; empty when it never ran."""
+    """What `planning.record` wrote for a profile: device, cpu, cores, layer_seconds, date, weights, artifacts, other; empty when it never ran."""
     return _all().get(profile, {})
 
 
@@ -65,6 +65,14 @@ class Forecast:
     def scaled(self) -> str:
         """Says when the recorded run had another size."""
         return "" if self.profile.name == self.other.name else f", scaled from profile {self.other.name}"
+
+    @cached_property
+    def scale(self) -> float:
+        """How many times as long as the recorded machine this one takes, both in the types that they compute in; 1 for a GPU."""
+        there = self.entry.get("layer_seconds")
+        if not there or "cpu" not in self.entry["device"]:
+            return 1.0
+        return machine.layer_seconds(compute_type.choose(self.profile.junior.dtype).name) / there
 
     @cached_property
     def rows(self) -> dict[str, Row]:

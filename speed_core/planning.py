@@ -19,8 +19,8 @@ from io import StringIO
 from pathlib import Path
 from typing import Any
 
-from speed_core import experiments, forecast, machine, models, pipeline, sft
-from speed_core.artifacts import Artifact, Draft, Store, UserError, write_json
+from speed_core import compute_type, experiments, forecast, machine, models, pipeline, sft
+from speed_core.artifacts import Artifact, Draft, Store, UserError, read_jsonl, write_json
 from speed_core.run_context import Run
 
 
@@ -242,7 +242,7 @@ def stale(run: Run, names: Iterable[str]) -> list[str]:
 def _cost(step: Step, made: Artifact | None, shipped: Artifact | None, ahead: forecast.Forecast | None) -> Step:
     """The step with what it took here the last time, else in the recorded run, scaled to this size (`forecast`)."""
     if not made and ahead and (said := ahead.expected(step.name)):
-        took = {k: v for k, v in said._asdict().items() if k != "inputs"}
+        took = {k: v for k, v in said._asdict().items() if k != "inputs"} | {"seconds": said.seconds * ahead.scale}
         beside = ahead.entry.get("beside", 1)
         where = ahead.entry["device"] + (f", {beside} models at a time" if beside > 1 else "") + ahead.scaled
         return dataclasses.replace(step, **took, inputs=tuple(said.inputs), measured=where, recorded=True)
@@ -258,8 +258,8 @@ def record(run: Run, target: Path | None = None) -> dict[str, Any]:
     """Write what each stage of `run` took into `target` (`forecast.RECORDED`), under the profile's name:
     {artifact: [seconds, peak MB, disk MB, tokens generated, [inputs]]}.
 
-    To be called on the machine that made the run: its speed is measured with it (`machine.gflops`), so that another machine
-    can tell how it compares. Predictions of machines that have run nothing yet come from here (`steps`).
+    To be called on the machine that made the run: its speed is measured with it (`machine.layer_seconds`), so that another
+    machine can tell how it compares. `other` has what each notebook takes beside its stages: imports, plots, checks. Predictions of machines that have run nothing yet come from here (`steps`).
     """
     target = target or forecast.RECORDED
     found = {s.name: s for s in steps(run) if s.seconds is not None and not s.recorded and not s.shipped}
@@ -271,15 +271,25 @@ def record(run: Run, target: Path | None = None) -> dict[str, Any]:
         "device": next(iter(found.values())).measured,
         "cpu": machine.cpu(),
         "cores": machine.cores(),
-        "gflops": round(machine.gflops(), 1),
+        "compute_type": (kind := compute_type.choose(run.profile.junior.dtype).name),
+        "layer_seconds": round(machine.layer_seconds(kind), 4),
         "date": max(m["written"] for m in manifests)[:10],
         **({"beside": beside} if beside > 1 else {}),
         "weights": {role: models.weights_id(models.resolve(name)) for role, name in run.profile.models},
+        "other": _other(run, found.values()),
         "artifacts": {n: [s.seconds, s.peak_mb, round(s.disk_mb or 0, 2), s.tokens, list(s.inputs)] for n, s in found.items()},
     }
     known = json.loads(target.read_text(encoding="utf-8")) if target.is_file() else {}
     write_json(target, known | {run.profile.name: entry})
     return entry
+
+
+def _other(run: Run, made: Iterable[Step]) -> dict[str, float]:
+    """{notebook: seconds of its last run that are not those of its stages}."""
+    times = read_jsonl(run.folder / "times.jsonl") if (run.folder / "times.jsonl").is_file() else []
+    whole = {t["notebook"][:2]: t["seconds"] for t in times if t["status"] == "ok"}
+    of_stages = {n: sum(s.seconds or 0 for s in made if s.notebook == n) for n in whole}
+    return {n: round(max(0.0, seconds - of_stages[n]), 1) for n, seconds in whole.items()}
 
 
 def past_error(run: Run) -> str:

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from speed_core import bundle, forecast, machine, models, planning, repeats, study, tasks
+from speed_core import bundle, compute_type, forecast, machine, models, planning, repeats, study, tasks
 from speed_core import profile as profiles
 from speed_core.artifacts import UserError
 from speed_core.offline_tasks import CARRIERS
@@ -21,6 +21,7 @@ from speed_core.teacher import CALL_SECONDS
 
 PACKAGES = ("torch", "transformers", "trl", "peft", "sentence-transformers", "mteb", "datasets", "papermill")
 # Mean tokens a teacher call takes in the paper (Table 5: tokens / calls of each stage).
+LONG_MINUTES = 120
 PAPER_TOKENS = {"seed": 400, "judge": 1200, "revise": 1000}
 
 
@@ -52,11 +53,33 @@ def checks(run: Run) -> list[tuple[str, str, str]]:
     out.append(("processor", f"{machine.cpu()}, {machine.cores()} cores", ""))
     found, remedy = machine.gpu()
     out.append(("GPU and driver", found, remedy if "GPU" in profile.hardware else ""))  # a CPU profile runs without
+    out += _types(profile)
     return [*out, *_weights(profile), *_carriers(profile), *_reach(profile), ("predicted time", _time_text(run, todo), "")]
 
 
 def _existing(path: Path) -> Path:
     return next(p for p in (path, *path.resolve().parents) if p.exists())
+
+
+def _types(profile: profiles.Profile) -> list[tuple[str, str, str]]:
+    """What each part of a profile is computed in, and why; parts with one answer are one row."""
+    rows: dict[tuple[str, str], list[str]] = {}
+    for part in ("generation", "junior", "senior", "revisor", "embedding"):
+        asked = getattr(profile, part).dtype
+        try:
+            chosen = compute_type.choose(asked, training=part != "generation")
+        except UserError as error:
+            rows.setdefault((f"{asked}: not possible here", f"{part}.{error}"), []).append(part)
+            continue
+        slow = chosen.name == "bfloat16" and machine.device().type == "cpu" and not machine.has_amx()
+        remedy = (
+            f"set {part}.dtype to auto: without AMX a processor multiplies bfloat16 up to 60 times more slowly" if slow else ""
+        )
+        rows.setdefault((f"{chosen.name}: {chosen.why}", remedy), []).append(part)
+    return [
+        ("compute type" if len(rows) == 1 else f"type of {', '.join(parts)}", said, remedy)
+        for (said, remedy), parts in rows.items()
+    ]
 
 
 def _weights(profile: profiles.Profile) -> list[tuple[str, str, str]]:
@@ -125,21 +148,37 @@ def _time_text(run: Run, todo: Sequence[planning.Step]) -> str:
         return "none: every stage is current"
     if not known:
         return f"unknown: none of the {len(todo)} stages was measured at {run.profile.name} yet"
-    scale, source = 1.0, "measured in this run folder"
+    source = "measured in this run folder"
+    minutes: dict[str, float] = {}
     if any(s.shipped for s in known):
         source = f"as the shipped artifacts took on {', '.join(sorted({s.measured for s in known}))}"
     if any(s.recorded for s in known) and (ahead := forecast.Forecast.of(run.profile)):
         there = ahead.entry
         source = f"as recorded on {there['cpu']}, {there['cores']} cores, {there['date']}{ahead.scaled}"
-        if "cpu" in there["device"]:
-            scale = there["gflops"] / machine.gflops()
-            source += f", times {scale:.1f}, which is what a matrix product takes here against there"
-    minutes: dict[str, float] = {}
+        source += f" in {there.get('compute_type', 'bfloat16')}, times {ahead.scale:.1f}, which is what a layer takes here against there"
+        due = {s.notebook for s in todo} | {"00", "12"}  # these two have no stages
+        minutes = {n: seconds * ahead.scale / 60 for n, seconds in there.get("other", {}).items() if n in due}
     for s in known:
-        minutes[s.notebook] = minutes.get(s.notebook, 0) + (s.seconds or 0) * (scale if s.recorded else 1) / 60
+        minutes[s.notebook] = minutes.get(s.notebook, 0) + (s.seconds or 0) / 60
     parts = ", ".join(f"{notebook} {m:.0f}" for notebook, m in minutes.items() if m >= 0.5)
     unknown = f"; {len(todo) - len(known)} stages were never measured" if len(known) < len(todo) else ""
-    return f"about {sum(minutes.values()):.0f} min for {len(known)} stages ({source}); by notebook: {parts or 'under a minute each'}{unknown}"
+    total = sum(minutes.values())
+    fits = f"; {_that_fits(run.profile)}" if total > LONG_MINUTES else ""
+    return (
+        f"about {total:.0f} min for {len(known)} stages ({source}){fits}; by notebook: {parts or 'under a minute each'}{unknown}"
+    )
+
+
+def _that_fits(p: profiles.Profile) -> str:
+    """What to take where a run is long: the largest smaller profile of which this machine is expected to need less."""
+    for name in ("tiny", "smoke"):
+        if name != p.name and (ahead := forecast.Forecast.of(profiles.load(name))):
+            minutes = (
+                (sum(r.seconds for r in ahead.rows.values()) + sum(ahead.entry.get("other", {}).values())) * ahead.scale / 60
+            )
+            if minutes <= LONG_MINUTES:
+                return f"profile {name} takes about {minutes:.0f} min here"
+    return "no profile is expected to take less than two hours here"
 
 
 def _installed(name: str) -> bool:

@@ -184,7 +184,7 @@ def test_recorded_times_come_from_a_run_and_predict_another(small, tmp_path, mon
     runs, target = small[0], tmp_path / "times.json"
     monkeypatch.setenv("SPEED_RUNS", str(runs))
     entry = planning.record(open_run("smoke"), target)
-    assert set(entry["artifacts"]) == {"tasks", "seeds"} and entry["cores"] >= 1 and entry["gflops"] > 0
+    assert set(entry["artifacts"]) == {"tasks", "seeds"} and entry["cores"] >= 1 and entry["layer_seconds"] > 0
     monkeypatch.setattr(forecast, "RECORDED", target)
     monkeypatch.setenv("SPEED_RUNS", str(empty / "other"))
     found = {s.name: s for s in planning.steps(open_run("smoke"))}
