@@ -60,6 +60,7 @@ def test_vllm_runs_in_a_process_of_its_own_and_ends_with_it(tmp_path):
     assert "100" in text, "without <bos> the model would only repeat itself"
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(importlib.util.find_spec("vllm") is None, reason="vLLM is not installed")
 def test_a_vllm_that_rests_takes_other_weights_and_writes_what_a_new_one_writes(tmp_path, monkeypatch):
     import torch
