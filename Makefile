@@ -1,6 +1,8 @@
 # The two commands of this project are `make reproduce` and `make test`; `make help` lists the rest.
 PROFILE ?= tiny
 PY := .venv/bin/python
+# uv installs no bytecode. Where this variable forbids to keep what the first import compiles, every process compiles torch anew.
+unexport PYTHONDONTWRITEBYTECODE
 
 help: ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{print $$1 "\t" $$2}'
@@ -23,15 +25,23 @@ lint: setup ## ruff and mypy
 
 kernels: setup ## the GPU kernels under Triton's interpreter (fetches triton into .venv/triton, once)
 	@test -d .venv/triton/triton || $(PY) -m pip install -q --disable-pip-version-check --no-deps --target .venv/triton "$$(grep '^triton==' requirements/cuda.lock)"
-	@TRITON_INTERPRET=1 PYTHONPATH=.venv/triton $(PY) -m pytest tests/test_kernels.py
+	@TRITON_INTERPRET=1 PYTHONPATH=.venv/triton $(PY) -m pytest -n $(TEST_WORKERS) tests/test_kernels.py
 
 # Two workers, each with one thread a process: most tests wait for imports and child processes. A file stays with one worker, since
 # its tests share what was made for them; the one that executes all notebooks is the longest and is begun first.
 TEST_WORKERS ?= 2
-test: lint kernels ## lint, types, kernels, unit tests, and every notebook at smoke size (TEST_WORKERS=0: one test at a time)
-	@$(PY) -m pytest -n $(TEST_WORKERS) --dist loadfile --no-loadscope-reorder
+TESTS = $(PY) -m pytest -n $(TEST_WORKERS) --dist loadfile --no-loadscope-reorder
+test: lint kernels ## lint, types, kernels, unit tests, and every notebook once at smoke size (TEST_WORKERS=0: one test at a time)
+	@$(TESTS) -m "not slow"
 
-browser: setup ## the notebooks in JupyterLab and a headless Chromium (in `test` too; needs chromium)
+test-rest: setup ## what `test` leaves out: each notebook alone, the bundle, 50 kills, Ray, a real server, a browser (needs chromium)
+	@$(TESTS) -m slow
+
+test-all: ## `test`, then `test-rest`
+	@$(MAKE) --no-print-directory test
+	@$(MAKE) --no-print-directory test-rest
+
+browser: setup ## the notebooks in JupyterLab and a headless Chromium (in `test-all` too; needs chromium)
 	@$(PY) -m pytest tests/test_browser.py
 
 lab: setup ## JupyterLab on the notebooks
@@ -44,4 +54,4 @@ OUT ?= speed-$(PROFILE).tar
 bundle: setup ## one archive for machines without a network, of PROFILE's run: OUT (speed-PROFILE.tar); WHEELS=1 puts the environment in
 	@$(PY) -m speed_core bundle --profile $(PROFILE) $(if $(WHEELS),--wheels) $(OUT)
 
-.PHONY: help setup reproduce plan check lint kernels test browser lab classroom bundle
+.PHONY: help setup reproduce plan check lint kernels test test-rest test-all browser lab classroom bundle

@@ -1,6 +1,9 @@
 """Tiny real objects shared by the tests: random models of real architectures with a real tokenizer."""
 
+import json
 import os
+import shutil
+from pathlib import Path
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
@@ -48,8 +51,28 @@ def tokenizer_folder():
 
 
 @pytest.fixture(scope="session")
-def tiny_model(tmp_path_factory, tokenizer_folder):
-    """A function family -> folder of a random two-layer model with the real tokenizer."""
+def small_tokenizer(tmp_path_factory, tokenizer_folder):
+    """That tokenizer cut to its first 4,096 tokens and the characters of ASCII; other characters become bytes, as rare ones do.
+
+    262,144 rows of embeddings and logits are nearly all that a model of two narrow layers would compute.
+    """
+    whole = json.loads((Path(tokenizer_folder) / "tokenizer.json").read_text(encoding="utf-8"))
+    vocabulary, merges = whole["model"]["vocab"], whole["model"]["merges"]
+    characters = {"\u2581", *map(chr, range(128))}  # the first stands for a space
+    kept = [t for t, i in sorted(vocabulary.items(), key=lambda entry: entry[1]) if i < 4096 or t in characters]
+    vocabulary = {token: i for i, token in enumerate(kept)}
+    merges = [pair for pair in merges if {*pair, "".join(pair)} <= vocabulary.keys()]
+    whole["model"] |= {"vocab": vocabulary, "merges": merges}
+    whole["added_tokens"] = [t for t in whole["added_tokens"] if t["id"] < 4096]
+    folder = tmp_path_factory.mktemp("tokenizer")
+    shutil.copy(Path(tokenizer_folder) / "tokenizer_config.json", folder)
+    (folder / "tokenizer.json").write_text(json.dumps(whole), encoding="utf-8")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def tiny_model(tmp_path_factory, small_tokenizer):
+    """A function family -> folder of a random two-layer model with the small tokenizer."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     made = {}
@@ -58,7 +81,7 @@ def tiny_model(tmp_path_factory, tokenizer_folder):
         if family not in made:
             folder = tmp_path_factory.mktemp(family)
             torch.manual_seed(0)
-            tokenizer = AutoTokenizer.from_pretrained(tokenizer_folder)
+            tokenizer = AutoTokenizer.from_pretrained(small_tokenizer)
             AutoModelForCausalLM.from_config(tiny_config(family, len(tokenizer))).save_pretrained(folder)
             tokenizer.save_pretrained(folder)
             made[family] = str(folder)

@@ -19,9 +19,12 @@ from speed_core import widgets
 
 ROOT = Path(__file__).resolve().parent.parent
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
-pytestmark = pytest.mark.skipif(
-    not CHROMIUM, reason="no Chromium found; on Debian: apt-get install chromium (any Chromium or Chrome on the PATH serves)"
-)
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(
+        not CHROMIUM, reason="no Chromium found; on Debian: apt-get install chromium (any Chromium or Chrome on the PATH serves)"
+    ),
+]
 UNTIL = 60_000  # milliseconds; a notebook's first import of torch takes most of it on a busy machine
 RAN = """() => document.querySelector('[data-mime-type="application/vnd.jupyter.error"]')
     || [...document.querySelectorAll('.jp-CodeCell .jp-InputPrompt')].every(p => /\\[\\d+\\]/.test(p.textContent))"""

@@ -36,6 +36,7 @@ def small(tmp_path_factory):
     return folder / "runs", folder / "small.tar", folder / bundle.NAME
 
 
+@pytest.mark.slow
 def test_a_bundle_is_a_checkout_whose_notebooks_find_shipped_upstream(small, tmp_path):
     _, _, unpacked = small
     code = (
@@ -53,6 +54,7 @@ def test_a_bundle_is_a_checkout_whose_notebooks_find_shipped_upstream(small, tmp
     assert said.startswith("using shipped upstream 'seeds', digest")
 
 
+@pytest.mark.slow
 def test_every_file_of_a_bundle_is_verified_and_the_same_inputs_give_the_same_bytes(small, tmp_path):
     runs, archive, _ = small
     again = speed(runs, "bundle", str(tmp_path / "again.tar"), "--profile", "smoke", "--no-weights", "--incomplete")
@@ -60,6 +62,7 @@ def test_every_file_of_a_bundle_is_verified_and_the_same_inputs_give_the_same_by
     assert bundle.verify(archive) == sum(1 for _ in (archive.parent / bundle.NAME / bundle.SUMS).open())
 
 
+@pytest.mark.slow
 def test_a_damaged_or_cut_archive_is_refused_with_one_line_that_names_the_file(small, tmp_path):
     _, archive, _ = small
     with tarfile.open(archive) as tar:
@@ -77,6 +80,7 @@ def test_a_damaged_or_cut_archive_is_refused_with_one_line_that_names_the_file(s
         bundle.verify(tmp_path / "none.tar")
 
 
+@pytest.mark.slow
 def test_the_install_script_refuses_a_damaged_file_by_name_and_says_what_it_needs(small, tmp_path):
     _, _, unpacked = small
     shutil.copytree(unpacked, tmp_path / "here")
@@ -94,6 +98,7 @@ def test_the_install_script_refuses_a_damaged_file_by_name_and_says_what_it_need
     assert done.stderr.count("\n") == 1
 
 
+@pytest.mark.slow
 def test_an_unpacked_bundle_makes_the_same_repository_again_without_git(small):
     _, _, unpacked = small
     again, first = bundle.repository(unpacked), json.loads((unpacked / bundle.ABOUT).read_text())["repository"]
@@ -102,6 +107,7 @@ def test_an_unpacked_bundle_makes_the_same_repository_again_without_git(small):
         bundle.repository(unpacked / "tests")
 
 
+@pytest.mark.slow
 def test_a_run_that_lacks_what_a_notebook_reads_is_refused(small, tmp_path):
     done = speed(small[0], "bundle", str(tmp_path / "x.tar"), "--profile", "smoke", "--no-weights")
     assert done.returncode == 2 and "has no 'root'" in done.stderr and "--incomplete" in done.stderr
@@ -180,6 +186,7 @@ def test_weights_that_are_cut_off_are_found_and_the_remedy_names_the_folder(empt
     assert remedies == [f"guide model: delete {folder}; then put a whole copy there"]
 
 
+@pytest.mark.slow
 def test_recorded_times_come_from_a_run_and_predict_another(small, tmp_path, monkeypatch, empty):
     runs, target = small[0], tmp_path / "times.json"
     monkeypatch.setenv("SPEED_RUNS", str(runs))

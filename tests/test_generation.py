@@ -20,9 +20,9 @@ def requests(n):
     return [generate.Request(p.id, sft.prompt_text(p.text), p.kind, i) for i, p in enumerate(planned)]
 
 
-def test_transformers_answers_every_request_once_and_resumes_from_the_log(tmp_path):
-    decoding = generate.Decoding(max_new_tokens=48)
-    entries = generate.run(requests(4), model=BASE, log=tmp_path / "log", decoding=decoding, engine="transformers")
+def test_transformers_answers_every_request_once_and_resumes_from_the_log(tmp_path, tiny_model):
+    base, decoding = tiny_model("gemma3"), generate.Decoding(max_new_tokens=48)
+    entries = generate.run(requests(4), model=base, log=tmp_path / "log", decoding=decoding, engine="transformers")
     assert sum(generate.counts(entries).values()) == 4
     assert all(generate.outcome_of(e).status == e["status"] for e in entries)
     assert all(e["raw"].startswith("{") for e in entries), "the grammar holds from the first character"
@@ -36,7 +36,7 @@ def test_transformers_answers_every_request_once_and_resumes_from_the_log(tmp_pa
         def close(self):
             pass
 
-    again = generate.run(requests(4), model=BASE, log=tmp_path / "log", decoding=decoding, engine=Refuses())
+    again = generate.run(requests(4), model=base, log=tmp_path / "log", decoding=decoding, engine=Refuses())
     assert again == entries
 
 
@@ -69,6 +69,7 @@ def test_vllm_runs_in_a_process_of_its_own_and_ends_with_it(tmp_path):
     assert "100" in text, "without <bos> the model would only repeat itself"
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(importlib.util.find_spec("vllm") is None, reason="vLLM is not installed")
 def test_a_vllm_that_rests_takes_other_weights_and_writes_what_a_new_one_writes(tmp_path, monkeypatch):
     import torch

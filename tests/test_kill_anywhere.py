@@ -107,6 +107,7 @@ def whole(tmp_path):
     return work(tmp_path / "whole", slow=False)
 
 
+@pytest.mark.slow
 def test_fifty_kills_change_nothing_and_pay_nothing_twice_but_what_was_in_flight(tmp_path, whole, capsys):
     rng, kills, rounds = random.Random(0), 0, 0
     while kills < 50:

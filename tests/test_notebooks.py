@@ -75,6 +75,7 @@ def alone(tmp_path_factory):
         with pytest.MonkeyPatch.context() as patch:
             patch.setenv("SPEED_RUNS", str(own))
             patch.setenv("SPEED_SHIPPED", str(runs))
+            patch.delenv("OMP_NUM_THREADS", raising=False)
             (report,) = run.run_all("smoke", only=[path.stem[:2]])
         made = {p.parent.name for p in (own / "smoke" / "artifacts").glob("*/manifest.json")}
         done[path.stem] = report, made, digests(runs / "smoke" / "artifacts") == before
@@ -85,13 +86,28 @@ def alone(tmp_path_factory):
     return runs, done
 
 
-@pytest.fixture(scope="module")
-def smoke(alone):
-    """(folder of the runs, reports) of all notebooks at smoke, for the tests below; nothing is shipped any more."""
-    runs, done = alone
+ALONE = pytest.param("alone", marks=pytest.mark.slow)
+
+
+@pytest.fixture(scope="module", params=["in order", ALONE])
+def smoke(request, tmp_path_factory):
+    """(folder of the runs, reports) of all notebooks at smoke: of one run from 00 to 12, or of `alone`, nothing shipped any more.
+
+    They take longer than all other tests, so they get all cores, as a user's run does, and not the one of their worker.
+    """
     with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("SPEED_RUNS", str(runs))
-        yield runs, [report for report, _, _ in done.values()]
+        if request.param == "alone":
+            runs, done = request.getfixturevalue("alone")
+            patch.setenv("SPEED_RUNS", str(runs))
+            yield runs, [report for report, _, _ in done.values()]
+        else:
+            runs = tmp_path_factory.mktemp("in-order")
+            patch.setenv("SPEED_RUNS", str(runs))
+            patch.delenv("OMP_NUM_THREADS", raising=False)
+            yield runs, run.run_all("smoke")
+
+
+on_alone = pytest.mark.parametrize("smoke", [ALONE], indirect=True)  # of tests that execute notebooks again
 
 
 OWN = {
@@ -100,6 +116,7 @@ OWN = {
 }  # fmt: skip
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda p: p.stem)
 def test_any_notebook_runs_first_on_shipped_upstream_and_says_so(alone, path):
     runs, done = alone
@@ -165,6 +182,7 @@ def test_every_solution_is_right_on_the_artifacts_of_a_run(smoke):
         assert lines == [f"{path.stem[:2]}.{k}: right" for k in range(1, len(lines) + 1)] and lines
 
 
+@on_alone
 def test_an_unsolved_copy_runs_to_its_end_and_says_what_is_missing(smoke, tmp_path, monkeypatch):
     runs, _ = smoke
     monkeypatch.setenv("SPEED_RUNS", str(runs))
@@ -176,6 +194,7 @@ def test_an_unsolved_copy_runs_to_its_end_and_says_what_is_missing(smoke, tmp_pa
             assert len(lines) == 2 and all("not yet - " in line and exercises.UNANSWERED in line for line in lines)
 
 
+@on_alone
 def test_a_second_run_finds_every_artifact_current_and_makes_nothing_again(smoke):
     runs, _ = smoke
     before = {p: p.stat().st_mtime for p in (runs / "smoke" / "artifacts").glob("*/manifest.json")}
@@ -199,6 +218,7 @@ def test_the_plan_names_exactly_the_stages_that_a_run_makes_and_why_they_would_r
     assert warmer["junior"].reason == warmer["tasks"].reason == ""
 
 
+@on_alone
 def test_a_point_of_a_sweep_is_read_once_it_was_run_and_compared_with_the_runs_own(smoke, monkeypatch):
     import dataclasses
 
@@ -232,6 +252,7 @@ def test_the_plan_of_other_prompts_names_what_would_be_asked_again(smoke, monkey
     assert reasons["revised-junior"] == "input.raw-junior will answer other prompts" and not reasons["seeds"]
 
 
+@on_alone
 def test_data_sets_and_figures_are_rebuilt_elsewhere_from_the_log_alone_without_weights(smoke, tmp_path):
     speed = [sys.executable, "-m", "speed_core"]
     archive = str(tmp_path / "smoke.tar.gz")

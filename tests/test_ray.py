@@ -14,6 +14,8 @@ from speed_core.artifacts import UserError, read_jsonl
 from speed_core.ray_engine import RayEngine
 from speed_core.run_context import open_run
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(scope="module")
 def base(tiny_model):

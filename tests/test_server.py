@@ -17,7 +17,7 @@ from speed_core.profile import Teacher
 from speed_core.server_engine import ServerEngine
 
 BASE = "package:gemma-3-270m"
-pytestmark = pytest.mark.skipif(importlib.util.find_spec("vllm") is None, reason="vLLM is not installed")
+pytestmark = [pytest.mark.slow, pytest.mark.skipif(importlib.util.find_spec("vllm") is None, reason="vLLM is not installed")]
 
 
 @pytest.fixture(scope="module")

@@ -120,6 +120,7 @@ def test_a_fresh_clone_has_data_and_scores_at_tiny_but_no_weights(fresh, capsys)
     assert not list((ROOT / "speed_core" / "assets" / "shipped").rglob("*.safetensors"))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("number", ["02", "12"])
 def test_a_notebook_that_reads_data_only_starts_in_a_fresh_clone(tmp_path, monkeypatch, number):
     monkeypatch.setenv("SPEED_RUNS", str(tmp_path))

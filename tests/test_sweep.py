@@ -85,6 +85,7 @@ def test_the_points_of_a_sweep_share_the_run_below_and_a_failure_is_told(tmp_pat
     assert not (tmp_path / "smoke" / "artifacts" / "seeds").exists(), "a point wrote into the shared run"
 
 
+@pytest.mark.slow
 def test_the_points_of_a_sweep_run_over_ray_too(tmp_path):
     assert speed(tmp_path, "run", "--profile", "smoke", "--only", "01").returncode == 0
     done = speed(
