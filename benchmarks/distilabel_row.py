@@ -67,7 +67,7 @@ def main() -> None:
     llm = vLLM(
         model=job["model"],
         tokenizer=job["tokenizer"],
-        dtype="bfloat16",
+        dtype=job["dtype"],
         disable_cuda_device_placement=cpu,
         extra_kwargs={
             "max_model_len": 1024, "enforce_eager": cpu, "enable_chunked_prefill": not cpu, "max_num_batched_tokens": 4096,

@@ -2,7 +2,7 @@
 
     python benchmarks/dpo.py [--device cpu|cuda] [--quick] [--losses]
 
-LoRA of rank 16 on gemma-3-270m in bfloat16 (on a GPU: the shape of LLaMA-3-8B with random weights), batches of two
+LoRA of rank 16 on gemma-3-270m in the type that this machine computes in (on a GPU: the shape of LLaMA-3-8B with random weights), batches of two
 pairs, prompts and completions of given lengths: 2:1 (the root data of the recorded run at `tiny` has medians of 127 and 53
 tokens, 2.4:1), and a longer and a shorter prompt beside it. With `--device cuda` it has not run yet. `epoch_s` holds
 everything that an epoch needs, the reference too; `step_s` is one optimizer step without it. `cells_per_useful` counts tokens that the model is asked to read, padding included
@@ -69,18 +69,18 @@ def build(device: str, dtype: str, attention: str) -> tuple[Any, Any]:
 
 
 def measure(
-    method: str, prompt: int, completion: int, steps: int, device: str, dtype: str = "bfloat16", accumulate: int = 1
+    method: str, prompt: int, completion: int, steps: int, device: str, dtype: str = "", accumulate: int = 1
 ) -> dict[str, Any]:
     import torch
     from peft import LoraConfig, get_peft_model
 
-    from speed_core import dpo, lm_head, packing, sft
+    from speed_core import compute_type, dpo, lm_head, packing, sft
 
     sft.quiet()
     if device != "cpu":
         torch._dynamo.config.recompile_limit = 64  # as `dpo.train` does
     torch.manual_seed(0)
-    tokenizer, base = build(device, dtype, "flex_attention" if method == "ours" else "sdpa")
+    tokenizer, base = build(device, dtype or compute_type.choose().name, "flex_attention" if method == "ours" else "sdpa")
     cells = [0]
     base.get_input_embeddings().register_forward_hook(lambda m, inputs, out: cells.append(inputs[0].numel()))
     targets = ["q_proj", "k_proj", "v_proj", "o_proj"]

@@ -81,7 +81,7 @@ def raw_vllm(count: int, lora: bool = False) -> dict[str, Any]:
     os.environ |= {"VLLM_LOGGING_LEVEL": "ERROR", "VLLM_CPU_KVCACHE_SPACE": "2", "VLLM_ENABLE_V1_MULTIPROCESSING": "0"}
     import torch
 
-    from speed_core import engines, models, sampling
+    from speed_core import compute_type, engines, models, sampling
 
     base, junior, decoding, requests = setting(count)
     folder = models.resolve(base) if lora else str(models.merged_folder(base, junior))
@@ -99,7 +99,7 @@ def raw_vllm(count: int, lora: bool = False) -> dict[str, Any]:
             nucleus.p, top_p, extra["logits_processors"] = top_p, 1.0, [nucleus]
     begun = time.perf_counter()
     llm = LLM(
-        folder, dtype="bfloat16", max_model_len=1024, enforce_eager=cpu, enable_chunked_prefill=not cpu, max_num_batched_tokens=4096,
+        folder, dtype=compute_type.choose().name, max_model_len=1024, enforce_eager=cpu, enable_chunked_prefill=not cpu, max_num_batched_tokens=4096,
         max_num_seqs=64 if cpu else 256, structured_outputs_config={"backend": "xgrammar", "disable_any_whitespace": True},
         **extra,
     )  # fmt: skip
@@ -128,18 +128,22 @@ def raw_vllm(count: int, lora: bool = False) -> dict[str, Any]:
 
 def distilabel(count: int, python: str, grammar: bool) -> dict[str, Any]:
     """distilabel's vLLM class on the same merged weights and prompts, run by the interpreter `python` (distilabel_row.py)."""
-    from speed_core import engines, models
+    from speed_core import compute_type, engines, models
 
     if not python:
         raise RuntimeError("not asked for; give --distilabel PYTHON, an interpreter with distilabel and vllm")
     base, junior, decoding, requests = setting(count)
     folder = str(models.merged_folder(base, junior))
-    job = asdict(decoding) | {
-        "model": folder,
-        "grammar": grammar,
-        "schemas": {k: engines.grammar_schema(k, decoding) for k in {r.kind for r in requests}},
-        "requests": [{"id": r.id, "kind": r.kind, "text": r.text} for r in requests],
-    }
+    job = (
+        asdict(decoding)
+        | {"dtype": compute_type.choose().name}
+        | {
+            "model": folder,
+            "grammar": grammar,
+            "schemas": {k: engines.grammar_schema(k, decoding) for k in {r.kind for r in requests}},
+            "requests": [{"id": r.id, "kind": r.kind, "text": r.text} for r in requests],
+        }
+    )
     tokenizer = models.load_tokenizer(folder)
     # distilabel's `chat_template` does not reach vLLM's tokenizer; the prompts are texts, so the template only puts <bos>.
     tokenizer.chat_template = tokenizer.bos_token + "{{ messages[0]['content'] }}"
@@ -169,7 +173,7 @@ def padded_loop(count: int) -> dict[str, Any]:
 
     base, junior, decoding, requests = setting(count)
     begun = time.perf_counter()
-    tokenizer, model = models.load_tokenizer(base), models.load_causal_lm(base, junior, "bfloat16").to(models.device())
+    tokenizer, model = models.load_tokenizer(base), models.load_causal_lm(base, junior).to(models.device())
     ready, done, pad = time.perf_counter(), [], tokenizer.pad_token_id
     torch.manual_seed(0)
     for start in range(0, len(requests), 32):

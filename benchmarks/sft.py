@@ -2,7 +2,7 @@
 
     python benchmarks/sft.py [--device cpu|cuda] [--quick]
 
-The tiny profile's junior (gemma-3-270m in bfloat16, LoRA, its batch and learning rate) on the recorded teacher's first
+The tiny profile's junior (gemma-3-270m in the type that this machine computes in, LoRA, its batch and learning rate) on the recorded teacher's first
 examples, drawn in the same order by every method but `trl_packing`, which cannot keep a batch of examples together:
 
     trl_default    TRL's SFTTrainer with its defaults: gradient checkpointing, its own fused head
@@ -147,10 +147,10 @@ def trainer_of(method: str, steps: int, device: str, model: Any, folder: str) ->
 
 
 def measure(method: str, steps: int, planned: int, device: str) -> dict[str, Any]:
-    from speed_core import sft
+    from speed_core import compute_type, sft
 
     sft.quiet()
-    model, cells, useful = load("bfloat16", device), [0], [0]
+    model, cells, useful = load(compute_type.choose().name, device), [0], [0]
     callback, ends = common.step_clock(device)
     model.get_input_embeddings().register_forward_hook(lambda m, inputs, out: cells.append(inputs[0].numel()))
     with tempfile.TemporaryDirectory() as folder:

