@@ -72,7 +72,7 @@ def run_point(
     given: Mapping[str, str] | None = None,
     running: list[subprocess.Popen[bytes]] | None = None,
 ) -> int:
-    """Run one point to its end with its output in `log`; returns the exit code.
+    """Run one point to its end with its output in `log`; returns the exit code. A failure is printed when it happens.
 
     `given`: environment variables beside this process's own. Its process is put into `running`.
     """
@@ -84,7 +84,11 @@ def run_point(
     ):
         if running is not None:
             running.append(one)
-        return one.wait()
+        code = one.wait()
+    if code:  # said at once: the other points know nothing of this one, and go on for hours
+        last = Path(log).read_text(encoding="utf-8", errors="replace").strip().splitlines()[-1:]
+        print(f"{name}: failed ({code}): {''.join(last)[:300]}", flush=True)
+    return code
 
 
 def threads(jobs: int) -> dict[str, str]:

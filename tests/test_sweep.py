@@ -2,6 +2,7 @@
 
 import csv
 import os
+import re
 import subprocess
 import sys
 import time
@@ -71,6 +72,9 @@ def test_the_points_of_a_sweep_share_the_run_below_and_a_failure_is_told(tmp_pat
     assert speed(tmp_path, "run", "--profile", "smoke", "--only", "01").returncode == 0
     done = speed(tmp_path, "run", "--profile", "smoke", "--only", "02", "--set", "seeds=24,32,999", "--jobs", "2")
     assert done.returncode == 1, done.stdout + done.stderr
+    assert re.search(r"^seeds=999: failed \(2\): .*lower it or use an endpoint", done.stdout, re.MULTILINE), (
+        "said when it happened"
+    )
     variants = tmp_path / "smoke" / "variants"
     with (variants / "sweep.csv").open() as f:
         assert {r["run"]: r["status"] for r in csv.DictReader(f)} == {

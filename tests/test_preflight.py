@@ -1,0 +1,58 @@
+"""What is said before anything runs: the type that will be computed in, and a time that fits this machine."""
+
+import pytest
+import torch
+
+from speed_core import compute_type, forecast, machine, planning, preflight
+from speed_core import profile as profiles
+from speed_core.run_context import open_run
+
+ENTRY = {"device": "cpu", "cpu": "some processor", "cores": 2, "date": "2026-01-01", "compute_type": "float32"}
+ENTRY |= {"layer_seconds": 0.1, "other": {"00": 30.0, "03": 60.0}, "artifacts": {"junior": [600.0, 1, 1, None, []]}}
+
+
+@pytest.fixture
+def slow(monkeypatch, tmp_path):
+    """A processor without AMX that takes three times as long as the one of the recorded run."""
+    monkeypatch.setenv("SPEED_RUNS", str(tmp_path))
+    monkeypatch.setattr(machine, "device", lambda: torch.device("cpu"))
+    monkeypatch.setattr(machine, "has_amx", lambda: False)
+    monkeypatch.setattr(machine, "layer_seconds", lambda kind: 0.3)
+    monkeypatch.setattr(forecast, "_all", lambda: {"tiny": ENTRY})
+
+
+def test_the_type_is_said_in_words_and_once_where_all_parts_have_it(slow):
+    assert preflight._types(profiles.load("tiny")) == [("compute type", "float32: this processor has no AMX", "")]
+
+
+def test_a_type_that_is_slow_or_impossible_here_has_a_remedy(slow):
+    asked = {"junior.dtype": "bfloat16", "senior.dtype": "float16"}
+    rows = {what: (said, remedy) for what, said, remedy in preflight._types(profiles.load("tiny", asked))}
+    assert rows["type of generation, revisor, embedding"] == ("float32: this processor has no AMX", "")
+    said, remedy = rows["type of junior"]
+    assert said == "bfloat16: as the profile says" and remedy.startswith("set junior.dtype to auto: without AMX")
+    assert rows["type of senior"][0] == "float16: not possible here" and "needs an NVIDIA GPU" in rows["type of senior"][1]
+
+
+def test_recorded_seconds_are_those_of_this_machine_in_the_plan_and_in_the_check(slow):
+    run = open_run("tiny")
+    step = next(s for s in planning.steps(run) if s.name == "junior")
+    assert step.seconds == pytest.approx(1800) and step.recorded
+    said = preflight._time_text(run, [step])
+    assert said.startswith("about 34 min for 1 stages") and "by notebook: 00 2, 03 33" in said, said
+    assert "some processor, 2 cores, 2026-01-01 in float32, times 3.0" in said
+
+
+def test_a_long_run_names_the_profile_that_fits(slow, monkeypatch):
+    long, short = ({**ENTRY, "artifacts": {"junior": [s, 1, 1, None, []]}} for s in (9000.0, 300.0))
+    monkeypatch.setattr(forecast, "_all", lambda: {"tiny": long, "smoke": short})
+    run = open_run("tiny")
+    said = preflight._time_text(run, [s for s in planning.steps(run) if s.name == "junior"])
+    assert "; profile smoke takes about 20 min here" in said, said
+    monkeypatch.setattr(forecast, "_all", lambda: {"tiny": long, "smoke": long})
+    said = preflight._time_text(run, [s for s in planning.steps(run) if s.name == "junior"])
+    assert "no profile is expected to take less than two hours here" in said
+
+
+def test_a_layer_is_timed_in_the_type_that_is_asked_for():
+    assert 0 < machine.layer_seconds(compute_type.choose().name) < 60
