@@ -109,7 +109,7 @@ def raw_vllm(count: int, lora: bool = False) -> dict[str, Any]:
         params = [
             SamplingParams(
                 temperature=decoding.temperature, top_p=top_p, max_tokens=decoding.max_new_tokens, seed=r.seed,
-                structured_outputs=StructuredOutputsParams(json=engines.grammar_schema(r.kind, decoding)),
+                structured_outputs=StructuredOutputsParams(json=engines.grammar_schema(r.kind)),
             )
             for r in some
         ]  # fmt: skip
@@ -140,7 +140,7 @@ def distilabel(count: int, python: str, grammar: bool) -> dict[str, Any]:
         | {
             "model": folder,
             "grammar": grammar,
-            "schemas": {k: engines.grammar_schema(k, decoding) for k in {r.kind for r in requests}},
+            "schemas": {k: engines.grammar_schema(k) for k in {r.kind for r in requests}},
             "requests": [{"id": r.id, "kind": r.kind, "text": r.text} for r in requests],
         }
     )

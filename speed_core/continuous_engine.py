@@ -91,7 +91,7 @@ class ContinuousEngine:
                 info = xgrammar.TokenizerInfo.from_huggingface(self.tokenizer, vocab_size=self.model.config.vocab_size)
                 self._compiler = xgrammar.GrammarCompiler(info)
             for kind in {r.kind for r in requests if r.kind}:
-                schema = json.dumps(grammar_schema(kind, decoding))
+                schema = json.dumps(grammar_schema(kind))
                 grammar.grammars[kind] = self._compiler.compile_json_schema(schema, any_whitespace=False, separators=(",", ":"))
         processors = manager.logit_processor
         processors.logits_processor.insert(0, grammar)

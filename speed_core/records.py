@@ -50,12 +50,12 @@ class Outcome:
     retryable: bool = False
 
 
-def schema(kind: str, max_chars: int = MAX_CHARS) -> dict[str, Any]:
-    """JSON schema of `kind`, with bounded strings so that constrained decoding must end."""
+def schema(kind: str) -> dict[str, Any]:
+    """JSON schema of a record of `kind`."""
     keys = KEYS[kind]
     return {
         "type": "object",
-        "properties": {k: {"type": "string", "minLength": 1, "maxLength": max_chars} for k in keys},
+        "properties": {k: {"type": "string", "minLength": 1, "maxLength": MAX_CHARS} for k in keys},
         "required": list(keys),
         "additionalProperties": False,
     }

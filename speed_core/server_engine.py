@@ -58,7 +58,7 @@ class ServerEngine:
         ids = models.encode_prompt(self._tokenizer, r.text)
         extra: dict[str, Any] = {}
         if r.kind and decoding.constrained:
-            extra["structured_outputs"] = {"json": grammar_schema(r.kind, decoding)}
+            extra["structured_outputs"] = {"json": grammar_schema(r.kind)}
 
         async def send() -> Any:
             return await self._endpoint.client.completions.create(

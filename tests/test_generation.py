@@ -200,10 +200,14 @@ def test_an_unknown_engine_is_refused():
         engines.choose_engine("magic", 1, 1)
 
 
-def test_the_grammar_bounds_every_string():
+def test_the_grammar_leaves_the_largest_length_to_the_parser():
     for kind in records.KINDS:
-        schema = engines.grammar_schema(kind, generate.Decoding(max_new_tokens=50))
-        assert all(0 < v["maxLength"] <= 300 for v in schema["properties"].values())
+        schema, bounded = engines.grammar_schema(kind), records.schema(kind)
+        assert {k: v | {"maxLength": records.MAX_CHARS} for k, v in schema["properties"].items()} == bounded["properties"]
+        assert all(v == {"type": "string", "minLength": 1} for v in schema["properties"].values())
+        values = dict.fromkeys(records.KEYS[kind], "a few words") | {records.KEYS[kind][0]: "x" * (records.MAX_CHARS + 1)}
+        outcome = records.parse(json.dumps(values), kind, "stop")
+        assert outcome.status == "invalid" and "long" in outcome.reason
 
 
 class Guide:
