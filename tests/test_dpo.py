@@ -544,7 +544,7 @@ def test_unusable_pairs_are_set_aside_by_rule_and_row(tiny_model):
 def test_a_prompt_that_is_tokenised_differently_when_joined_is_set_aside(tiny_model, monkeypatch):
     tokenizer = models.load_tokenizer(tiny_model("llama"))
     monkeypatch.setattr(sft, "prompt_text", lambda text: text)  # without the line break the words run together
-    pair = {"prompt": "the sun", "chosen": "flower grows", "rejected": "is hot"}
+    pair = {"prompt": "there is some", "chosen": "thing new", "rejected": "is hot"}
     groups, aside = dpo.check_pairs(tokenizer, [pair], 64)
     assert groups == [] and aside["joins"] == [0]
 
