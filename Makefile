@@ -1,7 +1,7 @@
 # The two commands of this project are `make reproduce` and `make test`; `make help` lists the rest.
 PROFILE ?= tiny
 PY := .venv/bin/python
-# uv installs no bytecode. Where this variable forbids to keep what the first import compiles, every process compiles torch anew.
+# uv does not compile bytecode; with this variable set, every process would compile torch again.
 unexport PYTHONDONTWRITEBYTECODE
 
 help: ## this list

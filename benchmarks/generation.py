@@ -81,7 +81,7 @@ def raw_vllm(count: int, lora: bool = False) -> dict[str, Any]:
     os.environ |= {"VLLM_LOGGING_LEVEL": "ERROR", "VLLM_CPU_KVCACHE_SPACE": "2", "VLLM_ENABLE_V1_MULTIPROCESSING": "0"}
     import torch
 
-    from speed_core import compute_type, engines, models, sampling
+    from speed_core import compute_type, engines, models, sampling, vllm_worker
 
     base, junior, decoding, requests = setting(count)
     folder = models.resolve(base) if lora else str(models.merged_folder(base, junior))
@@ -100,7 +100,7 @@ def raw_vllm(count: int, lora: bool = False) -> dict[str, Any]:
     begun = time.perf_counter()
     llm = LLM(
         folder, dtype=compute_type.choose().name, max_model_len=1024, enforce_eager=cpu, enable_chunked_prefill=not cpu, max_num_batched_tokens=4096,
-        max_num_seqs=64 if cpu else 256, structured_outputs_config={"backend": "xgrammar", "disable_any_whitespace": True},
+        max_num_seqs=vllm_worker.cpu_requests() if cpu else 256, structured_outputs_config={"backend": "xgrammar", "disable_any_whitespace": True},
         **extra,
     )  # fmt: skip
     tokenizer = models.load_tokenizer(folder)

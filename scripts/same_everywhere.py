@@ -23,7 +23,7 @@ WAYS: dict[str, dict[str, str]] = {
     FIRST: {},
     "avx2": {"ONEDNN_MAX_CPU_ISA": "AVX2", "ATEN_CPU_CAPABILITY": "avx2", "MKL_ENABLE_INSTRUCTIONS": "AVX2"},
     "one-thread": {"OMP_NUM_THREADS": "1", "VLLM_CPU_OMP_THREADS_BIND": "nobind"},
-    "eight-requests": {"SPEED_CPU_REQUESTS": "8"},  # that vLLM answers at a time, where it answers 128
+    "eight-requests": {"SPEED_CPU_REQUESTS": "8"},  # texts at a time in vLLM; 128 otherwise
 }
 
 

@@ -213,11 +213,12 @@ def evaluate(
     data: Annotated[Path, typer.Option(help="your texts, JSONL (speed_core/own_tasks.py says which shapes)")],
     out: Annotated[Path, typer.Option(help="folder for scores and figure")] = Path("scorecard"),
     instructed: Annotated[bool, typer.Option(help="queries get the instruction template of this project's models")] = True,
+    dtype: Annotated[str, typer.Option(help="to compute in: auto, float32, bfloat16 or float16")] = "auto",
 ) -> None:
     """Score one or two models on your own texts, with intervals; two are compared text by text."""
     from speed_core.own_tasks import scorecard
 
-    scorecard(model, data, out, instructed=instructed)
+    scorecard(model, data, out, instructed=instructed, dtype=dtype)
 
 
 @app.command()
@@ -348,12 +349,14 @@ def record(profile: ProfileName = "tiny") -> None:
     from speed_core import bundle as bundles
     from speed_core import forecast, planning, readings, recorded, replay
     from speed_core.run import notebooks
-    from speed_core.run_context import OFFICIAL, ROOT, open_run
+    from speed_core.run_context import CARRIED, OFFICIAL, ROOT, open_run
 
     run = open_run(profile)
     entry = planning.record(run)
     print(f"{forecast.RECORDED.name}: {len(entry['artifacts'])} stages, {entry['device']} ({entry['cpu']}), {entry['date']}")
-    print(f"assets/shipped/{profile}: {len(bundles.carry(run))} artifacts, values and verdicts in {recorded.write(run).name}")
+    if (CARRIED / run.profile.name).is_dir():  # of other profiles only the times are kept
+        carried, known = bundles.carry(run), recorded.write(run)
+        print(f"assets/shipped/{profile}: {len(carried)} artifacts, values and verdicts in {known.name}")
     if profile == OFFICIAL:
         print(f"{replay.RECORDED.name}: sha256 {replay.export_logs(run, replay.RECORDED)}")
         print(f"notebooks: {readings.write(notebooks(ROOT / 'notebooks'), ROOT / 'figures')} sentences under figures changed")

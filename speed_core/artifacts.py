@@ -105,8 +105,13 @@ class Artifact:
 
     def changes(self, parameters: Mapping[str, Any], parents: Iterable[Artifact]) -> list[str]:
         """What was otherwise when it was made: ['decoding.temperature 1.0 -> 0.7', 'input.seeds 4c6c -> 99fe']."""
-        found = difference(*self._with_types(json.loads(canonical(parameters))))
-        return found + difference(self.manifest["parents"], {p.name: p.digest for p in parents}, "input.")
+        return self.other_parameters(parameters) + difference(
+            self.manifest["parents"], {p.name: p.digest for p in parents}, "input."
+        )
+
+    def other_parameters(self, asked: Mapping[str, Any]) -> list[str]:
+        """The parameters with which it was made otherwise than `asked`."""
+        return difference(*self._with_types(json.loads(canonical(asked))))
 
     def _with_types(self, asked: dict[str, Any]) -> tuple[Any, Any]:
         """(own parameters, `asked`), with compute types to compare: `auto` takes an artifact of any type, as it takes one of any

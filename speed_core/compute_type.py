@@ -1,6 +1,6 @@
 """The floating-point type of a model's products: chosen for the machine, or as the profile says.
 
-`auto` asks which type is fast here and accurate enough. A processor computes in float32, because most multiply bfloat16 in
+`auto` takes the type that is fast on this machine. A processor computes in float32, because most multiply bfloat16 in
 a plain loop; one with AMX takes bfloat16 where a product shows it at least twice as fast. A GPU computes in bfloat16 where
 its hardware has that type. An older one generates in float16, and trains float32 weights under float16 autocast.
 """
@@ -15,10 +15,11 @@ from functools import lru_cache
 from typing import Any
 
 from speed_core import machine
-from speed_core.files import UserError, cache_dir, write_json
+from speed_core.files import UserError, cache_dir, file_lock, write_json
 
 TYPES = ("auto", "float32", "bfloat16", "float16")
 FASTER = 2.0  # bfloat16 has to be this many times as fast as float32 on a processor
+OVERFLOWING = ("gemma2", "gemma3", "gemma3_text", "glm4")  # vLLM 0.32.0 refuses float16 for these
 # What these say decides which kernels multiply, so a measurement holds only as long as they stay.
 LIMITS = ("ONEDNN_MAX_CPU_ISA", "ATEN_CPU_CAPABILITY", "MKL_ENABLE_INSTRUCTIONS")
 
@@ -32,8 +33,8 @@ class ComputeType:
     why: str
 
 
-def choose(asked: str = "auto", *, training: bool = False) -> ComputeType:
-    """The type to compute in when a profile asks for `asked` (one of `TYPES`).
+def choose(asked: str = "auto", *, training: bool = False, folder: str = "") -> ComputeType:
+    """The type to compute in when a profile asks for `asked` (one of `TYPES`); `folder` (or hub id) of the model, where it is known.
 
     Raises UserError for an unknown type, and for one that this machine cannot use.
     """
@@ -49,10 +50,18 @@ def choose(asked: str = "auto", *, training: bool = False) -> ComputeType:
         name, why = asked, "as the profile says"
     elif cuda:
         name, why = ("bfloat16", "this GPU computes in it") if native else ("float16", "this GPU has no bfloat16")
+        if name == "float16" and folder and (kind := _model_type(folder)) in OVERFLOWING:
+            name, why = "float32", f"this GPU has no bfloat16, and {kind} overflows in float16"
     else:
         name, why = _for_processor()
     # Small updates of float16 weights would be rounded away.
     return ComputeType(name, "float32" if training and name == "float16" else name, why)
+
+
+def _model_type(folder: str) -> str:
+    from transformers import AutoConfig
+
+    return str(AutoConfig.from_pretrained(folder).model_type)
 
 
 def torch_type(name: str) -> Any:
@@ -96,11 +105,14 @@ def _remembered_speedup() -> float:
 
     key = " | ".join([machine.cpu(), torch.__version__, *(f"{n}={os.environ.get(n, '')}" for n in LIMITS)])
     path = cache_dir() / "compute_type.json"
-    known = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
-    if key not in known:
-        known[key] = round(speedup(), 2)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        write_json(path, known)
+    with file_lock(path.with_suffix(".lock")):  # processes that start together decide alike
+        try:
+            known = json.loads(path.read_text(encoding="utf-8"))
+        except (OSError, ValueError):  # not there yet, or damaged
+            known = {}
+        if key not in known:
+            known[key] = round(speedup(), 2)
+            write_json(path, known)
     return float(known[key])
 
 

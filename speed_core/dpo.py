@@ -334,7 +334,7 @@ def train(
     more |= {"gradient_checkpointing_kwargs": {"use_reentrant": False}} if settings.gradient_checkpointing else {}
     more |= {"save_strategy": "steps", "save_steps": settings.save_steps, "save_total_limit": 2} if settings.save_steps else {}
     # First: it refuses what cannot be split, and lets the processes of a torchrun know each other.
-    arguments = TrainingArguments(**sft.trainer_arguments(settings, seed, output / "trainer", **more))
+    arguments = TrainingArguments(**sft.trainer_arguments(settings, seed, output / "trainer", models.resolve(base), **more))
     start = starting_point(base, junior)
     tokenizer = models.load_tokenizer(start)
     groups, aside = check_pairs(tokenizer, pairs, settings.max_length, share=settings.share, most=settings.examples)
@@ -349,7 +349,7 @@ def train(
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
         torch._dynamo.config.recompile_limit = 64  # FlexAttention meets rows, windows and modes of several sizes
     torch.manual_seed(seed)
-    kind = compute_type.choose(settings.dtype, training=True)
+    kind = compute_type.choose(settings.dtype, training=True, folder=start)
     dtype = compute_type.torch_type(kind.weights)
     attention = "flex_attention" if torch.cuda.is_available() else "sdpa"  # the former has not run on a GPU yet
     model: Any = AutoModelForCausalLM.from_pretrained(start, dtype=dtype, attn_implementation=attention)

@@ -44,7 +44,8 @@ def build(name: str, max_length: int, dtype: str = "auto", pooling: str = "last"
     tokenizer itself, so that the saved model does the same wherever it is loaded.
     """
     sft.quiet()
-    folder, dtype = models.resolve(name), compute_type.choose(dtype).name
+    folder = models.resolve(name)
+    dtype = compute_type.choose(dtype, folder=folder).name
     if models.device().type == "cpu":
         # Most of the time to load gemma-3-270m goes into its vocabulary, and the study loads it some eighty times.
         known = _known(folder, dtype, pooling)
@@ -209,12 +210,14 @@ def train(
         )
     torch.manual_seed(seed)
     how: dict[str, Any] = {"max_length": settings.max_length, "dtype": settings.dtype, "pooling": settings.pooling}
-    kind = compute_type.choose(settings.dtype, training=True).weights
+    kind = compute_type.choose(settings.dtype, training=True, folder=models.resolve(base)).weights
     model = build(base, **how | {"dtype": kind})
     if settings.lora is not None:
         model[0].model = get_peft_model(model[0].model, sft.lora_config(settings.lora, "FEATURE_EXTRACTION"))
     cache = GuideCache(models.sentence_transformer(guide, "float32"), guide_cache)
-    arguments = sft.trainer_arguments(settings, seed, output / "trainer", batch_sampler=BatchSamplers.NO_DUPLICATES)
+    arguments = sft.trainer_arguments(
+        settings, seed, output / "trainer", models.resolve(base), batch_sampler=BatchSamplers.NO_DUPLICATES
+    )
     trainer: Any = SentenceTransformerTrainer(
         model=model,
         args=SentenceTransformerTrainingArguments(**arguments),

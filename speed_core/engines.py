@@ -124,7 +124,7 @@ class TransformersEngine:
                     max_new_tokens=decoding.max_new_tokens,
                     pad_token_id=pad,
                     logits_processor=self._processors(batch, decoding),
-                    do_sample=False,  # `_processors` sample, and what the model's own defaults say has no say
+                    do_sample=False,  # `_processors` sample; the model's own sampling defaults are not used
                 )
             for request, row, full in zip(batch, rows, out[:, width:].tolist(), strict=True):
                 eos = self.tokenizer.eos_token_id
@@ -259,7 +259,7 @@ _resting = _Resting()
 
 def make_room() -> None:
     """Before a generator is trained: end a vLLM that rests, unless there is memory for both. A start takes half a minute."""
-    if machine.memory_gb() < TRAINING_GB:
+    if models.device().type != "cpu" or machine.memory_gb() < TRAINING_GB:
         end_resting()
 
 
@@ -278,7 +278,7 @@ class VllmEngine:
     name = "vllm"
 
     def __init__(self, model: str, adapter: Path | None = None, dtype: str = "auto", max_length: int = 1024):
-        dtype = compute_type.choose(dtype).name
+        dtype = compute_type.choose(dtype, folder=models.resolve(model)).name
         self._sizes = dtype, max_length, models.architecture(model)
         rested = _resting.take(self._sizes)
         self._worker = rested or _Worker()

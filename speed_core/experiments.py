@@ -172,7 +172,7 @@ def embedder(
     }
     with run.store.stage(name, parameters, [data]) as draft:
         if draft:
-            draft.info |= compute_type.facts(compute_type.choose(settings.dtype, training=True).name)
+            draft.info |= compute_type.facts(compute_type.choose(settings.dtype, training=True, folder=models.resolve(base)).name)
             embed.train(
                 base,
                 data.rows("train.jsonl"),

@@ -57,6 +57,15 @@ def alone(lock: Path, name: str) -> Iterator[None]:
             lock.unlink(missing_ok=True)
 
 
+@contextmanager
+def file_lock(path: Path) -> Iterator[None]:
+    """One process at a time (two notebooks may ask for the same conversion)."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("w") as f:
+        fcntl.flock(f, fcntl.LOCK_EX)
+        yield
+
+
 BUNDLED = Path(__file__).resolve().parent.parent / "cache"  # where an offline bundle unpacks weights
 
 

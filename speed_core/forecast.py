@@ -68,11 +68,11 @@ class Forecast:
 
     @cached_property
     def scale(self) -> float:
-        """How many times as long as the recorded machine this one takes, both in the types that they compute in; 1 for a GPU."""
-        there = self.entry.get("layer_seconds")
-        if not there or "cpu" not in self.entry["device"]:
+        """This machine's time for a layer over the recorded machine's, each in its own type; 1 where nothing can be compared."""
+        there, asked = self.entry.get("layer_seconds"), self.profile.junior.dtype
+        if not there or machine.device().type != "cpu":
             return 1.0
-        return machine.layer_seconds(compute_type.choose(self.profile.junior.dtype).name) / there
+        return machine.layer_seconds(compute_type.choose().name if asked == "auto" else asked) / there
 
     @cached_property
     def rows(self) -> dict[str, Row]:

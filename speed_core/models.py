@@ -7,7 +7,6 @@ folder in the user cache, and reused.
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
 import importlib.util
 import json
@@ -15,14 +14,13 @@ import os
 import re
 import shutil
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from speed_core import compute_type
 from speed_core.artifacts import UserError, file_digest, write_json
-from speed_core.files import cache_dir
+from speed_core.files import cache_dir, file_lock
 from speed_core.machine import device as device
 
 GEMMA_SHA256 = "a5fd3b62230aa5ec60212297dc9d20eaa70578ac519e00d93a17e44c087a6818"
@@ -130,15 +128,6 @@ def _assemble(target: Path) -> None:
                 shutil.copyfileobj(f, out)
 
 
-@contextmanager
-def file_lock(path: Path) -> Iterator[None]:
-    """One process at a time (two notebooks may ask for the same conversion)."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("w") as f:
-        fcntl.flock(f, fcntl.LOCK_EX)
-        yield
-
-
 def weights_id(folder: str | Path) -> str:
     """Short digest that names the weights in a local folder; a hub id names itself.
 
@@ -222,7 +211,7 @@ def load_causal_lm(name: str, adapter: str | Path | None = None, dtype: str = "a
     """
     from transformers import AutoModelForCausalLM
 
-    model = AutoModelForCausalLM.from_pretrained(resolve(name), dtype=_torch_type(dtype))
+    model = AutoModelForCausalLM.from_pretrained(resolve(name), dtype=_torch_type(dtype, resolve(name)))
     if adapter is not None:
         from peft import PeftModel
 
@@ -231,8 +220,8 @@ def load_causal_lm(name: str, adapter: str | Path | None = None, dtype: str = "a
     return model.eval()
 
 
-def _torch_type(dtype: str) -> Any:
-    return "auto" if dtype == "stored" else compute_type.torch_type(compute_type.choose(dtype).name)
+def _torch_type(dtype: str, folder: str) -> Any:
+    return "auto" if dtype == "stored" else compute_type.torch_type(compute_type.choose(dtype, folder=folder).name)
 
 
 def architecture(name: str) -> dict[str, Any]:
@@ -276,7 +265,11 @@ def _once(target: Path, fill: Callable[[Path], None]) -> Path:
 
 
 def merged_folder(base: str, adapter: Path) -> Path:
-    """Base weights with the adapter merged, as a folder in the cache (vLLM runs merged weights faster)."""
+    """Base weights with the adapter merged, as a folder in the cache (vLLM runs merged weights faster).
+
+    They are stored in the type of the base's file. For gemma-3-270m that is bfloat16, whose rounding also hides the last bits in
+    which an adapter that was trained on another processor differs.
+    """
     check_adapter(adapter, base)
     key = hashlib.sha256(f"{weights_id(resolve(base))}|{weights_id(adapter)}".encode()).hexdigest()[:16]
 
@@ -294,7 +287,7 @@ def sentence_transformer(name: str, dtype: str = "auto") -> Any:
     """
     from sentence_transformers import SentenceTransformer
 
-    kind = _torch_type(dtype)
+    kind = _torch_type(dtype, resolve(name))
     return SentenceTransformer(resolve(name), device=str(device()), model_kwargs={"dtype": kind})
 
 

@@ -80,7 +80,9 @@ def own_tasks(path: Path) -> list[Any]:
     return [makers[kind](name, rows) for (name, kind), rows in read(path).items()]
 
 
-def scorecard(names: Sequence[str], data: Path, out: Path, *, instructed: bool = True) -> list[dict[str, Any]]:
+def scorecard(
+    names: Sequence[str], data: Path, out: Path, *, instructed: bool = True, dtype: str = "auto"
+) -> list[dict[str, Any]]:
     """Evaluate one or two models on a JSONL file; prints a table, writes `out`/scores.json and the figure.
 
     Returns rows {label, value, low, high} in points: scores of one model, or those of the first minus the second
@@ -96,7 +98,7 @@ def scorecard(names: Sequence[str], data: Path, out: Path, *, instructed: bool =
     for name in names:
         # mteb keeps scores by this name: those with and without the instruction must not be taken for one another.
         label = (Path(name).name.replace(":", "-") or "model") + ("" if instructed else "-without-instruction")
-        encoder = evaluate.load(name, label, instructed=instructed)
+        encoder = evaluate.load(name, label, instructed=instructed, dtype=dtype)
         results.append(evaluate.evaluate(encoder, tasks, out / "mteb", label=label))
     write_json(out / "scores.json", results)
     rows = []

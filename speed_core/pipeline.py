@@ -129,7 +129,7 @@ def junior(run: Run) -> Artifact:
     seeds, settings = run.store.need("seeds"), run.profile.junior
     with run.store.stage("junior", _training(run, settings), [seeds]) as draft:
         if draft:
-            draft.info |= _computed(settings)
+            draft.info |= _computed(run, settings)
             text = {q.id: q.text for q in seed_plan(run)}
             pairs = [(text[e["record"]], e["raw"]) for e in seeds.rows() if e["status"] == "ok" and e["record"] in text]
             sft.train(run.profile.models.generator, pairs, settings, seed=run.profile.seed, output=draft.path, label="junior")
@@ -144,8 +144,9 @@ def _training(run: Run, settings: Training) -> dict[str, Any]:
     }
 
 
-def _computed(settings: Training) -> dict[str, str]:
-    return compute_type.facts(compute_type.choose(settings.dtype, training=True).name)
+def _computed(run: Run, settings: Training) -> dict[str, str]:
+    folder = models.resolve(run.profile.models.generator)
+    return compute_type.facts(compute_type.choose(settings.dtype, training=True, folder=folder).name)
 
 
 def sample(
@@ -166,6 +167,7 @@ def sample(
     """
     g = run.profile.generation
     decoding = generate.Decoding(g.temperature, g.top_p, g.max_new_tokens, g.constrained if constrained is None else constrained)
+    dtype = "auto" if g.engine == "server" else g.dtype  # a server computes in its own
     requests = []
     for q in planned:
         for k in range(candidates):
@@ -178,17 +180,18 @@ def sample(
         "decoding": dataclasses.asdict(decoding),
         "generator": generator,
         "seed": run.profile.seed,
-        "dtype": g.dtype,
+        "dtype": dtype,
     } | ({"attempts": g.attempts} if g.attempts > 1 else {})
     made = [a for a in [run.store.get(generator)] if a]
     with run.store.stage(name, parameters, [*made, *parents]) as draft:
         if draft:
             if run.replay:
-                entries = generate.replay(requests, run.log(name), decoding, g.attempts, g.dtype)
+                entries = generate.replay(requests, run.log(name), decoding, g.attempts, dtype)
             else:
                 entries = _generate(run, requests, generator, decoding, name)
-                if g.engine != "server":
-                    draft.info |= compute_type.facts(compute_type.choose(g.dtype).name)
+                if g.engine != "server" and g.executor == "process":  # others know best what they compute in
+                    folder = models.resolve(run.profile.models.generator)
+                    draft.info |= compute_type.facts(compute_type.choose(dtype, folder=folder).name)
             write_jsonl(draft.file("data.jsonl"), entries)
             draft.info |= {"outcomes": generate.counts(entries), "new_tokens": sum(e["new_tokens"] for e in entries)}
     return run.store.need(name)
@@ -277,7 +280,7 @@ def senior(run: Run) -> Artifact:
     junior_, pairs = run.store.need("junior"), run.store.need("pairs")
     with run.store.stage("senior", _training(run, run.profile.senior), [junior_, pairs]) as draft:
         if draft:
-            draft.info |= _computed(run.profile.senior)
+            draft.info |= _computed(run, run.profile.senior)
             dpo.train(
                 run.profile.models.generator,
                 junior_.weights(),
@@ -369,7 +372,7 @@ def revisor(run: Run) -> Artifact:
     parameters = _training(run, run.profile.revisor) | {"data": prompts.text_digest("".join(a + b for a, b in pairs))}
     with run.store.stage("revisor", parameters) as draft:
         if draft:
-            draft.info |= _computed(run.profile.revisor)
+            draft.info |= _computed(run, run.profile.revisor)
             sft.train(
                 run.profile.models.generator,
                 pairs,

@@ -272,7 +272,7 @@ def record(run: Run, target: Path | None = None) -> dict[str, Any]:
         "cpu": machine.cpu(),
         "cores": machine.cores(),
         "compute_type": (kind := compute_type.choose(run.profile.junior.dtype).name),
-        "layer_seconds": round(machine.layer_seconds(kind), 4),
+        "layer_seconds": round(machine.layer_seconds(kind), 6),
         "date": max(m["written"] for m in manifests)[:10],
         **({"beside": beside} if beside > 1 else {}),
         "weights": {role: models.weights_id(models.resolve(name)) for role, name in run.profile.models},
@@ -285,9 +285,12 @@ def record(run: Run, target: Path | None = None) -> dict[str, Any]:
 
 
 def _other(run: Run, made: Iterable[Step]) -> dict[str, float]:
-    """{notebook: seconds of its last run that are not those of its stages}."""
+    """{notebook: seconds of its longest run that are not those of its stages}."""
     times = read_jsonl(run.folder / "times.jsonl") if (run.folder / "times.jsonl").is_file() else []
-    whole = {t["notebook"][:2]: t["seconds"] for t in times if t["status"] == "ok"}
+    whole: dict[str, float] = {}
+    for t in times:
+        if t["status"] == "ok":  # the longest: another run of a notebook found its stages current
+            whole[t["notebook"][:2]] = max(t["seconds"], whole.get(t["notebook"][:2], 0.0))
     of_stages = {n: sum(s.seconds or 0 for s in made if s.notebook == n) for n in whole}
     return {n: round(max(0.0, seconds - of_stages[n]), 1) for n, seconds in whole.items()}
 
@@ -302,7 +305,7 @@ def past_error(run: Run) -> str:
         m = json.loads(path.read_text(encoding="utf-8"))
         took = Artifact(path.parent, m).seconds
         first = ahead.expected(m["name"]) if ahead and not m.get("predicted_seconds") else None
-        said = m.get("predicted_seconds") or (first.seconds if first else 0)
+        said = m.get("predicted_seconds") or (first.seconds * ahead.scale if first and ahead else 0)
         if said and took >= 1 and said != took:  # shorter stages are all rounding; equal: it is the recorded run
             off.append(abs(said - took) / took)
     return f"past predictions were off by {100 * statistics.median(off):.0f}% (median of {len(off)} stages)" if off else ""
@@ -352,7 +355,8 @@ def text(run: Run, notebooks: Sequence[str] = (), asked: Mapping[str, str] | Non
         )
         if known:
             peak = max((s.peak_mb or 0 for s in known), default=0)
-            total += f"; {minutes:.0f} min for {len(known)} of them, measured on {', '.join(where)}"
+            how = "expected from" if any(s.recorded for s in known) else "measured on"
+            total += f"; {minutes:.0f} min for {len(known)} of them, {how} {', '.join(where)}"
             total += f", disk {sum(s.disk_mb or 0 for s in known):.0f} MB" + (
                 f", memory up to {peak / 1024:.1f} GB" if peak else ""
             )

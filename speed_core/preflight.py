@@ -21,8 +21,10 @@ from speed_core.teacher import CALL_SECONDS
 
 PACKAGES = ("torch", "transformers", "trl", "peft", "sentence-transformers", "mteb", "datasets", "papermill")
 # Mean tokens a teacher call takes in the paper (Table 5: tokens / calls of each stage).
-LONG_MINUTES = 120
 PAPER_TOKENS = {"seed": 400, "judge": 1200, "revise": 1000}
+
+
+LONG_MINUTES = 120
 
 
 def checks(run: Run) -> list[tuple[str, str, str]]:
@@ -53,6 +55,8 @@ def checks(run: Run) -> list[tuple[str, str, str]]:
     out.append(("processor", f"{machine.cpu()}, {machine.cores()} cores", ""))
     found, remedy = machine.gpu()
     out.append(("GPU and driver", found, remedy if "GPU" in profile.hardware else ""))  # a CPU profile runs without
+    if machine.device().type == "cuda" and not any(map(shutil.which, ("cc", "gcc", "clang"))):  # Triton compiles kernels
+        out.append(("C compiler", "none", "install gcc, or have your administrator do so: kernels for the GPU are compiled here"))
     out += _types(profile)
     return [*out, *_weights(profile), *_carriers(profile), *_reach(profile), ("predicted time", _time_text(run, todo), "")]
 
@@ -155,7 +159,11 @@ def _time_text(run: Run, todo: Sequence[planning.Step]) -> str:
     if any(s.recorded for s in known) and (ahead := forecast.Forecast.of(run.profile)):
         there = ahead.entry
         source = f"as recorded on {there['cpu']}, {there['cores']} cores, {there['date']}{ahead.scaled}"
-        source += f" in {there.get('compute_type', 'bfloat16')}, times {ahead.scale:.1f}, which is what a layer takes here against there"
+        compared = "layer_seconds" in there and machine.device().type == "cpu"
+        said = (
+            f"times {ahead.scale:.1f}: a layer takes that many times as long here" if compared else "not scaled to this machine"
+        )
+        source += f" in {there.get('compute_type', 'bfloat16')}, {said}"
         due = {s.notebook for s in todo} | {"00", "12"}  # these two have no stages
         minutes = {n: seconds * ahead.scale / 60 for n, seconds in there.get("other", {}).items() if n in due}
     for s in known:
@@ -275,7 +283,8 @@ def plan_text(
         generation_text(run, tokens_per_second),
         f"embedding: {p.embedding.examples} records, batch {p.embedding.batch}, {p.embedding.epochs} epochs",
         f"evaluation: {', '.join(p.evaluation.tasks)} at size {p.evaluation.size}",
-        f"time: {p.minutes:g} minutes measured" if p.minutes else "time: not measured yet on such a machine",
+        *(f"{what}: {said}" + (f"; {remedy}" if remedy else "") for what, said, remedy in _types(p)),
+        f"time: {_time_text(run, [s for s in planning.steps(run) if s.reason and (s.notebook in chosen)])}",
     ]
     if p.study.sweep_seeds is not None:
         lines.append(f"sweeps, after the notebooks (`study`): {_points(run)} runs of parts of them, not in the minutes below")

@@ -17,9 +17,11 @@ from typing import Any
 
 from speed_core import bundle
 from speed_core import profile as profiles
-from speed_core.artifacts import Artifact, Store, UserError, canonical, difference, write_json
+from speed_core.artifacts import Artifact, Store, UserError, canonical, write_json
 from speed_core.run_context import CARRIED, Run, open_run, runs_folder
 
+# How a run is computed, not what: with other values of these the texts ought to be the same.
+HOW = ("engine", "executor", "workers", "ray_address", "batch_size", "concurrency", "dtype")
 REPORT, KNOWN = "recorded_comparison.json", "recorded.json"  # beside the figures; beside the recorded artifacts
 ABSENT = "not in this run"
 
@@ -68,7 +70,7 @@ def compare(
     for old in sorted(filter(_generated, then.values()), key=lambda a: (a.manifest["written"], a.name)):
         new = now.get(old.name)
         stage = compare_texts(old.name, old.rows(), new.rows() if new else [])
-        asked = difference(old.manifest["parameters"], new.manifest["parameters"]) if new else [ABSENT]
+        asked = old.other_parameters(new.manifest["parameters"]) if new else [ABSENT]
         stages.append(replace(stage, asked=asked))
     numbers = [_scores(then.values()), _scores(now.values())]
     estimates = [{k: float(v["ours"]) for k, v in rows.items() if v["ours"]} for rows in (known or {}, found or {})]
@@ -100,7 +102,7 @@ def _machine(made: Iterable[Artifact]) -> dict[str, str]:
 
 def text(c: Comparison, other: str) -> str:
     """What is equal in one line, what differs in a line each. `other`: what the first of both runs is called."""
-    lines = [f"beside {other}: {sum(s.equal for s in c.stages)} of {sum(s.of for s in c.stages)} texts equal"]
+    lines = [f"compared with {other}: {sum(s.equal for s in c.stages)} of {sum(s.of for s in c.stages)} texts equal"]
     equal = [f"{s.name} {s.of}" for s in c.stages if s.equal == s.of and not s.asked]
     lines += [f"  all of {', '.join(equal)}"] if equal else []
     lines += [f"  {s.name} {s.equal} of {s.of}: {_why(s)}" for s in c.stages if s.equal < s.of or s.asked]
@@ -115,7 +117,9 @@ def text(c: Comparison, other: str) -> str:
 
 
 def _why(s: Stage) -> str:
-    said = [re.sub(r"\b([0-9a-f]{8})[0-9a-f]{8,}\b", r"\1", f"asked otherwise, {a}" if a != ABSENT else a) for a in s.asked[:1]]
+    said = [
+        re.sub(r"\b([0-9a-f]{8})[0-9a-f]{8,}\b", r"\1", f"with other settings: {a}" if a != ABSENT else a) for a in s.asked[:1]
+    ]
     if s.first and ABSENT not in s.asked:
         here, there = s.first["here"], s.first["recorded"]
         how = "was not asked here" if here is None else f"differs from character {len(commonprefix([here, there])) + 1} on"
@@ -131,7 +135,8 @@ def write(run: Run) -> Path:
 
 
 def _values(p: profiles.Profile) -> dict[str, Any]:
-    values = {k: v for k, v in profiles.dotted(p).items() if k.partition(".")[0] not in ("description", "sources")}
+    left_out = ("description", "sources", "minutes")
+    values = {k: v for k, v in profiles.dotted(p).items() if k.partition(".")[0] not in left_out and k.split(".")[-1] not in HOW}
     return json.loads(canonical(values))
 
 

@@ -123,11 +123,11 @@ def progress(total: int, label: str, unit: str, initial: int = 0) -> Any:
     return tqdm(total=total, initial=initial, desc=label, unit=unit, mininterval=3, file=sys.stdout, ascii=" #", ncols=90)
 
 
-def trainer_arguments(settings: Training, seed: int, output: Path, **more: Any) -> dict[str, Any]:
-    """Arguments that SFT, DPO and embedding training share. Accumulation is derived from the global batch."""
+def trainer_arguments(settings: Training, seed: int, output: Path, folder: str = "", **more: Any) -> dict[str, Any]:
+    """Arguments that SFT, DPO and embedding training share; `folder` of the model. Accumulation is derived from the global batch."""
     import torch
 
-    cuda, kind = torch.cuda.is_available(), compute_type.choose(settings.dtype, training=True).name
+    cuda, kind = torch.cuda.is_available(), compute_type.choose(settings.dtype, training=True, folder=folder).name
     world = int(os.environ.get("WORLD_SIZE", max(1, torch.cuda.device_count())))
     if settings.batch % (settings.micro_batch * world):
         raise UserError(
@@ -248,13 +248,13 @@ def train(
     rows, dropped = encode_rows(tokenizer, pairs[: settings.examples], settings.max_length)
     if not rows:
         raise UserError(f"{label}: none of {len(pairs)} examples fits max_length {settings.max_length}; raise it")
-    dtype = compute_type.torch_type(compute_type.choose(settings.dtype, training=True).weights)
+    dtype = compute_type.torch_type(compute_type.choose(settings.dtype, training=True, folder=models.resolve(base)).weights)
     torch.manual_seed(seed)
     model = AutoModelForCausalLM.from_pretrained(models.resolve(base), dtype=dtype, attn_implementation="sdpa")
     trainer = _trainer_class()(
         model=model,
         args=SFTConfig(
-            **trainer_arguments(settings, seed, output / "trainer"),
+            **trainer_arguments(settings, seed, output / "trainer", models.resolve(base)),
             max_length=settings.max_length,
             completion_only_loss=True,
             gradient_checkpointing=False,

@@ -13,11 +13,16 @@ import os
 import sys
 from typing import Any
 
-# At a time: a step reads all weights, however many texts it goes on with.
-CPU_REQUESTS = int(os.environ.get("SPEED_CPU_REQUESTS", 128))
+from speed_core import machine
 
 
-def cache_gigabytes(config: Any, max_length: int, requests: int = CPU_REQUESTS, dtype: str = "bfloat16") -> int:
+def cpu_requests() -> int:
+    """How many texts are written at a time on a CPU. Each step reads all weights, so 128 are faster than 64; they also take more
+    memory (6.7 GB of this process at `tiny`). $SPEED_CPU_REQUESTS sets another number."""
+    return int(os.environ.get("SPEED_CPU_REQUESTS") or (128 if machine.memory_gb() >= 12 else 64))
+
+
+def cache_gigabytes(config: Any, max_length: int, requests: int, dtype: str = "bfloat16") -> int:
     """GiB of keys and values in `dtype` for `requests` of `max_length` tokens each; `config`: transformers', of the model."""
     text = config.get_text_config()
     heads = getattr(text, "num_key_value_heads", None) or text.num_attention_heads
@@ -50,8 +55,10 @@ def main() -> None:
         return
     config = json.loads(line)
     cpu = not torch.cuda.is_available()
+    requests = cpu_requests() if cpu else 256
     if cpu:  # the engine would take half the memory, and fill with zeros what it takes
-        gigabytes = cache_gigabytes(AutoConfig.from_pretrained(config["model"]), config["max_length"], dtype=config["dtype"])
+        model = AutoConfig.from_pretrained(config["model"])
+        gigabytes = cache_gigabytes(model, config["max_length"], requests, config["dtype"])
         os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", str(gigabytes))
     nucleus = vllm_processor()
     # Not `LLM`: it prepares chats, and reads the tokenizer again for that.
@@ -65,7 +72,7 @@ def main() -> None:
         # "CPU Generator does not use offset" (vllm 0.32.0), so prompts are prefilled whole.
         enable_chunked_prefill=not cpu,
         max_num_batched_tokens=max(4096, config["max_length"]),
-        max_num_seqs=CPU_REQUESTS if cpu else 256,
+        max_num_seqs=requests,
         # Top-p without a sort; on a GPU sorting is cheap, and vLLM's own stays.
         logits_processors=[nucleus] if cpu else None,
         enable_prefix_caching=True,

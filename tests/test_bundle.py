@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -157,7 +158,7 @@ def test_preflight_covers_the_machine_and_ends_in_ready(empty, capsys):
         assert f"ok  {what}" in shown
     assert "hub                    not used" in shown and "no endpoint" in shown and shown.endswith("ready\n")
     line = next(x for x in shown.splitlines() if "predicted time" in x)
-    assert " min for " in line and "as recorded on " in line and "by notebook: 03 " in line
+    assert " min for " in line and "as recorded on " in line and re.search(r"by notebook: .*\b03 \d", line)
 
 
 def test_preflight_ends_in_numbered_remedies(empty, monkeypatch, capsys):
@@ -196,7 +197,9 @@ def test_recorded_times_come_from_a_run_and_predict_another(small, tmp_path, mon
     monkeypatch.setenv("SPEED_RUNS", str(empty / "other"))
     found = {s.name: s for s in planning.steps(open_run("smoke"))}
     assert (
-        found["seeds"].recorded and found["seeds"].seconds == entry["artifacts"]["seeds"][0] and found["junior"].seconds is None
+        found["seeds"].recorded
+        and found["seeds"].seconds == pytest.approx(entry["artifacts"]["seeds"][0], rel=0.5)
+        and found["junior"].seconds is None
     )
     with pytest.raises(UserError, match="nothing is made"):
         planning.record(open_run("smoke"), target)

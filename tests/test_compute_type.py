@@ -40,8 +40,9 @@ def gpu(monkeypatch):
 
 
 def test_a_processor_without_amx_computes_in_float32_and_nothing_is_measured(processor):
-    assert processor(amx=False) == []
+    measured = processor(amx=False)
     assert compute_type.choose().name == "float32" and "no AMX" in compute_type.choose().why
+    assert measured == []
 
 
 @pytest.mark.parametrize(("ratio", "name"), [(3.2, "bfloat16"), (2.0, "bfloat16"), (1.9, "float32"), (0.5, "float32")])
@@ -78,6 +79,19 @@ def test_a_gpu_takes_bfloat16_where_it_has_it_and_an_older_one_float16(gpu):
     assert (compute_type.choose().name, compute_type.choose().weights) == ("float16", "float16")
     training = compute_type.choose(training=True)
     assert (training.name, training.weights) == ("float16", "float32")
+
+
+def test_an_older_gpu_computes_models_in_float32_that_overflow_in_float16(gpu, tiny_model):
+    gpu(native=False)
+    chosen = compute_type.choose(training=True, folder=tiny_model("gemma3"))
+    assert (chosen.name, chosen.weights) == ("float32", "float32") and "overflows in float16" in chosen.why
+    assert compute_type.choose(folder=tiny_model("llama")).name == "float16"
+
+
+def test_a_damaged_note_of_what_was_measured_is_measured_again(processor, tmp_path):
+    (tmp_path / "compute_type.json").write_text("{")
+    processor(amx=True, ratio=3.0)
+    assert compute_type.choose().name == "bfloat16" and "3.0" in (tmp_path / "compute_type.json").read_text()
 
 
 def test_an_unusable_type_is_one_line_with_a_remedy(processor, gpu):

@@ -107,13 +107,24 @@ def test_a_vllm_that_rests_takes_other_weights_and_writes_what_a_new_one_writes(
 def test_the_cache_of_vllm_on_a_cpu_holds_all_requests_of_full_length():
     from transformers import AutoConfig
 
-    from speed_core.vllm_worker import CPU_REQUESTS, cache_gigabytes
+    from speed_core.vllm_worker import cache_gigabytes
 
     config = AutoConfig.from_pretrained(models.resolve(BASE)).get_text_config()
     a_token = 2 * 2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim  # keys and values, 16 bits
-    assert (cache_gigabytes(config, 640) - 1) * 2**30 < a_token * 640 * CPU_REQUESTS <= cache_gigabytes(config, 640) * 2**30
-    assert cache_gigabytes(config, 6400, dtype="float32") >= 2 * cache_gigabytes(config, 6400) - 1
-    assert cache_gigabytes(config, 6400) > 5 * cache_gigabytes(config, 640)
+    assert (cache_gigabytes(config, 640, 64) - 1) * 2**30 < a_token * 640 * 64 <= cache_gigabytes(config, 640, 64) * 2**30
+    assert cache_gigabytes(config, 6400, 64, dtype="float32") >= 2 * cache_gigabytes(config, 6400, 64) - 1
+    assert cache_gigabytes(config, 6400, 64) > 5 * cache_gigabytes(config, 640, 64)
+
+
+def test_fewer_texts_are_written_at_a_time_where_memory_is_short(monkeypatch):
+    from speed_core import vllm_worker
+
+    monkeypatch.delenv("SPEED_CPU_REQUESTS", raising=False)
+    for free, wanted in ((8, 64), (24, 128)):
+        monkeypatch.setattr(vllm_worker.machine, "memory_gb", lambda free=free: free)
+        assert vllm_worker.cpu_requests() == wanted
+    monkeypatch.setenv("SPEED_CPU_REQUESTS", "8")
+    assert vllm_worker.cpu_requests() == 8
 
 
 def test_continuous_batching_holds_each_request_to_its_own_grammar_and_free_text_to_none(tmp_path):

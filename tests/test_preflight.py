@@ -3,12 +3,12 @@
 import pytest
 import torch
 
-from speed_core import compute_type, forecast, machine, planning, preflight
+from speed_core import forecast, machine, planning, preflight
 from speed_core import profile as profiles
 from speed_core.run_context import open_run
 
 ENTRY = {"device": "cpu", "cpu": "some processor", "cores": 2, "date": "2026-01-01", "compute_type": "float32"}
-ENTRY |= {"layer_seconds": 0.1, "other": {"00": 30.0, "03": 60.0}, "artifacts": {"junior": [600.0, 1, 1, None, []]}}
+ENTRY |= {"layer_seconds": 0.1, "other": {"00": 40.0, "03": 60.0}, "artifacts": {"junior": [600.0, 1, 1, None, []]}}
 
 
 @pytest.fixture
@@ -39,7 +39,7 @@ def test_recorded_seconds_are_those_of_this_machine_in_the_plan_and_in_the_check
     step = next(s for s in planning.steps(run) if s.name == "junior")
     assert step.seconds == pytest.approx(1800) and step.recorded
     said = preflight._time_text(run, [step])
-    assert said.startswith("about 34 min for 1 stages") and "by notebook: 00 2, 03 33" in said, said
+    assert said.startswith("about 35 min for 1 stages") and "by notebook: 00 2, 03 33" in said, said
     assert "some processor, 2 cores, 2026-01-01 in float32, times 3.0" in said
 
 
@@ -54,5 +54,21 @@ def test_a_long_run_names_the_profile_that_fits(slow, monkeypatch):
     assert "no profile is expected to take less than two hours here" in said
 
 
-def test_a_layer_is_timed_in_the_type_that_is_asked_for():
-    assert 0 < machine.layer_seconds(compute_type.choose().name) < 60
+def test_a_layer_is_timed_in_the_type_that_is_asked_for(monkeypatch):
+    made, ones = [], torch.ones
+    monkeypatch.setattr(torch, "ones", lambda *size, **how: made.append(how["dtype"]) or ones(*size, **how))
+    machine.layer_seconds.cache_clear()
+    assert machine.layer_seconds("float64") > 0 and set(made) == {torch.float64}
+
+
+def test_where_nothing_was_measured_nothing_is_scaled_and_that_is_said(slow, monkeypatch):
+    old = {k: v for k, v in ENTRY.items() if k not in ("layer_seconds", "other")}
+    monkeypatch.setattr(forecast, "_all", lambda: {"tiny": old})
+    run = open_run("tiny")
+    said = preflight._time_text(run, [s for s in planning.steps(run) if s.name == "junior"])
+    assert said.startswith("about 10 min for 1 stages") and "not scaled to this machine" in said
+
+
+def test_a_plan_says_type_and_time_as_the_check_does(slow):
+    said = preflight.plan_text("tiny")
+    assert "compute type: float32: this processor has no AMX" in said and "\ntime: about 35 min for 1 stages" in said

@@ -74,7 +74,7 @@ def other(number, text):
 def test_equal_texts_of_other_weights_are_equal_and_both_machines_are_named(carried, tmp_path, monkeypatch):
     run = here(tmp_path, monkeypatch, rows=other(None, ""))
     said = recorded.report(run).splitlines()
-    assert said[:2] == ["beside the recorded run of tiny: 8 of 8 texts equal", "  all of eval-junior 4, raw 4"]
+    assert said[:2] == ["compared with the recorded run of tiny: 8 of 8 texts equal", "  all of eval-junior 4, raw 4"]
     assert "  36 of 36 verdicts equal" in said
     assert said[-1].startswith("  here: compute type float32, instructions AVX2, on ")
     written = json.loads((run.figures / recorded.REPORT).read_text())
@@ -102,7 +102,7 @@ def test_a_stage_or_a_request_that_is_missing_is_said_to_be(carried, tmp_path, m
 def test_other_prompts_or_decoding_of_a_stage_are_named_although_its_texts_are_equal(carried, tmp_path, monkeypatch):
     run = here(tmp_path, monkeypatch, stages=STAGES[:1])
     generate(run, "raw", ROWS, prompts="q" * 64)
-    assert "raw 4 of 4: asked otherwise, prompts pppp" in recorded.report(run)
+    assert "raw 4 of 4: with other settings: prompts pppp" in recorded.report(run)
 
 
 def test_a_verdict_a_score_and_an_estimate_that_changed_are_named(carried, tmp_path, monkeypatch):

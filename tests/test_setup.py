@@ -16,6 +16,7 @@ echo "uv $*" >> calls
 env | grep -E '^(UV_|SSL_CERT_FILE|ALL_PROXY)' >> calls
 case "$1 $*" in venv*) mkdir -p .venv/bin && ln -s {sys.executable} .venv/bin/python ;; *torch==*) [ -z "$NO_TORCH" ] ;; esac
 """
+ROOM = "#!/bin/sh\necho Filesystem; echo disk 1 1 99999999 1% /\n"  # what df says
 NO_PIP = "#!/bin/sh\ncase $1 in -V) echo Python 3.12.1 ;; -m) echo /usr/bin/python3: No module named pip >&2; exit 1 ;; *) exit 1 ;; esac\n"
 
 
@@ -30,7 +31,7 @@ def here(tmp_path):
         (tmp_path / "bin" / tool).symlink_to(shutil.which(tool))
 
     def run(command="bash scripts/setup.sh", stands_in=(), **env):
-        for name, text in dict(stands_in).items():
+        for name, text in ({"df": ROOM} | dict(stands_in)).items():
             (tmp_path / "bin" / name).unlink(missing_ok=True)
             (tmp_path / "bin" / name).write_text(text)
             (tmp_path / "bin" / name).chmod(0o755)
