@@ -7,6 +7,8 @@ from pathlib import Path
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+# torch hands compiled kernels to processes with another number of threads, where attention then gives other numbers.
+os.environ["TORCHINDUCTOR_FORCE_DISABLE_CACHES"] = "1"
 os.environ["SPEED_SHIPPED"] = "/nonexistent"  # a test that wants shipped upstream says which
 
 if os.environ.get("PYTEST_XDIST_WORKER"):  # tests beside each other share the cores, and so do the processes that they start

@@ -123,7 +123,7 @@ def statistic_of(task):
 
 @pytest.fixture(scope="module")
 def guide():
-    return evaluate.load("package:all-MiniLM-L6-v2", "guide", instructed=False)
+    return evaluate.load("package:all-MiniLM-L6-v2", "guide", instructed=False, dtype="float32")
 
 
 @pytest.fixture(scope="module")
@@ -229,7 +229,7 @@ def each_type(guide, tmp_path_factory):
     """Scores of two models, the guide and half of its layers, on a task of each type."""
     folder = tmp_path_factory.mktemp("types")
     tasks, shallow = one_of_each_type(folder), str(models.shallow_encoder("package:all-MiniLM-L6-v2", 2))
-    small = evaluate.load(shallow, "small", instructed=False)
+    small = evaluate.load(shallow, "small", instructed=False, dtype="float32")
     return [evaluate.evaluate(m, evaluate.resolve_tasks(tasks, data=folder), folder / "kept") for m in (guide, small)]
 
 

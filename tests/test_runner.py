@@ -108,7 +108,8 @@ def test_out_of_memory_counts_as_failed(tmp_path):
 def test_twenty_thousand_progress_updates_stay_one_small_output_in_a_folder_that_was_missing(tmp_path):
     cell = "import sys, tqdm\nfor _ in tqdm.tqdm(range(20_000), file=sys.stdout, mininterval=0): pass"
     target = tmp_path / "not" / "yet" / "there.ipynb"
-    assert run.execute(notebook(tmp_path / "n.ipynb", cell), target, {}, show=False).status == "ok"
+    report = run.execute(notebook(tmp_path / "n.ipynb", cell), target, {}, show=False)
+    assert report.status == "ok", report.detail
     assert target.stat().st_size < 50_000 and sum(len(c.outputs) for c in nbformat.read(target, 4).cells) <= 2
 
 
