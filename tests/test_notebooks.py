@@ -75,7 +75,6 @@ def alone(tmp_path_factory):
         with pytest.MonkeyPatch.context() as patch:
             patch.setenv("SPEED_RUNS", str(own))
             patch.setenv("SPEED_SHIPPED", str(runs))
-            patch.delenv("OMP_NUM_THREADS", raising=False)
             (report,) = run.run_all("smoke", only=[path.stem[:2]])
         made = {p.parent.name for p in (own / "smoke" / "artifacts").glob("*/manifest.json")}
         done[path.stem] = report, made, digests(runs / "smoke" / "artifacts") == before
@@ -91,10 +90,7 @@ ALONE = pytest.param("alone", marks=pytest.mark.slow)
 
 @pytest.fixture(scope="module", params=["in order", ALONE])
 def smoke(request, tmp_path_factory):
-    """(folder of the runs, reports) of all notebooks at smoke: of one run from 00 to 12, or of `alone`, nothing shipped any more.
-
-    They take longer than all other tests, so they get all cores, as a user's run does, and not the one of their worker.
-    """
+    """(folder of the runs, reports) of all notebooks at smoke: of one run from 00 to 12, or of `alone`, nothing shipped any more."""
     with pytest.MonkeyPatch.context() as patch:
         if request.param == "alone":
             runs, done = request.getfixturevalue("alone")
@@ -103,7 +99,6 @@ def smoke(request, tmp_path_factory):
         else:
             runs = tmp_path_factory.mktemp("in-order")
             patch.setenv("SPEED_RUNS", str(runs))
-            patch.delenv("OMP_NUM_THREADS", raising=False)
             yield runs, run.run_all("smoke")
 
 
