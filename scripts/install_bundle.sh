@@ -6,11 +6,31 @@ cd "$(dirname "$0")"
 [ -f SHA256SUMS ] && [ -f scripts/common.sh ] || { echo "install: no whole bundle here; run it in the folder that the bundle unpacked" >&2; exit 2; }
 me=install
 . scripts/common.sh
-# What a reader works on may change after the first time; weights, wheels and artifacts may not.
-if [ -f .installed ]; then grep -E '^[0-9a-f]{64}  (cache|shipped|wheels)/' SHA256SUMS > .sums || true; else cp SHA256SUMS .sums; fi
+# Every line has its form and its end, else the file was cut.
+if [ ! -s SHA256SUMS ] || [ -n "$(tail -c 1 SHA256SUMS)" ] || grep -qvE '^[0-9a-f]{64}  [^/]' SHA256SUMS; then
+  die "SHA256SUMS is empty or cut; unpack the bundle again"
+fi
+# What a reader works on may change after the first time; weights, wheels and artifacts may not. The cache grows by use.
+if [ -f .installed ]; then
+  grep -E '^[0-9a-f]{64}  (cache|shipped|wheels)/' SHA256SUMS > .sums || true
+  folders="wheels"
+else
+  cp SHA256SUMS .sums
+  folders="cache shipped wheels"
+fi
 echo "install: comparing $(wc -l < .sums) files with SHA256SUMS"
-bad=$(sha256 --check .sums 2>/dev/null | sed -n 's/: FAILED.*//p' | head -n 1)
-[ -z "$bad" ] || die "$bad is damaged or missing (its digest is not the one in SHA256SUMS); unpack the bundle again"
+said=$(LC_ALL=C sha256 --check .sums 2>/dev/null) || {
+  bad=$(printf '%s\n' "$said" | grep -v ': OK$' | head -n 1)
+  die "${bad%: *} is damaged or missing (its digest is not the one in SHA256SUMS); unpack the bundle again"
+}
+for folder in $folders; do
+  [ -d "$folder" ] || continue
+  find "$folder" ! -type d | LC_ALL=C sort > .have
+  cut -c67- SHA256SUMS | grep "^$folder/" | LC_ALL=C sort > .named || true
+  more=$(LC_ALL=C comm -23 .have .named | head -n 1)
+  rm -f .have .named
+  [ -z "$more" ] || die "$more is not named in SHA256SUMS; remove it, or unpack the bundle again"
+done
 python=${PYTHON:-python3}
 is_311 "$python" || die "$python is not Python 3.11, which the wheels are made for; set PYTHON=python3.11"
 if ls wheels/torch-*.whl >/dev/null 2>&1; then

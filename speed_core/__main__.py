@@ -11,7 +11,7 @@ from typing import Annotated, Any
 
 import typer
 
-from speed_core.artifacts import UserError
+from speed_core.files import UserError, read_text
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, help="SPEED, step by step: run, plan and check the notebooks.")
 ProfileName = Annotated[str, typer.Option(help="smoke, tiny, overnight, workshop, paper, or a .json file")]
@@ -32,26 +32,31 @@ def _overrides(items: list[str] | None) -> dict[str, Any]:
 
 
 def _yaml(text: str, option: str) -> dict[str, Any]:
-    """Parameters written as YAML or JSON; numbers that YAML 1.1 takes for text (1e-5) are numbers here."""
+    """Parameters written as YAML or JSON. What is quoted is text, `on` and `7e10` are text too; true, 1 and 1e-5 are not."""
     import yaml
 
+    class Loader(yaml.SafeLoader):
+        yaml_implicit_resolvers: dict[str, Any] = {}
+
+    for tag, pattern in (
+        ("bool", "true|false|True|False"),
+        ("null", "null|~|"),
+        ("int", "[-+]?(0|[1-9][0-9]*)"),
+        ("float", r"[-+]?[0-9]+\.[0-9]*([eE][-+]?[0-9]+)?|[-+]?[0-9]+[eE][-+][0-9]+"),
+    ):
+        Loader.add_implicit_resolver(f"tag:yaml.org,2002:{tag}", re.compile(f"^(?:{pattern})$"), None)
     try:
-        found = yaml.safe_load(text)
-    except yaml.YAMLError as error:
+        found = yaml.load(text, Loader)
+    except (yaml.YAMLError, RecursionError, ValueError) as error:
         raise UserError(f"{option}: {type(error).__name__}; give JSON or YAML, name: value") from None
     if not isinstance(found, dict):
         raise UserError(f"{option}: holds no name: value pairs; write one a line")
-    numbers = {k: float(v) for k, v in found.items() if isinstance(v, str) and re.fullmatch(r"[+-]?\d+(\.\d*)?[eE][+-]?\d+", v)}
-    return found | numbers
+    return found
 
 
 def _file(path: Path) -> dict[str, Any]:
     """Parameters of a JSON or YAML file."""
-    try:
-        text = path.read_text(encoding="utf-8")
-    except OSError as error:
-        raise UserError(f"-f {path}: {error.strerror}; give a JSON or YAML file of name: value") from None
-    return _yaml(text, f"-f {path}")
+    return _yaml(read_text(path), f"-f {path}")
 
 
 def _grid(items: list[str] | None) -> dict[str, list[Any]]:

@@ -28,6 +28,7 @@ from speed_core.files import (
     digest,
     disk_errors,
     file_digest,
+    inside,
     read_jsonl,
     write_json,
     write_jsonl,
@@ -60,6 +61,12 @@ def device_name() -> str:
     return f"cpu {platform.machine()} x{os.cpu_count()}"
 
 
+@lru_cache(maxsize=4096)
+def _digest_of(path: Path, when: int, size: int) -> str:
+    """Digest of a file as it was at the time `when` (nanoseconds)."""
+    return file_digest(path)
+
+
 @dataclass
 class Artifact:
     """One published folder: files plus a manifest."""
@@ -83,11 +90,29 @@ class Artifact:
         return round(self.manifest["seconds"] / self.manifest.get("beside", 1), 1)
 
     def file(self, name: str) -> Path:
-        return self.path / name
+        """The path of one file. Raises UserError where it is not what the manifest says: its size is compared each time, its digest
+        once in a process."""
+        path, wanted = self.path / name, self.manifest["files"].get(name)
+        if wanted and path.is_file():
+            there = path.stat()
+            found, said = f"{there.st_size:,} bytes", f"{wanted['bytes']:,} bytes"
+            if found == said:
+                digests = _digest_of(path, there.st_mtime_ns, there.st_size), wanted["sha256"]
+                found, said = (f"digest {d[:12]}" for d in digests)
+            if found != said:
+                kind, out = ("shipped artifact", "unpack the bundle again") if self.shipped else ("artifact", self._remedy())
+                raise UserError(f"{kind} {self.name!r}: {name} has {found}, its manifest says {said}; {out}")
+        return path
+
+    def _remedy(self) -> str:
+        return (
+            f"it changed after it was written: import it again, or remove {self.path.parent.parent.name}/{self.path.parent.name}/"
+            f"{self.name} and run again"
+        )
 
     def lost(self) -> list[str]:
         """The files that the manifest names and that are not here."""
-        return [f for f in self.manifest["files"] if not self.file(f).is_file()]
+        return [f for f in self.manifest["files"] if not (self.path / f).is_file()]
 
     def complete(self) -> bool:
         """Are all files there that the manifest names, those aside that stayed on another machine (`moving`)?"""
@@ -101,6 +126,8 @@ class Artifact:
                 f"{self.path.parent.parent.name}/{self.path.parent.name} and run again: it is trained anew, and what was made "
                 "from it stays if the digest is the same"
             )
+        for name in self.manifest["files"]:
+            self.file(name)
         return self.path
 
     def changes(self, parameters: Mapping[str, Any], parents: Iterable[Artifact]) -> list[str]:
@@ -126,10 +153,29 @@ class Artifact:
         return own, asked
 
     def rows(self, name: str = "data.jsonl") -> list[dict[str, Any]]:
-        return read_jsonl(self.path / name)
+        return read_jsonl(self.file(name))
 
     def json(self, name: str) -> Any:
-        return json.loads((self.path / name).read_text(encoding="utf-8"))
+        return json.loads(self.file(name).read_text(encoding="utf-8"))
+
+
+def read_manifest(data: bytes, what: str) -> dict[str, Any]:
+    """The manifest of an artifact, whoever wrote it. Raises UserError for another shape, and for a name of a file outside of it."""
+    try:
+        found = json.loads(data)
+        files, parts = found["files"], [found[k] for k in ("parameters", "parents", "files")]
+        good = all(isinstance(p, dict) for p in parts) and isinstance(found["seconds"], (int, float))
+        good = good and all(isinstance(f["sha256"], str) and isinstance(f["bytes"], int) for f in files.values())
+    except (ValueError, TypeError, KeyError, RecursionError):
+        good = False
+    if not good:
+        raise UserError(
+            f"{what}: its {MANIFEST} is no manifest; import the run again, or remove the artifact's folder and make it anew"
+        )
+    outside = [f for f in [*files, *found.get("elsewhere", ())] if not inside(f) or f == MANIFEST]
+    if outside:
+        raise UserError(f"{what}: its {MANIFEST} names {outside[0]!r}, which is no file inside of it; do not use this copy")
+    return dict(found)
 
 
 @dataclass
@@ -206,7 +252,7 @@ class Store:
         manifest = path / MANIFEST
         if not manifest.is_file():
             return None
-        return Artifact(path, json.loads(manifest.read_text(encoding="utf-8")), shipped)
+        return Artifact(path, read_manifest(manifest.read_bytes(), f"artifact {path.name!r}"), shipped)
 
     def _from_shipped(self, name: str, joined: bool = False) -> Artifact | None:
         artifact = self._read(self.shipped / name, shipped=True) if self.shipped else None
@@ -214,12 +260,8 @@ class Store:
             return None
         first = name not in self._checked
         if first:
-            for file, entry in artifact.manifest["files"].items():
-                if (found := file_digest(artifact.file(file))) != entry["sha256"]:
-                    raise UserError(
-                        f"shipped artifact {name!r}: {file} has digest {found[:12]}, its manifest says {entry['sha256'][:12]}; "
-                        "unpack the bundle again"
-                    )
+            for file in artifact.manifest["files"]:
+                artifact.file(file)
             self._checked[name] = self.differs(artifact) if self.differs else []
         # Its rows answer prompts that this run does not have, so nothing later could be joined to them.
         if joined and any(d.startswith("prompts ") for d in self._checked[name]):

@@ -10,23 +10,25 @@ from __future__ import annotations
 import io
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
 import tarfile
 import tempfile
 import time
-from collections.abc import Iterator
 from dataclasses import dataclass
 from hashlib import sha256
 from pathlib import Path
 
 from speed_core import experiments, models
 from speed_core.artifacts import MANIFEST, Artifact, Store, UserError, disk_errors, file_digest
+from speed_core.files import inside, stream_digest
 from speed_core.offline_tasks import CARRIERS
 from speed_core.run_context import CARRIED, ROOT, Run
 
 NAME, SUMS, ABOUT = "speed-step-by-step", "SHA256SUMS", "BUNDLE.json"
+MOST_SUMS = 2**28  # bytes: a few hundred thousand files
 # What notebooks read that an earlier one wrote. Everything else with weights (students, ablations) is read by its own notebook.
 DATA = ("tasks", "seeds", "root", "raw", "revised", "synthetic", "mask", "guided-gain", "scaling", "scores-untrained")
 GENERATORS, EMBEDDERS = ("junior", "senior", "revisor"), ("embedder-guided-", "embedder-plain-")
@@ -220,51 +222,67 @@ def _pack(entries: dict[str, Entry], target: Path) -> None:
         work.unlink(missing_ok=True)
 
 
-def _members(archive: Path) -> Iterator[tuple[str, str, bytes]]:
-    """(name, digest, content where it is small) of each file of an archive, in order."""
-    with tarfile.open(archive) as tar:
-        for m in tar:
-            stream = tar.extractfile(m)
-            if stream is None:
-                continue
-            h, kept = sha256(), b""
-            while piece := stream.read(1 << 20):
-                h.update(piece)
-                kept = piece if len(piece) == m.size else b""
-            yield m.name.partition("/")[2], h.hexdigest(), kept
-
-
 def verify(archive: Path) -> int:
-    """Compare every file of a bundle with its SHA256SUMS; returns their number. Raises UserError that names the first bad one."""
+    """Compare every file of a bundle with its SHA256SUMS; returns their number. Raises UserError that names the first bad one: a name
+    outside of the bundle's folder, a link or device, a file that the sums do not name, or with another digest, or missing."""
     if not archive.is_file():
         raise UserError(f"{archive}: no such file; give a bundle made by `python -m speed_core bundle`")
-    sums: dict[str, str] = {}
-    seen = set()
+    sums: dict[str, str] | None = None
+    seen: set[str] = set()
     try:
-        for name, found, content in _members(archive):
-            if name == SUMS:
-                sums = {line[66:]: line[:64] for line in content.decode().splitlines()}
-            elif sums.get(name) != found:
-                raise UserError(
-                    f"{archive.name}: {name} has digest {found[:12]}, {SUMS} says {sums.get(name, 'nothing')[:12]}; copy it again"
-                )
-            else:
+        with tarfile.open(archive) as tar:
+            for m in tar:
+                top, _, name = m.name.partition("/")
+                if top != NAME or not (inside(name) or m.isdir() and not name):
+                    raise UserError(
+                        f"{archive.name}: {m.name[:80]!r} lies outside of {NAME}/; copy it again from where it was made"
+                    )
+                if m.isdir():
+                    continue
+                if not m.isfile() or name in seen:
+                    raise UserError(f"{archive.name}: {m.name[:80]!r} is no plain file with a name of its own; copy it again")
+                stream = tar.extractfile(m)
+                assert stream is not None
+                if name == SUMS:
+                    sums = _sums(stream.read(MOST_SUMS).decode())
+                    continue
+                if sums is None:
+                    raise UserError(
+                        f"{archive.name}: does not begin with {SUMS}; give a bundle made by `python -m speed_core bundle`"
+                    )
+                if (found := stream_digest(stream)) != sums.get(name):
+                    says = sums.get(name, "nothing")[:12]
+                    raise UserError(f"{archive.name}: {name} has digest {found[:12]}, {SUMS} says {says}; copy it again")
                 seen.add(name)
-    except (tarfile.TarError, EOFError, OSError, UnicodeDecodeError) as error:
+    except (tarfile.TarError, EOFError, OSError, ValueError) as error:
         raise UserError(f"{archive.name}: not a whole bundle ({type(error).__name__}); copy it again") from None
-    if lost := sorted(set(sums) - seen):
-        raise UserError(f"{archive.name}: {lost[0]} is not in it, {SUMS} says {sums[lost[0]][:12]}; copy it again")
     if not sums:
         raise UserError(f"{archive.name}: holds no {SUMS}; give a bundle made by `python -m speed_core bundle`")
+    if lost := sorted(set(sums) - seen):
+        raise UserError(f"{archive.name}: {lost[0]} is not in it, {SUMS} says {sums[lost[0]][:12]}; copy it again")
     return len(seen)
+
+
+def _sums(text: str) -> dict[str, str]:
+    """{name: digest} of SHA256SUMS. Raises ValueError for a line of another form."""
+    out: dict[str, str] = {}
+    for line in text.splitlines():
+        digest, name = line[:64], line[66:]
+        if not re.fullmatch("[0-9a-f]{64}", digest) or line[64:66] != "  " or not inside(name) or name in out:
+            raise ValueError(f"{SUMS}: {line[:80]!r}")
+        out[name] = digest
+    return out
 
 
 def damaged(root: Path = ROOT) -> list[str]:
     """Files of an unpacked bundle's cache/ that are gone or differ from SHA256SUMS; empty where there is no bundle."""
     if not (root / SUMS).is_file():
         return []
-    lines = [(line[:64], root / line[66:]) for line in (root / SUMS).read_text(encoding="utf-8").splitlines()]
-    return [str(p.relative_to(root)) for d, p in lines if p.is_relative_to(root / "cache") and models.digest_of(p) != d]
+    try:
+        listed = _sums((root / SUMS).read_text(encoding="utf-8"))
+    except ValueError:
+        return [SUMS]
+    return [name for name, d in listed.items() if name.startswith("cache/") and models.digest_of(root / name) != d]
 
 
 def carry(run: Run, target: Path = CARRIED) -> list[str]:

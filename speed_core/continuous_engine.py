@@ -70,7 +70,7 @@ class ContinuousEngine:
 
     def __init__(self, model: str, adapter: Path | None = None, dtype: str = "auto"):
         self.tokenizer = models.load_tokenizer(model)
-        self.model = models.load_causal_lm(model, adapter, dtype).to(models.device())
+        self.model = models.prepack(models.load_causal_lm(model, adapter, dtype).to(models.device()))
         self._compiler: Any = None
 
     def _start(self, requests: Sequence[Request], decoding: Decoding) -> Any:

@@ -76,6 +76,9 @@ def check_pairs(
 
 
 def _check_row(number: int, pair: dict[str, Any]) -> None:
+    sft.refuse_surrogates(
+        number, **{k: v for k, v in pair.items() if k in ("prompt", "chosen", "rejected") and isinstance(v, str)}
+    )
     for key in ("prompt", "chosen", "rejected"):
         if not isinstance(pair.get(key), str):
             raise UserError(f"senior: pair {number}: {key} is {pair.get(key, 'missing')!r}, not a text; mend or remove the row")

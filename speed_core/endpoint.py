@@ -1,8 +1,8 @@
 """One OpenAI-compatible server, asked by the teacher (`speed_core.teacher`) and by generation (`speed_core.generate`).
 
-The `openai` client in its async form, on an event loop of its own thread, so that a notebook (which has a loop of its
-own) and a script use it alike. Transport errors, 408, 409, 425, 429 and 5xx are tried again with jitter and not before
-the answer's Retry-After; other 4xx end at once, since the same request would fail again.
+The `openai` client in its async form, on an event loop of its own thread, so that a notebook (which has a loop of its own) and a
+script use it alike. Every reply becomes one of three things here: an answer (`read`), a fault that passes (transport errors, 408, 409,
+425, 429, 5xx, a body that is none) and is tried again, or a refusal: of this one request (`of_request`), or of whoever asks.
 """
 
 from __future__ import annotations
@@ -10,26 +10,136 @@ from __future__ import annotations
 import asyncio
 import concurrent.futures
 import json
+import math
 import os
+import re
 import threading
 import time
-from collections.abc import Awaitable, Callable, Coroutine
+from collections.abc import Awaitable, Callable, Coroutine, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from email.utils import parsedate_to_datetime
 from typing import Any
 
 import httpx
-from tenacity import AsyncRetrying, retry_if_exception, stop_after_attempt, wait_exponential_jitter
+from tenacity import AsyncRetrying, retry_if_exception, wait_exponential_jitter
 
 from speed_core.artifacts import UserError
 from speed_core.limits import Gate, Pace
 
 RETRYABLE = (408, 409, 425, 429)  # of the 4xx; 5xx are all tried again
-ATTEMPTS = 8
+OF_REQUEST = (400, 413, 414, 415, 422)  # this request is refused; other 4xx refuse the key, the model or the address
+ATTEMPTS = 8  # while the server does not say how long to wait
+LONGEST_WAIT = 3600.0  # seconds that a server may ask for
+# What servers call a text that is whole, cut at the limit, or held back. Any other word is handed on, and never counts as whole.
+WHOLE = ("stop", "eos", "eos_token", "end_turn", "stop_sequence")
+CUT = ("length", "max_tokens", "model_length")
+HELD_BACK = ("content_filter", "safety", "recitation", "prohibited_content", "blocklist", "spii", "sensitive")
+
+
+def status_of(error: BaseException) -> int | None:
+    code = getattr(error, "status_code", None)
+    return code if isinstance(code, int) else None
 
 
 def final_status(error: BaseException) -> int | None:
     """The HTTP status of an error that asking again would only repeat, else None."""
-    code = getattr(error, "status_code", None)
+    code = status_of(error)
     return code if code is not None and 400 <= code < 500 and code not in RETRYABLE else None
+
+
+def of_request(error: BaseException) -> bool:
+    """Does this error refuse one request, as against a wrong key, model or address, which every request would meet?"""
+    return final_status(error) in OF_REQUEST
+
+
+def held_back(error: BaseException) -> bool:
+    """Is it a content filter that refuses the prompt?"""
+    return of_request(error) and "content_filter" in str(getattr(error, "body", "") or error)
+
+
+def sentence(error: BaseException) -> str:
+    """What went wrong, in one line: the kind of error, the status, and the server's own words, shortened and without secrets."""
+    body = getattr(error, "body", None)
+    said: Any = body
+    for key in ("error", "message", "detail"):
+        said = said.get(key, said) if isinstance(said, dict) else said
+    text = " ".join(str(said).split()) if isinstance(said, str) else ""
+    name = " ".join(map(str, filter(None, (type(error).__name__, status_of(error)))))
+    text = "" if text.startswith("<") else without_secrets(text)  # a page of a proxy
+    return f"{name}: {text[:197] + '...' if len(text) > 200 else text}" if text else name
+
+
+def without_secrets(text: str) -> str:
+    """`text` without the key, without anything that looks like one, and without the user of an address."""
+    if key := os.environ.get("OPENAI_API_KEY", ""):
+        text = text.replace(key, "***")
+    text = re.sub(r"(?i)\b((?:sk|key|pk|rk)-|bearer\s+)[\w.*-]{6,}", r"\1***", text)
+    return re.sub(r"(?i)\b(https?://)[^\s/@]+@", r"\1", text)
+
+
+@dataclass(frozen=True)
+class Reply:
+    """One answer as it counts here: `finish_reason` is stop, length, content_filter, refusal, or the server's own word."""
+
+    text: str
+    finish_reason: str
+    input_tokens: int
+    output_tokens: int
+
+
+def read(reply: Any, prompt_tokens: float) -> Reply:
+    """What a completion of any shape says; never raises. Tokens that the server does not count are estimated, 4 characters each."""
+    choice = reply.choices[0]
+    message = getattr(choice, "message", None)
+    refusal = getattr(message, "refusal", None)
+    text = _text(refusal or (getattr(message, "content", None) if message is not None else getattr(choice, "text", None)))
+    word = str(getattr(choice, "finish_reason", None) or "none").lower()
+    word = "stop" if word in WHOLE else "length" if word in CUT else "content_filter" if word in HELD_BACK else word
+    usage = getattr(reply, "usage", None)
+    counted = [getattr(usage, name, None) for name in ("prompt_tokens", "completion_tokens")]
+    guessed = (math.ceil(prompt_tokens), math.ceil(len(text) / 4))
+    tokens = [c if isinstance(c, int) and c >= 0 else g for c, g in zip(counted, guessed, strict=True)]
+    return Reply(text, "refusal" if refusal else word, *tokens)
+
+
+def _text(content: Any) -> str:
+    """The text of a message: a string, or the parts of a list that are text."""
+    if isinstance(content, str):
+        return content
+    if not isinstance(content, (list, tuple)):
+        return ""
+    parts = [p if isinstance(p, dict) else {"type": "text", "text": p} if isinstance(p, str) else vars(p) for p in content]
+    return "".join(str(p["text"]) for p in parts if p.get("type") in ("text", "output_text") and isinstance(p.get("text"), str))
+
+
+def asked_wait(headers: Mapping[str, str], now: float) -> float | None:
+    """Seconds that the headers of an answer ask to wait at the time `now` (seconds since 1970), or None.
+
+    Retry-After as seconds or as a date (RFC 9110), retry-after-ms, and the reset times of rate limits: seconds, a time since 1970,
+    or units as in "1m30s".
+    """
+    values = {k.lower(): v.strip() for k, v in headers.items()}
+    if (ms := _number(values.get("retry-after-ms", ""))) is not None:
+        return ms / 1000
+    if after := values.get("retry-after", ""):
+        if (seconds := _number(after)) is not None:
+            return seconds
+        with suppress(ValueError, TypeError):
+            return max(0.0, parsedate_to_datetime(after).timestamp() - now)
+    waits = []
+    for name in ("x-ratelimit-reset-requests", "x-ratelimit-reset-tokens", "x-ratelimit-reset", "ratelimit-reset"):
+        text = values.get(name, "")
+        if (seconds := _number(text)) is not None:
+            waits.append(seconds - now if seconds > 1e9 else seconds)
+        elif re.fullmatch(r"(\d+(\.\d+)?(ms|s|m|h|d))+", text):
+            units = {"ms": 0.001, "s": 1.0, "m": 60.0, "h": 3600.0, "d": 86400.0}
+            waits.append(sum(float(n) * units[u] for n, u in re.findall(r"(\d+(?:\.\d+)?)(ms|s|m|h|d)", text)))
+    return max(0.0, *waits) if waits else None
+
+
+def _number(text: str) -> float | None:
+    return float(text) if re.fullmatch(r"[0-9]+(\.[0-9]+)?", text) else None
 
 
 class Endpoint:
@@ -49,7 +159,7 @@ class Endpoint:
     ):
         import openai
 
-        self._openai, self.where = openai, base_url or "the OpenAI API"
+        self._openai, self.where = openai, without_secrets(base_url) or "the OpenAI API"
         self._gate, self._pace = Gate(concurrency), Pace(requests_per_minute, tokens_per_minute)
         self._loop = asyncio.new_event_loop()
         threading.Thread(target=self._loop.run_forever, daemon=True).start()
@@ -61,19 +171,36 @@ class Endpoint:
         return asyncio.run_coroutine_threadsafe(call, self._loop)
 
     def served(self) -> list[str]:
-        """Names of the models served there; one line with the remedy if it does not answer."""
+        """Names of the models that the server lists; empty where it lists none. One line with the remedy if it does not answer."""
 
         async def ask() -> Any:
-            return await self.client.models.list()
+            for attempt in range(3):
+                try:
+                    return await self.client.models.list()
+                except self._openai.InternalServerError:
+                    await asyncio.sleep(0.5 * (attempt + 1))
+            return None
 
         try:
-            return [m.id for m in self.submit(ask()).result().data]
+            listed = self.submit(ask()).result()
+            return [m.id for m in getattr(listed, "data", None) or () if isinstance(getattr(m, "id", None), str)]
         except self._openai.AuthenticationError:
             raise UserError(f"endpoint {self.where}: the key was refused; set OPENAI_API_KEY to a valid one") from None
-        except self._openai.OpenAIError as error:
+        except self._openai.APIConnectionError as error:
             raise UserError(
                 f"endpoint {self.where}: not reachable ({type(error).__name__}); start the server, or correct its base_url"
             ) from None
+        except Exception:  # a gateway without a list, or with another one: the first request will tell
+            return []
+
+    def fault(self, error: BaseException, model: str, listed: Sequence[str]) -> UserError:
+        """The one line for a refusal that every request would meet."""
+        other = [m for m in listed if m != model]
+        serves = f"; it lists {', '.join(other[:5])}" if other and status_of(error) == 404 else ""
+        remedy = "set OPENAI_API_KEY to a valid one" if status_of(error) in (401, 403) else "mend it"
+        return UserError(
+            f"endpoint {self.where}: it refuses every request ({sentence(error)}){serves}; {remedy} and run again: what was answered is kept"
+        )
 
     def _retryable(self, error: BaseException) -> bool:
         if isinstance(error, self._openai.APIStatusError):
@@ -88,39 +215,52 @@ class Endpoint:
         return isinstance(error, broken)
 
     @staticmethod
-    def _wait(state: Any) -> float:
-        """Jittered back-off, but never sooner than the endpoint asked for; at most two minutes."""
-        error = state.outcome.exception()
-        asked = getattr(getattr(error, "response", None), "headers", {}).get("retry-after", "")
-        wait = wait_exponential_jitter(initial=0.5, max=30)(state)
-        return min(120.0, max(wait, float(asked))) if asked.replace(".", "", 1).isdigit() else wait
+    def _told(state: Any) -> float | None:
+        """Seconds that the server asked to wait after this try, or None."""
+        response = getattr(state.outcome.exception(), "response", None)
+        wait = asked_wait(response.headers, time.time()) if response is not None else None
+        return None if wait is None else min(wait, LONGEST_WAIT)
 
-    async def call(self, send: Callable[[], Awaitable[Any]], tokens: float, before: Callable[[], None] = lambda: None) -> Any:
-        """The reply of `send()`, tried again as said above. `tokens`: an estimate for the pace.
+    def _wait(self, state: Any) -> float:
+        """Jittered back-off, but never sooner than the server asked for."""
+        back_off: float = wait_exponential_jitter(initial=0.5, max=30)(state)
+        return max(back_off, self._told(state) or 0.0)
 
-        `before` runs when all waiting is over, just before each try, and may refuse it by raising.
+    async def call(
+        self, send: Callable[[], Awaitable[Any]], tokens: float, before: Callable[[], Awaitable[None]] | None = None
+    ) -> Any:
+        """The reply of `send()`, tried again as said above; `tokens`: an estimate for the pace.
+
+        `ATTEMPTS` tries; one after which the server says how long to wait does not count, up to ten times as many. `before` runs once
+        a call may begin, may wait for something more, and may refuse it by raising.
         """
-        tries = AsyncRetrying(
-            retry=retry_if_exception(self._retryable), stop=stop_after_attempt(ATTEMPTS), wait=self._wait, reraise=True
-        )
+        counted = 0
+
+        def enough(state: Any) -> bool:
+            nonlocal counted
+            counted += self._told(state) is None
+            return counted >= ATTEMPTS or state.attempt_number >= 10 * ATTEMPTS
+
+        tries = AsyncRetrying(retry=retry_if_exception(self._retryable), stop=enough, wait=self._wait, reraise=True)
         async for attempt in tries:
             with attempt:
                 return await self._once(send, tokens, before)
 
-    async def _once(self, send: Callable[[], Awaitable[Any]], tokens: float, before: Callable[[], None]) -> Any:
+    async def _once(self, send: Callable[[], Awaitable[Any]], tokens: float, before: Callable[[], Awaitable[None]] | None) -> Any:
         async with self._gate.slot():
+            if before is not None:
+                await before()
             taken = await self._pace.enter(tokens)
-            before()
             try:
                 reply = await send()
             except self._openai.RateLimitError:
                 self._gate.was_refused()
                 raise
-            if not reply.choices:
+            if not getattr(reply, "choices", None):  # a page of HTML, null, or no answer in it
                 raise httpx.RemoteProtocolError("an answer without choices")
             self._gate.went_well()
-            if reply.usage:
-                self._pace.settle(taken, reply.usage.total_tokens)
+            if isinstance(total := getattr(reply.usage, "total_tokens", None), int):
+                self._pace.settle(taken, total)
             return reply
 
     def close(self) -> None:

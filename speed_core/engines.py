@@ -101,7 +101,7 @@ class TransformersEngine:
 
     def __init__(self, model: str, adapter: Path | None = None, dtype: str = "auto", batch_size: int = 32):
         self.tokenizer = models.load_tokenizer(model)
-        self.model = models.load_causal_lm(model, adapter, dtype).to(models.device())
+        self.model = models.prepack(models.load_causal_lm(model, adapter, dtype).to(models.device()))
         self.batch_size = batch_size
         self._compiler: Any = None
 

@@ -1,7 +1,7 @@
-"""Scores by mteb, named by weight digest, with intervals.
+"""Scores by mteb, named by the digest of the model, with intervals.
 
-mteb 2.26 names every locally trained model alike and then serves one model's cached scores for
-another; so each model here gets its weight digest as revision and a result cache of its own.
+mteb 2.26 names every locally trained model alike and then serves one model's cached scores for another; so each model here gets the
+digest of all that decides its embeddings as revision, and a result cache of its own.
 mteb keeps task means only; per-query and per-pair values for the bootstrap are computed here from the
 same embeddings.
 """
@@ -9,7 +9,6 @@ same embeddings.
 from __future__ import annotations
 
 import difflib
-import hashlib
 import json
 import warnings
 from collections.abc import Mapping, Sequence
@@ -23,8 +22,9 @@ from mteb.models.model_meta import ModelMeta
 from mteb.types import PromptType
 
 from speed_core import models, prefix, sft
-from speed_core.artifacts import UserError
+from speed_core.artifacts import UserError, digest
 from speed_core.embed import ADAPTER, build, instruct, load_trained
+from speed_core.guide_cache import encoder_digest
 
 CATEGORIES = {
     "Classification": "Class.",
@@ -37,19 +37,9 @@ CATEGORIES = {
 }
 
 
-def weights_digest(model: Any) -> str:
-    """Short digest of all weights of a loaded model: two different models never share it."""
-    import torch
-
-    h = hashlib.sha256()
-    for name, value in sorted(model.state_dict().items()):
-        h.update(name.encode())
-        h.update(value.detach().cpu().contiguous().view(torch.uint8).numpy().data)
-    return h.hexdigest()[:16]
-
-
 class Embedder(AbsEncoder):
-    """A sentence-transformers model as mteb sees it: its own name, its digest as revision, our query template.
+    """A sentence-transformers model as mteb sees it: its own name, the digest of what decides its embeddings as revision (weights,
+    structure, tokenizer, length limit, with or without the template), our query template.
 
     Queries of retrieval and reranking get "Instruct: ...\\nQuery: ..."; documents none. In the symmetric
     tasks (STS, classification, clustering) every text gets it, as in E5-mistral. Each distinct text is
@@ -63,7 +53,8 @@ class Embedder(AbsEncoder):
         if max_length:
             self.model.max_seq_length = max_length
         self.vectors: dict[str, np.ndarray] = {}
-        self.mteb_model_meta = ModelMeta.create_empty({"name": f"speed-step-by-step/{name}", "revision": weights_digest(model)})
+        revision = digest([encoder_digest(model), instructed])[:16]
+        self.mteb_model_meta = ModelMeta.create_empty({"name": f"speed-step-by-step/{name}", "revision": revision})
 
     def texts(self, raw: Sequence[str], task: Any, prompt_type: Any) -> list[str]:
         """Apply the query template where it belongs."""
@@ -127,7 +118,7 @@ def resolve_tasks(names: Sequence[str], size: str = "tiny", data: Path | str | N
     out: list[Any] = []
     for name in names:
         if name == "offline":
-            out += offline.values()
+            out += [t for n, t in offline.items() if size != "smoke" or n in offline_tasks.ONE_OF_A_KIND]
         elif name in offline:
             out.append(offline[name])
         elif name in (benchmarks := [b.name for b in mteb.get_benchmarks()]):

@@ -10,7 +10,7 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 from speed_core import compute_type, models, pipeline, prompts
-from speed_core.artifacts import Artifact, write_json
+from speed_core.artifacts import Artifact, digest, write_json
 from speed_core.profile import Profile, dotted
 from speed_core.run_context import Run
 
@@ -105,6 +105,12 @@ def trained_on(run: Run, arm: str) -> int | None:
     """How many records each embedding model of an arm learned from; None when none was trained."""
     model = run.store.get(f"embedder-{arm}-{training_seeds(run)[0]}")
     return model.json("training.json")["rows"] if model else None
+
+
+def learned(run: Run, arm: str) -> str:
+    """Digest of the texts that each embedding model of an arm learned from: equal where two arms have the same records."""
+    rows = run.store.need(f"synthetic-{arm}").rows("train.jsonl")[: trained_on(run, arm)]
+    return digest([[r[name] for name in ("instruction", "query", "positive", "negative")] for r in rows])
 
 
 def records(run: Run, arms: Iterable[str]) -> dict[str, int]:

@@ -15,7 +15,7 @@ import re
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 
 class UserError(Exception):
@@ -24,10 +24,14 @@ class UserError(Exception):
 
 @contextmanager
 def disk_errors(where: Path) -> Iterator[None]:
-    """Turn a full disk, an exhausted quota or a file size limit into one line that says what is kept."""
+    """Turn a full or read-only disk, an exhausted quota or a file size limit into one line that says what is kept."""
     try:
         yield
     except Exception as error:
+        if isinstance(error, OSError) and error.errno in (errno.EROFS, errno.EACCES, errno.EPERM):
+            raise UserError(
+                f"{where}: cannot be written ({(error.strerror or '').lower()}); choose a folder that is yours, for runs with SPEED_RUNS"
+            ) from None
         full = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
         # Weights are written by a library in Rust, whose error is no OSError but quotes the system's.
         if not full and not re.search(r"\(os error (27|28|122)\)", str(error)):
@@ -90,10 +94,15 @@ def digest(value: Any) -> str:
 
 def file_digest(path: Path) -> str:
     """SHA-256 (hex) of a file's bytes, read in pieces."""
-    h = hashlib.sha256()
     with path.open("rb") as f:
-        while piece := f.read(1 << 20):
-            h.update(piece)
+        return stream_digest(f)
+
+
+def stream_digest(stream: IO[bytes]) -> str:
+    """SHA-256 (hex) of what is left of a stream, read in pieces."""
+    h = hashlib.sha256()
+    while piece := stream.read(1 << 20):
+        h.update(piece)
     return h.hexdigest()
 
 
@@ -120,6 +129,43 @@ def write_jsonl(path: Path, rows: Iterable[Mapping[str, Any]]) -> int:
     return len(lines)
 
 
+def read_text(path: Path) -> str:
+    """The text of a file that somebody else wrote: UTF-8, with or without a byte order mark.
+
+    Raises UserError that names another encoding, or what keeps the file from being read.
+    """
+    try:
+        data = path.read_bytes()
+    except (OSError, ValueError) as error:  # ValueError: a name that no file can have
+        why = getattr(error, "strerror", None) or "no such name"
+        raise UserError(f"{path.name!r}: {why.lower()}; give a file that can be read") from None
+    wide = next((n for mark, n in ((b"\xff\xfe", "UTF-16"), (b"\xfe\xff", "UTF-16")) if data.startswith(mark)), "")
+    if wide or b"\0" in data[:1000]:
+        raise UserError(f"{path.name}: written as {wide or 'UTF-16, or no text at all'}; save it as UTF-8")
+    try:
+        return data.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        line = data.count(b"\n", 0, error.start) + 1
+        raise UserError(
+            f"{path.name}: line {line} is no UTF-8 (byte {data[error.start]:#04x}, as Latin-1 has it); save the file as UTF-8"
+        ) from None
+
+
+def surrogate(text: str) -> bool:
+    """Does `text` hold half of a UTF-16 pair, which no file can hold?"""
+    return any("\ud800" <= c <= "\udfff" for c in text)
+
+
+NAME = "[A-Za-z0-9][A-Za-z0-9._-]{0,63}"  # of a profile, or of a task in one's own texts: they become names of files
+
+
+def inside(name: object) -> bool:
+    """Is `name` a relative path, with / between its parts, that stays in the folder it is put into?"""
+    if not isinstance(name, str) or not 0 < len(name) <= 1000 or surrogate(name) or re.search(r"[\x00-\x1f\x7f\\]", name):
+        return False
+    return all(part not in ("", ".", "..") and len(part.encode()) <= 255 for part in name.split("/"))
+
+
 def read_jsonl(path: Path) -> list[dict[str, Any]]:
     """Read JSON lines. Splits on newline only: text may hold other line separators (U+2028)."""
     with path.open(encoding="utf-8", newline="\n") as f:
@@ -127,10 +173,11 @@ def read_jsonl(path: Path) -> list[dict[str, Any]]:
 
 
 class AppendLog:
-    """Outcomes of one stage, one JSON object a line, keyed by `id`.
+    """Outcomes of one stage, one JSON object a line, keyed by `id`; the last entry of an id wins, so a retried request replaces its
+    earlier outcome.
 
-    Opening cuts a torn tail (bytes after the last newline, or a last line that is not JSON).
-    The last entry of an id wins, so a retried request replaces its earlier outcome.
+    Each line carries a checksum of its entry under "check". Opening cuts the half line that a killed process left at the end. Any
+    other line that cannot be read moves into `NAME.damaged` beside the log and is named; every other entry counts.
     """
 
     def __init__(self, path: Path):
@@ -144,23 +191,37 @@ class AppendLog:
         if not self.path.exists():
             return
         data = self.path.read_bytes()
-        good = 0
-        for line in data.splitlines(keepends=True) if b"\r" not in data else _split_newlines(data):
-            if not line.endswith(b"\n"):
-                break
+        good, damaged = [], []
+        *lines, tail = data.split(b"\n")
+        for number, line in enumerate([*lines, tail], 1):
+            if not line.strip():
+                continue
             try:
-                entry = json.loads(line)
-                self.entries[entry["id"]] = entry
-            except (ValueError, KeyError, TypeError):
-                break
-            good += len(line)
-        if good < len(data):
-            with self.path.open("r+b") as f:
-                f.truncate(good)
+                entry = _checked(line)
+            except ValueError as error:
+                if number <= len(lines):  # else it is the half line
+                    damaged.append((number, line, error))
+                continue
+            self.entries[entry["id"]] = entry
+            good.append(line + b"\n")
+        if damaged:
+            aside = self.path.with_name(f"{self.path.name}.damaged")
+            with disk_errors(aside), aside.open("ab") as f:
+                f.writelines(line + b"\n" for _, line, _ in damaged)
+            number, _, why = damaged[0]
+            more = f" and {len(damaged) - 1} more" if len(damaged) > 1 else ""
+            print(
+                f"{self.path.name}: line {number}{more} cannot be read ({why}); moved to {aside.name}, the other {len(good)} count",
+                flush=True,
+            )
+        if (whole := b"".join(good)) != data:
+            with disk_errors(self.path):
+                _write_atomic(self.path, whole)
 
     def append(self, entry: Mapping[str, Any]) -> None:
         """Add one outcome with a single write call; on a full disk nothing of it stays."""
-        line, before = (json.dumps(entry, ensure_ascii=True) + "\n").encode(), self._file.seek(0, os.SEEK_END)
+        checked = {**entry, "check": _check(entry)}
+        line, before = (json.dumps(checked, ensure_ascii=True) + "\n").encode(), self._file.seek(0, os.SEEK_END)
         with disk_errors(self.path):
             try:
                 written = self._file.write(line)
@@ -182,5 +243,16 @@ class AppendLog:
         self.close()
 
 
-def _split_newlines(data: bytes) -> list[bytes]:
-    return [piece + b"\n" for piece in data.split(b"\n")[:-1]] + [data.rsplit(b"\n", 1)[-1]]
+def _check(entry: Mapping[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(entry, sort_keys=True).encode()).hexdigest()[:12]
+
+
+def _checked(line: bytes) -> dict[str, Any]:
+    """The entry of one line of a log, or ValueError that says what is wrong. A log of an earlier version has no checksums."""
+    entry = json.loads(line)
+    if not isinstance(entry, dict) or not isinstance(entry.get("id"), str):
+        raise ValueError("no object with an id")
+    check = entry.pop("check", None)
+    if check not in (None, _check(entry)):
+        raise ValueError("its text is not what was written")
+    return entry

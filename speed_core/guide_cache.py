@@ -32,21 +32,10 @@ class GuideCache:
         self.guide = guide.eval().requires_grad_(False)
         self.batch_size = batch_size
         self._rows: dict[bytes, np.ndarray] = {}
-        self._folder = None if path is None else Path(path, f"guide-{self._digest()}")
+        self._folder = None if path is None else Path(path, f"guide-{encoder_digest(self.guide)}")
         for file in sorted(self._folder.glob("*.npz")) if self._folder is not None else ():
             with np.load(file, allow_pickle=False) as data:
                 self._rows.update(zip((k.tobytes() for k in data["keys"]), data["vectors"], strict=True))
-
-    def _digest(self) -> str:
-        """Of the weights, the tokenizer, and the structure with pooling, length limit, dimension and prompts."""
-        limit, kept = (getattr(self.guide, name, None) for name in ("max_seq_length", "truncate_dim"))
-        parts = (self.guide, limit, kept, self.guide.prompts, self.guide.default_prompt_name)
-        h = hashlib.sha256(repr(parts).encode())
-        h.update(_tokenizer(getattr(self.guide, "tokenizer", None)).encode("utf-8", "surrogatepass"))
-        for name, value in sorted(self.guide.state_dict().items()):
-            h.update(f"{name} {value.dtype} {tuple(value.shape)}".encode())
-            h.update(value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
-        return h.hexdigest()[:16]
 
     def add(self, texts: Sequence[str]) -> None:
         """Embed the texts that are not known yet."""
@@ -75,6 +64,19 @@ class GuideCache:
         """(len(texts), D) float32 embeddings."""
         self.add(texts)
         return torch.from_numpy(np.stack([self._rows[_digest(t)] for t in texts]))
+
+
+def encoder_digest(model: Any) -> str:
+    """Short digest (hex) of all that decides the embeddings of a SentenceTransformer: weights and their types, tokenizer, and the
+    structure with pooling, length limit, dimension and prompts."""
+    named = ("max_seq_length", "truncate_dim", "prompts", "default_prompt_name")
+    parts = (model, *(getattr(model, name, None) for name in named))
+    h = hashlib.sha256(repr(parts).encode())
+    h.update(_tokenizer(getattr(model, "tokenizer", None)).encode("utf-8", "surrogatepass"))
+    for name, value in sorted(model.state_dict().items()):
+        h.update(f"{name} {value.dtype} {tuple(value.shape)}".encode())
+        h.update(value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
+    return h.hexdigest()[:16]
 
 
 def _digest(text: str) -> bytes:

@@ -8,7 +8,6 @@ rules cannot see: whether the positive is really closer to the query than the ha
 from __future__ import annotations
 
 import dataclasses
-import json
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -220,17 +219,20 @@ class LlmJudge:
 
 
 def parse_verdict(raw: str, kind: str, finish_reason: str) -> records.Outcome:
-    """Outcome of a judge's answer: the first JSON object with whole numbers `best` and `worst`."""
-    if finish_reason == "length":
-        return records.Outcome("truncated", "length", raw=raw)
-    try:
-        value = json.JSONDecoder().raw_decode(raw, raw.index("{"))[0]
-        found: dict[str, str | None] = {k: str(value.get(k, "")) for k in ("best", "worst", "reason")}
-    except (ValueError, AttributeError):
+    """Outcome of a judge's answer: its JSON object with whole numbers `best` and `worst`; thinking is set aside."""
+    if cut := records.unfinished(raw, finish_reason):
+        return cut
+    found: list[dict[str, str | None]] = [
+        {k: str(v.get(k, "")) for k in ("best", "worst", "reason")} for v in records.objects(raw)
+    ]
+    if not found:
         return records.Outcome("invalid", "no_verdict", raw=raw)
-    if not all(re.fullmatch("[0-9]{1,3}", str(found[k])) for k in ("best", "worst")):
+    verdicts = [v for v in found if all(re.fullmatch("[0-9]{1,3}", str(v[k])) for k in ("best", "worst"))]
+    if not verdicts:
         return records.Outcome("invalid", "no_index", raw=raw)
-    return records.Outcome("ok", record=found, raw=raw)
+    if len({(v["best"], v["worst"]) for v in verdicts}) > 1:
+        return records.Outcome("invalid", "ambiguous", raw=raw)
+    return records.Outcome("ok", record=verdicts[-1], raw=raw)
 
 
 def make_pairs(

@@ -14,7 +14,7 @@ from collections.abc import Set as AbstractSet
 from pathlib import Path
 
 from speed_core import experiments, planning
-from speed_core.artifacts import MANIFEST, UserError, digest
+from speed_core.artifacts import MANIFEST, UserError, digest, read_manifest
 from speed_core.bundle import GENERATORS, WEIGHTS
 from speed_core.profile import dotted
 from speed_core.replay import HISTORY, pack
@@ -47,7 +47,7 @@ def _files(folder: Path, kept: AbstractSet[str], wanted: AbstractSet[str]) -> It
     """(name, content) of what travels of a run folder or of one point's, in order of the names.
 
     `kept`: models whose weights travel; `wanted`: models that some stage still has to read."""
-    manifests = {p.parent.name: json.loads(p.read_text(encoding="utf-8")) for p in folder.glob(f"artifacts/*/{MANIFEST}")}
+    manifests = {p.parent.name: read_manifest(p.read_bytes(), p.parent.name) for p in folder.glob(f"artifacts/*/{MANIFEST}")}
     read = {item for m in manifests.values() for item in m["parents"].items()}
     for place in (folder / HISTORY, *(p for name in ("log", "figures") for p in sorted((folder / name).glob("*")))):
         if place.is_file() and not place.name.startswith("."):

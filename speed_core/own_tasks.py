@@ -13,6 +13,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import random
+import re
 from collections.abc import Callable, Sequence
 from math import ceil, floor
 from pathlib import Path
@@ -22,6 +23,7 @@ from datasets import Dataset, DatasetDict
 from mteb.abstasks import AbsTaskClassification, AbsTaskRetrieval, AbsTaskSTS
 
 from speed_core.artifacts import UserError, digest, write_json
+from speed_core.files import NAME, read_text, surrogate
 from speed_core.offline_tasks import metadata, set_retrieval
 
 SHAPES = {"Retrieval": ("query", "positive"), "STS": ("sentence1", "sentence2", "score"), "Classification": ("text", "label")}
@@ -35,12 +37,15 @@ def read(path: Path) -> dict[tuple[str, str], list[dict[str, Any]]]:
     if not path.is_file():
         raise UserError(f"--data {path}: no such file; give a JSONL file, one object a line")
     out: dict[tuple[str, str], list[dict[str, Any]]] = {}
-    for number, line in enumerate(path.read_text(encoding="utf-8").split("\n"), 1):
+    text = read_text(path)
+    if text.lstrip().startswith("["):
+        raise UserError(f"{path.name}: one JSON list; write its objects one a line, without the brackets")
+    for number, line in enumerate(text.split("\n"), 1):
         if not line.strip():
             continue
         try:
             row = json.loads(line)
-        except ValueError:
+        except (ValueError, RecursionError):
             raise UserError(f"{path.name}: line {number} is no JSON; write one object a line") from None
         kind = next((k for k, fields in SHAPES.items() if isinstance(row, dict) and set(fields) <= set(row)), "")
         if not kind:
@@ -49,13 +54,18 @@ def read(path: Path) -> dict[tuple[str, str], list[dict[str, Any]]]:
         for field in (*SHAPES[kind], *(f for f in OPTIONAL.get(kind, ()) if row.get(f) is not None)):
             value = row[field]
             if field == "score":  # json reads NaN and Infinity
-                good, what = isinstance(value, (int, float)) and abs(value) < 1e300, "a number"
+                good, what = _number(value) and abs(value) < 1e300, "a number"
             else:
-                good = isinstance(value, str) and bool(value.strip()) or (field == "label" and isinstance(value, int))
-                what = "a text that is not blank"
+                good = isinstance(value, str) and bool(value.strip()) and not surrogate(value)
+                good = good or (field == "label" and _number(value) and isinstance(value, int))
+                what = "a text that is not blank and can be written as UTF-8"
             if not good:
                 raise UserError(f"{path.name}: line {number}: {field!r} is {value!r}; it must be {what}")
-        rows = out.setdefault((str(row.get("task", path.stem)), kind), [])
+        name = str(row["task"]) if "task" in row else re.sub(r"[^A-Za-z0-9._-]+", "-", path.stem).lstrip("._-")[:64] or "texts"
+        if not re.fullmatch(NAME, name):
+            rule = "letters, digits, '.', '_' and '-', at most 64, beginning with a letter or digit"
+            raise UserError(f"{path.name}: line {number}: 'task' is {name!r}; name it with {rule}")
+        rows = out.setdefault((name, kind), [])
         if kind == "Retrieval" and rows and row.get("instruction") != rows[0].get("instruction"):
             wanted = rows[0].get("instruction")
             raise UserError(
@@ -70,6 +80,10 @@ def read(path: Path) -> dict[tuple[str, str], list[dict[str, Any]]]:
     if not out:
         raise UserError(f"{path.name}: empty; write one object a line")
     return out
+
+
+def _number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
 
 
 def own_tasks(path: Path) -> list[Any]:

@@ -10,11 +10,11 @@ from __future__ import annotations
 import difflib
 import json
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-from speed_core.artifacts import UserError
+from speed_core.files import NAME, UserError, read_text
 
 FOLDER = Path(__file__).parent / "profiles"
 
@@ -22,7 +22,10 @@ FOLDER = Path(__file__).parent / "profiles"
 class Part(BaseModel):
     """Frozen, strict (the text "1e-5" is not a number), and closed (unknown names are refused)."""
 
-    model_config = ConfigDict(frozen=True, strict=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, strict=True, extra="forbid", allow_inf_nan=False)
+
+
+Seed = Annotated[int, Field(ge=0, lt=2**31)]  # what every library takes
 
 
 class Models(Part):
@@ -204,7 +207,7 @@ class Student(Part):
     """Notebook 07: encoders cut from the guide, trained with and without guidance on the seed data."""
 
     layers: tuple[int, ...] = (1, 4)
-    seeds: tuple[int, ...] = (0, 1, 2)
+    seeds: tuple[Seed, ...] = (0, 1, 2)
     examples: int = Field(320, ge=4)
     epochs: float = Field(2, gt=0)
     batch: int = Field(64, ge=2)
@@ -224,9 +227,9 @@ class Study(Part):
         "jr", "jr_re", "sr", "sr_re", "base", "teacher",
     )  # fmt: skip
     scaling: tuple[int, ...]
-    seeds: tuple[int, ...] = (0,)
-    sweep_seeds: tuple[int, ...] | None = None
-    generator_seeds: tuple[int, ...] = (10, 20)
+    seeds: tuple[Seed, ...] = (0,)
+    sweep_seeds: tuple[Seed, ...] | None = None
+    generator_seeds: tuple[Seed, ...] = (10, 20)
     student: Student = Student()  # type: ignore[call-arg]
 
     @model_validator(mode="after")
@@ -243,12 +246,12 @@ class Study(Part):
 
 
 class Profile(Part):
-    name: str
+    name: str = Field(pattern=f"^{NAME}$")
     description: str
     hardware: str
     minutes: float | None = None
-    seed: int = 0
-    data_seed: int = 0
+    seed: Seed = 0
+    data_seed: Seed = 0
     models: Models
     teacher: Teacher
     topics: Topics
@@ -279,18 +282,28 @@ def names() -> list[str]:
     return sorted(p.stem for p in FOLDER.glob("*.json"))
 
 
-def _raw(name: str) -> dict[str, Any]:
-    path = Path(name) if name.endswith(".json") else FOLDER / f"{name}.json"
-    if not path.is_file():
+def _raw(name: str, below: tuple[str, ...] = ()) -> dict[str, Any]:
+    """The values of a profile over those of the one that it extends; `below`: the profiles that extend this one."""
+    path = FOLDER / f"{name}.json" if name in names() else Path(name)
+    if name not in names() and not (name.endswith(".json") and path.is_file()):
         close = difflib.get_close_matches(name, names(), 1)
-        hint = f"; did you mean {close[0]!r}?" if close else ""
+        hint = f"; did you mean {close[0]!r}?" if close else ";"
         raise UserError(f"profile {name!r}: unknown{hint} use one of {', '.join(names())} or a path to a .json file")
+    if name in below:
+        raise UserError(f"profile {below[0]!r}: extends itself ({' -> '.join([*below, name])}); take one 'extends' away")
     try:
-        data = json.loads(path.read_text(encoding="utf-8"))
+        data = json.loads(read_text(path))
     except ValueError as error:
         raise UserError(f"profile {path}: not JSON ({error}); mend the file") from None
+    if not isinstance(data, dict):
+        raise UserError(f"profile {path}: holds {type(data).__name__}, not an object with the values; see profiles/tiny.json")
     parent = data.pop("extends", None)
-    return _merge(_raw(parent), data) if parent else data
+    if parent is None:
+        return data
+    if not isinstance(parent, str):
+        raise UserError(f"profile {path}: 'extends' is {str(parent)[:40]}; give the name of one profile")
+    beside = path.parent / parent
+    return _merge(_raw(str(beside) if parent not in names() and beside.is_file() else parent, (*below, name)), data)
 
 
 def _merge(base: dict[str, Any], new: dict[str, Any]) -> dict[str, Any]:
@@ -318,10 +331,17 @@ def load(name: str = "tiny", overrides: dict[str, Any] | None = None) -> Profile
 
     Raises UserError that names the parameter, the rule and what to do.
     """
+    try:
+        return _load(name, overrides or {})
+    except RecursionError:
+        raise UserError(f"profile {name!r}: nested too deeply; a profile has three levels") from None
+
+
+def _load(name: str, overrides: dict[str, Any]) -> Profile:
     data = _raw(name)
     known = dotted(_validate(name, data))
-    for key, value in (overrides or {}).items():
-        if key not in known:
+    for key, value in overrides.items():
+        if key not in known and not any(k.startswith(f"{key}.") for k in known):
             close = difflib.get_close_matches(key, known, 1)
             hint = f"; did you mean {close[0]!r}?" if close else f"; names are {', '.join(list(known)[:6])} ..."
             raise UserError(f"parameter {key!r}: profile {name!r} has no such value{hint}")

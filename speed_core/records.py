@@ -14,6 +14,8 @@ import json
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+from speed_core.files import surrogate
+
 Kind = Literal["retrieval", "classification", "sts", "short_short", "long_long"]
 Status = Literal["ok", "invalid", "refused", "truncated", "error"]
 
@@ -61,51 +63,81 @@ def schema(kind: str) -> dict[str, Any]:
     }
 
 
-def _find_object(raw: str) -> tuple[Any, str]:
-    """First JSON object in `raw` that decodes, and the reason if none does.
+def _objects(raw: str, opening: str = "{") -> list[tuple[Any, int, int]]:
+    """(value, start, end) of each JSON value in `raw` that begins with `opening` and stands in no other one.
 
-    `raw_decode` reads a whole object with a real JSON parser, so a brace inside a string does not
-    end it (the released parser's non-greedy regex does). Text around the object is allowed; a
-    Markdown fence is the usual case.
+    A real JSON parser reads each, so a brace inside a string ends nothing (the released parser's non-greedy regex ends there). Text
+    around them is allowed; a Markdown fence is the usual case.
     """
-    start = raw.find("{")
-    if start < 0:
-        return None, "no_object"
-    decoder = json.JSONDecoder()
-    first_error = "not_json"
+    decoder, found = json.JSONDecoder(), []
+    start = raw.find(opening)
     while start >= 0:
         try:
-            value, _ = decoder.raw_decode(raw, start)
+            value, end = decoder.raw_decode(raw, start)
+            found.append((value, start, end))
         except (ValueError, RecursionError):
-            start = raw.find("{", start + 1)
-            continue
-        return value, ""
-    return None, first_error
+            end = start + 1
+        start = raw.find(opening, end)
+    return found
+
+
+def _answered(raw: str, found: list[tuple[Any, int, int]]) -> list[Any]:
+    """The values of `found` that belong to the answer: what a model wrote while it was thinking is set aside.
+
+    Thinking ends at the last </think> (its <think> may stand in the prompt) and lasts to the end where it is never closed. A tag
+    inside of a value is the value's own text.
+    """
+    prose = list(raw)
+    for _, start, end in found:
+        prose[start:end] = " " * (end - start)
+    outside = "".join(prose)
+    after = outside.rfind("</think>")
+    unclosed = outside.find("<think>", max(after, 0))
+    return [v for v, start, end in found if start > after and (unclosed < 0 or end <= unclosed)]
+
+
+def objects(raw: str) -> list[dict[str, Any]]:
+    """The JSON objects of an answer, in their order, without those of its thinking."""
+    return _answered(raw, _objects(raw))
+
+
+def unfinished(raw: str, finish_reason: str) -> Outcome | None:
+    """The outcome of a text that was not written to its end, or was refused; None when the model says that it is complete."""
+    if finish_reason == "length":
+        return Outcome("truncated", "length", raw=raw)
+    if finish_reason in ("content_filter", "refusal"):
+        return Outcome("refused", finish_reason, raw=raw)
+    if finish_reason != "stop":
+        return Outcome("invalid", f"finish_reason:{finish_reason}", raw=raw)
+    return None
 
 
 def parse(raw: str, kind: str, finish_reason: str = "stop") -> Outcome:
     """Classify one raw model output for `kind`; never raises on any string.
 
-    `finish_reason == "length"` means the model was cut off: such text is `truncated`, whatever it
-    looks like. Reasons of `invalid`: empty, no_object, not_json, not_an_object, missing_key:K,
-    unknown_key:K, not_a_string:K, blank:K, too_long:K, query_equals_positive,
-    positive_equals_negative, query_equals_negative.
+    `finish_reason == "length"` means the model was cut off: such text is `truncated`, whatever it looks like. Thinking is set aside.
+    Of several objects the one that fits the kind counts; two different ones that fit are `ambiguous`. Reasons of `invalid`: empty,
+    no_object, not_json, only_thinking, ambiguous, missing_key:K, unknown_key, not_a_string:K, blank:K, too_long:K, lone_surrogate:K,
+    query_equals_positive, positive_equals_negative, query_equals_negative, finish_reason:WORD (a word that does not mean complete).
     """
     if kind not in KEYS:
         raise ValueError(f"kind {kind!r}: unknown; use one of {', '.join(KEYS)}")
-    if finish_reason == "length":
-        return Outcome("truncated", "length", raw=raw)
+    if cut := unfinished(raw, finish_reason):
+        return cut
     if not raw.strip():
         return Outcome("invalid", "empty", raw=raw)
-    value, why = _find_object(raw)
-    if why:
-        lowered = raw.strip().lower()
-        if why == "no_object" and lowered.startswith(_REFUSALS):
+    found = _objects(raw)
+    objects = _answered(raw, found)
+    if not objects:
+        if raw.strip().lower().startswith(_REFUSALS) and "{" not in raw:
             return Outcome("refused", "refusal_text", raw=raw)
-        return Outcome("invalid", why, raw=raw)
-    if not isinstance(value, dict):
-        return Outcome("invalid", "not_an_object", raw=raw)
-    return check_fields(value, kind, raw)
+        thought = "only_thinking" if found or "<think>" in raw else "no_object"
+        return Outcome("invalid", "not_json" if "{" in raw and not found else thought, raw=raw)
+    outcomes = [check_fields(value, kind, raw) for value in objects]
+    fitting = [o for o in outcomes if o.status == "ok"]
+    if any(o.record != fitting[0].record for o in fitting):
+        return Outcome("invalid", "ambiguous", raw=raw)
+    return fitting[-1] if fitting else outcomes[-1]
 
 
 def check_fields(value: dict[str, Any], kind: str, raw: str = "") -> Outcome:
@@ -125,7 +157,7 @@ def check_fields(value: dict[str, Any], kind: str, raw: str = "") -> Outcome:
             return Outcome("invalid", f"blank:{key}", raw=raw)
         if len(text) > MAX_CHARS:
             return Outcome("invalid", f"too_long:{key}", raw=raw)
-        if any(0xD800 <= ord(c) <= 0xDFFF for c in text):
+        if surrogate(text):
             return Outcome("invalid", f"lone_surrogate:{key}", raw=raw)
     query, positive = value[keys[0]], value[keys[1]]
     negative = value[keys[2]] if len(keys) == 3 else None
@@ -148,27 +180,41 @@ def to_json(record: dict[str, str | None], kind: str) -> str:
 def parse_string_list(raw: str, finish_reason: str = "stop") -> tuple[list[str], str]:
     """Read a brainstorm answer: a list of strings, as JSON or as a Python literal.
 
-    The brainstorm prompts ask for "a list of strings"; models answer either way. JSON is tried
-    first, then `ast.literal_eval`, which reads literals only and cannot run code. Returns the
-    strings and a reason (empty when the answer is good). Duplicates are dropped, order is kept.
+    The brainstorm prompts ask for "a list of strings"; models answer either way. JSON is tried first, then `ast.literal_eval`, which
+    reads literals only and cannot run code. Thinking is set aside as in `parse`, and of several lists the one of strings counts.
+    Returns the strings and a reason (empty when the answer is good). Duplicates are dropped, order is kept.
     """
-    if finish_reason == "length":
-        return [], "length"
-    start, end = raw.find("["), raw.rfind("]")
-    if start < 0 or end < start:
-        return [], "no_list"
-    text = raw[start : end + 1]
-    try:
-        value = json.loads(text)
-    except (ValueError, RecursionError):
-        try:
-            value = ast.literal_eval(text)
-        except (ValueError, SyntaxError, RecursionError, MemoryError, TypeError):
-            return [], "not_a_list"
-    if not isinstance(value, list) or not all(isinstance(v, str) for v in value):
-        return [], "not_strings"
-    tasks = list(dict.fromkeys(v.strip() for v in value if v.strip()))
+    if cut := unfinished(raw, finish_reason):
+        return [], cut.reason
+    found = _objects(raw, "[")
+    if not any(map(_strings, _answered(raw, found))):
+        found = _literal_list(raw) or found
+    lists = _answered(raw, found)
+    if not lists:
+        return [], "only_thinking" if found else "not_a_list" if "[" in raw and "]" in raw else "no_list"
+    good = [v for v in lists if _strings(v)]
+    if any(v != good[0] for v in good):
+        return [], "ambiguous"
+    if not good:
+        return [], "not_strings" if any(lists) else "empty_list"
+    if any(surrogate(v) for v in good[0]):
+        return [], "lone_surrogate"
+    tasks = list(dict.fromkeys(v.strip() for v in good[0] if v.strip()))
     return tasks, "" if tasks else "empty_list"
+
+
+def _strings(value: list[Any]) -> bool:
+    return bool(value) and all(isinstance(v, str) for v in value)
+
+
+def _literal_list(raw: str) -> list[tuple[Any, int, int]]:
+    """As `_objects`: the list that is a Python literal from the first bracket of the answer to the last."""
+    start, end = raw.find("[", max(raw.rfind("</think>"), 0)), raw.rfind("]") + 1
+    try:
+        value = ast.literal_eval(raw[start:end]) if 0 <= start < end else None
+    except (ValueError, SyntaxError, RecursionError, MemoryError, TypeError):
+        return []
+    return [(value, start, end)] if isinstance(value, list) else []
 
 
 def released_parser_verdict(raw: str, kind: str) -> str:
@@ -189,5 +235,5 @@ def released_parser_verdict(raw: str, kind: str) -> str:
             return "lost"
     if not isinstance(value, dict) or KEYS[kind][0] not in value:
         return "lost"
-    ours = _find_object(raw)[0]
-    return "kept" if value == ours else "changed"
+    ours = [v for v, _, _ in _objects(raw)]
+    return "kept" if ours and value == ours[0] else "changed"

@@ -13,13 +13,15 @@ import hashlib
 import io
 import json
 import lzma
+import shutil
 import tarfile
 import zlib
-from collections.abc import Callable, Mapping
-from pathlib import Path
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path, PurePosixPath
 from typing import IO, Any
 
-from speed_core.artifacts import MANIFEST, UserError, file_digest
+from speed_core.artifacts import MANIFEST, UserError, disk_errors, file_digest
+from speed_core.files import inside, stream_digest
 from speed_core.profile import dotted
 from speed_core.run_context import Run
 
@@ -31,6 +33,8 @@ DATA = (
     "synthetic", "raw-junior", "revised-junior", "raw-base", "synthetic-jr", "synthetic-jr_re", "synthetic-sr", "synthetic-sr_re",
     "synthetic-base", "synthetic-teacher",
 )  # fmt: skip
+# An export has some thousand files, and xz makes its rows 20 to 60 times smaller.
+MOST_FILES, MOST_RATIO, LEAST_ROOM, MOST_CONTENTS = 1_000_000, 200, 2**28, 2**28
 HISTORY, FOLDERS = "times.jsonl", ("log", "artifacts", "figures")  # what a whole run has
 TRAINED = ("junior", "senior", "revisor")
 RECORDED = Path(__file__).parent / "assets" / "recorded_run.tar.gz"  # of the run behind the committed figures
@@ -65,41 +69,96 @@ def _packed(raw: IO[bytes], target: Path) -> Any:
 def pack(manifest: dict[str, Any], contents: Mapping[str, bytes], target: Path) -> str:
     """Write `manifest` and files as one archive; returns its SHA-256. The manifest names every file and its digest (`files`)."""
     work = target.with_name(target.name + ".part")
-    target.parent.mkdir(parents=True, exist_ok=True)
-    # Time stamps would make two exports of the same logs differ.
-    with work.open("wb") as raw, _packed(raw, target) as packed:
-        with tarfile.open(fileobj=packed, mode="w") as archive:
-            for name, data in {CONTENTS: (json.dumps(manifest, indent=1, default=str) + "\n").encode(), **contents}.items():
-                entry = tarfile.TarInfo(name)
-                entry.size = len(data)
-                archive.addfile(entry, io.BytesIO(data))
-    work.replace(target)
+    with disk_errors(target):
+        target.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        # Time stamps would make two exports of the same logs differ.
+        with disk_errors(target), work.open("wb") as raw, _packed(raw, target) as packed:
+            with tarfile.open(fileobj=packed, mode="w") as archive:
+                for name, data in {CONTENTS: (json.dumps(manifest, indent=1, default=str) + "\n").encode(), **contents}.items():
+                    entry = tarfile.TarInfo(name)
+                    entry.size = len(data)
+                    archive.addfile(entry, io.BytesIO(data))
+        work.replace(target)
+    finally:
+        work.unlink(missing_ok=True)
     return file_digest(target)
 
 
-def read_archive(source: Path) -> tuple[dict[str, Any], dict[str, bytes]]:
-    """(manifest, {name: bytes}) of an export, every file checked against its digest."""
+def _members(source: Path) -> Iterator[tuple[str, IO[bytes]]]:
+    """(name, stream) of each file of an archive, one after the other, so that memory does not grow with them. Raises UserError for a
+    name that is none, and where an archive is far larger unpacked than packed."""
+    room = max(LEAST_ROOM, MOST_RATIO * source.stat().st_size)
+    with source.open("rb") as raw:
+        packed: Any = lzma.open(raw) if raw.read(len(XZ)) == XZ else gzip.GzipFile(fileobj=raw)
+        raw.seek(0)
+        with packed, tarfile.open(fileobj=packed, mode="r|") as archive:
+            seen: set[str] = set()
+            folders: set[str] = set()
+            for m in archive:
+                if m.isdir():
+                    continue
+                within = {str(p) for p in PurePosixPath(m.name).parents}
+                if (
+                    not m.isfile()
+                    or not inside(m.name)
+                    or m.name in seen
+                    or m.name in folders
+                    or seen & within
+                    or len(seen) >= MOST_FILES
+                ):
+                    raise UserError(
+                        f"{source.name}: {m.name[:80]!r} is no plain file with a name of its own; fetch or export it again"
+                    )
+                if (room := room - m.size) < 0:
+                    raise UserError(
+                        f"{source.name}: unpacked it is more than {MOST_RATIO} times as large, which no export is; do not use this copy"
+                    )
+                seen.add(m.name)
+                folders |= within
+                stream = archive.extractfile(m)
+                assert stream is not None
+                yield m.name, stream
+            while packed.read(1 << 20):  # to its end, where the archive's own checksum stands
+                pass
+
+
+def read_manifest(source: Path) -> dict[str, Any]:
+    """The manifest of an export, every file of which was checked against its digest."""
     if not source.is_file():
         raise UserError(f"{source}: no such file; give an archive made by `python -m speed_core export`")
+    have: dict[str, str] = {}
+    manifest: Any = None
     try:
-        # All of it, so that the archive's own checksum is compared: tarfile stops reading at the archive's end mark.
-        data = source.read_bytes()
-        whole = lzma.decompress(data) if data.startswith(XZ) else gzip.decompress(data)
-        with tarfile.open(fileobj=io.BytesIO(whole)) as archive:
-            found = {m.name: (archive.extractfile(m) or io.BytesIO()).read() for m in archive.getmembers() if m.isfile()}
-        manifest = json.loads(found.pop(CONTENTS))
+        for name, stream in _members(source):
+            if name == CONTENTS:
+                manifest = json.loads(stream.read(MOST_CONTENTS))
+            else:
+                have[name] = stream_digest(stream)
         files = manifest["files"]
-    except (tarfile.TarError, zlib.error, lzma.LZMAError, OSError, EOFError, ValueError, KeyError, TypeError) as error:
+        if not all(isinstance(v, str) for v in [manifest["profile"], *files.values()]):
+            raise TypeError
+        if not all(isinstance(manifest.get(k, {}), dict) for k in ("artifacts", "figures", "values")):
+            raise TypeError
+    except (
+        tarfile.TarError, zlib.error, lzma.LZMAError, OSError, EOFError, ValueError, KeyError, TypeError, AttributeError, RecursionError,
+    ) as error:  # fmt: skip
         raise UserError(f"{source.name}: not a whole export ({type(error).__name__}); fetch or export it again") from None
     for name, wanted in files.items():
-        have = hashlib.sha256(found[name]).hexdigest() if name in found else "nothing"
-        if have != wanted:
+        if have.get(name) != wanted:
             raise UserError(
-                f"{source.name}: {name} has digest {have[:12]}, its manifest says {wanted[:12]}; fetch or export it again"
+                f"{source.name}: {name} has digest {have.get(name, 'nothing')[:12]}, its manifest says {wanted[:12]}; "
+                "fetch or export it again"
             )
-    if extra := sorted(set(found) - set(files)):
+    if extra := sorted(set(have) - set(files)):
         raise UserError(f"{source.name}: holds {extra[0]}, which its manifest does not name; fetch or export it again")
-    return manifest, found
+    return dict(manifest)
+
+
+def read_archive(source: Path) -> tuple[dict[str, Any], dict[str, bytes]]:
+    """(manifest, {name: bytes}) of an export that was checked; for a small one, since all of it is in memory."""
+    manifest = read_manifest(source)
+    return manifest, {name: stream.read() for name, stream in _members(source) if name != CONTENTS}
 
 
 def figures(run: Run) -> dict[str, str]:
@@ -111,13 +170,13 @@ def figures(run: Run) -> dict[str, str]:
 def take_in(source: Path, open_for: Callable[[str], Run]) -> tuple[Run, bool]:
     """Check an archive of `export_logs` or `moving.export` and put it into the run folder of its profile; nothing unequal that is
     there is touched. Returns the run, and whether the archive holds all of it."""
-    manifest, found = read_archive(source)
+    manifest = read_manifest(source)
     whole = bool(manifest.get("whole"))
-    for name in found:
+    for name in manifest["files"]:
         if not _belongs(Path(name).parts, whole):
             raise UserError(f"{source.name}: {name} would land outside of a run's folders; fetch or export it again")
     run = open_for(manifest["profile"])
-    put(run, found)
+    put(run, source, manifest["files"])
     return run, whole
 
 
@@ -131,23 +190,32 @@ def _belongs(parts: tuple[str, ...], whole: bool) -> bool:
     return bool(own) and (own[0] in FOLDERS or own == (HISTORY,))
 
 
-def put(run: Run, found: Mapping[str, bytes]) -> None:
-    """Write files into a run folder; refuses all of them when another one of a name is there, and then touches nothing."""
-    for name, data in found.items():
+def put(run: Run, source: Path, files: Mapping[str, str]) -> None:
+    """Write the files of a checked archive {name: SHA-256} into a run folder; refuses all of them when another one of a name is there,
+    and then touches nothing. What a full or read-only disk refuses leaves no half a file."""
+    for name, wanted in files.items():
         path = run.folder / name
-        if path.exists() and path.read_bytes() != data:
+        if path.is_dir() or any(p.is_file() for p in path.parents) or (path.is_file() and file_digest(path) != wanted):
             raise UserError(f"{name}: another one is there already; set SPEED_RUNS to an empty folder and import again")
-    for name, data in found.items():
+    for name, stream in _members(source):
+        if name == CONTENTS or (run.folder / name).is_file():
+            continue
         path = run.folder / name
-        path.parent.mkdir(parents=True, exist_ok=True)
         work = path.with_name(path.name + ".part")
-        work.write_bytes(data)
-        work.replace(path)
+        try:
+            with disk_errors(path):
+                path.parent.mkdir(parents=True, exist_ok=True)
+                with work.open("wb") as f:
+                    shutil.copyfileobj(stream, f)
+                work.replace(path)
+        finally:
+            if work.is_file():
+                work.unlink()
 
 
 def compare(run: Run, source: Path) -> list[tuple[str, str, str]]:
     """(artifact or figure, digest in the export, digest here or "missing") of everything that the export names."""
-    manifest, _ = read_archive(source)
+    manifest = read_manifest(source)
     here = {name: a.digest if (a := run.store.made(name)) else "missing" for name in manifest["artifacts"]}
     drawn = figures(run)
     rows = [(name, wanted, here[name]) for name, wanted in manifest["artifacts"].items()]

@@ -94,10 +94,24 @@ def hf_noise(seeds: Sequence[int]) -> Any:
             if not self.generators:
                 self.generators = [torch.Generator(scores.device).manual_seed(s) for s in seeds]
             for row, generator in zip(scores, self.generators, strict=True):
-                row -= torch.empty_like(row, dtype=torch.float32).exponential_(generator=generator).log_()
+                if row.device.type == "cpu":
+                    possible = (row > -torch.inf).nonzero().squeeze(1)
+                    row[possible] -= exponential(len(row), generator, possible).log_()
+                else:
+                    row -= torch.empty_like(row, dtype=torch.float32).exponential_(generator=generator).log_()
             return scores
 
     return Noise()
+
+
+def exponential(size: int, generator: torch.Generator, places: torch.Tensor) -> torch.Tensor:
+    """`torch.empty(size).exponential_(generator=generator)[places]`, bit for bit, on a CPU.
+
+    PyTorch takes the logarithm of each of `size` numbers, one after the other: 8.7 ms for 262,144, of which a few hundred are wanted.
+    Drawing them takes 2.4 ms.
+    """
+    uniform = torch.empty(size, dtype=torch.float64).uniform_(generator=generator)[places]
+    return (-torch.log1p(-uniform)).float()
 
 
 def vllm_processor() -> Any:

@@ -16,7 +16,7 @@ from typing import Any
 
 from speed_core import models
 from speed_core.artifacts import UserError
-from speed_core.endpoint import Endpoint, final_status
+from speed_core.endpoint import Endpoint, of_request, read, sentence
 from speed_core.engines import Completion, Decoding, Request, grammar_schema
 
 
@@ -30,13 +30,11 @@ class ServerEngine:
             raise UserError("generation.base_url: empty; engine 'server' needs the address of one, like http://HOST:8000/v1")
         self._endpoint = Endpoint(base_url, concurrency=concurrency, timeout_seconds=timeout_seconds)
         self._served = served
-        found = self._endpoint.served()
-        if served not in found:
+        try:
+            self._listed = self._endpoint.served()
+        except UserError:
             self._endpoint.close()
-            raise UserError(
-                f"generation.base_url: model {served!r} is not served there, {', '.join(found[:5])} is; "
-                f"start the server with --lora-modules {served}=FOLDER, or --served-model-name {served}"
-            )
+            raise
         self._tokenizer = models.load_tokenizer(tokenizer)
 
     def generate(self, requests: Sequence[Request], decoding: Decoding) -> Iterator[Completion]:
@@ -46,9 +44,12 @@ class ServerEngine:
                 try:
                     yield future.result()
                 except Exception as error:  # the client raises many types; none of them loses what is logged already
+                    name = self._served
+                    lists = f"; it lists {', '.join(self._listed[:5])}" if self._listed and name not in self._listed else ""
+                    start = f"; start it with --lora-modules {name}=FOLDER, or --served-model-name {name}" if lists else ""
                     raise UserError(
-                        f"generation.base_url: the server failed ({type(error).__name__}); finished requests are logged, "
-                        "mend it and run again to go on"
+                        f"generation.base_url: the server failed for model {name!r} ({sentence(error)}){lists}{start}; finished "
+                        "requests are logged, mend it and run again to go on"
                     ) from None
         finally:
             for future in futures:
@@ -74,17 +75,11 @@ class ServerEngine:
         try:
             reply = await self._endpoint.call(send, len(ids) + decoding.max_new_tokens)
         except Exception as error:
-            if (code := final_status(error)) in (400, 413, 422):  # this request, as against a wrong key or address
-                return Completion(r.id, f"refused by the server ({code})", "error", len(ids), 0)
+            if of_request(error):
+                return Completion(r.id, f"refused by the server ({sentence(error)})", "error", len(ids), 0)
             raise
-        choice, usage = reply.choices[0], reply.usage
-        return Completion(
-            r.id,
-            choice.text,
-            "length" if choice.finish_reason == "length" else "stop",
-            usage.prompt_tokens if usage else len(ids),
-            usage.completion_tokens if usage else 0,
-        )
+        said = read(reply, len(ids))
+        return Completion(r.id, said.text, said.finish_reason, said.input_tokens, said.output_tokens)
 
     def close(self) -> None:
         self._endpoint.close()

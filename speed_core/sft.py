@@ -19,6 +19,7 @@ from tqdm import tqdm
 
 from speed_core import compute_type, engines, lm_head, models
 from speed_core.artifacts import UserError, write_json
+from speed_core.files import surrogate
 from speed_core.profile import Lora, Training
 
 CPU_ROWS = 3  # examples in one forward pass on a CPU
@@ -29,6 +30,15 @@ def prompt_text(text: str) -> str:
     return text + "\n"
 
 
+def refuse_surrogates(number: int, **texts: str) -> None:
+    """UserError that names the training row and the field with half of a UTF-16 pair, which no tokenizer reads."""
+    for name, text in texts.items():
+        if surrogate(text):
+            raise UserError(
+                f"training row {number}: its {name} holds half of a UTF-16 pair (\\ud800 to \\udfff); write the text again"
+            )
+
+
 def encode_rows(tokenizer: Any, pairs: Sequence[tuple[str, str]], max_length: int) -> tuple[list[dict[str, Any]], int]:
     """Token rows {input_ids, completion_mask} for (prompt, completion) pairs, and how many were too long.
 
@@ -36,7 +46,8 @@ def encode_rows(tokenizer: Any, pairs: Sequence[tuple[str, str]], max_length: in
     ends with <eos>: a generator that never saw the end would never stop.
     """
     rows, dropped = [], 0
-    for prompt, completion in pairs:
+    for number, (prompt, completion) in enumerate(pairs):
+        refuse_surrogates(number, prompt=prompt, completion=completion)
         head = models.encode_prompt(tokenizer, prompt_text(prompt))
         tail = [*tokenizer(completion, add_special_tokens=False)["input_ids"], tokenizer.eos_token_id]
         if len(head) + len(tail) > max_length:

@@ -12,7 +12,7 @@ import json
 import math
 import os
 import random
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import Future, as_completed
 from dataclasses import dataclass, field
 from functools import lru_cache
@@ -21,7 +21,18 @@ from typing import Any, Protocol
 
 from speed_core import prompts, records
 from speed_core.artifacts import AppendLog, UserError, digest, read_jsonl
-from speed_core.endpoint import Deadline, Endpoint, final_status
+from speed_core.endpoint import (
+    Deadline,
+    Endpoint,
+    Reply,
+    final_status,
+    held_back,
+    of_request,
+    read,
+    sentence,
+    status_of,
+    without_secrets,
+)
 from speed_core.profile import Teacher as TeacherSettings
 
 RECORDED = Path(__file__).parent / "assets" / "recorded"
@@ -45,7 +56,7 @@ class Ledger:
 
     rows: dict[str, dict[str, float]] = field(default_factory=dict)
 
-    def add(self, purpose: str, answer: Answer, usd: float) -> None:
+    def add(self, purpose: str, answer: Answer | Reply, usd: float) -> None:
         row = self.rows.setdefault(purpose, {"calls": 0, "input_tokens": 0, "output_tokens": 0, "usd": 0.0})
         row["calls"] += 1
         row["input_tokens"] += answer.input_tokens
@@ -113,7 +124,7 @@ class RecordedTeacher:
 
 def endpoint_label(settings: TeacherSettings) -> str:
     """How an endpoint is named in logs and figures."""
-    return f"{settings.model} at {settings.base_url or 'the OpenAI API'}"
+    return f"{settings.model} at {without_secrets(settings.base_url) or 'the OpenAI API'}"
 
 
 def endpoint_decides(settings: TeacherSettings, temperature: float | None) -> dict[str, Any]:
@@ -141,8 +152,9 @@ class LoggedTeacher:
 class EndpointTeacher:
     """GPT-4o, a self-hosted `vllm serve`, or anything else that speaks the same protocol (see `speed_core.endpoint`).
 
-    The budget (calls, tokens, money, minutes) is hard: it is checked before each call and counts what is in flight, by
-    the mean of the answers so far (before the first answer: by the prompt's length and `max_output_tokens`).
+    The budget of a stage (calls, tokens, money, minutes) is hard. Before each call there has to be room for all that it can take: its
+    prompt, and an answer as long as `max_output_tokens` allows (without that limit: as the longest so far, at least 300 tokens).
+    A call waits while others in flight may leave room. What the stage's log holds already counts, minutes aside.
     """
 
     def __init__(self, settings: TeacherSettings):
@@ -157,8 +169,12 @@ class EndpointTeacher:
         self.label = endpoint_label(settings)
         self.ledger = Ledger()
         self._price = settings.price()
-        self._in_flight: dict[int, float] = {}  # tokens guessed for each running call
+        self._in_flight: dict[int, tuple[float, float]] = {}  # (tokens, USD) that each running call may take
+        self._settled = asyncio.Event()
         self._numbers = itertools.count()
+        self._per_character, self._longest = 0.0, float(settings.max_output_tokens or OUTPUT_TOKENS)
+        self.counted: set[str] = set()  # entries of a log that are in the ledger
+        self._listed: list[str] = []
         self._deadline = Deadline(settings.max_minutes)
         self.endpoint = Endpoint(
             settings.base_url,
@@ -169,40 +185,47 @@ class EndpointTeacher:
         )
 
     def check(self) -> None:
-        """Reach the endpoint once; one line with the remedy if it does not answer."""
-        served = self.endpoint.served()
-        if served and self.settings.model not in served:
-            raise UserError(f"teacher.model {self.settings.model!r}: not served there; it serves {', '.join(served[:5])}")
+        """Reach the endpoint once; one line with the remedy if it does not answer. A model that it does not list is tried all the same:
+        gateways list others, or none."""
+        self._listed = self.endpoint.served()
+        if self._listed and self.settings.model not in self._listed:
+            print(
+                f"teacher.model {self.settings.model!r}: not among those that the endpoint lists ({', '.join(self._listed[:5])})"
+            )
 
     def decides(self, temperature: float | None) -> dict[str, Any]:
         return endpoint_decides(self.settings, temperature)
 
-    def _guess(self, prompt: str) -> float:
-        """Tokens of a call that has no answer yet."""
-        calls = self.ledger.total("calls")
-        spent = self.ledger.total("input_tokens") + self.ledger.total("output_tokens")
-        return spent / calls if calls else len(prompt) / 4 + self.settings.max_output_tokens
+    def _most(self, prompt: str) -> tuple[float, float]:
+        """(tokens, USD) that one call can take."""
+        tokens_in = len(prompt) * (self._per_character or 0.25)
+        return tokens_in + self._longest, self.settings.cost(tokens_in, self._longest)
 
-    def _reserve(self, call: int, prompt: str) -> None:
+    async def _room(self, call: int, prompt: str) -> None:
         """Take room in the budget for one call, or raise BudgetReached that names the cap."""
-        s = self.settings
-        self._in_flight.pop(call, None)
-        calls, usd = self.ledger.total("calls"), self.ledger.total("usd")
-        tokens = self.ledger.total("input_tokens") + self.ledger.total("output_tokens")
-        waiting = sum(self._in_flight.values())
-        usd_waiting = waiting * (usd / tokens if tokens else max(self._price) / 1e6)
-        reached = [
-            (calls + len(self._in_flight) >= s.max_calls, f"max_calls {s.max_calls}"),
-            (s.max_tokens and tokens + waiting >= s.max_tokens, f"max_tokens {s.max_tokens}"),
-            (s.max_usd and usd + usd_waiting >= s.max_usd, f"max_usd {s.max_usd}"),
-        ]
-        for hit, name in reached:
-            if hit:
-                raise BudgetReached(f"teacher.{name} reached; raise it and run again to go on from here")
-        self._in_flight[call] = self._guess(prompt)
+        s, (tokens, usd) = self.settings, self._most(prompt)
+        while True:
+            others = [v for k, v in self._in_flight.items() if k != call]
+            spent = self.ledger.total("input_tokens") + self.ledger.total("output_tokens")
+            over = [
+                (self.ledger.total("calls") + len(others) + 1, s.max_calls, f"max_calls {s.max_calls}"),
+                (spent + sum(v[0] for v in others) + tokens, s.max_tokens, f"max_tokens {s.max_tokens}"),
+                (self.ledger.total("usd") + sum(v[1] for v in others) + usd, s.max_usd, f"max_usd {s.max_usd:g}"),
+            ]
+            # Only max_calls has no way to say "no cap".
+            reached = [n for after, cap, n in over if after > cap * (1 + 1e-9) and (cap or n.startswith("max_calls"))]
+            if not reached:
+                self._in_flight[call] = (tokens, usd)
+                return
+            if not others:
+                raise BudgetReached(
+                    f"teacher.{reached[0]} reached: the next call may take {tokens:.0f} tokens; raise it and run again to go on from here"
+                )
+            self._settled.clear()
+            await self._settled.wait()
 
     async def reply(self, prompt: str, purpose: str, temperature: float | None = None) -> Answer:
-        """The answer to one prompt, counted in the ledger."""
+        """The answer to one prompt, counted in the ledger. Raises UserError where the server would refuse every request."""
         s, call = self.settings, next(self._numbers)
         decides = self.decides(temperature)
         more: dict[str, Any] = {"max_tokens": s.max_output_tokens} if s.max_output_tokens else {}
@@ -218,22 +241,31 @@ class EndpointTeacher:
 
         try:
             async with asyncio.timeout(self._deadline.left):
-                reply = await self.endpoint.call(send, self._guess(prompt), lambda: self._reserve(call, prompt))
+                found = await self.endpoint.call(send, self._most(prompt)[0], lambda: self._room(call, prompt))
+            said = read(found, len(prompt) / 4)
+            self.ledger.add(purpose, said, s.cost(said.input_tokens, said.output_tokens))
+            self._per_character = max(self._per_character, said.input_tokens / max(1, len(prompt)))
+            self._longest = max(self._longest, said.output_tokens)
         except TimeoutError:
             raise BudgetReached(
-                f"teacher.max_minutes {s.max_minutes} reached; raise it and run again to go on from here"
+                f"teacher.max_minutes {s.max_minutes:g} reached; raise it and run again to go on from here"
             ) from None
+        except Exception as error:
+            if final_status(error) is None or of_request(error):
+                raise
+            raise self.endpoint.fault(error, s.model, self._listed) from None
         finally:
             self._in_flight.pop(call, None)
-        choice, usage = reply.choices[0], reply.usage
-        answer = Answer(
-            choice.message.content or "",
-            "length" if choice.finish_reason == "length" else "stop",
-            usage.prompt_tokens if usage else 0,
-            usage.completion_tokens if usage else 0,
-        )
-        self.ledger.add(purpose, answer, s.cost(answer.input_tokens, answer.output_tokens))
-        return answer
+            self._settled.set()
+        return Answer(said.text, said.finish_reason, said.input_tokens, said.output_tokens)
+
+    def remember(self, entries: Iterable[Mapping[str, Any]], items: Sequence[prompts.Prompt], purpose: str) -> None:
+        """Count what a log holds of these prompts and this object did not ask for: a budget lasts over stops of a stage."""
+        new = [e for e in entries if e["id"] not in self.counted]
+        self.counted.update(e["id"] for e in new)
+        for name, row in spent_of(new, items, purpose, self.settings).items():
+            mine = self.ledger.rows.setdefault(name, dict.fromkeys(row, 0.0))
+            self.ledger.rows[name] = {k: mine[k] + row[k] for k in row}
 
     def submit(self, prompt: str, purpose: str, temperature: float | None = None) -> Future[Answer]:
         """Begin asking; the future gives the answer."""
@@ -292,11 +324,11 @@ def ask(
 ) -> list[dict[str, Any]]:
     """Ask the teacher every prompt; log each answer as it comes; return one entry a prompt, in order.
 
-    Every entry has a status: ok, invalid, refused, truncated, or error (no recorded answer, a
-    refused request, a budget that ran out). The counts add up to the prompts. An `error` is asked again
-    the next time unless the endpoint refused the request itself (a 4xx other than a rate limit): then
-    `retryable` is false and it is remembered. An answer that is not ok is asked for again, up to `attempts` times
-    in all; each attempt has its own entry in the log, and the last one is returned.
+    Every entry has a status: ok, invalid, refused, truncated, or error (no recorded answer, a refused request, a budget that ran
+    out). The counts add up to the prompts. An `error` is asked again the next time unless the endpoint refused the request itself
+    (`endpoint.of_request`): then `retryable` is false and it is remembered. Where the endpoint refuses every request (a key that has
+    expired), UserError says so at once, and nothing is remembered. An answer that is not ok is asked for again, up to `attempts`
+    times in all; each attempt has its own entry in the log, and the last one is returned.
     """
     decides = teacher.decides(temperature)
     tried: dict[str, int] = {p.id: 1 for p in items}
@@ -314,10 +346,13 @@ def ask(
             return failed | {"reason": UNRECORDED}
         except BudgetReached as stop:
             return failed | {"reason": str(stop)}
+        except UserError:
+            raise
         except Exception as error:  # the client raises many types; each ends as a logged outcome
-            code = getattr(error, "status_code", None)
-            why = f"{type(error).__name__}{f' {code}' if code else ''}"
-            return failed | {"reason": why, "retryable": final_status(error) is None}
+            if held_back(error):
+                return failed | {"status": "refused", "reason": sentence(error), "prompt_tokens": 0, "new_tokens": 0}
+            again = {"retryable": False, "code": status_of(error)} if of_request(error) else {"retryable": True}
+            return failed | {"reason": sentence(error), **again}
         found = (parse or records.parse)(a.text, p.kind, a.finish_reason)
         more = {"attempt": tried[p.id]} if tried[p.id] > 1 else {}
         return entry | more | {
@@ -330,21 +365,30 @@ def ask(
         }  # fmt: skip
 
     def open_again(entry: dict[str, Any]) -> bool:
-        return entry["status"] == "error" and entry.get("retryable", True) and not isinstance(teacher, LoggedTeacher)
+        # An earlier version remembered also what was no fault of the request, and no code.
+        ours = not entry.get("retryable", True) and "code" in entry
+        return entry["status"] == "error" and not ours and not isinstance(teacher, LoggedTeacher)
 
     with AppendLog(log) as entries:
         todo = list(items)
+        if isinstance(teacher, EndpointTeacher):
+            teacher.remember(entries.entries.values(), items, purpose)
         while todo:
             open_ = [p for p in todo if key(p) not in entries.entries or open_again(entries.entries[key(p)])]
             if open_ and isinstance(teacher, EndpointTeacher):
                 print(f"{purpose}: {estimate(teacher.settings, [p.text for p in open_])}", flush=True)
             asked = {teacher.submit(p.text, purpose, temperature): p for p in open_}
+            waiting = dict(asked)
             try:
                 for future in as_completed(asked):
-                    entries.append(outcome(asked[future], future))
-            finally:  # Ctrl-C: nothing more is paid for
-                for future in asked:
-                    future.cancel()
+                    p = waiting.pop(future)
+                    entries.append(outcome(p, future))
+            finally:  # Ctrl-C, or a server that refuses: nothing more is paid for, and what has come is kept
+                for future, p in waiting.items():
+                    if not future.cancel() and future.done() and not future.exception():
+                        entries.append(outcome(p, future))
+                if isinstance(teacher, EndpointTeacher):
+                    teacher.counted.update(entries.entries)
             weak = ("invalid", "truncated", "refused")
             todo = [p for p in todo if entries.entries[key(p)]["status"] in weak and tried[p.id] < attempts]
             for p in todo:
@@ -354,15 +398,19 @@ def ask(
 
 def spent(log: Path, items: Sequence[prompts.Prompt], purpose: str, settings: TeacherSettings) -> dict[str, dict[str, float]]:
     """{purpose: calls, tokens, money} of every answer to these prompts in a log: all attempts, of all runs that wrote it."""
-    wanted, ledger = {(p.id, p.digest) for p in items}, Ledger()
     with AppendLog(log) as entries:
-        for e in entries.entries.values():
-            if e["status"] != "error" and (e["record"], e["prompt_digest"]) in wanted:
-                ledger.add(
-                    purpose,
-                    a := Answer("", "", e["prompt_tokens"], e["new_tokens"]),
-                    settings.cost(a.input_tokens, a.output_tokens),
-                )
+        return spent_of(entries.entries.values(), items, purpose, settings)
+
+
+def spent_of(
+    entries: Iterable[Mapping[str, Any]], items: Sequence[prompts.Prompt], purpose: str, settings: TeacherSettings
+) -> dict[str, dict[str, float]]:
+    """`spent`, of entries that were read already."""
+    wanted, ledger = {(p.id, p.digest) for p in items}, Ledger()
+    for e in entries:
+        if e["status"] != "error" and (e["record"], e["prompt_digest"]) in wanted:
+            a = Answer("", "", e["prompt_tokens"], e["new_tokens"])
+            ledger.add(purpose, a, settings.cost(a.input_tokens, a.output_tokens))
     return ledger.rows
 
 
@@ -377,9 +425,9 @@ def unanswered(entries: Sequence[dict[str, Any]]) -> str:
 
 def parse_tasks(raw: str, kind: str, finish_reason: str) -> records.Outcome:
     """Outcome of a brainstorm answer: a list of strings."""
+    if cut := records.unfinished(raw, finish_reason):
+        return cut
     tasks, why = records.parse_string_list(raw, finish_reason)
-    if why == "length":
-        return records.Outcome("truncated", why, raw=raw)
     return (
         records.Outcome("invalid", why, raw=raw) if why else records.Outcome("ok", record={"tasks": json.dumps(tasks)}, raw=raw)
     )

@@ -20,11 +20,72 @@ def test_a_log_cut_at_any_byte_keeps_every_whole_line(cut):
                 log.append({"id": f"r{i}", "raw": f"line {i}\u2028with separators\r and \u00e9"})
         data = path.read_bytes()
         path.write_bytes(data[:cut])
+        whole = (data[:cut] + b"\n").count(b"}\n")  # a last line that lacks its newline alone is whole
         with AppendLog(path) as log:
-            assert len(log.entries) == data[:cut].count(b"\n")
+            assert len(log.entries) == whole
             log.append({"id": "next", "raw": ""})
         rows = read_jsonl(path)
-        assert rows[-1]["id"] == "next" and len(rows) == data[:cut].count(b"\n") + 1
+        assert rows[-1]["id"] == "next" and len(rows) == whole + 1 and not path.with_name("log.jsonl.damaged").exists()
+
+
+UNREADABLE = st.sampled_from([b"<<<<<<< HEAD", b"{}", b"[1]", b"null", b'{"id": 7}', b'{"id": "r0", "raw": ', b"\xff\xfe", b'"'])
+
+
+@given(st.lists(st.tuples(st.integers(0, 6), UNREADABLE), min_size=1, max_size=4), st.booleans())
+@settings(max_examples=60, deadline=None)
+def test_lines_that_cannot_be_read_are_kept_aside_and_every_other_outcome_counts(inserted, without_last_newline):
+    import tempfile
+    from pathlib import Path
+
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "log.jsonl"
+        with AppendLog(path) as log:
+            for i in range(7):
+                log.append({"id": f"r{i}", "raw": f"text {i}"})
+        written = path.read_bytes()
+        lines = written.splitlines(keepends=True)
+        for at, line in sorted(inserted, reverse=True):
+            lines[at:at] = [line + b"\n", b"\n"]
+        path.write_bytes(b"".join(lines).removesuffix(b"\n" if without_last_newline else b""))
+        with AppendLog(path) as log:
+            assert {e["id"]: e["raw"] for e in log.entries.values()} == {f"r{i}": f"text {i}" for i in range(7)}
+        assert path.read_bytes() == written
+        aside = path.with_name("log.jsonl.damaged").read_bytes().split(b"\n")[:-1]
+        assert sorted(aside) == sorted(line for _, line in inserted)
+
+
+@given(st.data())
+@settings(max_examples=60, deadline=None)
+def test_a_byte_that_flips_in_a_log_costs_its_line_at_most_and_is_named(data):
+    import tempfile
+    from contextlib import redirect_stdout
+    from io import StringIO
+    from pathlib import Path
+
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "log.jsonl"
+        with AppendLog(path) as log:
+            for i in range(4):
+                log.append({"id": f"r{i}", "raw": f"the text of answer {i}"})
+        whole = bytearray(path.read_bytes())
+        at = data.draw(st.sampled_from([i for i, b in enumerate(whole) if b != ord("\n")]))
+        whole[at] ^= data.draw(st.sampled_from([1, 2, 4, 16]))
+        path.write_bytes(whole)
+        said = StringIO()
+        with redirect_stdout(said), AppendLog(path) as log:
+            kept = dict(log.entries)
+        assert all(kept[k]["raw"] == f"the text of answer {k[1:]}" for k in kept)
+        # A blank that became another blank, or an escape of the same letter, changes nothing.
+        assert len(kept) == 4 or "cannot be read" in said.getvalue()
+        assert len(kept) >= 2
+
+
+def test_a_log_of_an_earlier_version_without_checksums_counts(tmp_path):
+    (tmp_path / "log.jsonl").write_text('{"id": "r0", "raw": "x"}\n{"id": "r1", "raw": "y"}', encoding="utf-8")
+    with AppendLog(tmp_path / "log.jsonl") as log:
+        assert log.entries == {"r0": {"id": "r0", "raw": "x"}, "r1": {"id": "r1", "raw": "y"}}
+        log.append({"id": "r2", "raw": "z"})
+    assert [r["id"] for r in read_jsonl(tmp_path / "log.jsonl")] == ["r0", "r1", "r2"]
 
 
 def test_a_stage_that_another_process_is_making_is_refused_in_one_line_and_made_when_that_one_is_gone(tmp_path):
@@ -154,3 +215,21 @@ def test_a_long_value_is_cut_in_what_is_said_and_not_in_what_is_compared():
     (said,) = difference(one, other)
     assert said.startswith("a.x [0.1, 0.1") and said.count("...") == 2 and len(said) < 180
     assert difference(one, one) == [] and difference({"d": "f" * 64}, {"d": None}) == [f"d {'f' * 64} -> None"]
+
+
+@pytest.mark.parametrize("change", ["emptied", "cut", "a flipped byte"])
+def test_a_file_that_is_not_what_its_manifest_says_is_never_read(tmp_path, change):
+    with Store(tmp_path / "runs" / "artifacts").stage("seeds", {}) as draft:
+        draft.file("data.jsonl").write_text('{"id": 1}\n{"id": 2}\n')
+        draft.file("weights/w.bin").write_bytes(b"12345")
+    artifact = Store(tmp_path / "runs" / "artifacts").get("seeds")
+    assert len(artifact.rows()) == 2 and artifact.weights() == artifact.path
+    for name in ("data.jsonl", "weights/w.bin"):
+        path = artifact.path / name
+        data = path.read_bytes()
+        path.write_bytes({"emptied": b"", "cut": data[:-3], "a flipped byte": bytes([data[0] ^ 1]) + data[1:]}[change])
+        with pytest.raises(UserError, match=f"artifact 'seeds': {name} has .*its manifest says") as error:
+            artifact.rows() if name == "data.jsonl" else artifact.weights()
+        assert "remove runs/artifacts/seeds and run again" in str(error.value) and "\n" not in str(error.value)
+        path.write_bytes(data)
+    assert len(artifact.rows()) == 2

@@ -1,5 +1,7 @@
 """The offline bundle: a real one of a small run, without weights and wheels, and what is refused."""
 
+import hashlib
+import io
 import json
 import os
 import re
@@ -97,6 +99,80 @@ def test_the_install_script_refuses_a_damaged_file_by_name_and_says_what_it_need
     done = install()
     assert done.returncode == 2 and done.stderr.startswith("install: shipped/smoke/artifacts/tasks/data.jsonl is damaged")
     assert done.stderr.count("\n") == 1
+
+
+def made(path, entries, top=bundle.NAME):
+    """A tar of (name, bytes or a tar type); its own sums come first unless a name is given for them."""
+    with tarfile.open(path, "w") as tar:
+        for name, content in entries:
+            info = tarfile.TarInfo(name if name.startswith(("/", "..")) else f"{top}/{name}")
+            if isinstance(content, bytes):
+                info.size = len(content)
+            else:
+                info.type, info.linkname = content.encode(), "/etc/passwd"
+            tar.addfile(info, io.BytesIO(content) if isinstance(content, bytes) else None)
+    return path
+
+
+def sums(**files):
+    return "".join(f"{hashlib.sha256(data).hexdigest()}  {name}\n" for name, data in files.items()).encode()
+
+
+A = {"a": b"text"}
+
+
+@pytest.mark.parametrize(
+    ("entries", "said"),
+    [
+        ([(bundle.SUMS, sums(**A)), ("a", b"text"), ("../a.txt", b"x")], "lies outside"),
+        ([(bundle.SUMS, sums(**A)), ("/a.txt", b"x")], "lies outside"),
+        ([(bundle.SUMS, sums(**A)), ("a", b"text"), ("b", b"unlisted")], "b has digest .* says nothing"),
+        ([(bundle.SUMS, sums(**A)), ("a", tarfile.FIFOTYPE.decode())], "no plain file"),
+        ([(bundle.SUMS, sums(**A)), ("a", tarfile.SYMTYPE.decode())], "no plain file"),
+        ([(bundle.SUMS, sums(**A)), ("a", b"text"), ("a", b"text")], "no plain file with a name of its own"),
+        ([(bundle.SUMS, sums(**A))], "a is not in it"),
+        ([(bundle.SUMS, sums(**A)[:-9]), ("a", b"text")], "a|not a whole bundle"),
+        ([(bundle.SUMS, b"")], "holds no SHA256SUMS"),
+        ([("a", b"text"), (bundle.SUMS, sums(**A))], "does not begin with SHA256SUMS"),
+        ([(bundle.SUMS, b"KeyError\n"), ("a", b"text")], "not a whole bundle"),
+        ([(bundle.SUMS, b"\xff\n")], "not a whole bundle"),
+    ],
+)
+def test_a_bundle_holds_every_listed_file_and_listed_files_only(tmp_path, entries, said):
+    with pytest.raises(UserError, match=said) as error:
+        bundle.verify(made(tmp_path / "b.tar", entries))
+    assert "\n" not in str(error.value) and ("again" in str(error.value) or "give a bundle" in str(error.value))
+
+
+def test_sums_of_more_than_a_megabyte_are_read(tmp_path):
+    many = {f"shipped/{'x' * 90}{i}": b"" for i in range(8000)}
+    listed = sums(**many)
+    assert len(listed) > 1 << 20
+    assert bundle.verify(made(tmp_path / "b.tar", [(bundle.SUMS, listed), *many.items()])) == 8000
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("harm", "said"),
+    [
+        (lambda here: (here / bundle.SUMS).write_text(""), "SHA256SUMS is empty or cut"),
+        (lambda here: (here / bundle.SUMS).write_bytes((here / bundle.SUMS).read_bytes()[:-5]), "SHA256SUMS is empty or cut"),
+        (
+            lambda here: (here / "shipped/smoke/artifacts/tasks/more").write_text("x"),
+            "shipped/smoke/artifacts/tasks/more is not named",
+        ),
+        (lambda here: ((here / "wheels").mkdir(), (here / "wheels/evil.whl").write_text("x")), "wheels/evil.whl is not named"),
+        (lambda here: (here / "README.md").unlink(), "README.md is damaged or missing"),
+    ],
+)
+def test_the_install_script_goes_by_what_the_sums_say_in_every_language(small, tmp_path, harm, said):
+    _, _, unpacked = small
+    here = tmp_path / "here"
+    shutil.copytree(unpacked, here)
+    harm(here)
+    env = os.environ | {"PYTHON": sys.executable, "LANG": "de_DE.UTF-8", "LANGUAGE": "de", "LC_MESSAGES": "de_DE.UTF-8"}
+    done = subprocess.run(["sh", str(here / "install.sh")], capture_output=True, text=True, env=env)
+    assert done.returncode == 2 and said in done.stderr and done.stderr.count("\n") == 1
 
 
 @pytest.mark.slow

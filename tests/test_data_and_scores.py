@@ -92,6 +92,46 @@ def test_two_sets_of_weights_get_their_own_scores_from_a_shared_cache(results):
     assert good["Avg"] > bad["Avg"] + 10 and all(good[c] > bad[c] for c in ("Retr.", "STS", "Rerank"))
 
 
+def test_equal_weights_that_embed_otherwise_share_no_score(tmp_path):
+    """Pooling, length limit, tokenizer, prompts, type and template decide an embedding as much as the weights do."""
+    import itertools
+
+    from sentence_transformers import SentenceTransformer
+
+    from speed_core import models
+
+    folder = models.resolve("package:all-MiniLM-L6-v2")
+
+    def variant(change=lambda m: None, **how):
+        model = SentenceTransformer(folder, device="cpu")
+        change(model)
+        return evaluate.load(model, "same", **{"instructed": False, "max_length": 256, **how})
+
+    def pool_by_maximum(model):
+        model[1].pooling_mode = "max"
+
+    def keep_capitals(model):
+        model.tokenizer.backend_tokenizer.normalizer = None
+
+    kinds = {
+        "as it is": variant(),
+        "maximum": variant(pool_by_maximum),
+        "short": variant(max_length=6),
+        "capitals": variant(keep_capitals),
+        "prompts": variant(lambda m: m.prompts.update(query="Q: ")),
+        "half": variant(lambda m: m.half()),
+        "instructed": variant(instructed=True),
+    }
+    names = {k: v.mteb_model_meta.revision for k, v in kinds.items()}
+    assert names["as it is"] == variant().mteb_model_meta.revision
+    for a, b in itertools.combinations(names, 2):
+        assert names[a] != names[b], (a, b)
+    task = lambda: offline_tasks.offline_tasks("smoke", ["OfflineChatterBotRetrieval"])  # noqa: E731
+    for kind in ("as it is", "maximum", "short"):
+        found = evaluate.evaluate(kinds[kind], task(), tmp_path)["tasks"]["OfflineChatterBotRetrieval"]
+        assert np.mean(found["items"]) == pytest.approx(found["score"], abs=0.005), kind
+
+
 def test_items_reproduce_mtebs_own_scores(results):
     for name, task in results["good"]["tasks"].items():
         assert task["items"], name

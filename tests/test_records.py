@@ -118,3 +118,71 @@ def test_task_lists_are_read_as_json_or_literals_and_never_run():
     assert records.parse_string_list("Here: ['it''s', 'two']")[1] == ""
     assert records.parse_string_list("[__import__('os').getcwd()]") == ([], "not_a_list")
     assert records.parse_string_list("[1, 2]") == ([], "not_strings")
+
+
+STS = '{"S1":"a b","S2":"a c","S3":"a d"}'
+OTHER = '{"S1":"x y","S2":"x z","S3":"x w"}'
+
+
+@pytest.mark.parametrize(
+    ("raw", "found"),
+    [
+        (f"<think>{OTHER}</think>{STS}", "a b"),
+        (f"{OTHER} no, better:</think>\n{STS}", "a b"),  # <think> stood in the prompt
+        (f"<think>first</think><think>{OTHER}</think>{STS}", "a b"),
+        (f"The keys are {{}} as asked. {STS}", "a b"),
+        (f'An answer looks like {{"S1": "..."}}: {STS}', "a b"),
+        (f"{STS}\n{STS}", "a b"),
+        ('{"S1":"what </think> closes","S2":"a c","S3":"a d"}', "what </think> closes"),
+        ('{"S1":"what <think> opens","S2":"a c","S3":"a d"}', "what <think> opens"),
+        (f"{STS} <think>was that good?", "a b"),
+        (f"{STS} {OTHER}", "ambiguous"),
+        (f"<think>{STS}</think>", "only_thinking"),
+        (f"<think>{STS}", "only_thinking"),
+        (f"<think>{OTHER}</think> I am done.", "only_thinking"),
+        (f"{{}} {STS[:-1]}", "missing_key:S1"),
+    ],
+)
+def test_a_draft_is_never_taken_for_the_answer(raw, found):
+    outcome = records.parse(raw, "sts")
+    assert (outcome.record["query"] if outcome.record else outcome.reason) == found
+
+
+@given(st.lists(st.sampled_from(["<think>", "</think>", STS, OTHER, "{}", "{", "}", " so ", '"', "[1]"]), max_size=8))
+def test_whatever_stands_around_it_a_record_is_one_of_the_objects_and_not_one_of_two(parts):
+    raw = "".join(parts)
+    outcome = records.parse(raw, "sts")
+    if outcome.status == "ok":
+        assert outcome.record["query"] in ("a b", "x y")
+        after = raw.rpartition("</think>")[2]
+        assert not (STS in after and OTHER in after and "<think>" not in after)
+        assert records.to_json(outcome.record, "sts") in raw
+
+
+@pytest.mark.parametrize(
+    ("raw", "found"),
+    [
+        ('<think>["draft"]</think>["a", "b"]', ["a", "b"]),
+        ("<think>['draft']</think>['a', 'b']", ["a", "b"]),
+        ('See [1]. ["a", "b"]', ["a", "b"]),
+        ("['a [1] b', 'c']", ["a [1] b", "c"]),
+        ('[] then ["a"]', ["a"]),
+        ('["a"] ["b"]', "ambiguous"),
+        ('["a"] ["a"]', ["a"]),
+        ('<think>["a"]', "only_thinking"),
+        ("[1, 2]", "not_strings"),
+        ("[]", "empty_list"),
+        ("['a'", "no_list"),
+        ("[a, b]", "not_a_list"),
+        ('["\\ud83d"]', "lone_surrogate"),
+    ],
+)
+def test_a_draft_of_a_list_is_never_taken_for_the_answer(raw, found):
+    tasks, why = records.parse_string_list(raw)
+    assert (why or tasks) == found
+
+
+@pytest.mark.parametrize("word", ["tool_calls", "none", "function_call", "Stop"])
+def test_an_unknown_finish_reason_never_counts_as_complete(word):
+    assert records.parse(STS, "sts", word).reason == f"finish_reason:{word}" == records.parse_string_list('["a"]', word)[1]
+    assert records.parse(STS, "sts", "content_filter").status == "refused" == records.parse("no", "sts", "refusal").status

@@ -2,7 +2,12 @@
 
 import gzip
 import hashlib
+import io
 import json
+import os
+import subprocess
+import sys
+import tarfile
 
 import pytest
 from hypothesis import given, settings
@@ -139,7 +144,7 @@ def test_the_recorded_run_that_ships_is_the_one_behind_the_committed_figures():
 
 def test_an_archive_may_be_packed_with_xz_and_a_cut_one_is_refused_as_well(tmp_path):
     contents = {"log/a.jsonl": b"the same row\n" * 500}
-    manifest = {"files": {name: hashlib.sha256(data).hexdigest() for name, data in contents.items()}}
+    manifest = {"profile": "smoke", "files": {name: hashlib.sha256(data).hexdigest() for name, data in contents.items()}}
     for name in ("run.tar.gz", "run.tar.xz"):
         replay.pack(dict(manifest), contents, tmp_path / name)
         assert replay.read_archive(tmp_path / name) == (manifest, contents)
@@ -148,3 +153,131 @@ def test_an_archive_may_be_packed_with_xz_and_a_cut_one_is_refused_as_well(tmp_p
     (tmp_path / "run.tar.xz").write_bytes(whole[:-20])
     with pytest.raises(UserError, match="not a whole export"):
         replay.read_archive(tmp_path / "run.tar.xz")
+
+
+def archive(path, entries, manifest):
+    """A tar.gz of any entries (name, bytes or a tar type), with replay.json first."""
+    with tarfile.open(path, "w:gz") as tar:
+        for name, content in [(replay.CONTENTS, json.dumps(manifest).encode()), *entries]:
+            info = tarfile.TarInfo(name)
+            if isinstance(content, bytes):
+                info.size = len(content)
+            else:
+                info.type, info.linkname = content.encode(), "/etc/passwd"
+            tar.addfile(info, io.BytesIO(content) if isinstance(content, bytes) else None)
+    return path
+
+
+def naming(*entries, **more):
+    return {"profile": "smoke", "whole": True, "files": {n: hashlib.sha256(c).hexdigest() for n, c in entries}} | more
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "",
+        ".",
+        "..",
+        "../x",
+        "/x",
+        "log/../../x",
+        "log//x",
+        "log/./x",
+        "x" * 300,
+        "log/" + "x" * 300,
+        "a\\b",
+        "a\nb",
+        "log/" + "d/" * 600 + "x",
+    ],
+)
+def test_a_name_that_is_none_is_refused_in_one_line(tmp_path, monkeypatch, name):
+    monkeypatch.setenv("SPEED_RUNS", str(tmp_path / "runs"))
+    source = archive(tmp_path / "a.tar.gz", [(name, b"x")], naming((name, b"x")))
+    with pytest.raises(UserError, match="again") as error:
+        replay.take_in(source, open_run)
+    assert "\n" not in str(error.value) and not (tmp_path / "runs").exists()
+
+
+@pytest.mark.parametrize(
+    ("entries", "manifest"),
+    [
+        ([("log/a", b"x"), ("log/a/b", b"y")], naming(("log/a", b"x"), ("log/a/b", b"y"))),
+        ([("log/a/b", b"y"), ("log/a", b"x")], naming(("log/a", b"x"), ("log/a/b", b"y"))),
+        ([("log/a", b"x"), ("log/a", b"x")], naming(("log/a", b"x"))),
+        ([("log/a", tarfile.SYMTYPE.decode())], naming()),
+        ([("log/a", tarfile.FIFOTYPE.decode())], naming()),
+        ([], {"files": {}}),
+        ([], {"profile": "smoke"}),
+        ([], naming(files=[])),
+        ([], naming(files=None)),
+        ([], naming(profile=7)),
+        ([], naming(artifacts=[])),
+        ([], []),
+        ([], None),
+    ],
+)
+def test_an_archive_of_another_shape_is_refused_in_one_line(tmp_path, monkeypatch, entries, manifest):
+    monkeypatch.setenv("SPEED_RUNS", str(tmp_path / "runs"))
+    with pytest.raises(UserError, match="again") as error:
+        replay.take_in(archive(tmp_path / "a.tar.gz", entries, manifest), open_run)
+    assert "\n" not in str(error.value) and not (tmp_path / "runs").exists()
+
+
+def test_an_archive_that_unpacks_to_far_more_than_an_export_is_refused_before_it_is_read(tmp_path):
+    zeros = bytes(300 << 20)
+    source = archive(tmp_path / "a.tar.gz", [("log/a.jsonl", zeros)], naming(("log/a.jsonl", zeros)))
+    assert source.stat().st_size < 1 << 20
+    with pytest.raises(UserError, match="more than 200 times as large"):
+        replay.read_manifest(source)
+
+
+def test_a_manifest_that_names_a_file_outside_of_its_artifact_is_never_followed(tmp_path, monkeypatch):
+    from speed_core import moving
+
+    monkeypatch.setenv("SPEED_RUNS", str(tmp_path / "runs"))
+    (tmp_path / "secret.txt").write_text("secret")
+    for name in (str(tmp_path / "secret.txt"), "../../../../secret.txt"):
+        said = {"files": {name: {"sha256": "0" * 64, "bytes": 6}}, "parameters": {}, "parents": {}, "seconds": 0.0}
+        entry = ("artifacts/tasks/manifest.json", json.dumps(said).encode())
+        run, _ = replay.take_in(archive(tmp_path / "a.tar.gz", [entry], naming(entry)), open_run)
+        for use in (lambda: run.store.get("tasks"), lambda: moving.export(run, tmp_path / "out.tar.gz")):  # noqa: B023
+            with pytest.raises(UserError, match="no file inside of it"):
+                use()
+        (run.folder / "artifacts/tasks/manifest.json").unlink()
+    assert not (tmp_path / "out.tar.gz").exists()
+
+
+FULL = """
+import resource, signal, sys
+from pathlib import Path
+from speed_core import replay
+from speed_core.artifacts import UserError
+from speed_core.run_context import open_run
+signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+source = Path(sys.argv[1])
+run = open_run("smoke")
+resource.setrlimit(resource.RLIMIT_FSIZE, (500, 500))
+try:
+    replay.export_logs(run, source.with_name("out.tar.gz")) if sys.argv[2] == "export" else replay.take_in(source, open_run)
+except UserError as error:
+    print(error)
+    sys.exit(2)
+"""
+
+
+@pytest.mark.parametrize("command", ["import", "export"])
+def test_a_full_disk_ends_in_one_line_and_leaves_no_half_a_file(run, tmp_path, command):
+    with AppendLog(run.log("noise")) as log:
+        log.append({"id": "r", "raw": os.urandom(2000).hex()})
+    source = tmp_path / "a.tar.gz"
+    replay.export_logs(run, source)
+    runs = run.folder.parent if command == "export" else tmp_path / "here"
+    done = subprocess.run(
+        [sys.executable, "-c", FULL, str(source), command],
+        capture_output=True,
+        text=True,
+        env=os.environ | {"SPEED_RUNS": str(runs)},
+    )
+    assert done.returncode == 2, done.stderr
+    assert "no room to write it" in done.stdout and done.stdout.count("\n") == 1
+    assert not list(tmp_path.rglob("*.part")) and not (tmp_path / "out.tar.gz").exists()

@@ -78,3 +78,13 @@ def test_noise_draws_each_token_as_often_as_its_probability_and_a_row_does_not_d
     assert torch.allclose(draws.bincount(minlength=4) / 20_000, logits.exp(), atol=0.012)
     some = [7, 19_999, 3]
     assert torch.equal(sampling.hf_noise(some)(None, logits.repeat(3, 1)).argmax(-1), draws[some])
+
+
+@given(st.integers(0, 2**31 - 1), st.integers(1, 5000), st.data())
+@settings(max_examples=40, deadline=None)
+def test_noise_at_a_few_places_is_the_noise_that_was_drawn_for_all(seed, size, data):
+    places = torch.tensor(data.draw(st.lists(st.integers(0, size - 1), max_size=20)), dtype=torch.long)
+    one, other = (torch.Generator().manual_seed(seed) for _ in range(2))
+    for _ in range(2):  # and it leaves the generator where that leaves it
+        whole = torch.empty(size).exponential_(generator=one)
+        assert torch.equal(sampling.exponential(size, other, places), whole[places])

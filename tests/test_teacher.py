@@ -18,6 +18,7 @@ class Endpoint(BaseHTTPRequestHandler):
 
     script: list = []
     seen: list = []
+    usage: dict | None = None
 
     def log_message(self, *args):
         pass
@@ -37,18 +38,19 @@ class Endpoint(BaseHTTPRequestHandler):
         request = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
         self.seen.append(request)
         status, text, reason = self.script.pop(0) if self.script else (200, GOOD, "stop")
+        if reason == "as it is":
+            return self.reply(status, text)
         if status != 200:
-            return self.reply(status, {"error": {"message": "no", "type": "x"}}, [("Retry-After", "0")])
+            return self.reply(status, {"error": {"message": text or "no", "type": "x"}}, [("Retry-After", reason or "0")])
         choice = {"index": 0, "message": {"role": "assistant", "content": text}, "finish_reason": reason}
-        usage = {"prompt_tokens": 10, "completion_tokens": 5, "total_tokens": 15}
-        self.reply(
-            200, {"id": "1", "object": "chat.completion", "created": 0, "model": "tiny", "choices": [choice], "usage": usage}
-        )
+        body = {"id": "1", "object": "chat.completion", "created": 0, "model": "tiny", "choices": [choice]}
+        self.reply(200, body | ({"usage": self.usage} if self.usage else {}))
 
 
 @pytest.fixture
 def endpoint():
     Endpoint.script, Endpoint.seen = [], []
+    Endpoint.usage = {"prompt_tokens": 10, "completion_tokens": 5, "total_tokens": 15}
     server = ThreadingHTTPServer(("127.0.0.1", 0), Endpoint)
     threading.Thread(target=server.serve_forever, daemon=True).start()
     yield f"http://127.0.0.1:{server.server_address[1]}/v1"
@@ -124,9 +126,13 @@ def test_a_judge_that_runs_out_of_budget_says_so_and_goes_on_later(endpoint, tmp
     assert LlmJudge(teacher.EndpointTeacher(settings(endpoint)), tmp_path / "l").ask(items) == "" and len(Endpoint.seen) == 6
 
 
-def test_a_model_that_is_not_served_and_a_dead_endpoint_are_named(endpoint):
-    with pytest.raises(UserError, match="it serves tiny"):
-        teacher.EndpointTeacher(settings(endpoint, model="gpt-9")).check()
+def test_a_model_that_is_not_listed_is_tried_and_a_dead_endpoint_is_named(endpoint, tmp_path, capsys):
+    t = teacher.EndpointTeacher(settings(endpoint, model="gpt-9"))
+    t.check()
+    assert "gpt-9" in (said := capsys.readouterr().out) and "lists (tiny)" in said
+    Endpoint.script += [(404, "no model gpt-9", "")]
+    with pytest.raises(UserError, match=r"NotFoundError 404: no model gpt-9\); it lists tiny; mend it and run again"):
+        teacher.ask(t, some_prompts(1), purpose="seed", log=tmp_path / "l")
     with pytest.raises(UserError, match="not reachable"):
         teacher.EndpointTeacher(settings("http://127.0.0.1:9/v1")).check()
 
@@ -196,13 +202,25 @@ def test_a_request_that_the_endpoint_refuses_is_remembered_and_not_asked_again(p
     practice.faults = 0.0
     for _ in range(2):
         entries = teacher.ask(teacher.EndpointTeacher(who), unknown, purpose="seed", log=tmp_path / "l")
-    assert [e["reason"] for e in entries] == ["BadRequestError 400"] * 3 and sum(practice.asked.values()) == 3
+    assert [e["reason"] for e in entries] == ["BadRequestError 400: this prompt was never recorded"] * 3 and sum(
+        practice.asked.values()
+    ) == 3
 
 
 def test_a_budget_of_tokens_stops_cleanly(endpoint, tmp_path):
-    who = settings(endpoint, max_tokens=30)
-    entries = teacher.ask(teacher.EndpointTeacher(who), some_prompts(5), purpose="seed", log=tmp_path / "l")
-    assert generate.counts(entries)["ok"] == 2 and "max_tokens" in next(e["reason"] for e in entries if e["status"] == "error")
+    items = some_prompts(5)
+    first = len(items[0].text) // 4 + 6  # before there is an answer, a prompt counts a token for four characters
+    who = settings(endpoint, max_tokens=first + 15, max_output_tokens=5)
+    t = teacher.EndpointTeacher(who)
+    entries = teacher.ask(t, items, purpose="seed", log=tmp_path / "l")
+    assert generate.counts(entries)["ok"] == min(5, 1 + first // 15)
+    short = teacher.EndpointTeacher(settings(endpoint, max_tokens=first - 2, max_output_tokens=5))
+    entries = teacher.ask(short, items, purpose="seed", log=tmp_path / "m")
+    assert (
+        generate.counts(entries)["error"] == 5
+        and "max_tokens" in entries[0]["reason"]
+        and f"{first - 1} tokens" in entries[0]["reason"]
+    )
 
 
 def test_concurrency_halves_on_a_rate_limit_and_grows_back():
@@ -263,15 +281,130 @@ def test_the_pace_never_lets_more_through_in_a_minute_than_it_says():
 # --- the budget is hard, and what it cuts short says so -------------------------------------------
 
 
-@pytest.mark.parametrize("cap", [{"max_calls": 5}, {"max_tokens": 75}, {"max_usd": 75e-6}])
-def test_no_cap_is_exceeded_however_many_calls_are_in_flight(endpoint, tmp_path, cap):
+@pytest.mark.parametrize("usage", ["counted", "missing", "null"])
+@pytest.mark.parametrize("cap", [{"max_calls": 5}, {"max_tokens": 600}, {"max_usd": 600e-6}])
+def test_no_cap_is_exceeded_however_many_calls_are_in_flight_and_however_often_it_is_run(endpoint, tmp_path, cap, usage):
     one_dollar = ({"model": "tiny", "input": 1.0, "output": 1.0},)
-    who = settings(endpoint, concurrency=16, max_output_tokens=5, prices=one_dollar, **cap)
-    t = teacher.EndpointTeacher(who)
-    entries = teacher.ask(t, some_prompts(40), purpose="seed", log=tmp_path / "l")
+    who = settings(endpoint, concurrency=16, max_output_tokens=20, prices=one_dollar, **cap)
+    Endpoint.usage = {"counted": {"prompt_tokens": 100, "completion_tokens": 20, "total_tokens": 120}, "missing": None}.get(
+        usage, {"prompt_tokens": None, "completion_tokens": None, "total_tokens": None}
+    )
+    for _ in range(3):
+        t = teacher.EndpointTeacher(who)
+        entries = teacher.ask(t, some_prompts(40), purpose="seed", log=tmp_path / "l")
     spent = t.ledger.rows["seed"]
-    assert 1 <= generate.counts(entries)["ok"] == spent["calls"] <= 5 and len(Endpoint.seen) <= 5
+    assert 2 <= generate.counts(entries)["ok"] == spent["calls"] == len(Endpoint.seen) <= cap.get("max_calls", 40)
+    tokens = spent["input_tokens"] + spent["output_tokens"]
+    assert 200 < tokens <= cap.get("max_tokens", 4000) and spent["usd"] <= cap.get("max_usd", 1) * (1 + 1e-9)
     assert next(iter(cap)) in teacher.unanswered(entries)
+
+
+def test_a_key_that_expires_stops_the_stage_at_once_and_is_held_against_no_request(endpoint, tmp_path):
+    for code, said in ((401, "the key has expired"), (402, "pay first"), (403, "not for you"), (404, "no such path")):
+        Endpoint.script = [(200, GOOD, "stop")] * 20 + [(code, said, "")] * 44
+        Endpoint.seen = []
+        items, log = some_prompts(64), tmp_path / f"{code}"
+        with pytest.raises(UserError, match=f"refuses every request .*{code}: {said}.*run again: what was answered is kept"):
+            teacher.ask(teacher.EndpointTeacher(settings(endpoint, concurrency=4)), items, purpose="seed", log=log)
+        assert len(log.read_text().splitlines()) == 20 and len(Endpoint.seen) < 30
+        Endpoint.script = []
+        before = len(Endpoint.seen)
+        entries = teacher.ask(teacher.EndpointTeacher(settings(endpoint)), items, purpose="seed", log=log)
+        assert generate.counts(entries)["ok"] == 64 and len(Endpoint.seen) - before == 44
+
+
+def test_an_error_that_an_earlier_version_held_against_a_request_is_asked_again(endpoint, tmp_path):
+    items = some_prompts(1)
+    Endpoint.script = [(400, "no", "")]
+    entry = teacher.ask(teacher.EndpointTeacher(settings(endpoint)), items, purpose="seed", log=tmp_path / "l")[0]
+    assert entry.pop("code") == 400
+    write_jsonl(tmp_path / "l", [entry | {"reason": "AuthenticationError 401"}])
+    assert (
+        teacher.ask(teacher.EndpointTeacher(settings(endpoint)), items, purpose="seed", log=tmp_path / "l")[0]["status"] == "ok"
+    )
+
+
+def message(content, finish="stop", usage="none", **more):
+    choice = {"index": 0, "message": {"role": "assistant", "content": content, **more}, "finish_reason": finish}
+    body = {"id": "1", "object": "chat.completion", "created": 0, "model": "tiny", "choices": [choice]}
+    return body if usage == "none" else body | {"usage": usage}
+
+
+PARTS = [{"type": "text", "text": GOOD[:9]}, {"type": "thinking", "thinking": "{"}, {"type": "text", "text": GOOD[9:]}]
+
+
+@pytest.mark.parametrize(
+    ("body", "status", "reason"),
+    [
+        (message(GOOD), "ok", ""),
+        (message(PARTS), "ok", ""),
+        (message(GOOD, usage={"prompt_tokens": None, "completion_tokens": None, "total_tokens": None}), "ok", ""),
+        (message(GOOD, finish="end_turn"), "ok", ""),
+        (message(GOOD, finish="max_tokens"), "truncated", "length"),
+        (message(GOOD, finish="SAFETY"), "refused", "content_filter"),
+        (message(None, finish="content_filter"), "refused", "content_filter"),
+        (message(None, refusal="I will not."), "refused", "refusal"),
+        (message(GOOD, finish="tool_calls"), "invalid", "finish_reason:tool_calls"),
+        (message(GOOD, finish=None), "invalid", "finish_reason:none"),
+        (message(7), "invalid", "empty"),
+        (message(GOOD) | {"choices": [{"index": 0, "message": None, "finish_reason": "stop"}]}, "invalid", "empty"),
+    ],
+)
+def test_an_answer_of_any_shape_is_one_logged_outcome_and_ends_no_other(endpoint, tmp_path, body, status, reason):
+    Endpoint.script = [(200, body, "as it is")]
+    entries = teacher.ask(teacher.EndpointTeacher(settings(endpoint)), some_prompts(3), purpose="seed", log=tmp_path / "l")
+    odd = [e for e in entries if (e["status"], e["reason"]) == (status, reason)]
+    assert odd and generate.counts(entries)["ok"] >= 2 and len((tmp_path / "l").read_text().splitlines()) == 3
+    assert all(e["new_tokens"] > 0 for e in entries if e["status"] == "ok")
+
+
+@pytest.mark.parametrize("body", [None, "<html>busy</html>", {"choices": []}, {"choices": None}, [], 7])
+def test_a_reply_that_is_no_answer_is_asked_for_again(endpoint, tmp_path, monkeypatch, body):
+    monkeypatch.setattr(endpoints, "wait_exponential_jitter", lambda **_: lambda state: 0.01)
+    Endpoint.script = [(200, body, "as it is"), (503, "busy", "\u00b2")]
+    entries = teacher.ask(teacher.EndpointTeacher(settings(endpoint)), some_prompts(1), purpose="seed", log=tmp_path / "l")
+    assert entries[0]["status"] == "ok" and len(Endpoint.seen) == 3
+
+
+def test_a_content_filter_that_answers_with_400_is_a_refusal(endpoint, tmp_path):
+    Endpoint.script = [(400, {"error": {"message": "filtered", "code": "content_filter"}}, "as it is")]
+    entry = teacher.ask(teacher.EndpointTeacher(settings(endpoint)), some_prompts(1), purpose="seed", log=tmp_path / "l")[0]
+    assert entry["status"] == "refused" and "filtered" in entry["reason"]
+
+
+@pytest.mark.parametrize(
+    ("headers", "seconds"),
+    [
+        ({"Retry-After": "7"}, 7.0),
+        ({"Retry-After": "Thu, 01 Jan 2026 00:01:30 GMT"}, 90.0),
+        ({"Retry-After": "Wed, 31 Dec 2025 00:00:00 GMT"}, 0.0),
+        ({"retry-after-ms": "250", "Retry-After": "9"}, 0.25),
+        ({"x-ratelimit-reset-requests": "1m30s", "x-ratelimit-reset-tokens": "200ms"}, 90.0),
+        ({"X-RateLimit-Reset": "1767225630"}, 30.0),
+        ({"X-RateLimit-Reset": "12"}, 12.0),
+        ({"Retry-After": "\u00b2"}, None),
+        ({"Retry-After": "soon"}, None),
+        ({}, None),
+    ],
+)
+def test_every_way_to_ask_for_patience_is_understood(headers, seconds):
+    assert endpoints.asked_wait(headers, 1767225600.0) == seconds  # 2026-01-01 00:00:00 UTC
+
+
+def test_a_window_that_the_server_names_is_waited_for_beyond_eight_tries(endpoint, tmp_path, monkeypatch):
+    monkeypatch.setattr(endpoints, "wait_exponential_jitter", lambda **_: lambda state: 0.0)
+    Endpoint.script = [(429, "slow down", "0.01")] * 12
+    entries = teacher.ask(teacher.EndpointTeacher(settings(endpoint)), some_prompts(1), purpose="seed", log=tmp_path / "l")
+    assert entries[0]["status"] == "ok" and len(Endpoint.seen) == 13
+
+
+def test_the_users_name_and_key_in_an_address_are_sent_and_never_shown(endpoint, tmp_path):
+    t = teacher.EndpointTeacher(settings(endpoint.replace("http://", "http://me:secret-77@")))
+    Endpoint.script = [(400, "key sk-abcdefgh123 at http://me:secret-77@host/v1 refused", "")]
+    entries = teacher.ask(t, some_prompts(2), purpose="seed", log=tmp_path / "l")
+    assert generate.counts(entries) == {"ok": 1, "invalid": 0, "refused": 0, "truncated": 0, "error": 1}
+    seen = (tmp_path / "l").read_text() + t.label + t.endpoint.where
+    assert "secret-77" not in seen and "abcdefgh123" not in seen
 
 
 def test_an_answer_that_is_not_valid_is_asked_for_again_but_not_for_ever(endpoint, tmp_path):
@@ -289,12 +422,13 @@ def test_an_answer_that_is_not_valid_is_asked_for_again_but_not_for_ever(endpoin
 
 def test_the_key_is_in_no_log_and_in_no_message(endpoint, tmp_path, monkeypatch, capsys):
     monkeypatch.setenv("OPENAI_API_KEY", "sk-very-secret-7731")
-    Endpoint.script += [(400, "", ""), (401, "", ""), (200, GOOD, "stop")]
+    Endpoint.script += [(400, "key sk-very-secret-7731 may not", ""), (200, GOOD, "stop"), (401, "wrong sk-very-secret-7731", "")]
     t = teacher.EndpointTeacher(settings(endpoint))
-    entries = teacher.ask(t, some_prompts(3), purpose="seed", log=tmp_path / "l")
+    with pytest.raises(UserError, match=r"AuthenticationError 401: wrong \*\*\*.*set OPENAI_API_KEY") as stop:
+        teacher.ask(t, some_prompts(3), purpose="seed", log=tmp_path / "l")
     said = capsys.readouterr()
-    assert sorted(e["status"] for e in entries) == ["error", "error", "ok"]
-    assert "7731" not in (tmp_path / "l").read_text() + said.out + said.err + t.label + repr(entries)
+    assert [json.loads(row)["status"] for row in (tmp_path / "l").read_text().splitlines()] == ["error", "ok"]
+    assert "7731" not in (tmp_path / "l").read_text() + said.out + said.err + t.label + str(stop.value)
 
 
 def test_a_stage_that_the_budget_cut_short_is_partial_and_taken_only_when_told(practice, tmp_path, monkeypatch):
