@@ -11,7 +11,7 @@ from typing import Annotated, Any
 
 import typer
 
-from speed_core.files import UserError, read_text
+from speed_core.files import UserError, disk_errors, read_text, without_user
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, help="SPEED, step by step: run, plan and check the notebooks.")
 ProfileName = Annotated[str, typer.Option(help="smoke, tiny, overnight, workshop, paper, or a .json file")]
@@ -28,6 +28,8 @@ def _overrides(items: list[str] | None) -> dict[str, Any]:
             out[name] = json.loads(value)
         except ValueError:
             out[name] = {"True": True, "False": False, "None": None}.get(value, value)
+        if name.endswith(".base_url") and isinstance(out[name], str):
+            out[name] = without_user(out[name])
     return out
 
 
@@ -56,6 +58,8 @@ def _yaml(text: str, option: str) -> dict[str, Any]:
 
 def _file(path: Path) -> dict[str, Any]:
     """Parameters of a JSON or YAML file."""
+    if not path.is_file():
+        raise UserError(f"-f {path}: No such file or directory; give a JSON or YAML file of name: value")
     return _yaml(read_text(path), f"-f {path}")
 
 
@@ -414,7 +418,8 @@ def main() -> None:
     except ValueError:
         pass  # not the main thread: somebody else's process, whose signals are not ours
     try:
-        app()
+        with disk_errors():
+            app()
     except UserError as error:
         print(error, file=sys.stderr)
         sys.exit(2)

@@ -214,7 +214,8 @@ MERGED = "max_over_subqueries_"  # of MindSmall: queries ID_1, ID_2, ... are one
 def ranks(model: Any, task: Any, split: Any) -> list[float]:
     """The main score of each query of a retrieval or reranking task's table: nDCG@k, MAP@k or MRR@k, as trec_eval defines them.
 
-    Ties share the middle rank: a model that maps everything to one vector must not look perfect. Empty for other main scores.
+    Of equal similarities the document with the greater id comes first, as in trec_eval and mteb, so that the mean of these values is
+    mteb's score. Empty for other main scores.
     """
     merged = task.metadata.main_score.startswith(MERGED)
     measure, _, at = task.metadata.main_score.removeprefix(MERGED).partition("_at_")
@@ -225,29 +226,33 @@ def ranks(model: Any, task: Any, split: Any) -> list[float]:
     # mteb reads a document as title and text joined.
     texts = [f"{title or ''} {text}".strip() for title, text in zip(titles, corpus["text"], strict=True)]
     vectors = model.embed(model.texts(texts, task.metadata, PromptType.document))
-    position = {d: i for i, d in enumerate(corpus["id"])}
+    ids = list(corpus["id"])
+    position = {d: i for i, d in enumerate(ids)}
+    late = {i: n for n, i in enumerate(sorted(range(len(ids)), key=ids.__getitem__))}  # place in the order of the ids
     asked = model.embed(model.texts(queries["text"], task.metadata, PromptType.query))
     found: dict[str, tuple[dict[int, float], dict[int, float]]] = {}  # query -> (scores, gains)
     for qid, q in zip(queries["id"], asked, strict=True):
         pool = [position[d] for d in split["top_ranked"][qid]] if split["top_ranked"] else list(range(len(position)))
         if getattr(task, "ignore_identical_ids", False):
             pool = [i for i in pool if i != position.get(qid)]
-        scores = dict(zip(pool, (vectors[pool] @ q).tolist(), strict=True))
+        scores = dict(zip(pool, model.similarity(q, vectors[pool])[0].tolist(), strict=True))
         gains = {position.get(d, -1 - n): s for n, (d, s) in enumerate(split["relevant_docs"][qid].items()) if s > 0}
         name = qid.rpartition("_")[0] if merged else qid
         before = found.get(name, ({}, {}))[0]
         found[name] = {d: max(v, before.get(d, v)) for d, v in (before | scores).items()}, gains
-    return [_score(scores, gains, measure, int(at)) for scores, gains in found.values()]
+    return [_score(scores, gains, late, measure, int(at)) for scores, gains in found.values()]
 
 
-def _score(scores: Mapping[int, float], gains: Mapping[int, float], measure: str, at: int) -> float:
-    """One query: `scores` of its candidates, `gains` of its relevant documents (some may be no candidates)."""
-    values = np.array(list(scores.values()))
+def _score(scores: Mapping[int, float], gains: Mapping[int, float], late: Mapping[int, int], measure: str, at: int) -> float:
+    """One query: `scores` of its candidates, `gains` of its relevant documents (some may be no candidates), `late` the place of each
+    document in the order of the ids."""
+    values, places = np.array(list(scores.values())), np.array([late[d] for d in scores])
     found = []  # (rank, gain) of the relevant candidates
     for document, gain in gains.items():
         if document in scores:
             own = scores[document]
-            found.append((1 + float((values > own).sum()) + (float((values == own).sum()) - 1) / 2, gain))
+            before = (values > own) | ((values == own) & (places > late[document]))
+            found.append((1 + int(before.sum()), gain))
     within = sorted((rank, gain) for rank, gain in found if rank <= at)
     if not gains or not within:
         return 0.0

@@ -25,6 +25,7 @@ import httpx
 from tenacity import AsyncRetrying, retry_if_exception, wait_exponential_jitter
 
 from speed_core.artifacts import UserError
+from speed_core.files import with_user
 from speed_core.limits import Gate, Pace
 
 RETRYABLE = (408, 409, 425, 429)  # of the 4xx; 5xx are all tried again
@@ -164,7 +165,9 @@ class Endpoint:
         self._loop = asyncio.new_event_loop()
         threading.Thread(target=self._loop.run_forever, daemon=True).start()
         key = os.environ.get("OPENAI_API_KEY", "") or "none"
-        self.client = openai.AsyncOpenAI(api_key=key, base_url=base_url or None, max_retries=0, timeout=timeout_seconds)
+        self.client = openai.AsyncOpenAI(
+            api_key=key, base_url=with_user(base_url) or None, max_retries=0, timeout=timeout_seconds
+        )
 
     def submit(self, call: Coroutine[Any, Any, Any]) -> concurrent.futures.Future[Any]:
         """Start a coroutine on this endpoint's loop; the future is the ordinary, thread-safe kind."""

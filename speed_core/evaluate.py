@@ -77,8 +77,8 @@ class Embedder(AbsEncoder):
         return self.embed(self.texts([t.strip() for t in raw], task_metadata, prompt_type))
 
     def similarity(self, embeddings1: Any, embeddings2: Any) -> Any:
-        """Cosine of every pair; the vectors have unit length already."""
-        return _tensor(embeddings1) @ _tensor(embeddings2).T
+        """Cosine of every pair; the vectors have unit length already. Rounded, so that equal texts tie whatever their place in a batch."""
+        return (_tensor(embeddings1) @ _tensor(embeddings2).T).round(decimals=6)
 
     def similarity_pairwise(self, embeddings1: Any, embeddings2: Any) -> Any:
         """Cosine of row i with row i."""

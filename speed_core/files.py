@@ -23,22 +23,26 @@ class UserError(Exception):
 
 
 @contextmanager
-def disk_errors(where: Path) -> Iterator[None]:
-    """Turn a full or read-only disk, an exhausted quota or a file size limit into one line that says what is kept."""
+def disk_errors(where: Path | None = None) -> Iterator[None]:
+    """Turn a full or read-only disk, an exhausted quota or a file size limit into one line that says what is kept.
+
+    `where`: what is being written, where the system's error does not name it.
+    """
     try:
         yield
     except Exception as error:
-        if isinstance(error, OSError) and error.errno in (errno.EROFS, errno.EACCES, errno.EPERM):
+        named = where or Path(str(getattr(error, "filename", None) or "a file"))
+        code, why = (error.errno, (error.strerror or "").lower()) if isinstance(error, OSError) else (None, str(error))
+        if code in (errno.EROFS, errno.EACCES, errno.EPERM):
             raise UserError(
-                f"{where}: cannot be written ({(error.strerror or '').lower()}); choose a folder that is yours, for runs with SPEED_RUNS"
+                f"{named}: cannot be written ({why}); choose a folder that is yours, for runs with SPEED_RUNS"
             ) from None
-        full = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
         # Weights are written by a library in Rust, whose error is no OSError but quotes the system's.
-        if not full and not re.search(r"\(os error (27|28|122)\)", str(error)):
+        if code not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG) and not re.search(r"\(os error (27|28|122)\)", str(error)):
             raise
         raise UserError(
-            f"{where.name}: no room to write it ({getattr(error, 'strerror', None) or error}); free some disk, or set SPEED_RUNS to another one, and run "
-            "again: what is finished is kept"
+            f"{named.name}: no room to write it ({why}); free some disk, or set SPEED_RUNS to another one, and run again: what is "
+            "finished is kept"
         ) from None
 
 
@@ -157,6 +161,26 @@ def surrogate(text: str) -> bool:
 
 
 NAME = "[A-Za-z0-9][A-Za-z0-9._-]{0,63}"  # of a profile, or of a task in one's own texts: they become names of files
+
+
+USERS = "SPEED_URL_USERS"  # an environment variable: {host: user} as JSON, for this process and those that it starts
+
+
+def without_user(url: str) -> str:
+    """An address without its "user:key@", so that no file and no output shows it; `with_user` puts it back to send it."""
+    found = re.fullmatch(r"(https?://)([^\s/@]+)@([^\s/@]+)(.*)", url)
+    if not found:
+        return url
+    scheme, user, host, rest = found.groups()
+    os.environ[USERS] = json.dumps(json.loads(os.environ.get(USERS, "{}")) | {host: user})
+    return f"{scheme}{host}{rest}"
+
+
+def with_user(url: str) -> str:
+    """The address with what `without_user` took off."""
+    found = re.match(r"(https?://)([^\s/@]+)", url)
+    user = json.loads(os.environ.get(USERS, "{}")).get(found[2]) if found else None
+    return f"{found[1]}{user}@{url[len(found[1]) :]}" if found and user else url
 
 
 def inside(name: object) -> bool:

@@ -8,6 +8,7 @@ decision is always the exact similarity, so hashing can overlook a pair but neve
 from __future__ import annotations
 
 import re
+import unicodedata
 from collections import Counter
 from collections.abc import Sequence
 from functools import lru_cache
@@ -23,9 +24,14 @@ VOCABULARY = 1 << 20  # word hashes remembered; beyond that the memory is emptie
 FOUND = 0.99  # least probability with which a pair at the threshold becomes a candidate
 
 
+# A word, with the signs that tell C++, C# and C apart; or one sign that is no punctuation (an emoji, an arrow, an operator).
+WORD = re.compile(r"\w+(?:(?<=[^\W\d_])(?:\+\+|[+#])(?!\w))?|[^\w\s\u0000-\u02ff\u2000-\u206f]")
+
+
 def words(text: str) -> list[str]:
-    """Words of lower-cased text."""
-    return re.findall(r"\w+", text.lower())
+    """Words of lower-cased text. Equal letters are equal however they are encoded (NFC); a text without words has its signs."""
+    plain = unicodedata.normalize("NFC", text).lower()
+    return WORD.findall(plain) or [c for c in plain if not c.isspace()]
 
 
 def shingles(text: str, size: int) -> set[str]:

@@ -12,9 +12,9 @@ import json
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-from speed_core.files import NAME, UserError, read_text
+from speed_core.files import NAME, UserError, read_text, without_user
 
 FOLDER = Path(__file__).parent / "profiles"
 
@@ -25,6 +25,7 @@ class Part(BaseModel):
     model_config = ConfigDict(frozen=True, strict=True, extra="forbid", allow_inf_nan=False)
 
 
+Address = Annotated[str, AfterValidator(without_user)]  # the user of an address is kept aside, see there
 Seed = Annotated[int, Field(ge=0, lt=2**31)]  # what every library takes
 
 
@@ -50,7 +51,7 @@ class Teacher(Part):
     kind: Literal["recorded", "openai"]
     judge: Literal["rubric", "llm"]
     model: str = ""
-    base_url: str = ""
+    base_url: Address = ""
     temperature: float = 1.0
     top_p: float = 1.0
     judge_temperature: float = 0.0
@@ -120,7 +121,7 @@ class Generation(Part):
     batch_size: int = Field(32, ge=1)
     constrained: bool = True
     attempts: int = Field(1, ge=1, le=10)  # for a text that is invalid, refused or cut
-    base_url: str = ""  # of an OpenAI-compatible server, for engine "server"
+    base_url: Address = ""  # of an OpenAI-compatible server, for engine "server"
     concurrency: int = Field(64, ge=1)  # requests at once, for engine "server"
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"  # `compute_type.choose`
 

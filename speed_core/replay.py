@@ -13,6 +13,7 @@ import hashlib
 import io
 import json
 import lzma
+import re
 import shutil
 import tarfile
 import zlib
@@ -21,7 +22,7 @@ from pathlib import Path, PurePosixPath
 from typing import IO, Any
 
 from speed_core.artifacts import MANIFEST, UserError, disk_errors, file_digest
-from speed_core.files import inside, stream_digest
+from speed_core.files import NAME, inside, stream_digest
 from speed_core.profile import dotted
 from speed_core.run_context import Run
 
@@ -138,6 +139,10 @@ def read_manifest(source: Path) -> dict[str, Any]:
         files = manifest["files"]
         if not all(isinstance(v, str) for v in [manifest["profile"], *files.values()]):
             raise TypeError
+        if not re.fullmatch(NAME, manifest["profile"]) or manifest["profile"].endswith(
+            ".json"
+        ):  # a profile's file is no name of one
+            raise ValueError
         if not all(isinstance(manifest.get(k, {}), dict) for k in ("artifacts", "figures", "values")):
             raise TypeError
     except (

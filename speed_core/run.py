@@ -25,11 +25,13 @@ from typing import TYPE_CHECKING, Any
 import nbformat
 
 from speed_core.artifacts import UserError
+from speed_core.files import without_user
 
 if TYPE_CHECKING:
     from speed_core.run_context import Run
 
-PROGRESS = re.compile(r": making it \(|\d+%\|[ #]*\|")
+PROGRESS = re.compile(r": making it \(|(?<!\d)\d{1,3}%\|[ #]*\|")
+LONGEST_PROGRESS = 1000  # characters of a line that shows progress; a longer line is a result
 SENTINEL = "speed-core: every cell ran"
 
 
@@ -140,7 +142,7 @@ def execute(
     nbformat.write(nb, staged)
     try:
         # Nobody watches: widgets leave their text alone (`widgets.interactive`). The kernel inherits this environment.
-        with environment(SPEED_HEADLESS="1", SPEED_NOTEBOOK=source.name):
+        with environment(SPEED_HEADLESS="1", SPEED_NOTEBOOK=source.name), _cells_may_raise():
             papermill.execute_notebook(
                 str(staged),
                 str(work),
@@ -186,6 +188,32 @@ def execute(
     return Report(source.stem, "ok", seconds)
 
 
+@contextmanager
+def _cells_may_raise() -> Iterator[None]:
+    """Let papermill 2.7 take a cell tagged `raises-exception` as nbclient and Jupyter do: it may fail, and the notebook goes on."""
+    import papermill.execute as module
+
+    own = module.raise_for_execution_errors
+
+    def check(nb: Any, output_path: str) -> None:
+        tagged = [c for c in nb.cells if "raises-exception" in c.metadata.get("tags", [])]
+        said = [c.get("outputs") for c in tagged]
+        for cell in tagged:
+            cell.outputs = [o for o in cell.get("outputs", []) if o.output_type != "error"]
+            cell.metadata.get("papermill", {}).pop("exception", None)
+        try:
+            own(nb, output_path)
+        finally:
+            for cell, outputs in zip(tagged, said, strict=True):
+                cell.outputs = outputs
+
+    module.raise_for_execution_errors = check
+    try:
+        yield
+    finally:
+        module.raise_for_execution_errors = own
+
+
 def _without_widgets(nb: Any) -> None:
     """Take out the libraries' progress bars: in a kernel they are widgets, which an exported page would wait for."""
     for cell in nb.cells:
@@ -206,10 +234,14 @@ def _relinked(nb: Any, here: Path, there: Path) -> None:
             cell.source = re.sub(r"\]\((?![a-z]+:|/|#)([^)\s]+)\)", moved, cell.source)
 
 
+def _shows_progress(line: str) -> bool:
+    return len(line) < LONGEST_PROGRESS and bool(PROGRESS.search(line))
+
+
 def fold(text: str) -> str:
     """A printed text with each long run of progress lines ("NAME: making it", finished bars) cut to its ends."""
     out: list[str] = []
-    for progress, group in itertools.groupby(text.splitlines(keepends=True), lambda line: bool(PROGRESS.search(line))):
+    for progress, group in itertools.groupby(text.splitlines(keepends=True), _shows_progress):
         lines = list(group)
         if progress and len(lines) > 12:
             lines = [*lines[:4], f"    ({len(lines) - 8} more lines of progress)\n", *lines[-4:]]
@@ -230,7 +262,7 @@ def _keep(work: Path, target: Path) -> None:
 
 
 def _plain(text: str) -> str:
-    return _uncoloured(text).strip().split("\n")[-1][:400]
+    return _uncoloured(text.strip().rpartition("\n")[2][:2000])[:400]
 
 
 def _uncoloured(text: str) -> str:
@@ -256,7 +288,7 @@ def unfinished(path: Path) -> str:
     nb = nbformat.read(path, as_version=4)
     code = [c for c in nb.cells if c.cell_type == "code" and c.source.strip()]
     for number, cell in enumerate(code, 1):
-        if cell.get("execution_count") is None:
+        if cell.get("execution_count") is None and "skip-execution" not in cell.metadata.get("tags", []):
             return f"code cell {number} never ran (the kernel stopped before it)"
     said = "".join(o.get("text", "") for o in code[-1].get("outputs", []))
     return "" if SENTINEL in said else "the last cell did not print the sentinel"
@@ -291,7 +323,8 @@ def run_all(
     run = open_run(profile, dict(overrides or {}), seed)  # a bad profile or parameter is refused here
     folder = folder or ROOT / "notebooks"
     chosen = choose(folder, only, start)
-    given = {"profile": profile, "overrides": dict(overrides or {})} | ({"seed": seed} if seed is not None else {})
+    shown = {k: without_user(v) if k.endswith(".base_url") and isinstance(v, str) else v for k, v in (overrides or {}).items()}
+    given = {"profile": profile, "overrides": shown} | ({"seed": seed} if seed is not None else {})
     for path in chosen:
         check_parameters(path, given)
     reports: list[Report] = []

@@ -140,6 +140,23 @@ def test_items_reproduce_mtebs_own_scores(results):
         assert abs(value - task["score"]) < (0.15 if task["type"] == "Clustering" else 0.005), name
 
 
+@pytest.mark.parametrize("kind", ["one vector for all", "texts that the limit makes equal"])
+def test_ties_count_the_same_in_a_score_and_in_its_interval(tmp_path, kind):
+    from sentence_transformers import SentenceTransformer
+
+    from speed_core import models
+
+    model = SentenceTransformer(models.resolve("package:all-MiniLM-L6-v2"), device="cpu")
+    encoder = evaluate.load(model, kind, instructed=False, max_length=4 if kind.startswith("texts") else 64)
+    if kind == "one vector for all":
+        encoder.embed = lambda texts: np.tile(np.eye(1, 8, dtype=np.float32), (len(texts), 1))
+    names = ["OfflineChatterBotRetrieval", "OfflineReutersContinuation", "OfflineChatterBotReranking"]
+    found = evaluate.evaluate(encoder, offline_tasks.offline_tasks("smoke", names), tmp_path)
+    for name, task in found["tasks"].items():
+        assert np.mean(task["items"]) == pytest.approx(task["score"], abs=1e-4), name
+        assert 0 < task["score"] < 0.9, "ties look like knowledge"
+
+
 def test_classification_and_clustering_have_an_item_for_each_of_the_texts_that_they_share(results):
     tasks = results["good"]["tasks"]
     for name in ("ReutersR8", "Newsgroups"):

@@ -104,3 +104,32 @@ def test_a_copy_of_a_dropped_text_is_judged_by_the_kept_ones_alone():
 def test_no_texts_no_duplicates():
     assert minhash.duplicates([], **AT).tolist() == []
     assert curate.near_duplicates([], Curate()) == []
+
+
+@pytest.mark.parametrize(
+    ("one", "other"),
+    [
+        ("\U0001f600", "\U0001f621"),
+        ("==>", "<=="),
+        ("How do I learn C++", "How do I learn C#"),
+        ("learn C", "learn C++"),
+        ("!!!", "???"),
+    ],
+)
+def test_texts_that_differ_in_signs_alone_are_no_duplicates(one, other):
+    assert minhash.duplicates([one, other], threshold=0.7, permutations=128, shingle=3).tolist() == [-1, -1]
+    assert minhash.duplicates([one, one], threshold=0.7, permutations=128, shingle=3).tolist() == [-1, 0]
+
+
+def test_a_letter_is_the_same_however_its_accent_is_encoded():
+    import unicodedata
+
+    from speed_core import curate
+
+    one, other = (
+        unicodedata.normalize(form, "une tr\u00e8s belle \u00e9t\u00e9 \u00e0 la c\u00f4te de la mer") for form in ("NFC", "NFD")
+    )
+    assert one != other and minhash.words(one) == minhash.words(other)
+    assert minhash.duplicates([one, other], threshold=0.7, permutations=128, shingle=3).tolist() == [-1, 0]
+    assert curate.overlaps([{"query": other, "positive": "x", "negative": None}], {"t": [one]}, 8) != [None]
+    assert minhash.words("Don't stop, it's 5+ now (yes).") == ["don", "t", "stop", "it", "s", "5", "now", "yes"]

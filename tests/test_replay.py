@@ -211,6 +211,8 @@ def test_a_name_that_is_none_is_refused_in_one_line(tmp_path, monkeypatch, name)
         ([], naming(files=[])),
         ([], naming(files=None)),
         ([], naming(profile=7)),
+        ([], naming(profile="../smoke")),
+        ([], naming(profile="mine.json")),
         ([], naming(artifacts=[])),
         ([], []),
         ([], None),

@@ -138,6 +138,27 @@ def test_unknown_names_and_wrong_types_are_refused_before_anything_runs(tmp_path
     assert not (tmp_path / "o.ipynb").exists()
 
 
+def test_cells_that_may_raise_or_are_skipped_by_their_tag_do_as_in_jupyter(tmp_path):
+    path = notebook(tmp_path / "01_a.ipynb", "1 / 0", "skipped = True", "print('skipped' in globals())")
+    nb = nbformat.read(path, as_version=4)
+    nb.cells[1].metadata["tags"], nb.cells[2].metadata["tags"] = ["raises-exception"], ["skip-execution"]
+    nbformat.write(nb, path)
+    report = run.execute(path, tmp_path / "out" / path.name, {}, show=False)
+    assert report.status == "ok", report.detail
+    cells = nbformat.read(tmp_path / "out" / path.name, as_version=4).cells
+    assert [o.ename for c in cells for o in c.outputs if o.output_type == "error"] == ["ZeroDivisionError"]
+    assert cells[-1].outputs[0].text == "False\n"
+    nb.cells.append(nbformat.v4.new_code_cell("int('x')"))
+    nbformat.write(nb, path)
+    assert "ValueError" in run.execute(path, tmp_path / "out" / path.name, {}, show=False).detail
+
+
+def test_a_printed_line_of_any_length_is_left_as_it_is():
+    # Each was quadratic: minutes instead of a moment.
+    for line in ("7" * 2_000_000, "\x1b[" * 1_000_000, "5%|" * 700_000):
+        assert run.fold(line) == line and run._plain(f"first\n{line}") == line[:400]
+
+
 def test_a_lost_tag_and_a_computed_parameter_are_refused(tmp_path):
     nb = notebook(tmp_path / "n.ipynb", parameters="x = 1\ny = x * 2")
     with pytest.raises(UserError, match="computed"):
@@ -164,6 +185,28 @@ def test_bad_input_ends_in_one_line_and_exit_code_2(monkeypatch, capsys, argumen
         main()
     error = capsys.readouterr().err.strip()
     assert stop.value.code == 2 and says in error and "\n" not in error
+
+
+@pytest.mark.parametrize(
+    ("code", "says"), [("EROFS", "cannot be written"), ("ENOSPC", "no room to write it"), ("EACCES", "cannot be written")]
+)
+@pytest.mark.parametrize(
+    "words", [["run", "--profile", "smoke"], ["import"], ["export", "out.tar.gz"], ["plan", "--profile", "smoke"]]
+)
+def test_a_disk_that_takes_nothing_ends_in_one_line(tmp_path, monkeypatch, capsys, words, code, says):
+    import errno
+    import os
+
+    def refuses(self, *args, **more):
+        raise OSError(getattr(errno, code), os.strerror(getattr(errno, code)), str(self))
+
+    monkeypatch.setenv("SPEED_RUNS", str(tmp_path / "runs"))
+    monkeypatch.setattr(Path, "mkdir", refuses)
+    monkeypatch.setattr("sys.argv", ["speed_core", *words])
+    with pytest.raises(SystemExit) as stop:
+        main()
+    error = capsys.readouterr().err.strip()
+    assert stop.value.code == 2 and says in error and "SPEED_RUNS" in error and "\n" not in error
 
 
 @pytest.mark.parametrize("profile", ["smoke", "tiny", "workshop", "paper"])

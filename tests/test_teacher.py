@@ -37,6 +37,7 @@ class Endpoint(BaseHTTPRequestHandler):
     def do_POST(self):
         request = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
         self.seen.append(request)
+        type(self).authorization = self.headers.get("Authorization")
         status, text, reason = self.script.pop(0) if self.script else (200, GOOD, "stop")
         if reason == "as it is":
             return self.reply(status, text)
@@ -398,13 +399,22 @@ def test_a_window_that_the_server_names_is_waited_for_beyond_eight_tries(endpoin
     assert entries[0]["status"] == "ok" and len(Endpoint.seen) == 13
 
 
-def test_the_users_name_and_key_in_an_address_are_sent_and_never_shown(endpoint, tmp_path):
-    t = teacher.EndpointTeacher(settings(endpoint.replace("http://", "http://me:secret-77@")))
-    Endpoint.script = [(400, "key sk-abcdefgh123 at http://me:secret-77@host/v1 refused", "")]
+def test_the_users_name_and_key_in_an_address_are_sent_and_never_shown(endpoint, tmp_path, monkeypatch):
+    import base64
+
+    monkeypatch.setenv("SPEED_URL_USERS", "{}")
+    monkeypatch.setenv("SPEED_RUNS", str(tmp_path))
+    address = endpoint.replace("http://", "http://me:secret-77@")
+    run = open_run(
+        "smoke", {"teacher.kind": "openai", "teacher.model": "tiny", "teacher.base_url": address, "generation.base_url": address}
+    )
+    t = teacher.EndpointTeacher(run.profile.teacher.model_copy(update={"concurrency": 1}))
+    Endpoint.script = [(400, f"key sk-abcdefgh123 at {address} refused", "")]
     entries = teacher.ask(t, some_prompts(2), purpose="seed", log=tmp_path / "l")
     assert generate.counts(entries) == {"ok": 1, "invalid": 0, "refused": 0, "truncated": 0, "error": 1}
-    seen = (tmp_path / "l").read_text() + t.label + t.endpoint.where
-    assert "secret-77" not in seen and "abcdefgh123" not in seen
+    assert Endpoint.authorization == f"Basic {base64.b64encode(b'me:secret-77').decode()}"
+    seen = (tmp_path / "l").read_text() + t.label + t.endpoint.where + run.profile.model_dump_json()
+    assert "secret-77" not in seen and "abcdefgh123" not in seen and endpoint in seen
 
 
 def test_an_answer_that_is_not_valid_is_asked_for_again_but_not_for_ever(endpoint, tmp_path):
