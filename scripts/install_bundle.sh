@@ -10,27 +10,27 @@ me=install
 if [ ! -s SHA256SUMS ] || [ -n "$(tail -c 1 SHA256SUMS)" ] || grep -qvE '^[0-9a-f]{64}  [^/]' SHA256SUMS; then
   die "SHA256SUMS is empty or cut; unpack the bundle again"
 fi
-# What a reader works on may change after the first time; weights, wheels and artifacts may not. The cache grows by use.
+if odd=$(cut -c67- SHA256SUMS | grep -E '(^|/)\.\.(/|$)|^\.installed$' | head -n 1) && [ -n "$odd" ]; then
+  die "SHA256SUMS names $odd, which is no file of a bundle; do not use this copy"
+fi
+# At first every file is a listed one. Later a reader's files may have changed, and the cache grows by use; weights, wheels and
+# artifacts may not change.
 if [ -f .installed ]; then
   grep -E '^[0-9a-f]{64}  (cache|shipped|wheels)/' SHA256SUMS > .sums || true
-  folders="wheels"
+  find wheels ! -type d 2>/dev/null | LC_ALL=C sort > .have || true
 else
   cp SHA256SUMS .sums
-  folders="cache shipped wheels"
+  find . -path ./.venv -prune -o ! -type d -print | cut -c3- | grep -vE '^(SHA256SUMS|\.sums|\.have|\.named)$' | LC_ALL=C sort > .have
 fi
+cut -c67- SHA256SUMS | LC_ALL=C sort > .named
+more=$(LC_ALL=C comm -23 .have .named | head -n 1)
+rm -f .have .named
+[ -z "$more" ] || die "$more is not named in SHA256SUMS; remove it, or unpack the bundle again"
 echo "install: comparing $(wc -l < .sums) files with SHA256SUMS"
-said=$(LC_ALL=C sha256 --check .sums 2>/dev/null) || {
+[ ! -s .sums ] || said=$(LC_ALL=C sha256 --check .sums 2>/dev/null) || {
   bad=$(printf '%s\n' "$said" | grep -v ': OK$' | head -n 1)
   die "${bad%: *} is damaged or missing (its digest is not the one in SHA256SUMS); unpack the bundle again"
 }
-for folder in $folders; do
-  [ -d "$folder" ] || continue
-  find "$folder" ! -type d | LC_ALL=C sort > .have
-  cut -c67- SHA256SUMS | grep "^$folder/" | LC_ALL=C sort > .named || true
-  more=$(LC_ALL=C comm -23 .have .named | head -n 1)
-  rm -f .have .named
-  [ -z "$more" ] || die "$more is not named in SHA256SUMS; remove it, or unpack the bundle again"
-done
 python=${PYTHON:-python3}
 is_311 "$python" || die "$python is not Python 3.11, which the wheels are made for; set PYTHON=python3.11"
 if ls wheels/torch-*.whl >/dev/null 2>&1; then

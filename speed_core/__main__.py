@@ -11,7 +11,7 @@ from typing import Annotated, Any
 
 import typer
 
-from speed_core.files import UserError, disk_errors, read_text, without_user
+from speed_core.files import UserError, disk_errors, read_text
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, help="SPEED, step by step: run, plan and check the notebooks.")
 ProfileName = Annotated[str, typer.Option(help="smoke, tiny, overnight, workshop, paper, or a .json file")]
@@ -26,16 +26,21 @@ def _overrides(items: list[str] | None) -> dict[str, Any]:
             raise UserError(f"--set {item!r}: no '='; write NAME=VALUE, for instance junior.epochs=2")
         try:
             out[name] = json.loads(value)
-        except ValueError:
+        except (ValueError, RecursionError):
             out[name] = {"True": True, "False": False, "None": None}.get(value, value)
-        if name.endswith(".base_url") and isinstance(out[name], str):
-            out[name] = without_user(out[name])
     return out
 
 
 def _yaml(text: str, option: str) -> dict[str, Any]:
     """Parameters written as YAML or JSON. What is quoted is text, `on` and `7e10` are text too; true, 1 and 1e-5 are not."""
     import yaml
+
+    try:
+        found = json.loads(text)
+    except (ValueError, RecursionError):
+        found = None
+    if isinstance(found, dict):
+        return found
 
     class Loader(yaml.SafeLoader):
         yaml_implicit_resolvers: dict[str, Any] = {}
@@ -44,7 +49,7 @@ def _yaml(text: str, option: str) -> dict[str, Any]:
         ("bool", "true|false|True|False"),
         ("null", "null|~|"),
         ("int", "[-+]?(0|[1-9][0-9]*)"),
-        ("float", r"[-+]?[0-9]+\.[0-9]*([eE][-+]?[0-9]+)?|[-+]?[0-9]+[eE][-+][0-9]+"),
+        ("float", r"[-+]?([0-9]+\.[0-9]*|\.[0-9]+)([eE][-+]?[0-9]+)?|[-+]?[0-9]+[eE][-+][0-9]+"),
     ):
         Loader.add_implicit_resolver(f"tag:yaml.org,2002:{tag}", re.compile(f"^(?:{pattern})$"), None)
     try:
@@ -53,6 +58,8 @@ def _yaml(text: str, option: str) -> dict[str, Any]:
         raise UserError(f"{option}: {type(error).__name__}; give JSON or YAML, name: value") from None
     if not isinstance(found, dict):
         raise UserError(f"{option}: holds no name: value pairs; write one a line")
+    if odd := [k for k in found if not isinstance(k, str)]:
+        raise UserError(f"{option}: {odd[0]!r} is no name; write name: value")
     return found
 
 

@@ -166,6 +166,7 @@ def read_manifest(data: bytes, what: str) -> dict[str, Any]:
         files, parts = found["files"], [found[k] for k in ("parameters", "parents", "files")]
         good = all(isinstance(p, dict) for p in parts) and isinstance(found["seconds"], (int, float))
         good = good and all(isinstance(f["sha256"], str) and isinstance(f["bytes"], int) for f in files.values())
+        good = good and isinstance(found.get("elsewhere", []), list) and found.get("beside", 1) > 0
     except (ValueError, TypeError, KeyError, RecursionError):
         good = False
     if not good:

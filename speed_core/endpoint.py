@@ -32,10 +32,13 @@ RETRYABLE = (408, 409, 425, 429)  # of the 4xx; 5xx are all tried again
 OF_REQUEST = (400, 413, 414, 415, 422)  # this request is refused; other 4xx refuse the key, the model or the address
 ATTEMPTS = 8  # while the server does not say how long to wait
 LONGEST_WAIT = 3600.0  # seconds that a server may ask for
-# What servers call a text that is whole, cut at the limit, or held back. Any other word is handed on, and never counts as whole.
-WHOLE = ("stop", "eos", "eos_token", "end_turn", "stop_sequence")
+# What servers call a text that is whole, or cut at the limit. Any other word is handed on, and never counts as whole.
+WHOLE = ("stop", "eos", "eos_token", "end_turn", "stop_sequence", "complete")
 CUT = ("length", "max_tokens", "model_length")
-HELD_BACK = ("content_filter", "safety", "recitation", "prohibited_content", "blocklist", "spii", "sensitive")
+# Words for what no other request would escape, which some servers send with 400 or 429.
+OF_ALL = re.compile(
+    r"(?i)invalid[_ ]api[_ ]key|api[_ ]key[_ ](not|in)[_ ]?valid|insufficient[_ ](quota|balance)|model[_ ]not[_ ]found|billing"
+)
 
 
 def status_of(error: BaseException) -> int | None:
@@ -46,26 +49,31 @@ def status_of(error: BaseException) -> int | None:
 def final_status(error: BaseException) -> int | None:
     """The HTTP status of an error that asking again would only repeat, else None."""
     code = status_of(error)
-    return code if code is not None and 400 <= code < 500 and code not in RETRYABLE else None
+    final = code is not None and 400 <= code < 500 and (code not in RETRYABLE or bool(OF_ALL.search(_said(error))))
+    return code if final else None
 
 
 def of_request(error: BaseException) -> bool:
     """Does this error refuse one request, as against a wrong key, model or address, which every request would meet?"""
-    return final_status(error) in OF_REQUEST
+    return held_back(error) or (final_status(error) in OF_REQUEST and not OF_ALL.search(_said(error)))
 
 
 def held_back(error: BaseException) -> bool:
-    """Is it a content filter that refuses the prompt?"""
-    return of_request(error) and "content_filter" in str(getattr(error, "body", "") or error)
+    """Is it a filter of contents that refuses the prompt? Gateways say so with 403, too."""
+    return final_status(error) in (*OF_REQUEST, 403) and bool(re.search("content_filter|moderation|flagged", _said(error)))
+
+
+def _said(error: BaseException) -> str:
+    return str(getattr(error, "body", None) or "")
 
 
 def sentence(error: BaseException) -> str:
     """What went wrong, in one line: the kind of error, the status, and the server's own words, shortened and without secrets."""
-    body = getattr(error, "body", None)
-    said: Any = body
-    for key in ("error", "message", "detail"):
+    said: Any = getattr(error, "body", None)
+    for key in ("error", "message", "detail", "msg"):
+        said = said[0] if isinstance(said, list) and said else said
         said = said.get(key, said) if isinstance(said, dict) else said
-    text = " ".join(str(said).split()) if isinstance(said, str) else ""
+    text = " ".join(said.split()) if isinstance(said, str) else ""
     name = " ".join(map(str, filter(None, (type(error).__name__, status_of(error)))))
     text = "" if text.startswith("<") else without_secrets(text)  # a page of a proxy
     return f"{name}: {text[:197] + '...' if len(text) > 200 else text}" if text else name
@@ -75,13 +83,14 @@ def without_secrets(text: str) -> str:
     """`text` without the key, without anything that looks like one, and without the user of an address."""
     if key := os.environ.get("OPENAI_API_KEY", ""):
         text = text.replace(key, "***")
-    text = re.sub(r"(?i)\b((?:sk|key|pk|rk)-|bearer\s+)[\w.*-]{6,}", r"\1***", text)
-    return re.sub(r"(?i)\b(https?://)[^\s/@]+@", r"\1", text)
+    text = re.sub(r"(?i)\b((?:sk|key|pk|rk)-|(?:gsk|hf)_|AIza|bearer\s+)[\w.*-]{6,}", r"\1***", text)
+    text = re.sub(r"(?i)([?&](?:api[-_]?key|key|token|access_token)=)[^&\s]+", r"\1***", text)
+    return re.sub(r"(?i)\b(https?://)[^\s/]+@", r"\1", text)
 
 
 @dataclass(frozen=True)
 class Reply:
-    """One answer as it counts here: `finish_reason` is stop, length, content_filter, refusal, or the server's own word."""
+    """One answer as it counts here: `finish_reason` is stop, length, or the server's own word."""
 
     text: str
     finish_reason: str
@@ -96,11 +105,12 @@ def read(reply: Any, prompt_tokens: float) -> Reply:
     refusal = getattr(message, "refusal", None)
     text = _text(refusal or (getattr(message, "content", None) if message is not None else getattr(choice, "text", None)))
     word = str(getattr(choice, "finish_reason", None) or "none").lower()
-    word = "stop" if word in WHOLE else "length" if word in CUT else "content_filter" if word in HELD_BACK else word
+    word = "stop" if word in WHOLE else "length" if word in CUT else "server_error" if word == "error" else word
     usage = getattr(reply, "usage", None)
-    counted = [getattr(usage, name, None) for name in ("prompt_tokens", "completion_tokens")]
-    guessed = (math.ceil(prompt_tokens), math.ceil(len(text) / 4))
-    tokens = [c if isinstance(c, int) and c >= 0 else g for c, g in zip(counted, guessed, strict=True)]
+    tokens = []
+    for name, guess in (("prompt_tokens", math.ceil(prompt_tokens)), ("completion_tokens", math.ceil(len(text) / 4))):
+        counted = getattr(usage, name, None)
+        tokens.append(counted if isinstance(counted, int) and (counted > 0 or not guess) else guess)
     return Reply(text, "refusal" if refusal else word, *tokens)
 
 
@@ -108,17 +118,20 @@ def _text(content: Any) -> str:
     """The text of a message: a string, or the parts of a list that are text."""
     if isinstance(content, str):
         return content
-    if not isinstance(content, (list, tuple)):
-        return ""
-    parts = [p if isinstance(p, dict) else {"type": "text", "text": p} if isinstance(p, str) else vars(p) for p in content]
-    return "".join(str(p["text"]) for p in parts if p.get("type") in ("text", "output_text") and isinstance(p.get("text"), str))
+    out = []
+    for part in content if isinstance(content, (list, tuple)) else ():
+        fields = {"type": "text", "text": part} if isinstance(part, str) else part if isinstance(part, dict) else None
+        fields = getattr(part, "__dict__", {}) if fields is None else fields
+        if fields.get("type") in ("text", "output_text") and isinstance(fields.get("text"), str):
+            out.append(fields["text"])
+    return "".join(out)
 
 
 def asked_wait(headers: Mapping[str, str], now: float) -> float | None:
-    """Seconds that the headers of an answer ask to wait at the time `now` (seconds since 1970), or None.
+    """Seconds that the headers of a refusal ask to wait at the time `now` (seconds since 1970), or None.
 
-    Retry-After as seconds or as a date (RFC 9110), retry-after-ms, and the reset times of rate limits: seconds, a time since 1970,
-    or units as in "1m30s".
+    Retry-After as seconds or as a date (RFC 9110), retry-after-ms, else the reset times of the limits that are used up: seconds, a
+    time since 1970, or units as in "1m30s".
     """
     values = {k.lower(): v.strip() for k, v in headers.items()}
     if (ms := _number(values.get("retry-after-ms", ""))) is not None:
@@ -130,8 +143,11 @@ def asked_wait(headers: Mapping[str, str], now: float) -> float | None:
             return max(0.0, parsedate_to_datetime(after).timestamp() - now)
     waits = []
     for name in ("x-ratelimit-reset-requests", "x-ratelimit-reset-tokens", "x-ratelimit-reset", "ratelimit-reset"):
-        text = values.get(name, "")
+        text, left = values.get(name, ""), _number(values.get(name.replace("reset", "remaining"), ""))
+        if left:  # that limit is not the one
+            continue
         if (seconds := _number(text)) is not None:
+            seconds = seconds / 1000 if seconds > 1e11 else seconds
             waits.append(seconds - now if seconds > 1e9 else seconds)
         elif re.fullmatch(r"(\d+(\.\d+)?(ms|s|m|h|d))+", text):
             units = {"ms": 0.001, "s": 1.0, "m": 60.0, "h": 3600.0, "d": 86400.0}
@@ -219,30 +235,35 @@ class Endpoint:
 
     @staticmethod
     def _told(state: Any) -> float | None:
-        """Seconds that the server asked to wait after this try, or None."""
-        response = getattr(state.outcome.exception(), "response", None)
-        wait = asked_wait(response.headers, time.time()) if response is not None else None
+        """Seconds that the server asked to wait after this try, or None. Only a refusal for being busy asks: others carry such headers, too."""
+        error = state.outcome.exception()
+        response = getattr(error, "response", None)
+        wait = asked_wait(response.headers, time.time()) if response is not None and status_of(error) in (429, 503) else None
         return None if wait is None else min(wait, LONGEST_WAIT)
 
     def _wait(self, state: Any) -> float:
         """Jittered back-off, but never sooner than the server asked for."""
         back_off: float = wait_exponential_jitter(initial=0.5, max=30)(state)
-        return max(back_off, self._told(state) or 0.0)
+        told = self._told(state) or 0.0
+        if told > 60:
+            print(f"the endpoint asks to wait {told / 60:.0f} minutes", flush=True)
+        return max(back_off, told)
 
     async def call(
         self, send: Callable[[], Awaitable[Any]], tokens: float, before: Callable[[], Awaitable[None]] | None = None
     ) -> Any:
         """The reply of `send()`, tried again as said above; `tokens`: an estimate for the pace.
 
-        `ATTEMPTS` tries; one after which the server says how long to wait does not count, up to ten times as many. `before` runs once
-        a call may begin, may wait for something more, and may refuse it by raising.
+        `ATTEMPTS` tries; one after which the server asks to wait a second or more does not count, until these waits reach an hour. `before`
+        runs before each try, when it may begin; it may wait for something more, and may refuse it by raising.
         """
-        counted = 0
+        counted, waited = 0, 0.0
 
         def enough(state: Any) -> bool:
-            nonlocal counted
-            counted += self._told(state) is None
-            return counted >= ATTEMPTS or state.attempt_number >= 10 * ATTEMPTS
+            nonlocal counted, waited
+            told = self._told(state) or 0.0
+            counted, waited = counted + (told < 1), waited + told
+            return counted >= ATTEMPTS or waited > LONGEST_WAIT
 
         tries = AsyncRetrying(retry=retry_if_exception(self._retryable), stop=enough, wait=self._wait, reraise=True)
         async for attempt in tries:
@@ -259,10 +280,11 @@ class Endpoint:
             except self._openai.RateLimitError:
                 self._gate.was_refused()
                 raise
-            if not getattr(reply, "choices", None):  # a page of HTML, null, or no answer in it
+            choices = getattr(reply, "choices", None)
+            if not isinstance(choices, list) or not choices or choices[0] is None:  # a page of HTML, null, or no answer in it
                 raise httpx.RemoteProtocolError("an answer without choices")
             self._gate.went_well()
-            if isinstance(total := getattr(reply.usage, "total_tokens", None), int):
+            if isinstance(total := getattr(getattr(reply, "usage", None), "total_tokens", None), int):
                 self._pace.settle(taken, total)
             return reply
 

@@ -12,7 +12,7 @@ import hashlib
 import json
 import os
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any
@@ -35,7 +35,7 @@ def disk_errors(where: Path | None = None) -> Iterator[None]:
         code, why = (error.errno, (error.strerror or "").lower()) if isinstance(error, OSError) else (None, str(error))
         if code in (errno.EROFS, errno.EACCES, errno.EPERM):
             raise UserError(
-                f"{named}: cannot be written ({why}); choose a folder that is yours, for runs with SPEED_RUNS"
+                f"{named}: cannot be read or written ({why}); choose a folder that is yours, for runs with SPEED_RUNS"
             ) from None
         # Weights are written by a library in Rust, whose error is no OSError but quotes the system's.
         if code not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG) and not re.search(r"\(os error (27|28|122)\)", str(error)):
@@ -163,31 +163,40 @@ def surrogate(text: str) -> bool:
 NAME = "[A-Za-z0-9][A-Za-z0-9._-]{0,63}"  # of a profile, or of a task in one's own texts: they become names of files
 
 
-USERS = "SPEED_URL_USERS"  # an environment variable: {host: user} as JSON, for this process and those that it starts
+USERS = "SPEED_URL_USERS"  # an environment variable: {address: user} as JSON, for this process and those that it starts
 
 
 def without_user(url: str) -> str:
     """An address without its "user:key@", so that no file and no output shows it; `with_user` puts it back to send it."""
-    found = re.fullmatch(r"(https?://)([^\s/@]+)@([^\s/@]+)(.*)", url)
+    found = re.fullmatch(r"(?i)(https?://)([^/?#]+)@([^@/?#]+)(.*)", url)
     if not found:
         return url
-    scheme, user, host, rest = found.groups()
-    os.environ[USERS] = json.dumps(json.loads(os.environ.get(USERS, "{}")) | {host: user})
-    return f"{scheme}{host}{rest}"
+    plain = f"{found[1]}{found[3]}{found[4]}"
+    os.environ[USERS] = json.dumps(json.loads(os.environ.get(USERS, "{}")) | {plain: found[2]})
+    return plain
 
 
 def with_user(url: str) -> str:
     """The address with what `without_user` took off."""
-    found = re.match(r"(https?://)([^\s/@]+)", url)
-    user = json.loads(os.environ.get(USERS, "{}")).get(found[2]) if found else None
-    return f"{found[1]}{user}@{url[len(found[1]) :]}" if found and user else url
+    user = json.loads(os.environ.get(USERS, "{}")).get(url)
+    scheme = url.partition("//")[0]
+    return url.replace("//", f"//{user}@", 1) if user and scheme else url
+
+
+def without_users(value: Any) -> Any:
+    """`without_user` of every address in nested values."""
+    if isinstance(value, str):
+        return without_user(value)
+    if isinstance(value, dict):
+        return {k: without_users(v) for k, v in value.items()}
+    return [without_users(v) for v in value] if isinstance(value, (list, tuple)) else value
 
 
 def inside(name: object) -> bool:
     """Is `name` a relative path, with / between its parts, that stays in the folder it is put into?"""
     if not isinstance(name, str) or not 0 < len(name) <= 1000 or surrogate(name) or re.search(r"[\x00-\x1f\x7f\\]", name):
         return False
-    return all(part not in ("", ".", "..") and len(part.encode()) <= 255 for part in name.split("/"))
+    return all(part not in ("", ".", "..") and len(part.encode()) <= 200 for part in name.split("/"))
 
 
 def read_jsonl(path: Path) -> list[dict[str, Any]]:
@@ -201,11 +210,12 @@ class AppendLog:
     earlier outcome.
 
     Each line carries a checksum of its entry under "check". Opening cuts the half line that a killed process left at the end. Any
-    other line that cannot be read moves into `NAME.damaged` beside the log and is named; every other entry counts.
+    other line that cannot be read, or lacks a field of `needs`, moves into `NAME.damaged` beside the log and is named; every other
+    entry counts.
     """
 
-    def __init__(self, path: Path):
-        self.path = path
+    def __init__(self, path: Path, needs: Sequence[str] = ()):
+        self.path, self.needs = path, needs
         path.parent.mkdir(parents=True, exist_ok=True)
         self.entries: dict[str, dict[str, Any]] = {}
         self._recover()
@@ -221,9 +231,9 @@ class AppendLog:
             if not line.strip():
                 continue
             try:
-                entry = _checked(line)
-            except ValueError as error:
-                if number <= len(lines):  # else it is the half line
+                entry = _checked(line, self.needs)
+            except (ValueError, RecursionError) as error:
+                if number <= len(lines) or isinstance(error, _NoEntry):  # else it is the half line
                     damaged.append((number, line, error))
                 continue
             self.entries[entry["id"]] = entry
@@ -271,12 +281,18 @@ def _check(entry: Mapping[str, Any]) -> str:
     return hashlib.sha256(json.dumps(entry, sort_keys=True).encode()).hexdigest()[:12]
 
 
-def _checked(line: bytes) -> dict[str, Any]:
+class _NoEntry(ValueError):
+    """A line that is JSON and no entry of the log."""
+
+
+def _checked(line: bytes, needs: Sequence[str]) -> dict[str, Any]:
     """The entry of one line of a log, or ValueError that says what is wrong. A log of an earlier version has no checksums."""
     entry = json.loads(line)
     if not isinstance(entry, dict) or not isinstance(entry.get("id"), str):
-        raise ValueError("no object with an id")
+        raise _NoEntry("no object with an id")
     check = entry.pop("check", None)
     if check not in (None, _check(entry)):
-        raise ValueError("its text is not what was written")
+        raise _NoEntry("its text is not what was written")
+    if lacking := [name for name in needs if name not in entry]:
+        raise _NoEntry(f"no {lacking[0]!r} in it")
     return entry

@@ -19,6 +19,8 @@ from speed_core.engines import Decoding as Decoding
 from speed_core.engines import Request as Request
 from speed_core.sft import progress
 
+LOGGED = ("record", "kind", "status", "raw", "reason", "finish_reason", "model")  # what every entry of a log has
+
 
 def request_id(request: Request, model_id: str, decoding: Decoding, dtype: str = "auto") -> str:
     """Digest of everything that decides the text: prompt, weights, decoding, schema, seed, and a compute type that was asked for."""
@@ -67,7 +69,7 @@ def run(
         raise ValueError("requests: two of them share an id; ids must differ")
     latest = {r.id: r for r in requests}
     started: Engine | None = None if isinstance(engine, str) else engine
-    with AppendLog(log) as entries:
+    with AppendLog(log, LOGGED) as entries:
 
         def entry(r: Request) -> dict[str, Any] | None:
             return entries.entries.get(request_id(r, model_id, decoding, dtype))
@@ -157,7 +159,7 @@ def replay(
     """
     if not log.is_file():
         raise UserError(f"replay: {log.name} is not there; import an export first (python -m speed_core import FILE)")
-    with AppendLog(log) as entries:
+    with AppendLog(log, LOGGED) as entries:
         by_record: dict[str, list[dict[str, Any]]] = {}
         for e in entries.entries.values():
             by_record.setdefault(e["record"], []).append(e)
@@ -186,6 +188,11 @@ def outcome_of(entry: dict[str, Any]) -> records.Outcome:
     if entry["status"] == "error":
         return records.Outcome("error", entry["reason"])
     return records.parse(entry["raw"], entry["kind"], entry["finish_reason"])
+
+
+def text_of(entry: dict[str, Any]) -> str:
+    """The text of a valid outcome that a model is to learn from or to read (`records.own_text`)."""
+    return records.own_text(entry["raw"], entry["kind"])
 
 
 def counts(entries: Iterable[dict[str, Any]]) -> dict[str, int]:

@@ -246,7 +246,7 @@ def make_pairs(
     pairs: list[dict[str, Any]] = []
     count = {"pairs": 0, "no_valid_candidate": 0, "same_text": 0, "tie": 0}
     for prompt, entries in items:
-        texts, ends = [e["raw"] for e in entries], [e["finish_reason"] for e in entries]
+        texts, ends = [records.own_text(e["raw"], prompt.kind) for e in entries], [e["finish_reason"] for e in entries]
         verdict = judge.judge(prompt, texts, ends)
         chosen, rejected = entries[verdict.best], entries[verdict.worst]
         if chosen["status"] != "ok":
@@ -262,8 +262,8 @@ def make_pairs(
                     "id": prompt.id,
                     "kind": prompt.kind,
                     "prompt": prompt.text,
-                    "chosen": chosen["raw"],
-                    "rejected": rejected["raw"],
+                    "chosen": texts[verdict.best],
+                    "rejected": texts[verdict.worst],
                     "rejected_status": rejected["status"],
                     "score_chosen": verdict.scores[verdict.best],
                     "score_rejected": verdict.scores[verdict.worst],

@@ -19,7 +19,7 @@ from datasets import Dataset, DatasetDict
 from mteb.abstasks import AbsTaskClassification, AbsTaskClustering, AbsTaskRetrieval, AbsTaskSTS
 from mteb.abstasks.task_metadata import TaskMetadata
 
-from speed_core.artifacts import UserError
+from speed_core.artifacts import UserError, digest
 
 # Texts of each task by size: queries, or texts, or pairs.
 SIZES = {
@@ -379,6 +379,10 @@ def offline_tasks(size: str = "tiny", names: Sequence[str] | None = None) -> lis
         ),
         _sts("OfflineLeeDocuments", "Similarity of pairs of news documents.", lambda: lee_pairs(n["lee"]), 1, n["lee"]),
     ]
+    for task in tasks:  # mteb keeps scores by this revision, and those of another size are others
+        about = task.metadata
+        source = {**about.dataset, "revision": f"{about.dataset['revision']}-{size}-{digest(n)[:6]}"}
+        type(task).metadata = about.model_copy(update={"dataset": source})
     if names is None:
         return tasks
     known = {t.metadata.name: t for t in tasks}

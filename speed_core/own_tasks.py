@@ -47,6 +47,8 @@ def read(path: Path) -> dict[tuple[str, str], list[dict[str, Any]]]:
             row = json.loads(line)
         except (ValueError, RecursionError):
             raise UserError(f"{path.name}: line {number} is no JSON; write one object a line") from None
+        if surrogate(json.dumps(row, ensure_ascii=False)):
+            raise UserError(f"{path.name}: line {number} holds half of a UTF-16 pair (\\ud800 to \\udfff); write the text again")
         kind = next((k for k, fields in SHAPES.items() if isinstance(row, dict) and set(fields) <= set(row)), "")
         if not kind:
             shapes = "; ".join(" + ".join(f) for f in SHAPES.values())
@@ -56,12 +58,16 @@ def read(path: Path) -> dict[tuple[str, str], list[dict[str, Any]]]:
             if field == "score":  # json reads NaN and Infinity
                 good, what = _number(value) and abs(value) < 1e300, "a number"
             else:
-                good = isinstance(value, str) and bool(value.strip()) and not surrogate(value)
+                good = isinstance(value, str) and bool(value.strip())
                 good = good or (field == "label" and _number(value) and isinstance(value, int))
-                what = "a text that is not blank and can be written as UTF-8"
+                what = "a text that is not blank"
             if not good:
                 raise UserError(f"{path.name}: line {number}: {field!r} is {value!r}; it must be {what}")
-        name = str(row["task"]) if "task" in row else re.sub(r"[^A-Za-z0-9._-]+", "-", path.stem).lstrip("._-")[:64] or "texts"
+        name = (
+            str(row["task"])
+            if row.get("task") is not None
+            else re.sub(r"[^A-Za-z0-9._-]+", "-", path.stem).lstrip("._-")[:64] or "texts"
+        )
         if not re.fullmatch(NAME, name):
             rule = "letters, digits, '.', '_' and '-', at most 64, beginning with a letter or digit"
             raise UserError(f"{path.name}: line {number}: 'task' is {name!r}; name it with {rule}")

@@ -131,7 +131,9 @@ def junior(run: Run) -> Artifact:
         if draft:
             draft.info |= _computed(run, settings)
             text = {q.id: q.text for q in seed_plan(run)}
-            pairs = [(text[e["record"]], e["raw"]) for e in seeds.rows() if e["status"] == "ok" and e["record"] in text]
+            pairs = [
+                (text[e["record"]], generate.text_of(e)) for e in seeds.rows() if e["status"] == "ok" and e["record"] in text
+            ]
             sft.train(run.profile.models.generator, pairs, settings, seed=run.profile.seed, output=draft.path, label="junior")
     return run.store.need("junior")
 
@@ -260,7 +262,7 @@ def preferences(run: Run, root: Artifact, planned: Sequence[Prompt]) -> Artifact
             items = [(q, groups[q.id]) for q in planned if q.id in groups]
             if who.judge == "llm":
                 decide: Any = judge.LlmJudge(teacher.open_teacher(who, run.replay), run.log("judge"), who.judge_temperature)
-                questions = [(q, [e["raw"] for e in group]) for q, group in items]
+                questions = [(q, [records.own_text(e["raw"], q.kind) for e in group]) for q, group in items]
                 draft.info["partial"] = decide.ask(questions)
                 spent = teacher.spent(run.log("judge"), decide.questions(questions), "judge", who)
                 write_json(draft.file("ledger.json"), spent)
@@ -307,7 +309,7 @@ def revision_rows(run: Run) -> list[dict[str, Any]]:
     weak: dict[str, str] = {}
     for e in root.rows():
         if e["status"] == "ok":
-            weak.setdefault(e["record"].split("#")[0], e["raw"])
+            weak.setdefault(e["record"].split("#")[0], generate.text_of(e))
     with run.store.stage("revisions", {"teacher": who.deciding(), "count": count}, [root]) as draft:
         if draft:
             items = [
@@ -320,7 +322,7 @@ def revision_rows(run: Run) -> list[dict[str, Any]]:
             write_json(draft.file("ledger.json"), teacher.spent(run.log("revisions"), items, "revise", who))
             draft.info |= {"teacher": t.label, "outcomes": generate.counts(entries), "partial": teacher.unanswered(entries)}
     return [
-        {"kind": e["kind"], "task": e["task"], "prompt": planned[rid].text, "weak": weak[rid], "answer": e["raw"]}
+        {"kind": e["kind"], "task": e["task"], "prompt": planned[rid].text, "weak": weak[rid], "answer": generate.text_of(e)}
         for e in run.store.need("revisions").rows()
         if e["status"] == "ok" and (rid := e["record"].removesuffix("/revise"))
     ]
@@ -391,7 +393,7 @@ def revise(run: Run, name: str, raw: Artifact, planned: Sequence[Prompt]) -> Art
     """Artifact `name`: one revision of every valid record of `raw` (one pass, as in the paper)."""
     by_id = {q.id: q for q in planned}
     good = [e for e in raw.rows() if e["status"] == "ok"]
-    text = {e["record"]: prompts.revise(by_id[e["record"]].text, e["raw"]) for e in good}
+    text = {e["record"]: prompts.revise(by_id[e["record"]].text, generate.text_of(e)) for e in good}
     return sample(run, name, [by_id[e["record"]] for e in good], "revisor", text=text, parents=[raw])
 
 

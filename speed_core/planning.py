@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from speed_core import compute_type, experiments, forecast, machine, models, pipeline, sft
-from speed_core.artifacts import Artifact, Draft, Store, UserError, read_jsonl, write_json
+from speed_core.artifacts import Artifact, Draft, Store, UserError, read_jsonl, read_manifest, write_json
 from speed_core.run_context import Run
 
 
@@ -302,7 +302,7 @@ def past_error(run: Run) -> str:
     """
     off, ahead = [], forecast.Forecast.of(run.profile)
     for path in run.store.root.glob("*/manifest.json"):
-        m = json.loads(path.read_text(encoding="utf-8"))
+        m = read_manifest(path.read_bytes(), f"artifact {path.parent.name!r}")
         took = Artifact(path.parent, m).seconds
         first = ahead.expected(m["name"]) if ahead and not m.get("predicted_seconds") else None
         said = m.get("predicted_seconds") or (first.seconds * ahead.scale if first and ahead else 0)

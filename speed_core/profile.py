@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import difflib
 import json
+from contextlib import suppress
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -286,10 +287,15 @@ def names() -> list[str]:
 def _raw(name: str, below: tuple[str, ...] = ()) -> dict[str, Any]:
     """The values of a profile over those of the one that it extends; `below`: the profiles that extend this one."""
     path = FOLDER / f"{name}.json" if name in names() else Path(name)
-    if name not in names() and not (name.endswith(".json") and path.is_file()):
+    try:
+        there = name in names() or (name.endswith(".json") and path.is_file())
+    except OSError:  # a name that is too long for any file
+        there = False
+    if not there:
         close = difflib.get_close_matches(name, names(), 1)
         hint = f"; did you mean {close[0]!r}?" if close else ";"
-        raise UserError(f"profile {name!r}: unknown{hint} use one of {', '.join(names())} or a path to a .json file")
+        raise UserError(f"profile {name[:80]!r}: unknown{hint} use one of {', '.join(names())} or a path to a .json file")
+    name = name if name in names() else str(path.resolve())
     if name in below:
         raise UserError(f"profile {below[0]!r}: extends itself ({' -> '.join([*below, name])}); take one 'extends' away")
     try:
@@ -303,8 +309,10 @@ def _raw(name: str, below: tuple[str, ...] = ()) -> dict[str, Any]:
         return data
     if not isinstance(parent, str):
         raise UserError(f"profile {path}: 'extends' is {str(parent)[:40]}; give the name of one profile")
-    beside = path.parent / parent
-    return _merge(_raw(str(beside) if parent not in names() and beside.is_file() else parent, (*below, name)), data)
+    with suppress(OSError):
+        if parent not in names() and (path.parent / parent).is_file():
+            parent = str(path.parent / parent)
+    return _merge(_raw(parent, (*below, name)), data)
 
 
 def _merge(base: dict[str, Any], new: dict[str, Any]) -> dict[str, Any]:

@@ -27,6 +27,7 @@ from speed_core.artifacts import (
     device_name,
     digest,
     file_digest,
+    read_manifest,
     write_json,
 )
 from speed_core.run_context import ROOT, Run
@@ -158,7 +159,7 @@ class Now:
         return point, name
 
     def _read(self, key: str, path: Path) -> tuple[dict[str, Any], str]:
-        manifest = json.loads((path / MANIFEST).read_text(encoding="utf-8"))
+        manifest = read_manifest((path / MANIFEST).read_bytes(), f"artifact {path.name!r}")
         files = manifest["files"]
         if self.deep:
             # A file that is not here (weights, after an import of logs) was not changed here either.

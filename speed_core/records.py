@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import ast
 import json
+import re
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -35,6 +36,10 @@ KEYS: dict[str, tuple[str, ...]] = {
 MAX_CHARS = 4000
 
 _REFUSALS = ("i'm sorry", "i am sorry", "i cannot", "i can't", "as an ai", "i'm unable", "i am unable")
+
+
+# Why a server held a text back, in the words of several; "refusal" is a message's own field.
+REFUSED = ("content_filter", "safety", "recitation", "prohibited_content", "blocklist", "spii", "sensitive", "refusal")
 
 
 @dataclass(frozen=True)
@@ -63,7 +68,10 @@ def schema(kind: str) -> dict[str, Any]:
     }
 
 
-def _objects(raw: str, opening: str = "{") -> list[tuple[Any, int, int]]:
+Span = tuple[Any, int, int]  # a value, where it starts in the text, and where it ends
+
+
+def _objects(raw: str, opening: str = "{") -> list[Span]:
     """(value, start, end) of each JSON value in `raw` that begins with `opening` and stands in no other one.
 
     A real JSON parser reads each, so a brace inside a string ends nothing (the released parser's non-greedy regex ends there). Text
@@ -81,31 +89,45 @@ def _objects(raw: str, opening: str = "{") -> list[tuple[Any, int, int]]:
     return found
 
 
-def _answered(raw: str, found: list[tuple[Any, int, int]]) -> list[Any]:
+OPENS = re.compile(r"<(?:think|thinking|thought|reasoning)>|<\|channel\|>(?:analysis|commentary)")
+CLOSES = re.compile(r"</(?:think|thinking|thought|reasoning)>|<\|channel\|>final")
+
+
+def _answered(raw: str, found: list[Span]) -> list[Span]:
     """The values of `found` that belong to the answer: what a model wrote while it was thinking is set aside.
 
-    Thinking ends at the last </think> (its <think> may stand in the prompt) and lasts to the end where it is never closed. A tag
+    Thinking ends at the last closing tag (the opening one may stand in the prompt) and lasts to the end where it is never closed. A tag
     inside of a value is the value's own text.
     """
     prose = list(raw)
     for _, start, end in found:
         prose[start:end] = " " * (end - start)
     outside = "".join(prose)
-    after = outside.rfind("</think>")
-    unclosed = outside.find("<think>", max(after, 0))
-    return [v for v, start, end in found if start > after and (unclosed < 0 or end <= unclosed)]
+    after = max((m.end() for m in CLOSES.finditer(outside)), default=0)
+    opened = OPENS.search(outside, after)
+    return [v for v in found if v[1] >= after and (opened is None or v[2] <= opened.start())]
 
 
 def objects(raw: str) -> list[dict[str, Any]]:
     """The JSON objects of an answer, in their order, without those of its thinking."""
-    return _answered(raw, _objects(raw))
+    return [v for v, _, _ in _answered(raw, _objects(raw))]
+
+
+def own_text(raw: str, kind: str) -> str:
+    """The text of the record in a valid answer, to be learned or shown to a model: `raw` itself, but where thinking or further objects
+    stand beside it, the object alone."""
+    found = _objects(raw)
+    if len(found) <= 1 and not CLOSES.search(raw) and not OPENS.search(raw):
+        return raw
+    fitting = [raw[start:end] for v, start, end in _answered(raw, found) if check_fields(v, kind).status == "ok"]
+    return fitting[-1] if fitting else raw
 
 
 def unfinished(raw: str, finish_reason: str) -> Outcome | None:
     """The outcome of a text that was not written to its end, or was refused; None when the model says that it is complete."""
     if finish_reason == "length":
         return Outcome("truncated", "length", raw=raw)
-    if finish_reason in ("content_filter", "refusal"):
+    if finish_reason in REFUSED:
         return Outcome("refused", finish_reason, raw=raw)
     if finish_reason != "stop":
         return Outcome("invalid", f"finish_reason:{finish_reason}", raw=raw)
@@ -127,11 +149,11 @@ def parse(raw: str, kind: str, finish_reason: str = "stop") -> Outcome:
     if not raw.strip():
         return Outcome("invalid", "empty", raw=raw)
     found = _objects(raw)
-    objects = _answered(raw, found)
+    objects = [v for v, _, _ in _answered(raw, found)]
     if not objects:
         if raw.strip().lower().startswith(_REFUSALS) and "{" not in raw:
             return Outcome("refused", "refusal_text", raw=raw)
-        thought = "only_thinking" if found or "<think>" in raw else "no_object"
+        thought = "only_thinking" if found or OPENS.search(raw) else "no_object"
         return Outcome("invalid", "not_json" if "{" in raw and not found else thought, raw=raw)
     outcomes = [check_fields(value, kind, raw) for value in objects]
     fitting = [o for o in outcomes if o.status == "ok"]
@@ -186,12 +208,19 @@ def parse_string_list(raw: str, finish_reason: str = "stop") -> tuple[list[str],
     """
     if cut := unfinished(raw, finish_reason):
         return [], cut.reason
+    whole = _outermost(raw, 0)
     found = _objects(raw, "[")
-    if not any(map(_strings, _answered(raw, found))):
-        found = _literal_list(raw) or found
-    lists = _answered(raw, found)
+    if whole is None:
+        lists = [v for v, _, _ in _answered(raw, found)]
+        if not any(map(_strings, lists)):
+            after = max((m.end() for m in CLOSES.finditer(raw)), default=0)
+            late = _outermost(raw, after)
+            lists = lists if late is None else [late]
+    else:
+        opened = OPENS.search(raw, 0, raw.index("["))
+        lists = [] if opened and not CLOSES.search(raw, opened.end(), raw.index("[")) else [whole]
     if not lists:
-        return [], "only_thinking" if found else "not_a_list" if "[" in raw and "]" in raw else "no_list"
+        return [], "only_thinking" if found or whole is not None else "not_a_list" if "[" in raw and "]" in raw else "no_list"
     good = [v for v in lists if _strings(v)]
     if any(v != good[0] for v in good):
         return [], "ambiguous"
@@ -207,14 +236,18 @@ def _strings(value: list[Any]) -> bool:
     return bool(value) and all(isinstance(v, str) for v in value)
 
 
-def _literal_list(raw: str) -> list[tuple[Any, int, int]]:
-    """As `_objects`: the list that is a Python literal from the first bracket of the answer to the last."""
-    start, end = raw.find("[", max(raw.rfind("</think>"), 0)), raw.rfind("]") + 1
+def _outermost(raw: str, after: int) -> list[Any] | None:
+    """The list from the first bracket behind `after` to the last one, as JSON or as a Python literal; None where that is no list."""
+    start = raw.find("[", after)
+    text = raw[start : raw.rfind("]") + 1] if start >= 0 else ""
     try:
-        value = ast.literal_eval(raw[start:end]) if 0 <= start < end else None
-    except (ValueError, SyntaxError, RecursionError, MemoryError, TypeError):
-        return []
-    return [(value, start, end)] if isinstance(value, list) else []
+        value = json.loads(text)
+    except (ValueError, RecursionError):
+        try:
+            value = ast.literal_eval(text)
+        except (ValueError, SyntaxError, RecursionError, MemoryError, TypeError):
+            return None
+    return value if isinstance(value, list) else None
 
 
 def released_parser_verdict(raw: str, kind: str) -> str:

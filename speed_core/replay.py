@@ -144,7 +144,8 @@ def read_manifest(source: Path) -> dict[str, Any]:
             ".json"
         ):  # a profile's file is no name of one
             raise ValueError
-        if not all(isinstance(manifest.get(k, {}), dict) for k in ("artifacts", "figures", "values")):
+        known = [manifest[k] for k in ("artifacts", "figures")] if not manifest.get("whole") else []
+        if not all(inside(name) and isinstance(digest, str) for part in known for name, digest in part.items()):
             raise TypeError
     except (
         tarfile.TarError, zlib.error, lzma.LZMAError, OSError, EOFError, ValueError, KeyError, TypeError, AttributeError, RecursionError,

@@ -25,7 +25,7 @@ from typing import TYPE_CHECKING, Any
 import nbformat
 
 from speed_core.artifacts import UserError
-from speed_core.files import without_user
+from speed_core.files import without_users
 
 if TYPE_CHECKING:
     from speed_core.run_context import Run
@@ -157,6 +157,8 @@ def execute(
     import papermill
     from papermill.exceptions import PapermillExecutionError
 
+    if "overrides" in parameters:
+        parameters = {**parameters, "overrides": without_users(parameters["overrides"])}
     if parameters or _tagged(source):  # a notebook without parameters is executed as it is
         check_parameters(source, parameters)
     target.parent.mkdir(parents=True, exist_ok=True)
@@ -349,8 +351,7 @@ def run_all(
     run = open_run(profile, dict(overrides or {}), seed)  # a bad profile or parameter is refused here
     folder = folder or ROOT / "notebooks"
     chosen = choose(folder, only, start)
-    shown = {k: without_user(v) if k.endswith(".base_url") and isinstance(v, str) else v for k, v in (overrides or {}).items()}
-    given = {"profile": profile, "overrides": shown} | ({"seed": seed} if seed is not None else {})
+    given = {"profile": profile, "overrides": without_users(dict(overrides or {}))} | ({"seed": seed} if seed is not None else {})
     for path in chosen:
         check_parameters(path, given)
     reports: list[Report] = []

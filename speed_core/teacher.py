@@ -36,6 +36,7 @@ from speed_core.endpoint import (
 from speed_core.profile import Teacher as TeacherSettings
 
 RECORDED = Path(__file__).parent / "assets" / "recorded"
+LOGGED = ("record", "prompt_digest", "status", "raw", "reason", "finish_reason")  # what every entry of a log has
 UNRECORDED = "no recorded answer to this prompt"
 LABEL = "recorded answers, written by this repository's authors"
 
@@ -65,6 +66,10 @@ class Ledger:
 
     def total(self, key: str) -> float:
         return sum(row[key] for row in self.rows.values())
+
+
+class Unrecorded(KeyError):
+    """Nobody wrote an answer to this prompt."""
 
 
 class BudgetReached(Exception):
@@ -105,7 +110,7 @@ class RecordedTeacher:
     def answer(self, prompt: str, purpose: str, temperature: float | None = None) -> Answer:
         key = prompts.text_digest(prompt)
         if key not in self._answers:
-            raise KeyError(key)
+            raise Unrecorded(key)
         answer = Answer(self._answers[key])
         self.ledger.add(purpose, answer, 0.0)
         return answer
@@ -114,7 +119,7 @@ class RecordedTeacher:
         future: Future[Answer] = Future()
         try:
             future.set_result(self.answer(prompt, purpose, temperature))
-        except KeyError as error:
+        except Unrecorded as error:
             future.set_exception(error)
         return future
 
@@ -169,7 +174,7 @@ class EndpointTeacher:
         self.label = endpoint_label(settings)
         self.ledger = Ledger()
         self._price = settings.price()
-        self._in_flight: dict[int, tuple[float, float]] = {}  # (tokens, USD) that each running call may take
+        self._in_flight: dict[int, str] = {}  # prompts of the calls that run
         self._settled = asyncio.Event()
         self._numbers = itertools.count()
         self._per_character, self._longest = 0.0, float(settings.max_output_tokens or OUTPUT_TOKENS)
@@ -201,11 +206,18 @@ class EndpointTeacher:
         tokens_in = len(prompt) * (self._per_character or 0.25)
         return tokens_in + self._longest, self.settings.cost(tokens_in, self._longest)
 
+    def _left(self, call: int) -> None:
+        """Give the room of a call back."""
+        self._in_flight.pop(call, None)
+        self._settled.set()
+
     async def _room(self, call: int, prompt: str) -> None:
         """Take room in the budget for one call, or raise BudgetReached that names the cap."""
-        s, (tokens, usd) = self.settings, self._most(prompt)
+        s = self.settings
+        self._left(call)
         while True:
-            others = [v for k, v in self._in_flight.items() if k != call]
+            tokens, usd = self._most(prompt)
+            others = [self._most(p) for p in self._in_flight.values()]
             spent = self.ledger.total("input_tokens") + self.ledger.total("output_tokens")
             over = [
                 (self.ledger.total("calls") + len(others) + 1, s.max_calls, f"max_calls {s.max_calls}"),
@@ -214,8 +226,10 @@ class EndpointTeacher:
             ]
             # Only max_calls has no way to say "no cap".
             reached = [n for after, cap, n in over if after > cap * (1 + 1e-9) and (cap or n.startswith("max_calls"))]
-            if not reached:
-                self._in_flight[call] = (tokens, usd)
+            # How long an answer may be is not known before there is one.
+            alone = s.max_output_tokens or self._per_character or not others
+            if not reached and alone:
+                self._in_flight[call] = prompt
                 return
             if not others:
                 raise BudgetReached(
@@ -231,13 +245,17 @@ class EndpointTeacher:
         more: dict[str, Any] = {"max_tokens": s.max_output_tokens} if s.max_output_tokens else {}
 
         async def send() -> Any:
-            return await self.endpoint.client.chat.completions.create(
-                model=s.model,
-                messages=[{"role": "user", "content": prompt}],
-                temperature=decides["temperature"],
-                top_p=s.top_p,
-                **more,
-            )
+            try:
+                return await self.endpoint.client.chat.completions.create(
+                    model=s.model,
+                    messages=[{"role": "user", "content": prompt}],
+                    temperature=decides["temperature"],
+                    top_p=s.top_p,
+                    **more,
+                )
+            except BaseException:
+                self._left(call)  # while it waits to be tried again, others may take its room
+                raise
 
         try:
             async with asyncio.timeout(self._deadline.left):
@@ -255,17 +273,16 @@ class EndpointTeacher:
                 raise
             raise self.endpoint.fault(error, s.model, self._listed) from None
         finally:
-            self._in_flight.pop(call, None)
-            self._settled.set()
+            self._left(call)
         return Answer(said.text, said.finish_reason, said.input_tokens, said.output_tokens)
 
-    def remember(self, entries: Iterable[Mapping[str, Any]], items: Sequence[prompts.Prompt], purpose: str) -> None:
-        """Count what a log holds of these prompts and this object did not ask for: a budget lasts over stops of a stage."""
-        new = [e for e in entries if e["id"] not in self.counted]
-        self.counted.update(e["id"] for e in new)
-        for name, row in spent_of(new, items, purpose, self.settings).items():
-            mine = self.ledger.rows.setdefault(name, dict.fromkeys(row, 0.0))
-            self.ledger.rows[name] = {k: mine[k] + row[k] for k in row}
+    def remember(self, entries: Iterable[Mapping[str, Any]], purpose: str) -> None:
+        """Count answers of a log that this object did not ask for: a budget lasts over stops of a stage."""
+        for e in entries:
+            if e["status"] != "error" and e["id"] not in self.counted:
+                self.counted.add(e["id"])
+                a = Answer("", "", e["prompt_tokens"], e["new_tokens"])
+                self.ledger.add(purpose, a, self.settings.cost(a.input_tokens, a.output_tokens))
 
     def submit(self, prompt: str, purpose: str, temperature: float | None = None) -> Future[Answer]:
         """Begin asking; the future gives the answer."""
@@ -333,8 +350,9 @@ def ask(
     decides = teacher.decides(temperature)
     tried: dict[str, int] = {p.id: 1 for p in items}
 
-    def key(p: prompts.Prompt) -> str:
-        attempt = {"attempt": tried[p.id]} if tried[p.id] > 1 else {}
+    def key(p: prompts.Prompt, which: int = 0) -> str:
+        """Digest of all that decides the answer to this attempt, or to the one that is named."""
+        attempt = {"attempt": n} if (n := which or tried[p.id]) > 1 else {}
         return digest({"prompt": p.text, "teacher": teacher.label, "record": p.id, **decides, **attempt})[:24]
 
     def outcome(p: prompts.Prompt, future: Future[Answer]) -> dict[str, Any]:
@@ -342,7 +360,7 @@ def ask(
         failed = entry | {"status": "error", "raw": "", "finish_reason": "stop"}
         try:
             a = future.result()
-        except KeyError:
+        except Unrecorded:
             return failed | {"reason": UNRECORDED}
         except BudgetReached as stop:
             return failed | {"reason": str(stop)}
@@ -350,7 +368,8 @@ def ask(
             raise
         except Exception as error:  # the client raises many types; each ends as a logged outcome
             if held_back(error):
-                return failed | {"status": "refused", "reason": sentence(error), "prompt_tokens": 0, "new_tokens": 0}
+                said = {"reason": sentence(error), "finish_reason": "content_filter", "prompt_tokens": 0, "new_tokens": 0}
+                return failed | {"status": "refused", **said}
             again = {"retryable": False, "code": status_of(error)} if of_request(error) else {"retryable": True}
             return failed | {"reason": sentence(error), **again}
         found = (parse or records.parse)(a.text, p.kind, a.finish_reason)
@@ -369,10 +388,11 @@ def ask(
         ours = not entry.get("retryable", True) and "code" in entry
         return entry["status"] == "error" and not ours and not isinstance(teacher, LoggedTeacher)
 
-    with AppendLog(log) as entries:
+    with AppendLog(log, LOGGED) as entries:
         todo = list(items)
         if isinstance(teacher, EndpointTeacher):
-            teacher.remember(entries.entries.values(), items, purpose)
+            mine = (entries.entries.get(key(p, n)) for p in items for n in range(1, attempts + 1))
+            teacher.remember([e for e in mine if e], purpose)
         while todo:
             open_ = [p for p in todo if key(p) not in entries.entries or open_again(entries.entries[key(p)])]
             if open_ and isinstance(teacher, EndpointTeacher):
@@ -388,7 +408,7 @@ def ask(
                     if not future.cancel() and future.done() and not future.exception():
                         entries.append(outcome(p, future))
                 if isinstance(teacher, EndpointTeacher):
-                    teacher.counted.update(entries.entries)
+                    teacher.counted.update(key(p) for p in asked.values())
             weak = ("invalid", "truncated", "refused")
             todo = [p for p in todo if entries.entries[key(p)]["status"] in weak and tried[p.id] < attempts]
             for p in todo:
@@ -398,19 +418,12 @@ def ask(
 
 def spent(log: Path, items: Sequence[prompts.Prompt], purpose: str, settings: TeacherSettings) -> dict[str, dict[str, float]]:
     """{purpose: calls, tokens, money} of every answer to these prompts in a log: all attempts, of all runs that wrote it."""
-    with AppendLog(log) as entries:
-        return spent_of(entries.entries.values(), items, purpose, settings)
-
-
-def spent_of(
-    entries: Iterable[Mapping[str, Any]], items: Sequence[prompts.Prompt], purpose: str, settings: TeacherSettings
-) -> dict[str, dict[str, float]]:
-    """`spent`, of entries that were read already."""
     wanted, ledger = {(p.id, p.digest) for p in items}, Ledger()
-    for e in entries:
-        if e["status"] != "error" and (e["record"], e["prompt_digest"]) in wanted:
-            a = Answer("", "", e["prompt_tokens"], e["new_tokens"])
-            ledger.add(purpose, a, settings.cost(a.input_tokens, a.output_tokens))
+    with AppendLog(log, LOGGED) as entries:
+        for e in entries.entries.values():
+            if e["status"] != "error" and (e["record"], e["prompt_digest"]) in wanted:
+                a = Answer("", "", e["prompt_tokens"], e["new_tokens"])
+                ledger.add(purpose, a, settings.cost(a.input_tokens, a.output_tokens))
     return ledger.rows
 
 

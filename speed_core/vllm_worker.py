@@ -117,7 +117,7 @@ def main() -> None:
                 completion = {
                     "id": done.request_id,
                     "text": text.text,
-                    "finish_reason": "length" if text.finish_reason == "length" else "stop",
+                    "finish_reason": str(text.finish_reason),
                     "prompt_tokens": len(done.prompt_token_ids),
                     "new_tokens": len(text.token_ids),
                 }

@@ -28,6 +28,19 @@ def test_a_log_cut_at_any_byte_keeps_every_whole_line(cut):
         assert rows[-1]["id"] == "next" and len(rows) == whole + 1 and not path.with_name("log.jsonl.damaged").exists()
 
 
+def test_a_row_without_what_every_entry_has_and_a_whole_last_line_are_kept_aside(tmp_path, capsys):
+    path = tmp_path / "log.jsonl"
+    with AppendLog(path) as log:
+        log.append({"id": "a", "raw": "x"})
+    last = '{"record": "paid for, but without an id"}'
+    path.write_text(path.read_text() + '{"id": "b"}\n' + "[" * 100_000 + "\n" + last)
+    with AppendLog(path, ("raw",)) as log:
+        assert list(log.entries) == ["a"]
+    aside = path.with_name("log.jsonl.damaged").read_text()
+    assert aside.startswith('{"id": "b"}\n[[') and aside.endswith(last + "\n")
+    assert "line 2 and 2 more cannot be read (no 'raw' in it)" in capsys.readouterr().out
+
+
 UNREADABLE = st.sampled_from([b"<<<<<<< HEAD", b"{}", b"[1]", b"null", b'{"id": 7}', b'{"id": "r0", "raw": ', b"\xff\xfe", b'"'])
 
 

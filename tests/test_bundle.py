@@ -163,6 +163,8 @@ def test_sums_of_more_than_a_megabyte_are_read(tmp_path):
         ),
         (lambda here: ((here / "wheels").mkdir(), (here / "wheels/evil.whl").write_text("x")), "wheels/evil.whl is not named"),
         (lambda here: (here / "README.md").unlink(), "README.md is damaged or missing"),
+        (lambda here: (here / "setup.py").write_text("x"), "setup.py is not named"),
+        (lambda here: (here / bundle.SUMS).write_text(f"{'0' * 64}  ../a.txt\n"), "names ../a.txt, which is no file of a bundle"),
     ],
 )
 def test_the_install_script_goes_by_what_the_sums_say_in_every_language(small, tmp_path, harm, said):

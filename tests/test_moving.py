@@ -125,7 +125,13 @@ def test_another_file_that_is_there_already_stops_an_import_before_it_writes(arc
 def test_an_archive_that_reaches_outside_of_the_run_is_refused(tmp_path, name, whole):
     import hashlib
 
-    manifest = {"profile": "smoke", "whole": whole, "files": {name: hashlib.sha256(b"x").hexdigest()}}
+    manifest = {
+        "profile": "smoke",
+        "whole": whole,
+        "artifacts": {},
+        "figures": {},
+        "files": {name: hashlib.sha256(b"x").hexdigest()},
+    }
     replay.pack(manifest, {name: b"x"}, tmp_path / "a.tar.gz")
     with pytest.raises(UserError, match="would land outside|no plain file"):
         replay.take_in(tmp_path / "a.tar.gz", open_run)

@@ -59,7 +59,8 @@ def test_a_model_compared_with_itself_differs_by_nothing(tmp_path):
         ([], "empty"),
         ([{"sentence1": "a", "sentence2": "b", "score": True}], "'score' is True; it must be a number"),
         ([{"text": "t", "label": True}], "'label' is True"),
-        ([{"query": "a \ud83d", "positive": "b"}], "line 1: 'query' is .*UTF-8"),
+        ([{"query": "a \ud83d", "positive": "b"}], "line 1 holds half of a UTF-16 pair"),
+        ([{"query": "a", "positive": "b", "more": "\ud83d"}], "line 1 holds half of a UTF-16 pair"),
         *[([{"text": "t", "label": "x", "task": t}], "line 1: 'task' is") for t in ("help/billing", "../up", "", ".", "a" * 65)],
     ],
 )

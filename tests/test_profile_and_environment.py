@@ -127,6 +127,18 @@ def test_another_encoding_is_named_and_a_byte_order_mark_is_read(tmp_path, data,
     assert profile.load(str(path)).name == "mine"
 
 
+def test_names_that_no_file_can_have_and_circles_through_other_folders_are_refused(tmp_path):
+    (tmp_path / "one").mkdir()
+    (tmp_path / "a.json").write_text('{"extends": "one/b.json"}')
+    (tmp_path / "one" / "b.json").write_text('{"extends": "../one/../a.json"}')
+    for name, said in ((str(tmp_path / "a.json"), "extends itself"), ("x" * 300 + ".json", "unknown"), ("a\0.json", "unknown")):
+        with pytest.raises(UserError, match=said):
+            profile.load(name)
+    (tmp_path / "c.json").write_text(f'{{"extends": "{"y" * 300}.json"}}')
+    with pytest.raises(UserError, match="unknown"):
+        profile.load(str(tmp_path / "c.json"))
+
+
 def test_a_profile_may_extend_one_that_lies_beside_it(tmp_path):
     (tmp_path / "base.json").write_text('{"extends": "smoke", "name": "base", "seeds": 44}')
     (tmp_path / "mine.json").write_text('{"extends": "base.json", "name": "mine"}')
@@ -145,7 +157,7 @@ def test_a_part_that_may_be_missing_can_be_switched_off_by_name():
     [
         ("a: 1e-5", 1e-5), ("a: 1.5e3", 1500.0), ("a: 7", 7), ("a: -2.5", -2.5), ("a: true", True), ("a: null", None), ("a:", None),
         ("a: 7e10", "7e10"), ("a: '12e5'", "12e5"), ('a: "1e-5"', "1e-5"), ("a: 007", "007"), ("a: 1_000", "1_000"), ("a: 12:30", "12:30"),
-        ("a: 2026-01-01", "2026-01-01"), ("a: yes", "yes"), ("a: [1, x]", [1, "x"]), ('{"a": 1e-5}', 1e-5),
+        ("a: 2026-01-01", "2026-01-01"), ("a: yes", "yes"), ("a: [1, x]", [1, "x"]), ('{"a": 1e-5}', 1e-5), ('{"a":\t1e5}', 1e5), ("a: .5", 0.5), ('{"a": "\\ud83d\\ude00"}', "\U0001f600"),
     ],
 )  # fmt: skip
 def test_a_value_in_yaml_is_what_it_looks_like(text, value):

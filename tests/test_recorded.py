@@ -149,7 +149,7 @@ def test_a_run_ends_well_with_one_line_when_the_comparison_cannot_be_made(carrie
     capsys.readouterr()
     runner._compare(run)
     (line,) = capsys.readouterr().out.splitlines()
-    assert line.startswith("not compared with the recorded run: JSONDecodeError: ")
+    assert line.startswith("not compared with the recorded run: UserError: artifact ")
 
 
 def test_the_record_that_ships_compares_equal_with_itself():

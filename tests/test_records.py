@@ -136,6 +136,8 @@ OTHER = '{"S1":"x y","S2":"x z","S3":"x w"}'
         ('{"S1":"what </think> closes","S2":"a c","S3":"a d"}', "what </think> closes"),
         ('{"S1":"what <think> opens","S2":"a c","S3":"a d"}', "what <think> opens"),
         (f"{STS} <think>was that good?", "a b"),
+        (f"<thinking>{OTHER}</thinking>{STS}", "a b"),
+        (f"<|channel|>analysis<|message|>{OTHER}<|channel|>final<|message|>{STS}", "a b"),
         (f"{STS} {OTHER}", "ambiguous"),
         (f"<think>{STS}</think>", "only_thinking"),
         (f"<think>{STS}", "only_thinking"),
@@ -166,6 +168,10 @@ def test_whatever_stands_around_it_a_record_is_one_of_the_objects_and_not_one_of
         ("<think>['draft']</think>['a', 'b']", ["a", "b"]),
         ('See [1]. ["a", "b"]', ["a", "b"]),
         ("['a [1] b', 'c']", ["a [1] b", "c"]),
+        ("""['Find texts tagged ["urgent"]', 'b']""", ['Find texts tagged ["urgent"]', "b"]),
+        ("['x', [\"y\"]]", "not_strings"),
+        ("['say </think> here', 'b']", ["say </think> here", "b"]),
+        ("<think>['a', 'b']", "only_thinking"),
         ('[] then ["a"]', ["a"]),
         ('["a"] ["b"]', "ambiguous"),
         ('["a"] ["a"]', ["a"]),
@@ -180,6 +186,12 @@ def test_whatever_stands_around_it_a_record_is_one_of_the_objects_and_not_one_of
 def test_a_draft_of_a_list_is_never_taken_for_the_answer(raw, found):
     tasks, why = records.parse_string_list(raw)
     assert (why or tasks) == found
+
+
+def test_what_a_model_learns_from_an_answer_is_its_record_without_the_thinking():
+    assert records.own_text(f"<think>{OTHER}</think>\n{STS}", "sts") == STS == records.own_text(f"{{}} {STS}", "sts")
+    for raw in (STS, f"```json\n{STS}\n```", f"Sure: {STS}", "no object", '{"S1":"what <thin closes","S2":"b","S3":"c"}'):
+        assert records.own_text(raw, "sts") == raw
 
 
 @pytest.mark.parametrize("word", ["tool_calls", "none", "function_call", "Stop"])

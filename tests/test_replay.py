@@ -27,6 +27,7 @@ def write_log(path, requests=REQUESTS, model="weights+adapter"):
             key = generate.request_id(r, model, DECODING)
             log.append(
                 {"id": key, "record": r.id, "kind": r.kind, "raw": f"text {r.id}", "model": model, "finish_reason": "stop"}
+                | {"status": "ok", "reason": ""}
             )
 
 
@@ -124,7 +125,7 @@ def test_a_replaying_run_samples_from_the_log(run, monkeypatch):
                 "model": "gone",
                 "raw": text,
             }
-            log.append(entry | {"status": "ok", "finish_reason": "stop", "new_tokens": 3})
+            log.append(entry | {"status": "ok", "reason": "", "finish_reason": "stop", "new_tokens": 3})
     monkeypatch.setenv("SPEED_REPLAY", "1")
     artifact = pipeline.sample(open_run("smoke"), "made", planned, "senior")  # there is no senior, and none is needed
     assert [e["record"] for e in artifact.rows()] == [q.id for q in planned]
@@ -144,7 +145,11 @@ def test_the_recorded_run_that_ships_is_the_one_behind_the_committed_figures():
 
 def test_an_archive_may_be_packed_with_xz_and_a_cut_one_is_refused_as_well(tmp_path):
     contents = {"log/a.jsonl": b"the same row\n" * 500}
-    manifest = {"profile": "smoke", "files": {name: hashlib.sha256(data).hexdigest() for name, data in contents.items()}}
+    manifest = {
+        "profile": "smoke",
+        "whole": True,
+        "files": {name: hashlib.sha256(data).hexdigest() for name, data in contents.items()},
+    }
     for name in ("run.tar.gz", "run.tar.xz"):
         replay.pack(dict(manifest), contents, tmp_path / name)
         assert replay.read_archive(tmp_path / name) == (manifest, contents)
@@ -213,7 +218,10 @@ def test_a_name_that_is_none_is_refused_in_one_line(tmp_path, monkeypatch, name)
         ([], naming(profile=7)),
         ([], naming(profile="../smoke")),
         ([], naming(profile="mine.json")),
-        ([], naming(artifacts=[])),
+        ([], naming(artifacts=[], figures={}, whole=False)),
+        ([], naming(artifacts={}, whole=False)),
+        ([], naming(artifacts={"../../x": "0"}, figures={}, whole=False)),
+        ([], naming(artifacts={}, figures={"01": 5}, whole=False)),
         ([], []),
         ([], None),
     ],

@@ -161,12 +161,22 @@ def test_half_of_a_pair_that_is_printed_is_shown_as_its_escape(tmp_path):
     assert cells[-2].outputs[0].text == "a \\ud83d \u00e9\n" and cells[-1].outputs[0].text == "\\udc00"
 
 
-def test_the_user_of_an_address_stands_in_no_parameter(monkeypatch):
-    from speed_core.__main__ import _overrides
-
+def test_the_user_of_an_address_stands_in_no_parameter(tmp_path, monkeypatch):
     monkeypatch.setenv("SPEED_URL_USERS", "{}")
-    given = _overrides(["teacher.base_url=http://me:key@host:1/v1", "generation.base_url=https://host/v1", "name=http://a@b/"])
-    assert list(given.values()) == ["http://host:1/v1", "https://host/v1", "http://a@b/"]
+    from speed_core import files, profile
+
+    address, shown = "HTTP://me:p@ss@host:1/v1", "HTTP://host:1/v1"
+    given = {"teacher.base_url": address, "generation.base_url": "https://you:k@host:1/v1"}
+    p = profile.load("smoke", given)
+    assert (p.teacher.base_url, p.generation.base_url) == (shown, "https://host:1/v1")
+    assert files.with_user(shown) == address and files.with_user("https://host:1/v1") == "https://you:k@host:1/v1"
+    assert files.without_users({"teacher": {"base_url": address}, "n": [1, address]}) == {
+        "teacher": {"base_url": shown},
+        "n": [1, shown],
+    }
+    path = notebook(tmp_path / "01_a.ipynb", "print(overrides)", parameters="overrides = {}")
+    assert run.execute(path, tmp_path / "out.ipynb", {"overrides": {"teacher": given}}, show=False).status == "ok"
+    assert "p@ss" not in (tmp_path / "out.ipynb").read_text() and "me:" not in (tmp_path / "out.ipynb").read_text()
 
 
 def test_a_printed_line_of_any_length_is_left_as_it_is():
@@ -204,7 +214,8 @@ def test_bad_input_ends_in_one_line_and_exit_code_2(monkeypatch, capsys, argumen
 
 
 @pytest.mark.parametrize(
-    ("code", "says"), [("EROFS", "cannot be written"), ("ENOSPC", "no room to write it"), ("EACCES", "cannot be written")]
+    ("code", "says"),
+    [("EROFS", "cannot be read or written"), ("ENOSPC", "no room to write it"), ("EACCES", "cannot be read or written")],
 )
 @pytest.mark.parametrize(
     "words", [["run", "--profile", "smoke"], ["import"], ["export", "out.tar.gz"], ["plan", "--profile", "smoke"]]

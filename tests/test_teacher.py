@@ -342,7 +342,10 @@ PARTS = [{"type": "text", "text": GOOD[:9]}, {"type": "thinking", "thinking": "{
         (message(GOOD, usage={"prompt_tokens": None, "completion_tokens": None, "total_tokens": None}), "ok", ""),
         (message(GOOD, finish="end_turn"), "ok", ""),
         (message(GOOD, finish="max_tokens"), "truncated", "length"),
-        (message(GOOD, finish="SAFETY"), "refused", "content_filter"),
+        (message(GOOD, finish="SAFETY"), "refused", "safety"),
+        (message(GOOD, finish="error"), "invalid", "finish_reason:server_error"),
+        (message([None, 5, {"type": "text"}, *PARTS]), "ok", ""),
+        (message(GOOD, usage={"prompt_tokens": 0, "completion_tokens": 0, "total_tokens": 0}), "ok", ""),
         (message(None, finish="content_filter"), "refused", "content_filter"),
         (message(None, refusal="I will not."), "refused", "refusal"),
         (message(GOOD, finish="tool_calls"), "invalid", "finish_reason:tool_calls"),
@@ -359,7 +362,9 @@ def test_an_answer_of_any_shape_is_one_logged_outcome_and_ends_no_other(endpoint
     assert all(e["new_tokens"] > 0 for e in entries if e["status"] == "ok")
 
 
-@pytest.mark.parametrize("body", [None, "<html>busy</html>", {"choices": []}, {"choices": None}, [], 7])
+@pytest.mark.parametrize(
+    "body", [None, "<html>busy</html>", {"choices": []}, {"choices": None}, {"choices": {"a": 1}}, {"choices": [None]}, [], 7]
+)
 def test_a_reply_that_is_no_answer_is_asked_for_again(endpoint, tmp_path, monkeypatch, body):
     monkeypatch.setattr(endpoints, "wait_exponential_jitter", lambda **_: lambda state: 0.01)
     Endpoint.script = [(200, body, "as it is"), (503, "busy", "\u00b2")]
@@ -381,6 +386,8 @@ def test_a_content_filter_that_answers_with_400_is_a_refusal(endpoint, tmp_path)
         ({"Retry-After": "Wed, 31 Dec 2025 00:00:00 GMT"}, 0.0),
         ({"retry-after-ms": "250", "Retry-After": "9"}, 0.25),
         ({"x-ratelimit-reset-requests": "1m30s", "x-ratelimit-reset-tokens": "200ms"}, 90.0),
+        ({"x-ratelimit-reset-requests": "8h", "x-ratelimit-remaining-requests": "99", "x-ratelimit-reset-tokens": "6ms"}, 0.006),
+        ({"X-RateLimit-Reset": "1767225630000"}, 30.0),
         ({"X-RateLimit-Reset": "1767225630"}, 30.0),
         ({"X-RateLimit-Reset": "12"}, 12.0),
         ({"Retry-After": "\u00b2"}, None),
@@ -394,9 +401,74 @@ def test_every_way_to_ask_for_patience_is_understood(headers, seconds):
 
 def test_a_window_that_the_server_names_is_waited_for_beyond_eight_tries(endpoint, tmp_path, monkeypatch):
     monkeypatch.setattr(endpoints, "wait_exponential_jitter", lambda **_: lambda state: 0.0)
-    Endpoint.script = [(429, "slow down", "0.01")] * 12
+    monkeypatch.setattr(endpoints.Endpoint, "_wait", lambda self, state: 0.0)
+    Endpoint.script = [(429, "slow down", "60")] * 12
     entries = teacher.ask(teacher.EndpointTeacher(settings(endpoint)), some_prompts(1), purpose="seed", log=tmp_path / "l")
     assert entries[0]["status"] == "ok" and len(Endpoint.seen) == 13
+    for status, asked, tries in (
+        (429, "60", 61),
+        (429, "0", 8),
+        (500, "60", 8),
+    ):  # but for an hour at most, and only where one is told
+        Endpoint.script, Endpoint.seen = [(status, "busy", asked)] * 99, []
+        entries = teacher.ask(
+            teacher.EndpointTeacher(settings(endpoint)), some_prompts(1), purpose="seed", log=tmp_path / f"{status}{asked}"
+        )
+        assert entries[0]["status"] == "error" and entries[0]["retryable"] and len(Endpoint.seen) == tries
+
+
+@pytest.mark.parametrize(("concurrency", "cap"), [(1, {"max_calls": 2}), (2, {"max_tokens": 400}), (3, {"max_usd": 400e-6})])
+def test_a_call_that_is_tried_again_and_calls_that_wait_for_room_do_not_wait_for_each_other(
+    endpoint, tmp_path, monkeypatch, concurrency, cap
+):
+    monkeypatch.setattr(endpoints, "wait_exponential_jitter", lambda **_: lambda state: 0.05)
+    one_dollar = ({"model": "tiny", "input": 1.0, "output": 1.0},)
+    who = settings(endpoint, concurrency=concurrency, max_output_tokens=20, prices=one_dollar, max_minutes=0.3, **cap)
+    Endpoint.script = [(500, "", "")] * 3 + [(429, "", "0")] * 2
+    entries = teacher.ask(teacher.EndpointTeacher(who), some_prompts(5), purpose="seed", log=tmp_path / "l")
+    assert generate.counts(entries)["ok"] >= 2 and not any("max_minutes" in e["reason"] for e in entries)
+
+
+def test_without_a_limit_the_first_answer_comes_alone_and_longer_ones_are_reckoned_with(endpoint, tmp_path):
+    who = settings(endpoint, concurrency=4, max_tokens=9000)
+    Endpoint.usage = {"prompt_tokens": 100, "completion_tokens": 2000, "total_tokens": 2100}
+    t = teacher.EndpointTeacher(who)
+    teacher.ask(t, some_prompts(12), purpose="seed", log=tmp_path / "l")
+    assert len(Endpoint.seen) == 4 and t.ledger.total("output_tokens") == 8000
+
+
+@pytest.mark.parametrize(
+    ("status", "said"),
+    [(400, "API key not valid. Please pass a valid API key."), (429, "insufficient_quota"), (400, "model_not_found")],
+)
+def test_a_wrong_key_is_no_fault_of_the_request_whatever_its_status(endpoint, tmp_path, status, said):
+    Endpoint.script = [(status, said, "")] * 4
+    with pytest.raises(UserError, match="refuses every request"):
+        teacher.ask(teacher.EndpointTeacher(settings(endpoint)), some_prompts(4), purpose="seed", log=tmp_path / "l")
+    assert len(Endpoint.seen) == 1
+    Endpoint.script = []
+    entries = teacher.ask(teacher.EndpointTeacher(settings(endpoint)), some_prompts(4), purpose="seed", log=tmp_path / "l")
+    assert generate.counts(entries)["ok"] == 4
+
+
+def test_another_models_answers_in_the_same_log_are_not_this_ones_budget(endpoint, tmp_path):
+    items, log = some_prompts(4), tmp_path / "l"
+    teacher.ask(teacher.EndpointTeacher(settings(endpoint)), items, purpose="seed", log=log)
+    other = teacher.EndpointTeacher(settings(endpoint, model="other", max_calls=4))
+    assert generate.counts(teacher.ask(other, items, purpose="seed", log=log))["ok"] == 4
+    single = teacher.EndpointTeacher(settings(endpoint))
+    for p in items:
+        teacher.ask(single, [p], purpose="seed", log=log)
+    assert single.ledger.rows["seed"]["calls"] == 4
+
+
+@pytest.mark.parametrize(
+    "body", [[{"error": {"message": "too long"}}], {"detail": [{"msg": "too long"}]}, {"message": "too long"}, "too long"]
+)
+def test_the_servers_own_words_are_found_in_bodies_of_several_shapes(endpoint, tmp_path, body):
+    Endpoint.script = [(400, body, "as it is")]
+    entry = teacher.ask(teacher.EndpointTeacher(settings(endpoint)), some_prompts(1), purpose="seed", log=tmp_path / "l")[0]
+    assert entry["reason"] == "BadRequestError 400: too long"
 
 
 def test_the_users_name_and_key_in_an_address_are_sent_and_never_shown(endpoint, tmp_path, monkeypatch):
