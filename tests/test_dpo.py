@@ -125,7 +125,9 @@ def ours_trainer(base, folder, batch=4, micro=4, steps=20, weights=None, pairs=P
     if weights:
         made[0].pairs.append((1, 0, 2.0))
         made[0].rows.append(-1)
-    values = profile.load("smoke").senior.model_copy(update=dict(batch=batch, micro_batch=micro, lr=1e-3, dtype="float32"))
+    values = profile.load("smoke").senior.model_copy(
+        update=dict(examples=8, batch=batch, micro_batch=micro, lr=1e-3, dtype="float32")
+    )
     arguments = sft.trainer_arguments(values, 0, folder, remove_unused_columns=False, max_steps=steps, **more)
     trainer = dpo.trainer_class()(
         model=model, args=TrainingArguments(**arguments), train_dataset=made, data_collator=lambda part: packing.collate(part, 0),

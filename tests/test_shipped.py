@@ -92,7 +92,7 @@ def test_a_point_of_a_sweep_reads_its_base_first_and_shipped_upstream_last(two, 
 def test_a_damaged_shipped_file_is_refused_by_name(two):
     mine, theirs = two
     put(theirs, "a", 1).file("f").write_text("other")
-    with pytest.raises(UserError, match="shipped artifact 'a': f has digest .* unpack the bundle again"):
+    with pytest.raises(UserError, match="shipped artifact 'a': f has .* unpack the bundle again"):
         mine.need("a")
 
 
