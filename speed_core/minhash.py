@@ -24,8 +24,11 @@ VOCABULARY = 1 << 20  # word hashes remembered; beyond that the memory is emptie
 FOUND = 0.99  # least probability with which a pair at the threshold becomes a candidate
 
 
-# A word, with the signs that tell C++, C# and C apart; or one sign that is no punctuation (an emoji, an arrow, an operator).
-WORD = re.compile(r"\w+(?:(?<=[^\W\d_])(?:\+\+|[+#])(?!\w))?|[^\w\s\u0000-\u02ff\u2000-\u206f]")
+# A word, with the signs that tell C++, C# and C apart; an operator that stands alone; or one sign that is no punctuation (an emoji, an
+# arrow).
+WORD = re.compile(
+    r"\w+(?:(?<=[^\W\d_])(?:\+\+|[+#](?![\w+#])))?|(?<!\S)(?:[<>=!|^~%$+\u00a3]{1,3}|&&)(?!\S)|[^\w\s\u0000-\u02ff\u2000-\u206f]"
+)
 
 
 def words(text: str) -> list[str]:

@@ -113,6 +113,9 @@ def test_no_texts_no_duplicates():
         ("==>", "<=="),
         ("How do I learn C++", "How do I learn C#"),
         ("learn C", "learn C++"),
+        ("is a < b", "is a > b"),
+        ("test x == y", "test x != y"),
+        ("&& joins two", "|| joins two"),
         ("!!!", "???"),
     ],
 )
