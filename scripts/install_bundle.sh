@@ -20,7 +20,7 @@ if [ -f .installed ]; then
   find wheels ! -type d 2>/dev/null | LC_ALL=C sort > .have || true
 else
   cp SHA256SUMS .sums
-  find . -path ./.venv -prune -o ! -type d -print | cut -c3- | grep -vE '^(SHA256SUMS|\.sums|\.have|\.named)$' | LC_ALL=C sort > .have
+  find . -path ./.venv -prune -o ! -type d -print | cut -c3- | grep -vE '^(SHA256SUMS|\.sums|\.have|\.named)$|/__pycache__/' | LC_ALL=C sort > .have
 fi
 cut -c67- SHA256SUMS | LC_ALL=C sort > .named
 more=$(LC_ALL=C comm -23 .have .named | head -n 1)

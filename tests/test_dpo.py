@@ -456,7 +456,7 @@ def junior_and_senior(base, folder, **changes):
     values, lora = profile.load("smoke"), Lora(rank=2, alpha=4)
     junior = values.junior.model_copy(update=dict(lr=1e-2, dtype="float32", batch=2, micro_batch=2, lora=lora))
     sft.train(base, [(r["prompt"], r["chosen"]) for r in PAIRS], junior, seed=0, output=folder / "junior")
-    given = dict(lr=1e-2, epochs=4, dtype="float32", batch=2, micro_batch=2, lora=lora, max_length=256) | changes
+    given = dict(examples=8, lr=1e-2, epochs=4, dtype="float32", batch=2, micro_batch=2, lora=lora, max_length=256) | changes
     return values.senior.model_copy(update=given)
 
 

@@ -101,13 +101,17 @@ def test_a_request_that_the_server_refuses_is_an_outcome_and_the_others_go_on(se
     given = dict(model=BASE, model_id="server:tiny", log=tmp_path / "log", decoding=generate.Decoding(max_new_tokens=24))
     entries = generate.run([long, short], engine=engine, **given)
     engine.close()
-    assert [e["status"] for e in entries][0] == "error" and "refused by the server (400)" in entries[0]["reason"]
+    assert [e["status"] for e in entries][0] == "error" and "refused by the server (BadRequestError 400: " in entries[0]["reason"]
     assert entries[1]["status"] != "error" and sum(generate.counts(entries).values()) == 2
 
 
-def test_a_model_that_the_server_lacks_is_named_with_the_remedy(server):
-    with pytest.raises(UserError, match="'senior' is not served there, tiny is; .*--lora-modules senior=FOLDER"):
-        ServerEngine(server, "senior", BASE)
+def test_a_model_that_the_server_lacks_is_named_with_the_remedy_and_held_against_no_request(server, tmp_path):
+    given = dict(model=BASE, model_id="server:senior", log=tmp_path / "log", decoding=generate.Decoding(max_new_tokens=24))
+    engine = ServerEngine(server, "senior", BASE)
+    with pytest.raises(UserError, match="model 'senior' .*404.*; it lists tiny; .*--lora-modules senior=FOLDER"):
+        generate.run([generate.Request("a", "Write.", "sts", 1)], engine=engine, **given)
+    engine.close()
+    assert (tmp_path / "log").read_bytes() == b""
 
 
 def test_the_teacher_and_the_judge_work_against_a_real_server(server, tmp_path):
