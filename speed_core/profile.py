@@ -372,4 +372,6 @@ def _validate(name: str, data: dict[str, Any]) -> Profile:
         first = error.errors()[0]
         where = ".".join(str(p) for p in first["loc"]) or "values"
         got = "" if first["type"] == "missing" else f" (got {first['input']!r})"
-        raise UserError(f"parameter {where!r} of profile {name!r}: {first['msg'].lower()}{got[:120]}; correct it") from None
+        of_name = "it takes letters, digits, '.', '_' and '-', at most 64 of them, a letter or digit first"
+        said = of_name if first["type"] == "string_pattern_mismatch" else first["msg"].lower()
+        raise UserError(f"parameter {where!r} of profile {name!r}: {said}{got[:120]}; correct it") from None
