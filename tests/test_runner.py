@@ -345,7 +345,9 @@ def test_past_predictions_are_compared_with_what_the_stages_took(tmp_path, monke
     took = {"again": (5.0, 4.0), "first": (8.0, None), "same": (3.0, None), "unknown": (7.0, None), "short": (0.5, 9.0)}
     for name, (seconds, said) in took.items():
         (here.store.root / name).mkdir(parents=True)
-        manifest = {"name": name, "seconds": seconds} | ({"predicted_seconds": said} if said else {})
+        manifest = {"name": name, "seconds": seconds, "files": {}, "parameters": {}, "parents": {}} | (
+            {"predicted_seconds": said} if said else {}
+        )
         (here.store.root / name / "manifest.json").write_text(json.dumps(manifest))
     assert planning.past_error(here) == "past predictions were off by 22% (median of 2 stages)"
 
