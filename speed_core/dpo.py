@@ -76,12 +76,10 @@ def check_pairs(
 
 
 def _check_row(number: int, pair: dict[str, Any]) -> None:
-    sft.refuse_surrogates(
-        number, **{k: v for k, v in pair.items() if k in ("prompt", "chosen", "rejected") and isinstance(v, str)}
-    )
     for key in ("prompt", "chosen", "rejected"):
         if not isinstance(pair.get(key), str):
             raise UserError(f"senior: pair {number}: {key} is {pair.get(key, 'missing')!r}, not a text; mend or remove the row")
+    sft.refuse_surrogates(number, **{key: pair[key] for key in ("prompt", "chosen", "rejected")})
     weight = pair.get("weight", 1.0)
     if not isinstance(weight, int | float) or not math.isfinite(weight) or weight <= 0:
         raise UserError(f"senior: pair {number}: weight is {weight!r}, not a positive number; mend or remove the row")

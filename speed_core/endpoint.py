@@ -89,16 +89,16 @@ def without_secrets(text: str) -> str:
 
 
 @dataclass(frozen=True)
-class Reply:
-    """One answer as it counts here: `finish_reason` is stop, length, or the server's own word."""
+class Answer:
+    """One answer: `finish_reason` is stop, length, or the server's own word. A recorded answer has no tokens and cost nothing."""
 
     text: str
-    finish_reason: str
-    input_tokens: int
-    output_tokens: int
+    finish_reason: str = "stop"
+    input_tokens: int = 0
+    output_tokens: int = 0
 
 
-def read(reply: Any, prompt_tokens: float) -> Reply:
+def read(reply: Any, prompt_tokens: float) -> Answer:
     """What a completion of any shape says; never raises. Tokens that the server does not count are estimated, 4 characters each."""
     choice = reply.choices[0]
     message = getattr(choice, "message", None)
@@ -111,7 +111,7 @@ def read(reply: Any, prompt_tokens: float) -> Reply:
     for name, guess in (("prompt_tokens", math.ceil(prompt_tokens)), ("completion_tokens", math.ceil(len(text) / 4))):
         counted = getattr(usage, name, None)
         tokens.append(counted if isinstance(counted, int) and (counted > 0 or not guess) else guess)
-    return Reply(text, "refusal" if refusal else word, *tokens)
+    return Answer(text, "refusal" if refusal else word, *tokens)
 
 
 def _text(content: Any) -> str:
@@ -252,7 +252,7 @@ class Endpoint:
     async def call(
         self, send: Callable[[], Awaitable[Any]], tokens: float, before: Callable[[], Awaitable[None]] | None = None
     ) -> Any:
-        """The reply of `send()`, tried again as said above; `tokens`: an estimate for the pace.
+        """The reply of `send()`, tried again where the fault may pass; `tokens`: an estimate for the pace.
 
         `ATTEMPTS` tries; one after which the server asks to wait a second or more does not count, until these waits reach an hour. `before`
         runs before each try, when it may begin; it may wait for something more, and may refuse it by raising.

@@ -143,9 +143,9 @@ def read_text(path: Path) -> str:
     except (OSError, ValueError) as error:  # ValueError: a name that no file can have
         why = getattr(error, "strerror", None) or "no such name"
         raise UserError(f"{path.name!r}: {why.lower()}; give a file that can be read") from None
-    wide = next((n for mark, n in ((b"\xff\xfe", "UTF-16"), (b"\xfe\xff", "UTF-16")) if data.startswith(mark)), "")
-    if wide or b"\0" in data[:1000]:
-        raise UserError(f"{path.name}: written as {wide or 'UTF-16, or no text at all'}; save it as UTF-8")
+    marked = data.startswith((b"\xff\xfe", b"\xfe\xff"))
+    if marked or b"\0" in data[:1000]:
+        raise UserError(f"{path.name}: written as UTF-16{'' if marked else ', or no text at all'}; save it as UTF-8")
     try:
         return data.decode("utf-8-sig")
     except UnicodeDecodeError as error:
@@ -161,6 +161,7 @@ def surrogate(text: str) -> bool:
 
 
 NAME = "[A-Za-z0-9][A-Za-z0-9._-]{0,63}"  # of a profile, or of a task in one's own texts: they become names of files
+NAME_RULE = "letters, digits, '.', '_' and '-', at most 64 of them, a letter or digit first"
 
 
 USERS = "SPEED_URL_USERS"  # an environment variable: {address: user} as JSON, for this process and those that it starts
@@ -179,8 +180,7 @@ def without_user(url: str) -> str:
 def with_user(url: str) -> str:
     """The address with what `without_user` took off."""
     user = json.loads(os.environ.get(USERS, "{}")).get(url)
-    scheme = url.partition("//")[0]
-    return url.replace("//", f"//{user}@", 1) if user and scheme else url
+    return url.replace("//", f"//{user}@", 1) if user else url
 
 
 def without_users(value: Any) -> Any:

@@ -23,7 +23,7 @@ from datasets import Dataset, DatasetDict
 from mteb.abstasks import AbsTaskClassification, AbsTaskRetrieval, AbsTaskSTS
 
 from speed_core.artifacts import UserError, digest, write_json
-from speed_core.files import NAME, read_text, surrogate
+from speed_core.files import NAME, NAME_RULE, read_text, surrogate
 from speed_core.offline_tasks import metadata, set_retrieval
 
 SHAPES = {"Retrieval": ("query", "positive"), "STS": ("sentence1", "sentence2", "score"), "Classification": ("text", "label")}
@@ -69,8 +69,7 @@ def read(path: Path) -> dict[tuple[str, str], list[dict[str, Any]]]:
             else re.sub(r"[^A-Za-z0-9._-]+", "-", path.stem).lstrip("._-")[:64] or "texts"
         )
         if not re.fullmatch(NAME, name):
-            rule = "letters, digits, '.', '_' and '-', at most 64, beginning with a letter or digit"
-            raise UserError(f"{path.name}: line {number}: 'task' is {name!r}; name it with {rule}")
+            raise UserError(f"{path.name}: line {number}: 'task' is {name!r}; name it with {NAME_RULE}")
         rows = out.setdefault((name, kind), [])
         if kind == "Retrieval" and rows and row.get("instruction") != rows[0].get("instruction"):
             wanted = rows[0].get("instruction")

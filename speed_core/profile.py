@@ -15,7 +15,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-from speed_core.files import NAME, UserError, read_text, without_user
+from speed_core.files import NAME, NAME_RULE, UserError, read_text, without_user
 
 FOLDER = Path(__file__).parent / "profiles"
 
@@ -372,6 +372,5 @@ def _validate(name: str, data: dict[str, Any]) -> Profile:
         first = error.errors()[0]
         where = ".".join(str(p) for p in first["loc"]) or "values"
         got = "" if first["type"] == "missing" else f" (got {first['input']!r})"
-        of_name = "it takes letters, digits, '.', '_' and '-', at most 64 of them, a letter or digit first"
-        said = of_name if first["type"] == "string_pattern_mismatch" else first["msg"].lower()
+        said = f"it takes {NAME_RULE}" if first["type"] == "string_pattern_mismatch" else first["msg"].lower()
         raise UserError(f"parameter {where!r} of profile {name!r}: {said}{got[:120]}; correct it") from None

@@ -93,6 +93,11 @@ OPENS = re.compile(r"<(?:think|thinking|thought|reasoning)>|<\|channel\|>(?:anal
 CLOSES = re.compile(r"</(?:think|thinking|thought|reasoning)>|<\|channel\|>final")
 
 
+def _thought(text: str) -> int:
+    """Where the last closing tag of thinking ends; 0 where there is none."""
+    return max((m.end() for m in CLOSES.finditer(text)), default=0)
+
+
 def _answered(raw: str, found: list[Span]) -> list[Span]:
     """The values of `found` that belong to the answer: what a model wrote while it was thinking is set aside.
 
@@ -103,7 +108,7 @@ def _answered(raw: str, found: list[Span]) -> list[Span]:
     for _, start, end in found:
         prose[start:end] = " " * (end - start)
     outside = "".join(prose)
-    after = max((m.end() for m in CLOSES.finditer(outside)), default=0)
+    after = _thought(outside)
     opened = OPENS.search(outside, after)
     return [v for v in found if v[1] >= after and (opened is None or v[2] <= opened.start())]
 
@@ -213,8 +218,7 @@ def parse_string_list(raw: str, finish_reason: str = "stop") -> tuple[list[str],
     if whole is None:
         lists = [v for v, _, _ in _answered(raw, found)]
         if not any(map(_strings, lists)):
-            after = max((m.end() for m in CLOSES.finditer(raw)), default=0)
-            late = _outermost(raw, after)
+            late = _outermost(raw, _thought(raw))
             lists = lists if late is None else [late]
     else:
         opened = OPENS.search(raw, 0, raw.index("["))

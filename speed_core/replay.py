@@ -125,7 +125,7 @@ def _members(source: Path) -> Iterator[tuple[str, IO[bytes]]]:
                 pass
 
 
-def read_manifest(source: Path) -> dict[str, Any]:
+def check_archive(source: Path) -> dict[str, Any]:
     """The manifest of an export, every file of which was checked against its digest."""
     if not source.is_file():
         raise UserError(f"{source}: no such file; give an archive made by `python -m speed_core export`")
@@ -164,7 +164,7 @@ def read_manifest(source: Path) -> dict[str, Any]:
 
 def read_archive(source: Path) -> tuple[dict[str, Any], dict[str, bytes]]:
     """(manifest, {name: bytes}) of an export that was checked; for a small one, since all of it is in memory."""
-    manifest = read_manifest(source)
+    manifest = check_archive(source)
     return manifest, {name: stream.read() for name, stream in _members(source) if name != CONTENTS}
 
 
@@ -177,7 +177,7 @@ def figures(run: Run) -> dict[str, str]:
 def take_in(source: Path, open_for: Callable[[str], Run]) -> tuple[Run, bool]:
     """Check an archive of `export_logs` or `moving.export` and put it into the run folder of its profile; nothing unequal that is
     there is touched. Returns the run, and whether the archive holds all of it."""
-    manifest = read_manifest(source)
+    manifest = check_archive(source)
     whole = bool(manifest.get("whole"))
     for name in manifest["files"]:
         if not _belongs(Path(name).parts, whole):
@@ -222,7 +222,7 @@ def put(run: Run, source: Path, files: Mapping[str, str]) -> None:
 
 def compare(run: Run, source: Path) -> list[tuple[str, str, str]]:
     """(artifact or figure, digest in the export, digest here or "missing") of everything that the export names."""
-    manifest = read_manifest(source)
+    manifest = check_archive(source)
     here = {name: a.digest if (a := run.store.made(name)) else "missing" for name in manifest["artifacts"]}
     for name, wanted in manifest["artifacts"].items():
         a = run.store.made(name)

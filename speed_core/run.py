@@ -351,7 +351,7 @@ def run_all(
     run = open_run(profile, dict(overrides or {}), seed)  # a bad profile or parameter is refused here
     folder = folder or ROOT / "notebooks"
     chosen = choose(folder, only, start)
-    given = {"profile": profile, "overrides": without_users(dict(overrides or {}))} | ({"seed": seed} if seed is not None else {})
+    given = {"profile": profile, "overrides": dict(overrides or {})} | ({"seed": seed} if seed is not None else {})
     for path in chosen:
         check_parameters(path, given)
     reports: list[Report] = []

@@ -22,9 +22,9 @@ from typing import Any, Protocol
 from speed_core import prompts, records
 from speed_core.artifacts import AppendLog, UserError, digest, read_jsonl
 from speed_core.endpoint import (
+    Answer,
     Deadline,
     Endpoint,
-    Reply,
     final_status,
     held_back,
     of_request,
@@ -41,28 +41,23 @@ UNRECORDED = "no recorded answer to this prompt"
 LABEL = "recorded answers, written by this repository's authors"
 
 
-@dataclass(frozen=True)
-class Answer:
-    """One answer. Token counts are those of the endpoint; a recorded answer has none and cost nothing."""
-
-    text: str
-    finish_reason: str = "stop"
-    input_tokens: int = 0
-    output_tokens: int = 0
-
-
 @dataclass
 class Ledger:
     """Calls, tokens and money spent, per purpose (seed, judge, revise ...)."""
 
     rows: dict[str, dict[str, float]] = field(default_factory=dict)
 
-    def add(self, purpose: str, answer: Answer | Reply, usd: float) -> None:
+    def add(self, purpose: str, answer: Answer, usd: float) -> None:
         row = self.rows.setdefault(purpose, {"calls": 0, "input_tokens": 0, "output_tokens": 0, "usd": 0.0})
         row["calls"] += 1
         row["input_tokens"] += answer.input_tokens
         row["output_tokens"] += answer.output_tokens
         row["usd"] += usd
+
+    def add_entry(self, purpose: str, entry: Mapping[str, Any], settings: TeacherSettings) -> None:
+        """Count an answer that a log holds."""
+        tokens = entry["prompt_tokens"], entry["new_tokens"]
+        self.add(purpose, Answer("", "", *tokens), settings.cost(*tokens))
 
     def total(self, key: str) -> float:
         return sum(row[key] for row in self.rows.values())
@@ -173,7 +168,6 @@ class EndpointTeacher:
         self.settings = settings
         self.label = endpoint_label(settings)
         self.ledger = Ledger()
-        self._price = settings.price()
         self._in_flight: dict[int, str] = {}  # prompts of the calls that run
         self._settled = asyncio.Event()
         self._numbers = itertools.count()
@@ -190,7 +184,7 @@ class EndpointTeacher:
         )
 
     def check(self) -> None:
-        """Reach the endpoint once; one line with the remedy if it does not answer. A model that it does not list is tried all the same:
+        """Reach the endpoint once; one line with the remedy if it does not answer. A model that it does not list is tried, too:
         gateways list others, or none."""
         self._listed = self.endpoint.served()
         if self._listed and self.settings.model not in self._listed:
@@ -227,8 +221,8 @@ class EndpointTeacher:
             # Only max_calls has no way to say "no cap".
             reached = [n for after, cap, n in over if after > cap * (1 + 1e-9) and (cap or n.startswith("max_calls"))]
             # How long an answer may be is not known before there is one.
-            alone = s.max_output_tokens or self._per_character or not others
-            if not reached and alone:
+            known = s.max_output_tokens or self._per_character or not others
+            if not reached and known:
                 self._in_flight[call] = prompt
                 return
             if not others:
@@ -274,15 +268,14 @@ class EndpointTeacher:
             raise self.endpoint.fault(error, s.model, self._listed) from None
         finally:
             self._left(call)
-        return Answer(said.text, said.finish_reason, said.input_tokens, said.output_tokens)
+        return said
 
     def remember(self, entries: Iterable[Mapping[str, Any]], purpose: str) -> None:
         """Count answers of a log that this object did not ask for: a budget lasts over stops of a stage."""
         for e in entries:
             if e["status"] != "error" and e["id"] not in self.counted:
                 self.counted.add(e["id"])
-                a = Answer("", "", e["prompt_tokens"], e["new_tokens"])
-                self.ledger.add(purpose, a, self.settings.cost(a.input_tokens, a.output_tokens))
+                self.ledger.add_entry(purpose, e, self.settings)
 
     def submit(self, prompt: str, purpose: str, temperature: float | None = None) -> Future[Answer]:
         """Begin asking; the future gives the answer."""
@@ -398,17 +391,15 @@ def ask(
             if open_ and isinstance(teacher, EndpointTeacher):
                 print(f"{purpose}: {estimate(teacher.settings, [p.text for p in open_])}", flush=True)
             asked = {teacher.submit(p.text, purpose, temperature): p for p in open_}
-            waiting = dict(asked)
             try:
-                for future in as_completed(asked):
-                    p = waiting.pop(future)
-                    entries.append(outcome(p, future))
+                for future in as_completed(list(asked)):
+                    entries.append(outcome(asked.pop(future), future))
             finally:  # Ctrl-C, or a server that refuses: nothing more is paid for, and what has come is kept
-                for future, p in waiting.items():
+                for future, p in asked.items():
                     if not future.cancel() and future.done() and not future.exception():
                         entries.append(outcome(p, future))
                 if isinstance(teacher, EndpointTeacher):
-                    teacher.counted.update(key(p) for p in asked.values())
+                    teacher.counted.update(map(key, open_))
             weak = ("invalid", "truncated", "refused")
             todo = [p for p in todo if entries.entries[key(p)]["status"] in weak and tried[p.id] < attempts]
             for p in todo:
@@ -422,8 +413,7 @@ def spent(log: Path, items: Sequence[prompts.Prompt], purpose: str, settings: Te
     with AppendLog(log, LOGGED) as entries:
         for e in entries.entries.values():
             if e["status"] != "error" and (e["record"], e["prompt_digest"]) in wanted:
-                a = Answer("", "", e["prompt_tokens"], e["new_tokens"])
-                ledger.add(purpose, a, settings.cost(a.input_tokens, a.output_tokens))
+                ledger.add_entry(purpose, e, settings)
     return ledger.rows
 
 

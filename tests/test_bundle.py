@@ -1,7 +1,6 @@
 """The offline bundle: a real one of a small run, without weights and wheels, and what is refused."""
 
 import hashlib
-import io
 import json
 import os
 import re
@@ -12,6 +11,7 @@ import tarfile
 from pathlib import Path
 
 import pytest
+from archives import write_tar
 
 from speed_core import bundle, files, forecast, machine, models, planning, preflight
 from speed_core.artifacts import UserError
@@ -101,17 +101,9 @@ def test_the_install_script_refuses_a_damaged_file_by_name_and_says_what_it_need
     assert done.stderr.count("\n") == 1
 
 
-def made(path, entries, top=bundle.NAME):
-    """A tar of (name, bytes or a tar type); its own sums come first unless a name is given for them."""
-    with tarfile.open(path, "w") as tar:
-        for name, content in entries:
-            info = tarfile.TarInfo(name if name.startswith(("/", "..")) else f"{top}/{name}")
-            if isinstance(content, bytes):
-                info.size = len(content)
-            else:
-                info.type, info.linkname = content.encode(), "/etc/passwd"
-            tar.addfile(info, io.BytesIO(content) if isinstance(content, bytes) else None)
-    return path
+def made(path, entries):
+    """A tar of entries in a bundle's folder, but for a name that begins with / or ..; their types as in `write_tar`."""
+    return write_tar(path, [(n if n.startswith(("/", "..")) else f"{bundle.NAME}/{n}", content) for n, content in entries])
 
 
 def sums(**files):
