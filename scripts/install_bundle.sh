@@ -15,12 +15,14 @@ if odd=$(cut -c67- SHA256SUMS | grep -E '(^|/)\.\.(/|$)|^\.installed$' | head -n
 fi
 # At first every file is a listed one. Later a reader's files may have changed, and the cache grows by use; weights, wheels and
 # artifacts may not change.
-if [ -f .installed ]; then
+sums=$(sha256 SHA256SUMS | cut -c1-64)
+installed=$(cat .installed 2>/dev/null || true) # the digest of the list that was installed from
+if [ "$installed" = "$sums" ]; then
   grep -E '^[0-9a-f]{64}  (cache|shipped|wheels)/' SHA256SUMS > .sums || true
   find wheels ! -type d 2>/dev/null | LC_ALL=C sort > .have || true
 else
   cp SHA256SUMS .sums
-  find . -path ./.venv -prune -o ! -type d -print | cut -c3- | grep -vE '^(SHA256SUMS|\.sums|\.have|\.named)$|/__pycache__/' | LC_ALL=C sort > .have
+  find . -path ./.venv -prune -o ! -type d -print | cut -c3- | grep -vE '^(SHA256SUMS|\.sums|\.have|\.named|\.installed)$|/__pycache__/|(^|/)(\.DS_Store|\._[^/]*|\.ipynb_checkpoints/.*)$' | LC_ALL=C sort > .have
 fi
 cut -c67- SHA256SUMS | LC_ALL=C sort > .named
 more=$(LC_ALL=C comm -23 .have .named | head -n 1)
@@ -40,14 +42,14 @@ elif [ ! -x .venv/bin/python ]; then
 fi
 pip() { .venv/bin/python -m pip --disable-pip-version-check install -q --no-index --no-deps "$@"; }
 choose_lock
-if [ ! -f .installed ] || [ "$(cat "$stamp" 2>/dev/null)" != "$want" ]; then
+if [ "$installed" != "$sums" ] || [ "$(cat "$stamp" 2>/dev/null)" != "$want" ]; then
   if ls wheels/*.whl >/dev/null 2>&1; then
     echo "install: installing $(ls wheels/*.whl | wc -l) wheels into .venv (a few minutes)"
     pip wheels/*.whl
   fi
   pip --no-build-isolation -e .
   echo "$want" > "$stamp" # so that make takes the environment as set up
-  touch .installed
+  echo "$sums" > .installed
 fi
 rm -f .sums
 profile=$(sed -n 's/^ "profile": "\(.*\)",$/\1/p' BUNDLE.json)

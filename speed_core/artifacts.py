@@ -328,10 +328,13 @@ class Store:
             shutil.rmtree(path, ignore_errors=True)
             path.mkdir(parents=True)
             draft, started = Draft(path), time.time()
-            yield draft
-            if older:  # what `plan` had predicted, to tell how good its predictions are
-                draft.info["predicted_seconds"] = older.seconds
-            self._publish(name, draft, parameters, parents, started)
+            try:
+                yield draft
+                if older:  # what `plan` had predicted, to tell how good its predictions are
+                    draft.info["predicted_seconds"] = older.seconds
+                self._publish(name, draft, parameters, parents, started)
+            finally:
+                shutil.rmtree(path, ignore_errors=True)  # half of a stage is of no use
 
     def _made_upstream(self, name: str, parameters: Mapping[str, Any], parents: Sequence[Artifact]) -> bool:
         if self.made(name) or not self.shipped or not (self.shipped / name).is_dir():

@@ -229,7 +229,7 @@ def ranks(model: Any, task: Any, split: Any) -> list[float]:
     ids = list(corpus["id"])
     position = {d: i for i, d in enumerate(ids)}
     late = {i: n for n, i in enumerate(sorted(range(len(ids)), key=ids.__getitem__))}  # place in the order of the ids
-    asked = model.embed(model.texts(queries["text"], task.metadata, PromptType.query))
+    asked = model.embed(model.texts([t.strip() for t in queries["text"]], task.metadata, PromptType.query))
     found: dict[str, tuple[dict[int, float], dict[int, float]]] = {}  # query -> (scores, gains)
     for qid, q in zip(queries["id"], asked, strict=True):
         pool = [position[d] for d in split["top_ranked"][qid]] if split["top_ranked"] else list(range(len(position)))

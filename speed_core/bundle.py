@@ -23,7 +23,7 @@ from pathlib import Path
 
 from speed_core import experiments, models
 from speed_core.artifacts import MANIFEST, Artifact, Store, UserError, disk_errors, file_digest
-from speed_core.files import inside, stream_digest
+from speed_core.files import inside, read_text, stream_digest
 from speed_core.offline_tasks import CARRIERS
 from speed_core.run_context import CARRIED, ROOT, Run
 
@@ -78,7 +78,12 @@ def repository(root: Path = ROOT) -> dict[str, Entry]:
             return {m.name: Entry((tar.extractfile(m) or io.BytesIO()).read(), _mode(m.mode)) for m in tar if m.isfile()}
     if not (root / ABOUT).is_file():
         raise UserError(f"bundle: {root.name} is neither a git clone nor an unpacked bundle; make the bundle in one of the two")
-    listed = json.loads((root / ABOUT).read_text(encoding="utf-8"))["repository"]
+    try:
+        listed = json.loads(read_text(root / ABOUT))["repository"]
+        if not all(inside(name) and (root / name).is_file() for name in listed):
+            raise ValueError
+    except (ValueError, KeyError, TypeError):
+        raise UserError(f"bundle: {ABOUT} does not list this folder's files; unpack the bundle again") from None
     return {name: Entry(root / name, _mode((root / name).stat().st_mode)) for name in listed}
 
 

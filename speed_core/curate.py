@@ -53,13 +53,13 @@ def ngrams(text: str, size: int) -> Iterator[str]:
 def ngram_index(texts: Mapping[str, Sequence[str]], size: int) -> dict[str, list[tuple[str, int]]]:
     """n-gram -> (task, number of the text) of the evaluation texts that hold it.
 
-    Texts of three to `size` - 1 words are matched as a whole; shorter ones, single words, match nothing.
+    Texts of three to `size` - 1 words are matched as a whole, and those of signs alone; shorter ones, single words, match nothing.
     """
     out: dict[str, list[tuple[str, int]]] = {}
     for task, items in texts.items():
         for number, text in enumerate(items):
             whole, *runs = ngrams(text, size)
-            short = [whole] if whole.count(" ") >= 3 else []
+            short = [whole] if whole.count(" ") >= 3 or not any(map(str.isalnum, whole)) else []
             for gram in runs or short:
                 out.setdefault(gram, []).append((task, number))
     return out

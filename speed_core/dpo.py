@@ -81,7 +81,7 @@ def _check_row(number: int, pair: dict[str, Any]) -> None:
             raise UserError(f"senior: pair {number}: {key} is {pair.get(key, 'missing')!r}, not a text; mend or remove the row")
     sft.refuse_surrogates(number, **{key: pair[key] for key in ("prompt", "chosen", "rejected")})
     weight = pair.get("weight", 1.0)
-    if not isinstance(weight, int | float) or not math.isfinite(weight) or weight <= 0:
+    if type(weight) not in (int, float) or not math.isfinite(weight) or weight <= 0:
         raise UserError(f"senior: pair {number}: weight is {weight!r}, not a positive number; mend or remove the row")
 
 

@@ -18,6 +18,7 @@ import time
 from collections.abc import Awaitable, Callable, Coroutine, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
+from datetime import datetime
 from email.utils import parsedate_to_datetime
 from typing import Any
 
@@ -31,14 +32,13 @@ from speed_core.limits import Gate, Pace
 RETRYABLE = (408, 409, 425, 429)  # of the 4xx; 5xx are all tried again
 OF_REQUEST = (400, 413, 414, 415, 422)  # this request is refused; other 4xx refuse the key, the model or the address
 ATTEMPTS = 8  # while the server does not say how long to wait
-LONGEST_WAIT = 3600.0  # seconds that a server may ask for
 # What servers call a text that is whole, or cut at the limit. Any other word is handed on, and never counts as whole.
 WHOLE = ("stop", "eos", "eos_token", "end_turn", "stop_sequence", "complete")
 CUT = ("length", "max_tokens", "model_length")
-# Words for what no other request would escape, which some servers send with 400 or 429.
-OF_ALL = re.compile(
-    r"(?i)invalid[_ ]api[_ ]key|api[_ ]key[_ ](not|in)[_ ]?valid|insufficient[_ ](quota|balance)|model[_ ]not[_ ]found|billing"
-)
+# Words for what no other request would escape, which some servers send with 400 or 429. A 429 may speak of billing and yet pass.
+SPENT = re.compile(r"(?i)invalid[_ ]api[_ ]key|api[_ ]key[_ ](not|in)[_ ]?valid|insufficient[_ ](quota|balance)")
+OF_ALL = re.compile(SPENT.pattern + r"|model[_ ](is |id )?not[_ ](found|exist|valid)|model does not exist|billing|arrearage")
+FILTERED = re.compile(r"(?i)content[_ ]filter|content[_ ]policy|moderation|flagged")
 
 
 def status_of(error: BaseException) -> int | None:
@@ -49,7 +49,7 @@ def status_of(error: BaseException) -> int | None:
 def final_status(error: BaseException) -> int | None:
     """The HTTP status of an error that asking again would only repeat, else None."""
     code = status_of(error)
-    final = code is not None and 400 <= code < 500 and (code not in RETRYABLE or bool(OF_ALL.search(_said(error))))
+    final = code is not None and 400 <= code < 500 and (code not in RETRYABLE or bool(SPENT.search(_said(error))))
     return code if final else None
 
 
@@ -60,11 +60,23 @@ def of_request(error: BaseException) -> bool:
 
 def held_back(error: BaseException) -> bool:
     """Is it a filter of contents that refuses the prompt? Gateways say so with 403, too."""
-    return final_status(error) in (*OF_REQUEST, 403) and bool(re.search("content_filter|moderation|flagged", _said(error)))
+    said = _said(error)
+    whose = re.search(r"(?i)account|organi[sz]ation|api[_ ]key", said)
+    return final_status(error) in (*OF_REQUEST, 403) and bool(FILTERED.search(said)) and not whose
 
 
 def _said(error: BaseException) -> str:
-    return str(getattr(error, "body", None) or "")
+    """The server's own words, without what some servers quote of the request."""
+
+    def words(value: Any) -> list[str]:
+        if isinstance(value, str):
+            return [value]
+        if isinstance(value, list):
+            return [w for v in value for w in words(v)]
+        keys = ("error", "detail", "message", "msg", "code", "type", "innererror")
+        return [w for k in keys for w in words(value.get(k))] if isinstance(value, dict) else []
+
+    return " ".join(words(getattr(error, "body", None)))
 
 
 def sentence(error: BaseException) -> str:
@@ -73,6 +85,7 @@ def sentence(error: BaseException) -> str:
     for key in ("error", "message", "detail", "msg"):
         said = said[0] if isinstance(said, list) and said else said
         said = said.get(key, said) if isinstance(said, dict) else said
+    said = str(error) if said is None and status_of(error) is None else said
     text = " ".join(said.split()) if isinstance(said, str) else ""
     name = " ".join(map(str, filter(None, (type(error).__name__, status_of(error)))))
     text = "" if text.startswith("<") else without_secrets(text)  # a page of a proxy
@@ -99,12 +112,16 @@ class Answer:
 
 
 def read(reply: Any, prompt_tokens: float) -> Answer:
-    """What a completion of any shape says; never raises. Tokens that the server does not count are estimated, 4 characters each."""
-    choice = reply.choices[0]
+    """What a completion of any shape says; never raises. Tokens that the server does not count are estimated, 4 characters each.
+
+    Half of a surrogate pair, which no file can hold, is read as U+FFFD. No choice at all is the finish reason "no_choices".
+    """
+    choice = reply.choices[0] if reply.choices else None
     message = getattr(choice, "message", None)
     refusal = getattr(message, "refusal", None)
     text = _text(refusal or (getattr(message, "content", None) if message is not None else getattr(choice, "text", None)))
-    word = str(getattr(choice, "finish_reason", None) or "none").lower()
+    text = re.sub("[\ud800-\udfff]", "\ufffd", text)
+    word = str(getattr(choice, "finish_reason", None) or ("none" if choice else "no_choices")).lower()
     word = "stop" if word in WHOLE else "length" if word in CUT else "server_error" if word == "error" else word
     usage = getattr(reply, "usage", None)
     tokens = []
@@ -131,18 +148,19 @@ def asked_wait(headers: Mapping[str, str], now: float) -> float | None:
     """Seconds that the headers of a refusal ask to wait at the time `now` (seconds since 1970), or None.
 
     Retry-After as seconds or as a date (RFC 9110), retry-after-ms, else the reset times of the limits that are used up: seconds, a
-    time since 1970, or units as in "1m30s".
+    time since 1970, a date, or units as in "1m30s".
     """
     values = {k.lower(): v.strip() for k, v in headers.items()}
-    if (ms := _number(values.get("retry-after-ms", ""))) is not None:
-        return ms / 1000
+    for name in ("retry-after-ms", "x-ms-retry-after-ms"):
+        if (ms := _number(values.get(name, ""))) is not None:
+            return ms / 1000
     if after := values.get("retry-after", ""):
         if (seconds := _number(after)) is not None:
             return seconds
         with suppress(ValueError, TypeError):
             return max(0.0, parsedate_to_datetime(after).timestamp() - now)
     waits = []
-    for name in ("x-ratelimit-reset-requests", "x-ratelimit-reset-tokens", "x-ratelimit-reset", "ratelimit-reset"):
+    for name in (n for n in values if re.fullmatch(r"(x-|anthropic-)?ratelimit-([a-z-]+-)?reset(-[a-z-]+)?", n)):
         text, left = values.get(name, ""), _number(values.get(name.replace("reset", "remaining"), ""))
         if left:  # that limit is not the one
             continue
@@ -152,6 +170,9 @@ def asked_wait(headers: Mapping[str, str], now: float) -> float | None:
         elif re.fullmatch(r"(\d+(\.\d+)?(ms|s|m|h|d))+", text):
             units = {"ms": 0.001, "s": 1.0, "m": 60.0, "h": 3600.0, "d": 86400.0}
             waits.append(sum(float(n) * units[u] for n, u in re.findall(r"(\d+(?:\.\d+)?)(ms|s|m|h|d)", text)))
+        else:
+            with suppress(ValueError):
+                waits.append(datetime.fromisoformat(text).timestamp() - now)
     return max(0.0, *waits) if waits else None
 
 
@@ -162,7 +183,8 @@ def _number(text: str) -> float | None:
 class Endpoint:
     """`base_url` empty means the OpenAI API. The key comes from $OPENAI_API_KEY and is never logged.
 
-    At most `concurrency` calls at once, fewer after a 429; caps on requests and tokens a minute (0: none).
+    At most `concurrency` calls at once, fewer after a 429; caps on requests and tokens a minute (0: none). For as long as
+    `longest_wait` seconds a server may ask to wait.
     """
 
     def __init__(
@@ -173,10 +195,12 @@ class Endpoint:
         requests_per_minute: int = 0,
         tokens_per_minute: int = 0,
         timeout_seconds: float = 120.0,
+        longest_wait: float = 3600.0,
     ):
         import openai
 
         self._openai, self.where = openai, without_secrets(base_url) or "the OpenAI API"
+        self._longest_wait = longest_wait
         self._gate, self._pace = Gate(concurrency), Pace(requests_per_minute, tokens_per_minute)
         self._loop = asyncio.new_event_loop()
         threading.Thread(target=self._loop.run_forever, daemon=True).start()
@@ -203,13 +227,11 @@ class Endpoint:
         try:
             listed = self.submit(ask()).result()
             return [m.id for m in getattr(listed, "data", None) or () if isinstance(getattr(m, "id", None), str)]
-        except self._openai.AuthenticationError:
-            raise UserError(f"endpoint {self.where}: the key was refused; set OPENAI_API_KEY to a valid one") from None
         except self._openai.APIConnectionError as error:
             raise UserError(
                 f"endpoint {self.where}: not reachable ({type(error).__name__}); start the server, or correct its base_url"
             ) from None
-        except Exception:  # a gateway without a list, or with another one: the first request will tell
+        except Exception:  # a gateway without a list, with another one, or a key that may not see it: the first request will tell
             return []
 
     def fault(self, error: BaseException, model: str, listed: Sequence[str]) -> UserError:
@@ -233,13 +255,12 @@ class Endpoint:
         )
         return isinstance(error, broken)
 
-    @staticmethod
-    def _told(state: Any) -> float | None:
+    def _told(self, state: Any) -> float | None:
         """Seconds that the server asked to wait after this try, or None. Only a refusal for being busy asks: others carry such headers, too."""
         error = state.outcome.exception()
         response = getattr(error, "response", None)
         wait = asked_wait(response.headers, time.time()) if response is not None and status_of(error) in (429, 503) else None
-        return None if wait is None else min(wait, LONGEST_WAIT)
+        return None if wait is None else min(wait, self._longest_wait)
 
     def _wait(self, state: Any) -> float:
         """Jittered back-off, but never sooner than the server asked for."""
@@ -254,7 +275,7 @@ class Endpoint:
     ) -> Any:
         """The reply of `send()`, tried again where the fault may pass; `tokens`: an estimate for the pace.
 
-        `ATTEMPTS` tries; one after which the server asks to wait a second or more does not count, until these waits reach an hour. `before`
+        `ATTEMPTS` tries; one after which the server asks to wait a second or more does not count, until the longest wait is over. `before`
         runs before each try, when it may begin; it may wait for something more, and may refuse it by raising.
         """
         counted, waited = 0, 0.0
@@ -263,7 +284,7 @@ class Endpoint:
             nonlocal counted, waited
             told = self._told(state) or 0.0
             counted, waited = counted + (told < 1), waited + told
-            return counted >= ATTEMPTS or waited > LONGEST_WAIT
+            return counted >= ATTEMPTS or waited > self._longest_wait
 
         tries = AsyncRetrying(retry=retry_if_exception(self._retryable), stop=enough, wait=self._wait, reraise=True)
         async for attempt in tries:
@@ -281,8 +302,10 @@ class Endpoint:
                 self._gate.was_refused()
                 raise
             choices = getattr(reply, "choices", None)
-            if not isinstance(choices, list) or not choices or choices[0] is None:  # a page of HTML, null, or no answer in it
-                raise httpx.RemoteProtocolError("an answer without choices")
+            failed = getattr(reply, "error", None)
+            if failed or not isinstance(choices, list) or None in choices[:1]:  # a gateway's fault, a page of HTML, null
+                said = failed.get("message", failed) if isinstance(failed, dict) else failed
+                raise httpx.RemoteProtocolError(f"an answer without choices{f': {said}' if said else ''}")
             self._gate.went_well()
             if isinstance(total := getattr(getattr(reply, "usage", None), "total_tokens", None), int):
                 self._pace.settle(taken, total)

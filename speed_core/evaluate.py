@@ -35,6 +35,7 @@ CATEGORIES = {
     "STS": "STS",
     "Summarization": "Summ.",
 }
+DECIMALS = 6  # of a similarity, in mteb's score and in our items alike
 
 
 class Embedder(AbsEncoder):
@@ -78,11 +79,11 @@ class Embedder(AbsEncoder):
 
     def similarity(self, embeddings1: Any, embeddings2: Any) -> Any:
         """Cosine of every pair; the vectors have unit length already. Rounded, so that equal texts tie whatever their place in a batch."""
-        return (_tensor(embeddings1) @ _tensor(embeddings2).T).round(decimals=6)
+        return (_tensor(embeddings1) @ _tensor(embeddings2).T).round(decimals=DECIMALS)
 
     def similarity_pairwise(self, embeddings1: Any, embeddings2: Any) -> Any:
-        """Cosine of row i with row i."""
-        return (_tensor(embeddings1) * _tensor(embeddings2)).sum(-1)
+        """Cosine of row i with row i, rounded likewise."""
+        return (_tensor(embeddings1) * _tensor(embeddings2)).sum(-1).round(decimals=DECIMALS)
 
 
 def _tensor(value: Any) -> Any:
@@ -104,7 +105,10 @@ def load(
         folder = Path(models.resolve(path))
         bare = folder.is_dir() and not any((folder / part).exists() for part in (ADAPTER, "modules.json"))
         model = build(path, max_length or 512, dtype) if bare else load_trained(str(folder), dtype)
-    return Embedder(model, name, instructed, batch_size, max_length)
+    encoder = Embedder(model, name, instructed, batch_size, max_length)
+    if isinstance(path, str):  # a model that was handed over stays as it is
+        models.prepack(model)
+    return encoder
 
 
 def resolve_tasks(names: Sequence[str], size: str = "tiny", data: Path | str | None = None) -> list[Any]:
@@ -232,7 +236,7 @@ def _of_table(model: Embedder, task: Any, data: Any, guesses: Sequence[Any]) -> 
         return benchmark_data.ranks(model, task, data)
     if kind == "STS" and measure in ("cosine_spearman", "spearman"):
         a, b = (_vectors(model, task, data[c]) for c in task.column_names)
-        return [[float(g), round(float(c), 5)] for g, c in zip(data["score"], (a * b).sum(1), strict=True)]
+        return [[float(g), round(float(c), DECIMALS)] for g, c in zip(data["score"], (a * b).sum(1), strict=True)]
     if kind == "PairClassification":
         return _pairs(model, task, data)
     if kind == "Summarization" and measure in ("cosine_spearman", "spearman"):
@@ -273,7 +277,7 @@ def _pairs(model: Embedder, task: Any, data: Any) -> list[list[float]]:
         data = data[0]
     a, b = (_vectors(model, task, data[c]) for c in (task.input1_column_name, task.input2_column_name))
     both = ((a * b).sum(1), -np.abs(a - b).sum(1))
-    columns = [np.round(both[k].astype(float), 6).tolist() for k in SIMILARITIES[name]]
+    columns = [np.round(both[k].astype(float), DECIMALS).tolist() for k in SIMILARITIES[name]]
     return [list(row) for row in zip(map(float, data[task.label_column_name]), *columns, strict=True)]
 
 

@@ -112,24 +112,28 @@ def stream_digest(stream: IO[bytes]) -> str:
 
 def _write_atomic(path: Path, data: bytes) -> None:
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    with temporary.open("wb") as f:
-        f.write(data)
-        f.flush()
-        os.fsync(f.fileno())
-    os.replace(temporary, path)
+    try:
+        with temporary.open("wb") as f:
+            f.write(data)
+            f.flush()
+            os.fsync(f.fileno())
+        os.replace(temporary, path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
 
 
 def write_json(path: Path, value: Any) -> None:
     """Write JSON so that a reader never sees half of it."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    _write_atomic(path, (json.dumps(value, indent=1, ensure_ascii=False, default=str) + "\n").encode())
+    _write_atomic(path, (json.dumps(value, indent=1, ensure_ascii=False, default=str) + "\n").encode("utf-8", "backslashreplace"))
 
 
 def write_jsonl(path: Path, rows: Iterable[Mapping[str, Any]]) -> int:
     """Write rows as JSON lines, atomically; returns the number of rows."""
     path.parent.mkdir(parents=True, exist_ok=True)
     lines = [json.dumps(row, ensure_ascii=False) for row in rows]
-    _write_atomic(path, "".join(line + "\n" for line in lines).encode())
+    _write_atomic(path, "".join(line + "\n" for line in lines).encode("utf-8", "backslashreplace"))  # as JSON escapes half a pair
     return len(lines)
 
 
@@ -157,7 +161,7 @@ def read_text(path: Path) -> str:
 
 def surrogate(text: str) -> bool:
     """Does `text` hold half of a UTF-16 pair, which no file can hold?"""
-    return any("\ud800" <= c <= "\udfff" for c in text)
+    return bool(re.search("[\ud800-\udfff]", text))
 
 
 NAME = "[A-Za-z0-9][A-Za-z0-9._-]{0,63}"  # of a profile, or of a task in one's own texts: they become names of files
@@ -233,7 +237,7 @@ class AppendLog:
             try:
                 entry = _checked(line, self.needs)
             except (ValueError, RecursionError) as error:
-                if number <= len(lines) or isinstance(error, _NoEntry):  # else it is the half line
+                if number <= len(lines) or isinstance(error, _NoEntry) or "Extra data" in str(error):  # else it is the half line
                     damaged.append((number, line, error))
                 continue
             self.entries[entry["id"]] = entry

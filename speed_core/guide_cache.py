@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from speed_core import models
 from speed_core.files import UserError
 
 
@@ -68,16 +69,29 @@ class GuideCache:
 
 
 def encoder_digest(model: Any) -> str:
-    """Short digest (hex) of all that decides the embeddings of a SentenceTransformer: weights and their types, tokenizer, and the
-    structure with pooling, length limit, dimension and prompts."""
+    """Short digest (hex) of all that decides the embeddings of a SentenceTransformer: weights and their types, configuration,
+    tokenizer, and the structure with pooling, length limit, dimension and prompts."""
     named = ("max_seq_length", "truncate_dim", "prompts", "default_prompt_name")
-    parts = (model, *(getattr(model, name, None) for name in named))
+    parts = (model, *(getattr(model, name, None) for name in named), *_configurations(model), _sides(model))
     h = hashlib.sha256(repr(parts).encode())
     h.update(_tokenizer(getattr(model, "tokenizer", None)).encode("utf-8", "surrogatepass"))
     for name, value in sorted(model.state_dict().items()):
         h.update(f"{name} {value.dtype} {tuple(value.shape)}".encode())
         h.update(value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
     return h.hexdigest()[:16]
+
+
+def _configurations(model: Any) -> list[str]:
+    """What the models inside say of themselves (heads, windows, positions), without names of files and versions."""
+    configs = (getattr(module, "config", None) for module in model.modules())
+    found = {id(c): c.to_dict() for c in configs if c is not None and hasattr(c, "to_dict")}.values()
+    each = ({k: v for k, v in values.items() if k not in models.OF_FILES} for values in found)
+    return sorted({json.dumps(values, sort_keys=True, default=str) for values in each})
+
+
+def _sides(model: Any) -> tuple[Any, ...]:
+    tokenizer = getattr(model, "tokenizer", None)
+    return tuple(getattr(tokenizer, name, None) for name in ("truncation_side", "padding_side"))
 
 
 def _digest(text: str) -> bytes:

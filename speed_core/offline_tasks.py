@@ -23,7 +23,7 @@ from speed_core.artifacts import UserError, digest
 
 # Texts of each task by size: queries, or texts, or pairs.
 SIZES = {
-    "smoke": {"retrieval": 40, "continuation": 20, "rerank": 20, "train": 4, "test": 24, "pairs": 40, "lee": 10, "runs": 2},
+    "smoke": {"retrieval": 40, "continuation": 20, "rerank": 20, "train": 2, "test": 24, "pairs": 40, "lee": 10, "runs": 2},
     "half": {"retrieval": 75, "continuation": 40, "rerank": 40, "train": 4, "test": 48, "pairs": 150, "lee": 20, "runs": 10},
     "tiny": {"retrieval": 150, "continuation": 80, "rerank": 80, "train": 4, "test": 80, "pairs": 150, "lee": 20, "runs": 10},
     "full": {"retrieval": 700, "continuation": 400, "rerank": 300, "train": 16, "test": 400, "pairs": 999, "lee": 50, "runs": 10},

@@ -14,6 +14,7 @@ from typing import Any
 from speed_core import bundle, compute_type, forecast, machine, models, planning, repeats, study, tasks
 from speed_core import profile as profiles
 from speed_core.artifacts import UserError
+from speed_core.files import without_user
 from speed_core.offline_tasks import CARRIERS
 from speed_core.run import choose
 from speed_core.run_context import ROOT, Run, open_run
@@ -126,8 +127,7 @@ def _reach(profile: profiles.Profile) -> list[tuple[str, str, str]]:
     if os.environ.get("HF_HUB_OFFLINE") == "1":
         out.append(("hub", "not used (SPEED_ONLINE is not set); everything comes from local files", ""))
     else:
-        hub = os.environ.get("HF_ENDPOINT", "https://huggingface.co")
-        there = machine.reachable(hub)
+        there = machine.reachable(hub := without_user(os.environ.get("HF_ENDPOINT", "https://huggingface.co")))
         out.append(
             (
                 "hub",

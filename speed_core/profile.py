@@ -9,9 +9,11 @@ from __future__ import annotations
 
 import difflib
 import json
+import re
 from contextlib import suppress
 from pathlib import Path
 from typing import Annotated, Any, Literal
+from urllib.parse import urlsplit
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
 
@@ -26,7 +28,21 @@ class Part(BaseModel):
     model_config = ConfigDict(frozen=True, strict=True, extra="forbid", allow_inf_nan=False)
 
 
-Address = Annotated[str, AfterValidator(without_user)]  # the user of an address is kept aside, see there
+def _address(url: str) -> str:
+    """The address without its user, who is kept aside (`without_user`). A query, which no client sends, may hold a key."""
+    if "?" in url or "#" in url:
+        raise ValueError("an address ends before its '?' or '#'; a key goes into OPENAI_API_KEY")
+    plain = without_user(url)
+    try:
+        good = urlsplit(plain).port != 0 and "@" not in plain
+    except ValueError:
+        good = False
+    if not good:
+        raise ValueError("no address as in http://host:8000/v1; write / and @ in a user's key as %2F and %40")
+    return plain
+
+
+Address = Annotated[str, AfterValidator(_address)]
 Seed = Annotated[int, Field(ge=0, lt=2**31)]  # what every library takes
 
 
@@ -70,8 +86,10 @@ class Teacher(Part):
     accept_partial: bool = False  # let later stages take a data set that a budget has cut short
 
     def price(self) -> tuple[float, float]:
-        """(input, output) in US dollars for a million tokens; a model that the table lacks costs nothing here."""
-        return next(((p.input, p.output) for p in self.prices if p.model == self.model), (0.0, 0.0))
+        """(input, output) in US dollars for a million tokens, of a dated model as of the model; one that the table lacks costs 0 here."""
+        dated = re.compile(r"-\d{4}-?\d{2}-?\d{2}$")
+        known = {p.model: (p.input, p.output) for p in self.prices}
+        return known.get(self.model) or known.get(dated.sub("", self.model), (0.0, 0.0))
 
     def cost(self, input_tokens: float, output_tokens: float) -> float:
         """US dollars of so many tokens."""
@@ -371,6 +389,7 @@ def _validate(name: str, data: dict[str, Any]) -> Profile:
     except ValidationError as error:
         first = error.errors()[0]
         where = ".".join(str(p) for p in first["loc"]) or "values"
-        got = "" if first["type"] == "missing" else f" (got {first['input']!r})"
-        said = f"it takes {NAME_RULE}" if first["type"] == "string_pattern_mismatch" else first["msg"].lower()
+        got = "" if first["type"] in ("missing", "value_error") else f" (got {first['input']!r})"
+        own = str(first.get("ctx", {}).get("error", "")) if first["type"] == "value_error" else first["msg"].lower()
+        said = f"it takes {NAME_RULE}" if first["type"] == "string_pattern_mismatch" else own
         raise UserError(f"parameter {where!r} of profile {name!r}: {said}{got[:120]}; correct it") from None

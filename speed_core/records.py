@@ -35,11 +35,11 @@ KEYS: dict[str, tuple[str, ...]] = {
 # constrained decoding always ends.
 MAX_CHARS = 4000
 
-_REFUSALS = ("i'm sorry", "i am sorry", "i cannot", "i can't", "as an ai", "i'm unable", "i am unable")
+_REFUSALS = ("i'm sorry", "i am sorry", "sorry, ", "i cannot", "i can't", "as an ai", "i'm unable", "i am unable")
 
 
-# Why a server held a text back, in the words of several; "refusal" is a message's own field.
-REFUSED = ("content_filter", "safety", "recitation", "prohibited_content", "blocklist", "spii", "sensitive", "refusal")
+# Parts of the words in which servers say that a text was held back; "refusal" is a message's own field.
+REFUSED = re.compile("content_filter|guardrail|safety|toxic|recitation|prohibited_content|blocklist|spii|sensitive|refusal")
 
 
 @dataclass(frozen=True)
@@ -89,8 +89,9 @@ def _objects(raw: str, opening: str = "{") -> list[Span]:
     return found
 
 
-OPENS = re.compile(r"<(?:think|thinking|thought|reasoning)>|<\|channel\|>(?:analysis|commentary)")
-CLOSES = re.compile(r"</(?:think|thinking|thought|reasoning)>|<\|channel\|>final")
+_NAMES = "think|thinking|thought|reasoning"
+OPENS = re.compile(rf"(?i)<(?:{_NAMES})>|\[think\]|<\|begin_of_thought\|>|<\|channel\|>(?:analysis|commentary)")
+CLOSES = re.compile(rf"(?i)</(?:{_NAMES})>|\[/think\]|<\|end_of_thought\|>|<\|channel\|>final|\bassistantfinal")
 
 
 def _thought(text: str) -> int:
@@ -132,7 +133,7 @@ def unfinished(raw: str, finish_reason: str) -> Outcome | None:
     """The outcome of a text that was not written to its end, or was refused; None when the model says that it is complete."""
     if finish_reason == "length":
         return Outcome("truncated", "length", raw=raw)
-    if finish_reason in REFUSED:
+    if REFUSED.search(finish_reason):
         return Outcome("refused", finish_reason, raw=raw)
     if finish_reason != "stop":
         return Outcome("invalid", f"finish_reason:{finish_reason}", raw=raw)
@@ -156,7 +157,7 @@ def parse(raw: str, kind: str, finish_reason: str = "stop") -> Outcome:
     found = _objects(raw)
     objects = [v for v, _, _ in _answered(raw, found)]
     if not objects:
-        if raw.strip().lower().startswith(_REFUSALS) and "{" not in raw:
+        if raw.strip().lower().replace("\u2019", "'").startswith(_REFUSALS) and "{" not in raw:
             return Outcome("refused", "refusal_text", raw=raw)
         thought = "only_thinking" if found or OPENS.search(raw) else "no_object"
         return Outcome("invalid", "not_json" if "{" in raw and not found else thought, raw=raw)

@@ -70,6 +70,8 @@ def _packed(raw: IO[bytes], target: Path) -> Any:
 
 def pack(manifest: dict[str, Any], contents: Mapping[str, bytes], target: Path) -> str:
     """Write `manifest` and files as one archive; returns its SHA-256. The manifest names every file and its digest (`files`)."""
+    if target.is_dir():
+        raise UserError(f"{target}: a folder; name the file to write, for instance {target / 'run.tar.gz'}")
     work = target.with_name(target.name + ".part")
     with disk_errors(target):
         target.parent.mkdir(parents=True, exist_ok=True)

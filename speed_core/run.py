@@ -25,7 +25,7 @@ from typing import TYPE_CHECKING, Any
 import nbformat
 
 from speed_core.artifacts import UserError
-from speed_core.files import without_users
+from speed_core.files import digest, disk_errors, read_text, without_users
 
 if TYPE_CHECKING:
     from speed_core.run_context import Run
@@ -47,13 +47,7 @@ def _printable():
             return {escaped(k): escaped(v) for k, v in value.items()}
         return [escaped(v) for v in value] if isinstance(value, (list, tuple)) else value
 
-    def safe(message):
-        try:
-            return pack(message)
-        except UnicodeEncodeError:
-            return pack(escaped(message))
-
-    session.pack = safe
+    session.pack = lambda message: pack(escaped(message))
 
 
 _printable()
@@ -76,8 +70,20 @@ def notebooks(folder: Path) -> list[Path]:
     return sorted(p for p in folder.glob("[0-9][0-9]_*.ipynb"))
 
 
+def _read(path: Path) -> Any:
+    """A notebook that somebody else wrote. Raises UserError for a file that is none."""
+    try:
+        nb = nbformat.reads(read_text(path), as_version=4)
+        nb.cells = list(nb.cells)
+    except UserError:
+        raise
+    except Exception as error:  # nbformat raises many types
+        raise UserError(f"{path.name}: no notebook ({type(error).__name__}); give a file that Jupyter opens") from None
+    return nb
+
+
 def _tagged(path: Path) -> list[Any]:
-    cells = nbformat.read(path, as_version=4).cells
+    cells = _read(path).cells
     return [c for c in cells if c.cell_type == "code" and "parameters" in c.metadata.get("tags", [])]
 
 
@@ -165,10 +171,11 @@ def execute(
     started, problem = time.time(), ""
     work = target.with_name(f".{target.stem}.{os.getpid()}.ipynb")
     staged = target.with_name(f".{target.stem}.{os.getpid()}.in.ipynb")
-    nb = nbformat.read(source, as_version=4)
+    nb = _read(source)
     nb.cells.append(nbformat.v4.new_code_cell(f"print({SENTINEL!r})", metadata={"tags": ["sentinel"]}))
-    nbformat.write(nb, staged)
     try:
+        with disk_errors(target):
+            nbformat.write(nb, staged)
         # Nobody watches: widgets leave their text alone (`widgets.interactive`). The kernel inherits this environment.
         with environment(SPEED_HEADLESS="1", SPEED_NOTEBOOK=source.name), _cells_may_raise():
             papermill.execute_notebook(
@@ -210,10 +217,25 @@ def execute(
     _without_widgets(done)
     _folded(done)
     _relinked(done, source.parent.resolve(), target.parent.resolve())
+    done.metadata["speed_check"] = digest(done.cells)
     nbformat.write(done, work)
     os.replace(work, target)
     target.with_name(f"{target.stem}.failed.ipynb").unlink(missing_ok=True)
     return Report(source.stem, "ok", seconds)
+
+
+def changed(folder: Path) -> list[str]:
+    """Executed notebooks in a folder that are not as `execute` wrote them, a line each; one of an earlier version is passed over."""
+    found = []
+    for path in notebooks(folder) if folder.is_dir() else ():
+        try:
+            nb = nbformat.read(path, as_version=4)
+            same = nb.metadata.get("speed_check") in (None, digest(nb.cells))
+        except Exception:  # nbformat raises many types for a file that is no notebook any more
+            same = False
+        if not same:
+            found.append(f"{path.name}: changed since it was executed; run it again")
+    return found
 
 
 @contextmanager
@@ -284,8 +306,12 @@ def _folded(nb: Any) -> None:
 
 
 def _keep(work: Path, target: Path) -> None:
-    """Put an unfinished notebook beside the last good one."""
-    if work.exists():
+    """Put an unfinished notebook beside the last good one; half of a file, which a full disk leaves, goes."""
+    try:
+        nbformat.read(work, as_version=4)
+    except Exception:
+        work.unlink(missing_ok=True)
+    else:
         os.replace(work, target.with_name(f"{target.stem}.failed.ipynb"))
 
 
@@ -305,7 +331,10 @@ def _line(traceback: Sequence[str]) -> str:
 
 def _last_started(work: Path) -> str:
     """ "cell N, `its first line`: " of the last cell that papermill began, empty when there is none."""
-    cells = nbformat.read(work, as_version=4).cells if work.exists() else []
+    try:
+        cells = nbformat.read(work, as_version=4).cells
+    except Exception:  # not begun, or half written on a full disk
+        cells = []
     code = [c for c in cells if c.cell_type == "code"]
     begun = [(n, c) for n, c in enumerate(code, 1) if c.metadata.get("papermill", {}).get("start_time")]
     return f"cell {begun[-1][0]}, `{begun[-1][1].source.strip().splitlines()[0][:120]}`: " if begun else ""

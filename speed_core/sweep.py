@@ -21,6 +21,7 @@ from typing import Any
 
 from speed_core import machine, run
 from speed_core.artifacts import UserError
+from speed_core.files import digest
 from speed_core.run_context import ROOT, open_run
 
 EXECUTORS = ("process", "ray")
@@ -36,8 +37,9 @@ class Point:
 
 
 def folder_name(text: str) -> str:
-    """A point's name as every file system takes it."""
-    return re.sub(r"[^A-Za-z0-9.,=_-]+", "_", text)
+    """A point's name as every file system takes it; of a long one the beginning, and a digest of the whole."""
+    name = re.sub(r"[^A-Za-z0-9.,=_-]+", "_", text)
+    return name if len(name) <= 120 else f"{name[:100]}-{digest(text)[:12]}"
 
 
 def points(grid: Mapping[str, Sequence[Any]], seeds: Sequence[int]) -> list[Point]:

@@ -13,7 +13,7 @@ import math
 import os
 import random
 from collections.abc import Iterable, Mapping, Sequence
-from concurrent.futures import Future, as_completed
+from concurrent.futures import Future, as_completed, wait
 from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
@@ -37,6 +37,7 @@ from speed_core.profile import Teacher as TeacherSettings
 
 RECORDED = Path(__file__).parent / "assets" / "recorded"
 LOGGED = ("record", "prompt_digest", "status", "raw", "reason", "finish_reason")  # what every entry of a log has
+FIRST = 4  # requests that a server refuses alike before it has answered any: then it would refuse all
 UNRECORDED = "no recorded answer to this prompt"
 LABEL = "recorded answers, written by this repository's authors"
 
@@ -56,7 +57,7 @@ class Ledger:
 
     def add_entry(self, purpose: str, entry: Mapping[str, Any], settings: TeacherSettings) -> None:
         """Count an answer that a log holds."""
-        tokens = entry["prompt_tokens"], entry["new_tokens"]
+        tokens = entry.get("prompt_tokens", 0), entry.get("new_tokens", 0)
         self.add(purpose, Answer("", "", *tokens), settings.cost(*tokens))
 
     def total(self, key: str) -> float:
@@ -174,6 +175,7 @@ class EndpointTeacher:
         self._per_character, self._longest = 0.0, float(settings.max_output_tokens or OUTPUT_TOKENS)
         self.counted: set[str] = set()  # entries of a log that are in the ledger
         self._listed: list[str] = []
+        self.stopped: UserError | None = None  # why no further call is sent
         self._deadline = Deadline(settings.max_minutes)
         self.endpoint = Endpoint(
             settings.base_url,
@@ -181,6 +183,7 @@ class EndpointTeacher:
             requests_per_minute=settings.requests_per_minute,
             tokens_per_minute=settings.tokens_per_minute,
             timeout_seconds=settings.timeout_seconds,
+            longest_wait=60 * settings.max_minutes,
         )
 
     def check(self) -> None:
@@ -209,6 +212,8 @@ class EndpointTeacher:
         """Take room in the budget for one call, or raise BudgetReached that names the cap."""
         s = self.settings
         self._left(call)
+        if self.stopped:
+            raise self.stopped
         while True:
             tokens, usd = self._most(prompt)
             others = [self._most(p) for p in self._in_flight.values()]
@@ -220,8 +225,8 @@ class EndpointTeacher:
             ]
             # Only max_calls has no way to say "no cap".
             reached = [n for after, cap, n in over if after > cap * (1 + 1e-9) and (cap or n.startswith("max_calls"))]
-            # How long an answer may be is not known before there is one.
-            known = s.max_output_tokens or self._per_character or not others
+            # How many tokens a prompt has, and how long an answer may be, is not known before there is one.
+            known = self._per_character or not others
             if not reached and known:
                 self._in_flight[call] = prompt
                 return
@@ -234,6 +239,8 @@ class EndpointTeacher:
 
     async def reply(self, prompt: str, purpose: str, temperature: float | None = None) -> Answer:
         """The answer to one prompt, counted in the ledger. Raises UserError where the server would refuse every request."""
+        import openai
+
         s, call = self.settings, next(self._numbers)
         decides = self.decides(temperature)
         more: dict[str, Any] = {"max_tokens": s.max_output_tokens} if s.max_output_tokens else {}
@@ -247,7 +254,10 @@ class EndpointTeacher:
                     top_p=s.top_p,
                     **more,
                 )
-            except BaseException:
+            except BaseException as error:
+                if isinstance(error, openai.APITimeoutError):  # the server may have written an answer, and count it
+                    tokens = math.ceil(len(prompt) * (self._per_character or 0.25))
+                    self.ledger.add(purpose, Answer("", "", tokens), s.cost(tokens, 0))
                 self._left(call)  # while it waits to be tried again, others may take its room
                 raise
 
@@ -265,10 +275,15 @@ class EndpointTeacher:
         except Exception as error:
             if final_status(error) is None or of_request(error):
                 raise
-            raise self.endpoint.fault(error, s.model, self._listed) from None
+            raise self.fault(error) from None
         finally:
             self._left(call)
         return said
+
+    def fault(self, error: BaseException) -> UserError:
+        """The one line for a refusal that every request would meet."""
+        self.stopped = self.endpoint.fault(error, self.settings.model, self._listed)
+        return self.stopped
 
     def remember(self, entries: Iterable[Mapping[str, Any]], purpose: str) -> None:
         """Count answers of a log that this object did not ask for: a budget lasts over stops of a stage."""
@@ -311,7 +326,8 @@ def estimate(settings: TeacherSettings, texts: Sequence[str]) -> str:
     minutes = [calls * CALL_SECONDS / settings.concurrency / 60]
     minutes += [calls / settings.requests_per_minute] if settings.requests_per_minute else []
     minutes += [(tokens_in + tokens_out) / settings.tokens_per_minute] if settings.tokens_per_minute else []
-    money = f"{usd:.2f} USD" if any(settings.price()) else f"no price known for {settings.model!r} (add it to teacher.prices)"
+    unknown = f"no price known for {settings.model!r} (add it to teacher.prices; without it max_usd stops nothing)"
+    money = f"{usd:.2f} USD" if any(settings.price()) else unknown
     line = f"{calls:,} calls, about {tokens_in + tokens_out:,.0f} tokens, {money}, {max(minutes):.1f} min"
     caps = [
         ("max_calls", calls, settings.max_calls),
@@ -381,25 +397,54 @@ def ask(
         ours = not entry.get("retryable", True) and "code" in entry
         return entry["status"] == "error" and not ours and not isinstance(teacher, LoggedTeacher)
 
+    refused: list[dict[str, Any]] = []  # what the server refused of single requests before it answered any
+    answered = False
+
+    def keep(entry: dict[str, Any], future: Future[Answer]) -> None:
+        """Log an entry. The same refusal of each of the first requests is no fault of theirs: UserError, and none is remembered."""
+        nonlocal answered
+        if "code" in entry and not answered:
+            refused.append(entry)
+            if len(refused) == FIRST and len({e["reason"] for e in refused}) == 1 and isinstance(teacher, EndpointTeacher):
+                error = future.exception()
+                refused.clear()
+                raise teacher.fault(error or RuntimeError())
+            return
+        if entry["status"] != "error" and not answered:
+            answered = True
+            settle()
+        entries.append(entry)
+
+    def settle() -> None:
+        """Log what was refused before the first answer: it was each request's own fault."""
+        while refused:
+            entries.append(refused.pop(0))
+
     with AppendLog(log, LOGGED) as entries:
         todo = list(items)
         if isinstance(teacher, EndpointTeacher):
             mine = (entries.entries.get(key(p, n)) for p in items for n in range(1, attempts + 1))
-            teacher.remember([e for e in mine if e], purpose)
+            teacher.remember(known := [e for e in mine if e], purpose)
+            answered = any(e["status"] != "error" for e in known)
         while todo:
             open_ = [p for p in todo if key(p) not in entries.entries or open_again(entries.entries[key(p)])]
             if open_ and isinstance(teacher, EndpointTeacher):
+                teacher.stopped = None
                 print(f"{purpose}: {estimate(teacher.settings, [p.text for p in open_])}", flush=True)
             asked = {teacher.submit(p.text, purpose, temperature): p for p in open_}
             try:
                 for future in as_completed(list(asked)):
-                    entries.append(outcome(asked.pop(future), future))
+                    keep(outcome(asked.pop(future), future), future)
+            except UserError:  # no further call is sent; what is on its way may be an answer, and paid for
+                wait(asked, timeout=10)
+                raise
             finally:  # Ctrl-C, or a server that refuses: nothing more is paid for, and what has come is kept
                 for future, p in asked.items():
                     if not future.cancel() and future.done() and not future.exception():
                         entries.append(outcome(p, future))
                 if isinstance(teacher, EndpointTeacher):
                     teacher.counted.update(map(key, open_))
+            settle()
             weak = ("invalid", "truncated", "refused")
             todo = [p for p in todo if entries.entries[key(p)]["status"] in weak and tried[p.id] < attempts]
             for p in todo:

@@ -170,10 +170,14 @@ def test_the_install_script_goes_by_what_the_sums_say_in_every_language(small, t
 
 
 @pytest.mark.slow
-def test_an_unpacked_bundle_makes_the_same_repository_again_without_git(small):
+def test_an_unpacked_bundle_makes_the_same_repository_again_without_git(small, tmp_path):
     _, _, unpacked = small
     again, first = bundle.repository(unpacked), json.loads((unpacked / bundle.ABOUT).read_text())["repository"]
     assert sorted(again) == first and "speed_core/bundle.py" in first
+    for listed in ('{"repository": ["../secret"]}', '{"repository": ["/etc/passwd"]}', '{"repository": 7}', "{}", "[]", "{"):
+        (tmp_path / bundle.ABOUT).write_text(listed)
+        with pytest.raises(UserError, match="does not list this folder's files"):
+            bundle.repository(tmp_path)
     with pytest.raises(UserError, match="neither a git clone nor an unpacked bundle"):
         bundle.repository(unpacked / "tests")
 

@@ -145,6 +145,8 @@ def test_equal_weights_that_embed_otherwise_share_no_score(tmp_path):
         "capitals": variant(keep_capitals),
         "prompts": variant(lambda m: m.prompts.update(query="Q: ")),
         "half": variant(lambda m: m.half()),
+        "heads": variant(lambda m: setattr(m[0].model.config, "num_attention_heads", 6)),
+        "left": variant(lambda m: setattr(m.tokenizer, "truncation_side", "left")),
         "instructed": variant(instructed=True),
     }
     names = {k: v.mteb_model_meta.revision for k, v in kinds.items()}

@@ -117,6 +117,13 @@ def test_no_texts_no_duplicates():
         ("test x == y", "test x != y"),
         ("&& joins two", "|| joins two"),
         ("!!!", "???"),
+        ("a * b", "a / b"),
+        ("a-b", "a+b"),
+        ("x<y holds", "x>y holds"),
+        ("great :)", "great :("),
+        ("$100 off", "\u00a3100 off"),
+        ("-5 degrees", "5 degrees"),
+        ("\u4eca\u5929\u4e0b\u96e8", "\u660e\u5929\u6709\u98ce"),
     ],
 )
 def test_texts_that_differ_in_signs_alone_are_no_duplicates(one, other):

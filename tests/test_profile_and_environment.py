@@ -164,4 +164,6 @@ def test_a_value_in_yaml_is_what_it_looks_like(text, value):
     from speed_core.__main__ import _yaml
 
     assert _yaml(text, "-f") == {"a": value} and type(_yaml(text, "-f")["a"]) is type(value)
+    with pytest.raises(UserError, match="KeyError; give JSON or YAML"):
+        _yaml("a: !!bool maybe", "-f")
     assert _yaml(f"on: {text[2:]}" if text.startswith("a:") else "on: 1", "-f").keys() == {"on"}

@@ -267,6 +267,11 @@ except UserError as error:
 """
 
 
+def test_an_export_names_a_file_not_a_folder(run, tmp_path):
+    with pytest.raises(UserError, match="a folder; name the file to write"):
+        replay.pack({"files": {}}, {}, tmp_path)
+
+
 @pytest.mark.parametrize("command", ["import", "export"])
 def test_a_full_disk_ends_in_one_line_and_leaves_no_half_a_file(run, tmp_path, command):
     with AppendLog(run.log("noise")) as log:

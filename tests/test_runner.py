@@ -12,7 +12,8 @@ import psutil
 import pytest
 from typer.testing import CliRunner
 
-from speed_core import run
+from speed_core import profile, run
+from speed_core.__main__ import app as cli
 from speed_core.__main__ import main
 from speed_core.artifacts import UserError
 
@@ -154,11 +155,11 @@ def test_cells_that_may_raise_or_are_skipped_by_their_tag_do_as_in_jupyter(tmp_p
 
 
 def test_half_of_a_pair_that_is_printed_is_shown_as_its_escape(tmp_path):
-    path = notebook(tmp_path / "01_a.ipynb", "print('a', chr(0xd83d), '\u00e9')", "import sys; sys.stderr.write(chr(0xdc00)); 1")
+    path = notebook(tmp_path / "01_a.ipynb", "print('a', chr(0xd83d), '\u00e9')", "import sys; sys.stderr.write(chr(0xdc80)); 1")
     report = run.execute(path, tmp_path / "out" / path.name, {}, show=False)
     assert report.status == "ok", report.detail
     cells = nbformat.read(tmp_path / "out" / path.name, as_version=4).cells
-    assert cells[-2].outputs[0].text == "a \\ud83d \u00e9\n" and cells[-1].outputs[0].text == "\\udc00"
+    assert cells[-2].outputs[0].text == "a \\ud83d \u00e9\n" and cells[-1].outputs[0].text == "\\udc80"
 
 
 def test_the_user_of_an_address_stands_in_no_parameter(tmp_path, monkeypatch):
@@ -177,6 +178,43 @@ def test_the_user_of_an_address_stands_in_no_parameter(tmp_path, monkeypatch):
     path = notebook(tmp_path / "01_a.ipynb", "print(overrides)", parameters="overrides = {}")
     assert run.execute(path, tmp_path / "out.ipynb", {"overrides": {"teacher": given}}, show=False).status == "ok"
     assert "p@ss" not in (tmp_path / "out.ipynb").read_text() and "me:" not in (tmp_path / "out.ipynb").read_text()
+
+
+def test_check_names_an_executed_notebook_that_was_changed(tmp_path):
+    source, folder = notebook(tmp_path / "01_a.ipynb", "print('\u00e9' * 3)\n1 / 3"), tmp_path / "run" / "notebooks"
+    target = folder / source.name
+    assert run.execute(source, target, {}, show=False).status == "ok" and run.changed(folder) == []
+    (tmp_path / "run" / "figures").mkdir()
+    whole = target.read_bytes()
+    for damaged in (whole.replace(b"0.333", b"0.334"), whole[:-20]):
+        target.write_bytes(damaged)
+        assert run.changed(folder) == ["01_a.ipynb: changed since it was executed; run it again"]
+        assert CliRunner().invoke(cli, ["check", str(tmp_path / "run" / "figures")]).exit_code == 1
+
+
+def test_an_address_with_a_query_is_refused_without_showing_it():
+    query = "ends before its '[?]' or '#'; a key goes into OPENAI_API_KEY"
+    for address, said in (
+        ("https://host/v1?api-key=s3cret", query), ("https://me:s3cret@host/v1#s3cret", query),
+        ("http://me:s3/cret@host/v1", "write / and @ in a user's key as %2F"), ("http://me:s3cret@host:80x/v1", "no address as in"),
+    ):  # fmt: skip
+        with pytest.raises(UserError, match=said) as refused:
+            profile.load("smoke", {"teacher.base_url": address})
+        assert "s3" not in str(refused.value)
+
+
+@pytest.mark.parametrize("data", [b"", b"[]", b"null", b'{"cells": 7}', "{}".encode("utf-16"), b"\xff\xfe\xff", b"{", b"\xefx"])
+def test_a_file_that_is_no_notebook_is_refused_in_one_line(tmp_path, data):
+    (tmp_path / "01_a.ipynb").write_bytes(data)
+    with pytest.raises(UserError, match="01_a.ipynb: ") as refused:
+        run.execute(tmp_path / "01_a.ipynb", tmp_path / "out" / "01_a.ipynb", {"x": 1}, show=False)
+    assert "\n" not in str(refused.value) and not list((tmp_path / "out").glob("*"))
+
+
+def test_a_notebook_with_a_byte_order_mark_runs(tmp_path):
+    path = notebook(tmp_path / "01_a.ipynb", "print(x)")
+    path.write_bytes(b"\xef\xbb\xbf" + path.read_bytes())
+    assert run.execute(path, tmp_path / "out.ipynb", {"x": 2}, show=False).status == "ok"
 
 
 def test_a_printed_line_of_any_length_is_left_as_it_is():

@@ -43,6 +43,11 @@ def test_every_combination_is_a_point_with_a_name_of_its_own():
         sweep.points({"embedding.margin": [0.1, 0.1]}, [0])
 
 
+def test_the_name_of_a_point_with_long_values_fits_every_file_system():
+    made = sweep.points({"models.guide": ["/long" * 90 + "/a", "/long" * 90 + "/b"]}, [])
+    assert len({p.name for p in made}) == 2 and all(len(p.name) < 130 for p in made)
+
+
 def test_points_side_by_side_share_the_cores_and_what_the_user_set_stays(monkeypatch):
     monkeypatch.setattr(sweep.machine, "cores", lambda: 8)
     for name in ("OMP_NUM_THREADS", "VLLM_CPU_OMP_THREADS_BIND", "SPEED_WORKERS"):

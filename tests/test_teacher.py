@@ -282,14 +282,14 @@ def test_the_pace_never_lets_more_through_in_a_minute_than_it_says():
 # --- the budget is hard, and what it cuts short says so -------------------------------------------
 
 
-@pytest.mark.parametrize("usage", ["counted", "missing", "null"])
+@pytest.mark.parametrize("usage", ["counted", "dear", "missing", "null"])
 @pytest.mark.parametrize("cap", [{"max_calls": 5}, {"max_tokens": 600}, {"max_usd": 600e-6}])
 def test_no_cap_is_exceeded_however_many_calls_are_in_flight_and_however_often_it_is_run(endpoint, tmp_path, cap, usage):
     one_dollar = ({"model": "tiny", "input": 1.0, "output": 1.0},)
     who = settings(endpoint, concurrency=16, max_output_tokens=20, prices=one_dollar, **cap)
-    Endpoint.usage = {"counted": {"prompt_tokens": 100, "completion_tokens": 20, "total_tokens": 120}, "missing": None}.get(
-        usage, {"prompt_tokens": None, "completion_tokens": None, "total_tokens": None}
-    )
+    count = lambda a, b: {"prompt_tokens": a, "completion_tokens": b, "total_tokens": a and a + b}  # noqa: E731
+    # "dear": more tokens than a quarter of the characters, as in Chinese.
+    Endpoint.usage = {"counted": count(100, 20), "dear": count(250, 20), "missing": None, "null": count(None, None)}[usage]
     for _ in range(3):
         t = teacher.EndpointTeacher(who)
         entries = teacher.ask(t, some_prompts(40), purpose="seed", log=tmp_path / "l")
@@ -352,6 +352,11 @@ PARTS = [{"type": "text", "text": GOOD[:9]}, {"type": "thinking", "thinking": "{
         (message(GOOD, finish=None), "invalid", "finish_reason:none"),
         (message(7), "invalid", "empty"),
         (message(GOOD) | {"choices": [{"index": 0, "message": None, "finish_reason": "stop"}]}, "invalid", "empty"),
+        (message(GOOD) | {"choices": []}, "invalid", "finish_reason:no_choices"),
+        (message(GOOD.replace('"S1":"', '"S1":"\ud83d ')), "ok", ""),
+        (message("x\udc00"), "invalid", "no_object"),
+        (message(GOOD, finish="guardrail_intervened"), "refused", "guardrail_intervened"),
+        (message("Sorry, I can\u2019t."), "refused", "refusal_text"),
     ],
 )
 def test_an_answer_of_any_shape_is_one_logged_outcome_and_ends_no_other(endpoint, tmp_path, body, status, reason):
@@ -363,7 +368,17 @@ def test_an_answer_of_any_shape_is_one_logged_outcome_and_ends_no_other(endpoint
 
 
 @pytest.mark.parametrize(
-    "body", [None, "<html>busy</html>", {"choices": []}, {"choices": None}, {"choices": {"a": 1}}, {"choices": [None]}, [], 7]
+    "body",
+    [
+        None,
+        "<html>busy</html>",
+        {"error": {"message": "x"}, "choices": []},
+        {"choices": None},
+        {"choices": {"a": 1}},
+        {"choices": [None]},
+        [],
+        7,
+    ],
 )
 def test_a_reply_that_is_no_answer_is_asked_for_again(endpoint, tmp_path, monkeypatch, body):
     monkeypatch.setattr(endpoints, "wait_exponential_jitter", lambda **_: lambda state: 0.01)
@@ -390,6 +405,9 @@ def test_a_content_filter_that_answers_with_400_is_a_refusal(endpoint, tmp_path)
         ({"X-RateLimit-Reset": "1767225630000"}, 30.0),
         ({"X-RateLimit-Reset": "1767225630"}, 30.0),
         ({"X-RateLimit-Reset": "12"}, 12.0),
+        ({"anthropic-ratelimit-tokens-reset": "2026-01-01T00:00:20Z"}, 20.0),
+        ({"x-ratelimit-reset": "2026-01-01T00:00:20+00:00", "x-ratelimit-remaining": "3"}, None),
+        ({"x-ms-retry-after-ms": "1500"}, 1.5),
         ({"Retry-After": "\u00b2"}, None),
         ({"Retry-After": "soon"}, None),
         ({}, None),
@@ -405,15 +423,11 @@ def test_a_window_that_the_server_names_is_waited_for_beyond_eight_tries(endpoin
     Endpoint.script = [(429, "slow down", "60")] * 12
     entries = teacher.ask(teacher.EndpointTeacher(settings(endpoint)), some_prompts(1), purpose="seed", log=tmp_path / "l")
     assert entries[0]["status"] == "ok" and len(Endpoint.seen) == 13
-    for status, asked, tries in (
-        (429, "60", 61),
-        (429, "0", 8),
-        (500, "60", 8),
-    ):  # but for an hour at most, and only where one is told
+    # But no longer than the stage may take, and only where one is told.
+    for status, asked, minutes, tries in ((429, "60", 60, 61), (429, "60", 20, 21), (429, "0", 60, 8), (500, "60", 60, 8)):
         Endpoint.script, Endpoint.seen = [(status, "busy", asked)] * 99, []
-        entries = teacher.ask(
-            teacher.EndpointTeacher(settings(endpoint)), some_prompts(1), purpose="seed", log=tmp_path / f"{status}{asked}"
-        )
+        who = teacher.EndpointTeacher(settings(endpoint, max_minutes=float(minutes)))
+        entries = teacher.ask(who, some_prompts(1), purpose="seed", log=tmp_path / f"{status}{asked}{minutes}")
         assert entries[0]["status"] == "error" and entries[0]["retryable"] and len(Endpoint.seen) == tries
 
 
@@ -439,7 +453,13 @@ def test_without_a_limit_the_first_answer_comes_alone_and_longer_ones_are_reckon
 
 @pytest.mark.parametrize(
     ("status", "said"),
-    [(400, "API key not valid. Please pass a valid API key."), (429, "insufficient_quota"), (400, "model_not_found")],
+    [
+        (400, "API key not valid. Please pass a valid API key."),
+        (429, "insufficient_quota"),
+        (400, "model_not_found"),
+        (403, "Your account has been flagged for suspicious activity"),
+        (400, "Arrearage: make sure that your account is in good standing"),
+    ],
 )
 def test_a_wrong_key_is_no_fault_of_the_request_whatever_its_status(endpoint, tmp_path, status, said):
     Endpoint.script = [(status, said, "")] * 4
@@ -449,6 +469,33 @@ def test_a_wrong_key_is_no_fault_of_the_request_whatever_its_status(endpoint, tm
     Endpoint.script = []
     entries = teacher.ask(teacher.EndpointTeacher(settings(endpoint)), some_prompts(4), purpose="seed", log=tmp_path / "l")
     assert generate.counts(entries)["ok"] == 4
+
+
+def test_what_a_server_quotes_of_a_prompt_is_not_its_own_word(endpoint, tmp_path):
+    said = {"detail": [{"msg": "String should have at most 10 characters", "input": "billing, invalid_api_key, flagged"}]}
+    Endpoint.script = [(422, said, "as it is")]
+    entry = teacher.ask(teacher.EndpointTeacher(settings(endpoint)), some_prompts(1), purpose="seed", log=tmp_path / "l")[0]
+    assert entry["status"] == "error" and entry["code"] == 422
+
+
+def test_a_limit_of_a_minute_that_speaks_of_billing_is_waited_for(endpoint, tmp_path):
+    Endpoint.script = [(429, "You exceeded your current quota, please check your plan and billing details.", "0")]
+    entry = teacher.ask(teacher.EndpointTeacher(settings(endpoint)), some_prompts(1), purpose="seed", log=tmp_path / "l")[0]
+    assert entry["status"] == "ok" and len(Endpoint.seen) == 2
+
+
+def test_the_same_refusal_of_the_first_requests_is_held_against_none(endpoint, tmp_path):
+    items, log = some_prompts(9), tmp_path / "l"
+    Endpoint.script = [(400, "max_tokens: use max_completion_tokens", "")] * 9
+    with pytest.raises(UserError, match="refuses every request .*max_completion_tokens"):
+        teacher.ask(teacher.EndpointTeacher(settings(endpoint)), items, purpose="seed", log=log)
+    assert log.read_text() == ""
+    # After an answer, or where each has its own reason, it is the request's.
+    for first in ([(200, GOOD, "stop")], [(400, f"too long by {n}", "") for n in range(4)]):
+        Endpoint.script = first + [(400, "too long", "")] * 4
+        entries = teacher.ask(teacher.EndpointTeacher(settings(endpoint)), items, purpose="seed", log=tmp_path / f"{len(first)}")
+        refused = [e for e in entries if e["status"] == "error" and not e["retryable"]]
+        assert len(refused) == sum(status == 400 for status, _, _ in first) + 4
 
 
 def test_another_models_answers_in_the_same_log_are_not_this_ones_budget(endpoint, tmp_path):
@@ -545,7 +592,8 @@ def test_the_estimate_names_calls_tokens_money_and_time_and_the_cap_that_it_brea
         "600 calls" in line and "120,000 tokens" in line and "0.36 USD" in line and "60.0 min" in line and "max_usd" not in line
     )
     assert "more than teacher.max_usd 0.3" in teacher.estimate(who.model_copy(update={"max_usd": 0.3}), ["x" * 400] * 600)
-    assert "no price" in teacher.estimate(who.model_copy(update={"prices": ()}), ["x"])
+    assert "max_usd stops nothing" in teacher.estimate(who.model_copy(update={"prices": ()}), ["x"])
+    assert who.model_copy(update={"model": "m-2024-08-06"}).price() == who.price() != (0.0, 0.0)
 
 
 def test_the_first_two_notebooks_run_to_their_end_on_a_teacher_that_cuts_answers_short(practice, tmp_path, monkeypatch):
