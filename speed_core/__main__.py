@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 import signal
 import sys
@@ -17,6 +18,15 @@ app = typer.Typer(add_completion=False, no_args_is_help=True, help="SPEED, step 
 ProfileName = Annotated[str, typer.Option(help="smoke, tiny, overnight, workshop, paper, or a .json file")]
 
 
+def _finite(value: Any, option: str) -> Any:
+    """`value`, when every number in it is one: JSON and YAML read 1e999 as infinity."""
+    if isinstance(value, float) and not math.isfinite(value):
+        raise UserError(f"{option}: {value} is no number that can be used; write a finite one")
+    for part in value.values() if isinstance(value, dict) else value if isinstance(value, list) else ():
+        _finite(part, option)
+    return value
+
+
 def _overrides(items: list[str] | None) -> dict[str, Any]:
     """NAME=VALUE pairs; VALUE is JSON, and text that is no JSON stays text."""
     out: dict[str, Any] = {}
@@ -28,6 +38,7 @@ def _overrides(items: list[str] | None) -> dict[str, Any]:
             out[name] = json.loads(value)
         except (ValueError, RecursionError):
             out[name] = {"True": True, "False": False, "None": None}.get(value, value)
+        _finite(out[name], name)
     return out
 
 
@@ -40,7 +51,7 @@ def _yaml(text: str, option: str) -> dict[str, Any]:
     except (ValueError, RecursionError):
         found = None
     if isinstance(found, dict):
-        return found
+        return _finite(found, option)
 
     class Loader(yaml.SafeLoader):
         yaml_implicit_resolvers: dict[str, Any] = {}
@@ -60,7 +71,7 @@ def _yaml(text: str, option: str) -> dict[str, Any]:
         raise UserError(f"{option}: holds no name: value pairs; write one a line")
     if odd := [k for k in found if not isinstance(k, str)]:
         raise UserError(f"{option}: {odd[0]!r} is no name; write name: value")
-    return found
+    return _finite(found, option)
 
 
 def _file(path: Path) -> dict[str, Any]:
@@ -198,6 +209,8 @@ def check(
     from speed_core.run_context import ROOT, runs_folder
 
     if recorded:
+        if folder or deep:
+            raise UserError("check --recorded: compares a run, not a folder of figures; leave FOLDER and --deep away")
         from speed_core.recorded import report_later
 
         print(report_later(profile))

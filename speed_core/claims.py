@@ -15,7 +15,7 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
-from speed_core import uncertainty
+from speed_core import paper_values, uncertainty
 from speed_core.uncertainty import Estimate
 
 # id, claim, the paper's value, notebook, id of the cell in it that measures the claim.
@@ -60,12 +60,6 @@ CLAIMS: list[tuple[str, str, str, str, str]] = [
 ]  # fmt: skip
 
 
-# The effect in points that the paper prints (or its middle), for the question what size would resolve it.
-EFFECTS = {
-    "S1": 0.3, "S2": -0.1, "S4": 1.9, "S5": 1.0, "S6": 0.1, "S7": 0.25, "S8": 0.35, "S9": 1.35, "S10": 0.8, "S17": 0.1,
-    "E2": 2.0, "E3": 4.2, "G1": 0.27, "G2": 0.46, "G3": 1.1, "G4": -7.0,
-}  # fmt: skip
-
 # What no run of this repository can measure without something that it does not have.
 NOT_POSSIBLE = {
     "S21": "needs brainstorming without topics; the recorded teacher has answers for topics only",
@@ -102,7 +96,7 @@ UNTESTED = "not yet tested"
 VERDICTS = (REPRODUCED, SMALLER, UNRESOLVED, CONTRADICTED, IMPOSSIBLE, UNTESTED)
 # The smallest training set that SPEED prints scores for, and the claims that models of such size can reproduce: claim -> the
 # arm whose records count.
-PAPER_RECORDS = 230_000
+PAPER_RECORDS = paper_values.SCORE_BY_RECORDS[0][0]
 SIZED = {"S17": "guided", "E3": "guided"} | dict.fromkeys(("S1", "S4", "S5", "S6", "S7", "S8"), "sr_re")
 EQUAL = ("S1", "S4", "S5", "S7", "S8")  # comparisons of data sets at equal size
 # Differences of arms: claim -> (in words, (arm, the one it is compared with)). Where the paper prints two such differences, ours is the
@@ -117,7 +111,7 @@ COMPARED: dict[str, tuple[str, tuple[tuple[str, str], ...]]] = {
     "E1": ("trained on synthetic data against untrained", (("guided", "untrained"),)),
     "E3": ("the same models with instructions against without", (("guided", "bare"),)),
 }
-E5_TOKENS = 180e6 / 500e3  # teacher tokens a record of E5-mistral (SPEED Table 5), which spends one call a record
+E5_TOKENS = paper_values.E5_A_RECORD[1]  # the teacher's, a record
 
 
 def verdict(low: float, high: float, expected: int = 1) -> str:
@@ -180,10 +174,10 @@ def _would_resolve(key: str, e: Estimate, trained: bool, expected: int, level: f
     a claim that something matters little, what it takes to have the whole interval on one side of `LITTLE`."""
     once = _once(key, e)
     if expected:
-        effect = EFFECTS.get(key, LITTLE * expected)
-        whose = f"the paper's {effect:+g}" if key in EFFECTS else f"an effect of {LITTLE:g}"
+        effect = paper_values.EFFECTS.get(key, LITTLE * expected)
+        whose = f"the paper's {effect:+g}" if key in paper_values.EFFECTS else f"an effect of {LITTLE:g}"
         smaller = e.high < effect if effect > 0 else e.low > effect
-        if smaller and not once and key in EFFECTS:
+        if smaller and not once and key in paper_values.EFFECTS:
             return f"; smaller than the paper's effect: the interval leaves {effect:+g} out"
         if smaller and not once:
             seen = uncertainty.needed(e, e.value, trained=trained, level=level)

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from speed_core import bundle, compute_type, forecast, machine, models, planning, repeats, study, tasks
+from speed_core import bundle, compute_type, forecast, machine, models, paper_values, planning, repeats, study, tasks
 from speed_core import profile as profiles
 from speed_core.artifacts import UserError
 from speed_core.files import without_user
@@ -21,8 +21,11 @@ from speed_core.run_context import ROOT, Run, open_run
 from speed_core.teacher import CALL_SECONDS
 
 PACKAGES = ("torch", "transformers", "trl", "peft", "sentence-transformers", "mteb", "datasets", "papermill")
-# Mean tokens a teacher call takes in the paper (Table 5: tokens / calls of each stage).
-PAPER_TOKENS = {"seed": 400, "judge": 1200, "revise": 1000}
+# Mean tokens that a teacher call takes in the paper.
+PAPER_TOKENS = {
+    ours: tokens // calls
+    for ours, (calls, tokens) in zip(("seed", "judge", "revise"), paper_values.SPEED_CALLS.values(), strict=True)
+}
 
 
 LONG_MINUTES = 120

@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from speed_core import experiments, planning, provenance, repeats, uncertainty
+from speed_core import experiments, paper_values, planning, provenance, repeats, uncertainty
 from speed_core.artifacts import Artifact, UserError, write_json
 from speed_core.profile import dotted
 from speed_core.run_context import Run, open_run
@@ -68,7 +68,7 @@ SWEEPS = (
         "62.6, 61.6, 60.9 at 1, 3, 5",
         (1, 3, 5),
         kind="fall",
-        printed=((3, -1.0), (5, -1.7)),
+        printed=paper_values.TASKS_A_TOPIC,
     ),
     Sweep(
         "T3",
@@ -79,7 +79,7 @@ SWEEPS = (
         ("01", "02", "10"),
         "62.6 with, 61.8 without",
         kind="fall",
-        printed=((False, -0.8),),
+        printed=((False, paper_values.TOPICS_NOT_TRUNCATED),),
         note="13 of the 60 data topics are deeper than four levels; the junior learned from truncated ones at both values",
     ),
     # Table 4. The packages carry one base model, so the weaker one is that model without its last layers.
@@ -93,7 +93,7 @@ SWEEPS = (
         "-0.1, -0.2, -0.3 for three others",  # Qwen-2.5-7B, LLaMA-2-7B, Gemma-7B against LLaMA-3-8B
         ("{own}[:12]",),
         kind="flat",
-        printed=(("{own}[:12]", -0.1), ("{own}[:12]", -0.2), ("{own}[:12]", -0.3)),
+        printed=tuple(("{own}[:12]", points) for points in paper_values.OTHER_BASE_MODELS),
     ),
     Sweep(
         "E4", "E4", "LoRA rank", "embedding.lora.rank", "sr_re", ("10",), "+0.3, 0, +0.1 at 8, 16, 32", (4, 16, 64), kind="flat"
@@ -108,7 +108,7 @@ SWEEPS = (
         "mean -0.4",
         ("mean",),
         kind="flat",
-        printed=(("mean", -0.4),),
+        printed=(("mean", paper_values.MEAN_POOLING),),
     ),
 )
 

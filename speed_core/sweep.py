@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from speed_core import machine, run
-from speed_core.artifacts import UserError
+from speed_core.artifacts import Store, UserError
 from speed_core.files import digest
 from speed_core.run_context import ROOT, open_run
 
@@ -172,8 +172,9 @@ def scores(folder: Path) -> dict[str, float]:
     """Mean score over tasks (times 100) of every scored model in a run folder."""
     from speed_core import evaluate
 
-    found = sorted((folder / "artifacts").glob("scores-*/scores.json"))
-    return {p.parent.name.removeprefix("scores-"): evaluate.category_means(json.loads(p.read_text()))["Avg"] for p in found}
+    store = Store(folder / "artifacts")
+    made = [a for p in sorted(store.root.glob("scores-*")) if (a := store.made(p.name))]
+    return {a.name.removeprefix("scores-"): evaluate.category_means(a.json("scores.json"))["Avg"] for a in made}
 
 
 def table(done: Sequence[tuple[Point, int]], folder: Path) -> None:

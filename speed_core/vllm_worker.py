@@ -14,12 +14,16 @@ import sys
 from typing import Any
 
 from speed_core import machine
+from speed_core.files import UserError
 
 
 def cpu_requests() -> int:
     """How many texts are written at a time on a CPU. Each step reads all weights, so 128 are faster than 64; they also take more
     memory (6.7 GB of this process at `tiny`). $SPEED_CPU_REQUESTS sets another number."""
-    return int(os.environ.get("SPEED_CPU_REQUESTS") or (128 if machine.memory_gb() >= 12 else 64))
+    given = os.environ.get("SPEED_CPU_REQUESTS", "")
+    if given and not (given.isdigit() and int(given)):
+        raise UserError(f"SPEED_CPU_REQUESTS {given!r}: not a number of texts; write a whole one from 1 on, or unset it")
+    return int(given or (128 if machine.memory_gb() >= 12 else 64))
 
 
 def cache_gigabytes(config: Any, max_length: int, requests: int, dtype: str = "bfloat16") -> int:

@@ -525,6 +525,8 @@ def test_an_impossible_split_and_too_few_pairs_are_refused_before_anything_is_co
         ({"prompt": "a", "chosen": None, "rejected": "b"}, "pair 1: chosen is None, not a text"),
         ({"prompt": "a", "chosen": "c", "rejected": "b", "weight": -1}, "pair 1: weight is -1, not a positive number"),
         ({"prompt": "a", "chosen": "c", "rejected": "b", "weight": float("nan")}, "pair 1: weight is nan"),
+        ({"prompt": "a", "chosen": "c", "rejected": "b", "weight": True}, "pair 1: weight is True"),
+        ({"prompt": "a", "chosen": "c \ud83d", "rejected": "b"}, "row 1: its chosen holds half of a UTF-16 pair"),
     ],
 )
 def test_a_row_of_another_form_is_named(row, complaint, tiny_model):

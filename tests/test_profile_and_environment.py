@@ -166,4 +166,7 @@ def test_a_value_in_yaml_is_what_it_looks_like(text, value):
     assert _yaml(text, "-f") == {"a": value} and type(_yaml(text, "-f")["a"]) is type(value)
     with pytest.raises(UserError, match="KeyError; give JSON or YAML"):
         _yaml("a: !!bool maybe", "-f")
+    for endless in ('{"a": 1e999}', "a: [1, -1.0e+400]"):
+        with pytest.raises(UserError, match="-f: -?inf is no number that can be used"):
+            _yaml(endless, "-f")
     assert _yaml(f"on: {text[2:]}" if text.startswith("a:") else "on: 1", "-f").keys() == {"on"}

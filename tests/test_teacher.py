@@ -31,8 +31,10 @@ class Endpoint(BaseHTTPRequestHandler):
         self.end_headers()
         self.wfile.write(data)
 
+    listed = (200, {"object": "list", "data": [{"id": "tiny", "object": "model", "created": 0, "owned_by": "us"}]})
+
     def do_GET(self):
-        self.reply(200, {"object": "list", "data": [{"id": "tiny", "object": "model", "created": 0, "owned_by": "us"}]})
+        self.reply(*self.listed)
 
     def do_POST(self):
         request = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
@@ -136,6 +138,18 @@ def test_a_model_that_is_not_listed_is_tried_and_a_dead_endpoint_is_named(endpoi
         teacher.ask(t, some_prompts(1), purpose="seed", log=tmp_path / "l")
     with pytest.raises(UserError, match="not reachable"):
         teacher.EndpointTeacher(settings("http://127.0.0.1:9/v1")).check()
+
+
+@pytest.mark.parametrize(
+    ("status", "body"),
+    [(401, {}), (403, {}), (404, "no list"), (503, "busy"), (200, "<html>hello</html>"), (200, None), (200, {"data": None}),
+     (200, {"data": [{"id": "models/tiny"}, {"id": None}, 7]})],
+)  # fmt: skip
+def test_whatever_a_gateway_lists_the_first_request_decides(endpoint, tmp_path, monkeypatch, status, body):
+    monkeypatch.setattr(Endpoint, "listed", (status, body))
+    t = teacher.EndpointTeacher(settings(endpoint))
+    t.check()
+    assert teacher.ask(t, some_prompts(1), purpose="seed", log=tmp_path / "l")[0]["status"] == "ok"
 
 
 def test_without_a_key_the_teacher_says_what_to_do(monkeypatch):

@@ -104,6 +104,12 @@ def gradients(model):
     return {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
 
 
+def test_half_of_a_pair_in_a_training_row_is_named(tiny_model):
+    tokenizer = models.load_tokenizer(tiny_model("llama"))
+    with pytest.raises(UserError, match="training row 1: its completion holds half of a UTF-16 pair"):
+        sft.encode_rows(tokenizer, [PAIRS[0], ("a", "b \ud83d")], 256)
+
+
 UNEVEN = [(p, c + " and so on" * n) for n, (p, c) in enumerate(PAIRS)]  # rows of four lengths
 
 

@@ -1,0 +1,114 @@
+"""The papers' equations, each as short as it can be read. Tests hold the fast code of this package equal to them.
+
+Shapes: B texts in a batch, T tokens in a row, D dimensions, N texts of an evaluation task, S training seeds.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def truncate_topic(path: str, levels: int = 4) -> str:
+    """A topic path without its middle levels (SPEED section 3.2.1): the paper keeps the first two and the last two of six."""
+    parts = path.split("/")
+    if len(parts) <= levels:
+        return path
+    first = (levels + 1) // 2
+    last = levels - first
+    return "/".join(parts[:first] + (parts[-last:] if last else []))
+
+
+def completion_loss(logits: Tensor, input_ids: Tensor, is_completion: Tensor) -> Tensor:
+    """SPEED's Eq. 1: the mean negative log-probability of the completion's tokens, of the prompt's tokens none.
+
+    `logits` (B, T, V), `input_ids` (B, T), `is_completion` (B, T). The logits at token t predict token t + 1.
+    """
+    log_probs = logits[:, :-1].log_softmax(-1)
+    of_next = log_probs.gather(-1, input_ids[:, 1:, None]).squeeze(-1)
+    return -of_next[is_completion[:, 1:]].mean()
+
+
+def dpo_loss(
+    policy_chosen: Tensor, policy_rejected: Tensor, reference_chosen: Tensor, reference_rejected: Tensor, beta: float = 0.1
+) -> Tensor:
+    """SPEED's Eq. 2, the loss of direct preference optimization (arXiv 2305.18290, Eq. 7), of each pair.
+
+    Each argument (B,) holds the log-probabilities of whole completions under the model that is trained (`policy`) and under the
+    junior that it started from (`reference`).
+    """
+    chosen_reward = beta * (policy_chosen - reference_chosen)
+    rejected_reward = beta * (policy_rejected - reference_rejected)
+    return -torch.nn.functional.logsigmoid(chosen_reward - rejected_reward)
+
+
+def shared_prompt_mask(part: Tensor) -> Tensor:
+    """(T, T), True where the token of the row may attend to the token of the column, in a row `[prompt | completion 1 | completion 2]`.
+
+    `part` (T,) is 0 for the prompt and k for completion k. A completion sees the prompt and itself, and no other completion.
+    """
+    not_later = torch.ones(len(part), len(part), dtype=torch.bool).tril()
+    of_prompt = part[None, :] == 0
+    of_same_part = part[None, :] == part[:, None]
+    return not_later & (of_prompt | of_same_part)
+
+
+def last_token_pooling(hidden: Tensor, attention_mask: Tensor) -> Tensor:
+    """(B, D) unit vectors: the hidden state (B, T, D) at the last token that is no padding (padding stands on the right)."""
+    last = attention_mask.sum(dim=1) - 1
+    return torch.nn.functional.normalize(hidden[torch.arange(len(hidden)), last], dim=1)
+
+
+def info_nce(queries: Tensor, positives: Tensor, negatives: Tensor, temperature: float = 0.02) -> Tensor:
+    """E5-mistral's contrastive loss, which SPEED keeps: each query (B, D) has to find its positive (B, D) among all positives
+    and all negatives (M, D) of the batch. Unit vectors."""
+    similarity = queries @ torch.cat([positives, negatives]).T / temperature
+    return torch.nn.functional.cross_entropy(similarity, torch.arange(len(queries)))
+
+
+def guide_mask(guide_similarity: Tensor, margin: float = 0.0) -> Tensor:
+    """GISTEmbed's mask: True where a candidate is no negative, because the guide finds it nearer to the query than its own positive.
+
+    `guide_similarity` (B, C): the guide's cosine of query i with candidate j; the positive of query i is candidate i.
+    """
+    own = guide_similarity.diagonal()[:, None]
+    return guide_similarity > own - margin
+
+
+def guided_loss(queries: Tensor, positives: Tensor, guide_queries: Tensor, guide_positives: Tensor, temperature: float) -> Tensor:
+    """GISTEmbed's loss (arXiv 2402.16829, Eq. 6) of pairs, by the model's and by the guide's unit vectors.
+
+    Candidates of query i: the positives, the other queries, and, beside positive i, the other positives.
+    """
+    size, own = len(queries), torch.eye(len(queries), dtype=torch.bool)
+    threshold = (guide_queries * guide_positives).sum(1, keepdim=True)
+    blocks = []
+    for left, right, guide_left, guide_right in (
+        (queries, positives, guide_queries, guide_positives),
+        (queries, queries, guide_queries, guide_queries),
+        (positives, positives, guide_positives, guide_positives),
+    ):
+        removed = guide_left @ guide_right.T > threshold
+        removed = removed & ~own if left is not right else removed | own
+        blocks.append((left @ right.T / temperature).masked_fill(removed, -torch.inf))
+    return torch.nn.functional.cross_entropy(torch.cat(blocks, dim=1), torch.arange(size))
+
+
+def jaccard(one: str, other: str, size: int = 3) -> float:
+    """Shared runs of `size` words over all runs of either text: how SPEED's near-duplicates are told."""
+    runs = [{tuple(w[i : i + size]) for i in range(len(w) - size + 1)} for w in (one.lower().split(), other.lower().split())]
+    return len(runs[0] & runs[1]) / len(runs[0] | runs[1])
+
+
+def interval(scores: Tensor, draws: int = 1000, critical: float = 1.96) -> tuple[float, float]:
+    """(low, high) of the mean of `scores` (S, N): seeds and texts are both samples, and their variances add up.
+
+    Of texts: the same ones are drawn again for all seeds. `critical` is Student's t for the seeds' degrees of freedom.
+    """
+    generator = torch.Generator().manual_seed(0)
+    picks = torch.randint(scores.shape[1], (draws, scores.shape[1]), generator=generator)
+    of_texts = scores.mean(0)[picks].mean(1).var(correction=0)
+    of_seeds = scores.mean(1).var() / len(scores)
+    half = critical * (of_texts + of_seeds).sqrt()
+    mean = scores.mean()
+    return float(mean - half), float(mean + half)
