@@ -17,11 +17,11 @@ fi
 # artifacts may not change.
 sums=$(sha256 SHA256SUMS | cut -c1-64)
 installed=$(cat .installed 2>/dev/null || true) # the digest of the list that was installed from
-if [ "$installed" = "$sums" ]; then
-  grep -E '^[0-9a-f]{64}  (cache|shipped|wheels)/' SHA256SUMS > .sums || true
+cp SHA256SUMS .sums
+[ "$installed" != "$sums" ] || grep -E '^[0-9a-f]{64}  (cache|shipped|wheels)/' SHA256SUMS > .sums || true
+if [ -f .installed ]; then
   find wheels ! -type d 2>/dev/null | LC_ALL=C sort > .have || true
 else
-  cp SHA256SUMS .sums
   find . -path ./.venv -prune -o ! -type d -print | cut -c3- | grep -vE '^(SHA256SUMS|\.sums|\.have|\.named|\.installed)$|/__pycache__/|(^|/)(\.DS_Store|\._[^/]*|\.ipynb_checkpoints/.*)$' | LC_ALL=C sort > .have
 fi
 cut -c67- SHA256SUMS | LC_ALL=C sort > .named

@@ -65,7 +65,7 @@ def _yaml(text: str, option: str) -> dict[str, Any]:
         Loader.add_implicit_resolver(f"tag:yaml.org,2002:{tag}", re.compile(f"^(?:{pattern})$"), None)
     try:
         found = yaml.load(text, Loader)
-    except (yaml.YAMLError, RecursionError, ValueError, KeyError) as error:
+    except Exception as error:  # yaml's constructors raise many types
         raise UserError(f"{option}: {type(error).__name__}; give JSON or YAML, name: value") from None
     if not isinstance(found, dict):
         raise UserError(f"{option}: holds no name: value pairs; write one a line")
@@ -219,7 +219,7 @@ def check(
     if not folder.is_dir():
         raise UserError(f"{folder}: no such folder; give one that holds figures")
     problems, remarks = provenance.inspect(folder, runs_folder(), deep)
-    problems += executed.changed(folder.parent / "notebooks")  # a run's folder has both
+    problems += executed.changed(folder.resolve().parent / "notebooks")  # a run's folder has both
     print("\n".join([*problems, *remarks, f"{len(list(folder.glob('*.svg')))} figures, {len(problems)} problems"]))
     if problems:
         raise typer.Exit(1)

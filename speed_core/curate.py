@@ -59,7 +59,8 @@ def ngram_index(texts: Mapping[str, Sequence[str]], size: int) -> dict[str, list
     for task, items in texts.items():
         for number, text in enumerate(items):
             whole, *runs = ngrams(text, size)
-            short = [whole] if whole.count(" ") >= 3 or not any(map(str.isalnum, whole)) else []
+            signs = whole != "= " and not any(map(str.isalnum, whole))
+            short = [whole] if whole.count(" ") >= 3 or signs else []
             for gram in runs or short:
                 out.setdefault(gram, []).append((task, number))
     return out

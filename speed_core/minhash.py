@@ -24,13 +24,13 @@ VOCABULARY = 1 << 20  # word hashes remembered; beyond that the memory is emptie
 FOUND = 0.99  # least probability with which a pair at the threshold becomes a candidate
 
 
-# One character of a script without spaces; a word, with the signs that tell C++, C# and C apart; an operator that stands alone or between
-# single letters and numbers (a/b, x<10); a minus or a currency before a number; a smile; or one sign that is no punctuation (an emoji).
+# One character of a script without spaces; a word, with the signs that tell C++, C# and C apart; an operator that stands alone, between
+# single letters or before a number (a/b, x<10); a minus or a currency before a number; a smile; or one sign that is no punctuation (an emoji).
 CJK = "\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff"  # Japanese and Chinese
 WORD = re.compile(
     rf"""[{CJK}]|(?:(?![{CJK}])\w)+(?:(?<=[^\W\d_])(?:\+\+|[+#](?![\w+#])))?
     | (?<!\S)(?:[<>=!|^~%$+*/\u00a3]{{1,3}}|&&|[:;]-?[()|])(?!\S) | (?<=\b\w\ )-(?=\ (?:\d+|\w)\b)
-    | (?<=\b\w)[<>=*/+-](?=(?:\d+|\w)\b) | (?<!\S)-(?=\d) | [$\u00a2-\u00a5](?=\d)
+    | (?<=\b\w)[<>=*/+-](?=\w\b) | (?<=\w)[<>=*/+](?=\d) | (?<![^\s(])-(?=\d) | [$\u00a2-\u00a5](?=\d)
     | [^\w\s\u0000-\u02ff\u2000-\u206f]""",
     re.VERBOSE,
 )

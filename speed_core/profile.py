@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import difflib
 import json
-import re
 from contextlib import suppress
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -34,10 +33,11 @@ def _address(url: str) -> str:
         raise ValueError("an address ends before its '?' or '#'; a key goes into OPENAI_API_KEY")
     plain = without_user(url)
     try:
-        good = urlsplit(plain).port != 0 and "@" not in plain
+        parts = urlsplit(plain)
+        good = parts.scheme in ("http", "https") and bool(parts.hostname) and parts.port != 0 and "@" not in plain
     except ValueError:
         good = False
-    if not good:
+    if url and not good:
         raise ValueError("no address as in http://host:8000/v1; write / and @ in a user's key as %2F and %40")
     return plain
 
@@ -86,10 +86,8 @@ class Teacher(Part):
     accept_partial: bool = False  # let later stages take a data set that a budget has cut short
 
     def price(self) -> tuple[float, float]:
-        """(input, output) in US dollars for a million tokens, of a dated model as of the model; one that the table lacks costs 0 here."""
-        dated = re.compile(r"-\d{4}-?\d{2}-?\d{2}$")
-        known = {p.model: (p.input, p.output) for p in self.prices}
-        return known.get(self.model) or known.get(dated.sub("", self.model), (0.0, 0.0))
+        """(input, output) in US dollars for a million tokens; a model that the table lacks costs nothing here."""
+        return next(((p.input, p.output) for p in self.prices if p.model == self.model), (0.0, 0.0))
 
     def cost(self, input_tokens: float, output_tokens: float) -> float:
         """US dollars of so many tokens."""

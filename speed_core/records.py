@@ -91,7 +91,7 @@ def _objects(raw: str, opening: str = "{") -> list[Span]:
 
 _NAMES = "think|thinking|thought|reasoning"
 OPENS = re.compile(rf"(?i)<(?:{_NAMES})>|\[think\]|<\|begin_of_thought\|>|<\|channel\|>(?:analysis|commentary)")
-CLOSES = re.compile(rf"(?i)</(?:{_NAMES})>|\[/think\]|<\|end_of_thought\|>|<\|channel\|>final|\bassistantfinal")
+CLOSES = re.compile(rf"(?i)</(?:{_NAMES})>|\[/think\]|<\|end_of_thought\|>|<\|channel\|>final|assistantfinal")
 
 
 def _thought(text: str) -> int:

@@ -1,4 +1,4 @@
-"""The papers' equations, each as short as it can be read. Tests hold the fast code of this package equal to them.
+"""The papers' equations and the rules that this repository adds, each as short as it can be read. Tests hold the fast code equal to them.
 
 Shapes: B texts in a batch, T tokens in a row, D dimensions, N texts of an evaluation task, S training seeds.
 """
@@ -76,9 +76,9 @@ def guide_mask(guide_similarity: Tensor, margin: float = 0.0) -> Tensor:
 
 
 def guided_loss(queries: Tensor, positives: Tensor, guide_queries: Tensor, guide_positives: Tensor, temperature: float) -> Tensor:
-    """GISTEmbed's loss (arXiv 2402.16829, Eq. 6) of pairs, by the model's and by the guide's unit vectors.
+    """GISTEmbed's loss of pairs (arXiv 2402.16829 and its code), by the model's and by the guide's unit vectors.
 
-    Candidates of query i: the positives, the other queries, and, beside positive i, the other positives.
+    Candidates of query i: the positives, the other queries, and, beside positive i, the other positives. The own positive always stays.
     """
     size, own = len(queries), torch.eye(len(queries), dtype=torch.bool)
     threshold = (guide_queries * guide_positives).sum(1, keepdim=True)
@@ -95,7 +95,7 @@ def guided_loss(queries: Tensor, positives: Tensor, guide_queries: Tensor, guide
 
 
 def jaccard(one: str, other: str, size: int = 3) -> float:
-    """Shared runs of `size` words over all runs of either text: how SPEED's near-duplicates are told."""
+    """Shared runs of `size` words over all runs of either text: how `curate` tells near-duplicates (the paper names MinHash only)."""
     runs = [{tuple(w[i : i + size]) for i in range(len(w) - size + 1)} for w in (one.lower().split(), other.lower().split())]
     return len(runs[0] & runs[1]) / len(runs[0] | runs[1])
 

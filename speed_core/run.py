@@ -199,6 +199,8 @@ def execute(
         problem = f"cell {error.exec_count}{_line(error.traceback)}: {error.ename}: {_plain(error.evalue)}"
         if error.ename == "KeyboardInterrupt" and cell_timeout:
             problem += f"the cell took longer than {cell_timeout} s (--cell-timeout)"
+    except UserError:  # no room for what would be executed
+        raise
     except Exception as error:  # a dead kernel, a timeout: papermill raises many types; each is a failed notebook
         problem = f"{_last_started(work)}{type(error).__name__}: {_plain(str(error))}"
     except BaseException:  # Ctrl-C or SIGTERM: what ran so far is kept as a failure, and the signal goes on
@@ -218,8 +220,13 @@ def execute(
     _folded(done)
     _relinked(done, source.parent.resolve(), target.parent.resolve())
     done.metadata["speed_check"] = digest(done.cells)
-    nbformat.write(done, work)
-    os.replace(work, target)
+    try:
+        with disk_errors(target):
+            nbformat.write(done, work)
+            os.replace(work, target)
+    except UserError:
+        work.unlink(missing_ok=True)
+        raise
     target.with_name(f"{target.stem}.failed.ipynb").unlink(missing_ok=True)
     return Report(source.stem, "ok", seconds)
 

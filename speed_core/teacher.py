@@ -12,6 +12,7 @@ import json
 import math
 import os
 import random
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import Future, as_completed, wait
 from dataclasses import dataclass, field
@@ -38,6 +39,8 @@ from speed_core.profile import Teacher as TeacherSettings
 RECORDED = Path(__file__).parent / "assets" / "recorded"
 LOGGED = ("record", "prompt_digest", "status", "raw", "reason", "finish_reason")  # what every entry of a log has
 FIRST = 4  # requests that a server refuses alike before it has answered any: then it would refuse all
+TOO_LONG = re.compile(r"(?i)too (long|large)|context|maximum.{0,20}length")  # that, though, each request may be by itself
+UNSENT = ("ConnectTimeout", "PoolTimeout")  # of httpx: no request went out
 UNRECORDED = "no recorded answer to this prompt"
 LABEL = "recorded answers, written by this repository's authors"
 
@@ -212,9 +215,9 @@ class EndpointTeacher:
         """Take room in the budget for one call, or raise BudgetReached that names the cap."""
         s = self.settings
         self._left(call)
-        if self.stopped:
-            raise self.stopped
         while True:
+            if self.stopped:
+                raise self.stopped
             tokens, usd = self._most(prompt)
             others = [self._most(p) for p in self._in_flight.values()]
             spent = self.ledger.total("input_tokens") + self.ledger.total("output_tokens")
@@ -247,6 +250,8 @@ class EndpointTeacher:
 
         async def send() -> Any:
             try:
+                if self.stopped:
+                    raise self.stopped
                 return await self.endpoint.client.chat.completions.create(
                     model=s.model,
                     messages=[{"role": "user", "content": prompt}],
@@ -255,9 +260,10 @@ class EndpointTeacher:
                     **more,
                 )
             except BaseException as error:
-                if isinstance(error, openai.APITimeoutError):  # the server may have written an answer, and count it
-                    tokens = math.ceil(len(prompt) * (self._per_character or 0.25))
-                    self.ledger.add(purpose, Answer("", "", tokens), s.cost(tokens, 0))
+                if isinstance(error, openai.APITimeoutError) and type(error.__cause__).__name__ not in UNSENT:
+                    # The server may have written an answer, and count it.
+                    tokens, usd = self._most(prompt)
+                    self.ledger.add(purpose, Answer("", "", math.ceil(tokens - self._longest), math.ceil(self._longest)), usd)
                 self._left(call)  # while it waits to be tried again, others may take its room
                 raise
 
@@ -405,7 +411,9 @@ def ask(
         nonlocal answered
         if "code" in entry and not answered:
             refused.append(entry)
-            if len(refused) == FIRST and len({e["reason"] for e in refused}) == 1 and isinstance(teacher, EndpointTeacher):
+            said = [re.sub(r"(?i)request[ _-]?id\W*[\w-]+", "", e["reason"]) for e in refused[-FIRST:]]
+            alike = len(said) == FIRST and len(set(said)) == 1 and not TOO_LONG.search(said[0])
+            if alike and isinstance(teacher, EndpointTeacher):
                 error = future.exception()
                 refused.clear()
                 raise teacher.fault(error or RuntimeError())

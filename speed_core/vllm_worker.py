@@ -21,7 +21,7 @@ def cpu_requests() -> int:
     """How many texts are written at a time on a CPU. Each step reads all weights, so 128 are faster than 64; they also take more
     memory (6.7 GB of this process at `tiny`). $SPEED_CPU_REQUESTS sets another number."""
     given = os.environ.get("SPEED_CPU_REQUESTS", "")
-    if given and not (given.isdigit() and int(given)):
+    if given and not (given.isdecimal() and int(given)):
         raise UserError(f"SPEED_CPU_REQUESTS {given!r}: not a number of texts; write a whole one from 1 on, or unset it")
     return int(given or (128 if machine.memory_gb() >= 12 else 64))
 

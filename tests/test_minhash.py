@@ -123,6 +123,8 @@ def test_no_texts_no_duplicates():
         ("great :)", "great :("),
         ("$100 off", "\u00a3100 off"),
         ("-5 degrees", "5 degrees"),
+        ("calculate 20+3", "calculate 20*3"),
+        ("(-5) degrees", "(5) degrees"),
         ("\u4eca\u5929\u4e0b\u96e8", "\u660e\u5929\u6709\u98ce"),
     ],
 )

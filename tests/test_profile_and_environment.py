@@ -153,6 +153,23 @@ def test_a_part_that_may_be_missing_can_be_switched_off_by_name():
 
 
 @pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("a: !!bool maybe", "KeyError; give JSON or YAML"),
+        ("a: !!int ''", "IndexError; give JSON or YAML"),
+        ("a: !!timestamp x", "AttributeError; give JSON or YAML"),
+        ('{"a": 1e999}', "inf is no number that can be used"),
+        ("a: [1, -1.0e+400]", "-inf is no number that can be used"),
+    ],
+)
+def test_a_value_that_is_none_is_refused_in_one_line(text, said):
+    from speed_core.__main__ import _yaml
+
+    with pytest.raises(UserError, match=f"-f: {said}"):
+        _yaml(text, "-f")
+
+
+@pytest.mark.parametrize(
     ("text", "value"),
     [
         ("a: 1e-5", 1e-5), ("a: 1.5e3", 1500.0), ("a: 7", 7), ("a: -2.5", -2.5), ("a: true", True), ("a: null", None), ("a:", None),
@@ -164,9 +181,4 @@ def test_a_value_in_yaml_is_what_it_looks_like(text, value):
     from speed_core.__main__ import _yaml
 
     assert _yaml(text, "-f") == {"a": value} and type(_yaml(text, "-f")["a"]) is type(value)
-    with pytest.raises(UserError, match="KeyError; give JSON or YAML"):
-        _yaml("a: !!bool maybe", "-f")
-    for endless in ('{"a": 1e999}', "a: [1, -1.0e+400]"):
-        with pytest.raises(UserError, match="-f: -?inf is no number that can be used"):
-            _yaml(endless, "-f")
     assert _yaml(f"on: {text[2:]}" if text.startswith("a:") else "on: 1", "-f").keys() == {"on"}

@@ -144,7 +144,7 @@ OTHER = '{"S1":"x y","S2":"x z","S3":"x w"}'
         (f"<Think>{OTHER}</Think>{STS}", "a b"),
         (f"[THINK]{STS}[/THINK] I am done.", "only_thinking"),
         (f"<|begin_of_thought|>{STS}<|end_of_thought|> I am done.", "only_thinking"),
-        (f"analysis{OTHER} so assistantfinal{STS}", "a b"),
+        (f"analysis{OTHER} so it is doneassistantfinal{STS}", "a b"),
         (f"<think>{OTHER}</think> I am done.", "only_thinking"),
         (f"{{}} {STS[:-1]}", "missing_key:S1"),
     ],
