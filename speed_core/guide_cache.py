@@ -83,7 +83,7 @@ def encoder_digest(model: Any) -> str:
 
 def _configurations(model: Any) -> list[str]:
     """What the models inside say of themselves (heads, windows, positions), without names of files and versions."""
-    configs = (getattr(module, "config", None) for module in model.modules())
+    configs = (getattr(module, "config", None) for module in getattr(model, "modules", list)())
     found = {id(c): c.to_dict() for c in configs if c is not None and hasattr(c, "to_dict")}.values()
     each = ({k: v for k, v in values.items() if k not in models.OF_FILES} for values in found)
     return sorted({json.dumps(values, sort_keys=True, default=str) for values in each})
