@@ -5,7 +5,7 @@ import sys
 
 import pytest
 
-from speed_core import forecast, moving, replay
+from speed_core import moving, replay
 from speed_core.artifacts import UserError
 from speed_core.run_context import ROOT, open_run
 
@@ -29,15 +29,13 @@ def write(run, name, parents, text='{"id": 1}\n'):
 def archive(tmp_path, monkeypatch):
     """Without weights, of a run with a junior that was read, an embedder that was not, and a point of a sweep; it is not here."""
     monkeypatch.setenv("SPEED_RUNS", str(tmp_path / "there"))
-    # Else the recorded run tells which models the stages that are not made yet will read.
-    monkeypatch.setattr(forecast, "RECORDED", tmp_path / "none.json")
     run = open_run("smoke", {})
     seeds = write(run, "seeds", [])
     write(run, "scores-mine-0", [train(run, "embedder-mine-0", [seeds])])
     write(run, "eval-junior", [train(run, "junior", [seeds])])
     train(run, "embedder-guided-0", [seeds])
     point = open_run("smoke", {"seed": 1}, variant="seed=1")
-    write(point, "raw-junior", [train(point, "revisor", [seeds])])
+    write(point, "scores-mine-1", [train(point, "embedder-mine-1", [seeds])])  # a model that no stage of the run will read
     (point.folder / "times.jsonl").write_text("{}\n")
     run.log("seeds").parent.mkdir()
     run.log("seeds").write_text('{"id": "a"}\n')
@@ -55,7 +53,7 @@ def test_what_was_made_from_a_model_needs_its_weights_no_longer_and_an_unread_mo
     assert run.store.made("junior") is None and run.store.made("eval-junior") is not None, "it has more to write"
     assert run.log("seeds").read_text() == '{"id": "a"}\n'
     point = open_run("smoke", {"seed": 1}, variant="seed=1")
-    assert point.store.why_stale("raw-junior", {}, [point.store.need("revisor")]) == ""
+    assert point.store.why_stale("scores-mine-1", {}, [point.store.need("embedder-mine-1")]) == ""
     assert (point.folder / "times.jsonl").is_file()
 
 
