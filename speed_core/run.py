@@ -224,9 +224,8 @@ def execute(
         with disk_errors(target):
             nbformat.write(done, work)
             os.replace(work, target)
-    except UserError:
+    finally:
         work.unlink(missing_ok=True)
-        raise
     target.with_name(f"{target.stem}.failed.ipynb").unlink(missing_ok=True)
     return Report(source.stem, "ok", seconds)
 
