@@ -17,14 +17,16 @@ import os
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from speed_core import compute_type, engines, lm_head, models, packing, sft
 from speed_core.artifacts import UserError, digest
 from speed_core.packing import Group
-from speed_core.profile import Senior
+
+if TYPE_CHECKING:  # a GPU can be checked without pydantic
+    from speed_core.profile import Senior
 
 RULES = ("same", "empty", "truncated", "too_long", "joins")
 LAYOUT = 2  # of packed rows: part of the reference's digest

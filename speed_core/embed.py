@@ -12,12 +12,14 @@ import json
 from collections.abc import Sequence
 from functools import lru_cache
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from speed_core import compute_type, engines, models, sft
 from speed_core.artifacts import UserError, write_json
 from speed_core.guided_loss import GuideCache, GuidedCollator, GuidedContrastiveLoss
-from speed_core.profile import Embedding
+
+if TYPE_CHECKING:  # a GPU can be checked without pydantic
+    from speed_core.profile import Embedding
 
 ADAPTER = "adapter"
 CPU_ROWS = 4  # texts in one forward pass on a CPU, in training

@@ -13,14 +13,16 @@ import os
 import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from tqdm import tqdm
 
 from speed_core import compute_type, engines, lm_head, models
 from speed_core.artifacts import UserError, write_json
 from speed_core.files import surrogate
-from speed_core.profile import Lora, Training
+
+if TYPE_CHECKING:  # a GPU can be checked without pydantic
+    from speed_core.profile import Lora, Training
 
 CPU_ROWS = 3  # examples in one forward pass on a CPU
 
