@@ -23,7 +23,7 @@ from pathlib import Path
 
 from speed_core import experiments, models
 from speed_core.artifacts import MANIFEST, Artifact, Store, UserError, disk_errors, file_digest
-from speed_core.files import inside, read_text, stream_digest
+from speed_core.files import TarInput, inside, read_text, stream_digest
 from speed_core.offline_tasks import CARRIERS
 from speed_core.run_context import CARRIED, ROOT, Run
 
@@ -235,8 +235,9 @@ def verify(archive: Path) -> int:
     sums: dict[str, str] | None = None
     seen: set[str] = set()
     try:
-        with tarfile.open(archive) as tar:
+        with archive.open("rb") as raw, tarfile.open(fileobj=(limited := TarInput(raw)), mode="r|") as tar:  # type: ignore[call-overload]
             for m in tar:
+                limited.begins(m)
                 top, _, name = m.name.partition("/")
                 if top != NAME or not (inside(name) or m.isdir() and not name):
                     raise UserError(

@@ -12,10 +12,13 @@ import hashlib
 import json
 import os
 import re
+import tarfile
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any
+
+HEADER = 2**20  # bytes of a tar member's name and records
 
 
 class UserError(Exception):
@@ -100,6 +103,24 @@ def file_digest(path: Path) -> str:
     """SHA-256 (hex) of a file's bytes, read in pieces."""
     with path.open("rb") as f:
         return stream_digest(f)
+
+
+class TarInput:
+    """What tarfile reads an archive from (mode "r|"). tarfile takes a member's header into memory whole, however long the archive says
+    it is: one of more than a megabyte raises ReadError."""
+
+    def __init__(self, stream: IO[bytes]):
+        self.stream, self.left = stream, HEADER
+
+    def read(self, count: int) -> bytes:
+        self.left -= count
+        if self.left < 0:
+            raise tarfile.ReadError("a header of more than a megabyte")
+        return self.stream.read(count)
+
+    def begins(self, member: tarfile.TarInfo) -> None:
+        """Its contents come next, then another header."""
+        self.left = member.size + HEADER
 
 
 def stream_digest(stream: IO[bytes]) -> str:

@@ -23,7 +23,7 @@ from typing import IO, Any
 
 from speed_core import curate
 from speed_core.artifacts import MANIFEST, UserError, disk_errors, file_digest
-from speed_core.files import NAME, inside, stream_digest
+from speed_core.files import NAME, TarInput, inside, stream_digest
 from speed_core.profile import dotted
 from speed_core.run_context import Run
 
@@ -96,10 +96,12 @@ def _members(source: Path) -> Iterator[tuple[str, IO[bytes]]]:
     with source.open("rb") as raw:
         packed: Any = lzma.open(raw) if raw.read(len(XZ)) == XZ else gzip.GzipFile(fileobj=raw)
         raw.seek(0)
-        with packed, tarfile.open(fileobj=packed, mode="r|") as archive:
+        limited = TarInput(packed)
+        with packed, tarfile.open(fileobj=limited, mode="r|") as archive:  # type: ignore[call-overload]
             seen: set[str] = set()
             folders: set[str] = set()
             for m in archive:
+                limited.begins(m)
                 if m.isdir():
                     continue
                 within = {str(p) for p in PurePosixPath(m.name).parents}

@@ -246,9 +246,14 @@ def changed(folder: Path) -> list[str]:
 
 @contextmanager
 def _cells_may_raise() -> Iterator[None]:
-    """Let papermill 2.7 take a cell tagged `raises-exception` as nbclient and Jupyter do: it may fail, and the notebook goes on."""
+    """Let papermill 2.7 take a cell tagged `raises-exception` as nbclient and Jupyter do: it may fail, and the notebook goes on; and let
+    long lines be read in linear time."""
+    import nbclient.client
     import papermill.execute as module
 
+    # nbclient 0.11's pattern begins at every character of a line, which takes minutes on one of many megabytes. From the line's start it
+    # finds the same.
+    nbclient.client._RGX_CARRIAGERETURN = re.compile(r"^.*\r(?=[^\n])", re.MULTILINE)
     own = module.raise_for_execution_errors
 
     def check(nb: Any, output_path: str) -> None:

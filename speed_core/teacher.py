@@ -40,6 +40,8 @@ RECORDED = Path(__file__).parent / "assets" / "recorded"
 LOGGED = ("record", "prompt_digest", "status", "raw", "reason", "finish_reason")  # what every entry of a log has
 FIRST = 4  # requests that a server refuses alike before it has answered any: then it would refuse all
 TOO_LONG = re.compile(r"(?i)too (long|large)|context|maximum.{0,20}length")  # that, though, each request may be by itself
+# What differs between refusals of one kind: the request's number, other numbers, and what is quoted of the prompt.
+ITS_OWN = re.compile(r"""(?i)request[ _-]?id\W*[\w-]+|'[^']*'|"[^"]*"|\d+""")
 UNSENT = ("ConnectTimeout", "PoolTimeout")  # of httpx: no request went out
 UNRECORDED = "no recorded answer to this prompt"
 LABEL = "recorded answers, written by this repository's authors"
@@ -411,7 +413,7 @@ def ask(
         nonlocal answered
         if "code" in entry and not answered:
             refused.append(entry)
-            said = [re.sub(r"(?i)request[ _-]?id\W*[\w-]+", "", e["reason"]) for e in refused[-FIRST:]]
+            said = [ITS_OWN.sub("", e["reason"]) for e in refused[-FIRST:]]
             alike = len(said) == FIRST and len(set(said)) == 1 and not TOO_LONG.search(said[0])
             if alike and isinstance(teacher, EndpointTeacher):
                 error = future.exception()

@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 import tarfile
+import tracemalloc
 
 import pytest
 from archives import write_tar
@@ -231,6 +232,21 @@ def test_an_archive_that_unpacks_to_far_more_than_an_export_is_refused_before_it
     assert source.stat().st_size < 1 << 20
     with pytest.raises(UserError, match="more than 200 times as large"):
         replay.check_archive(source)
+
+
+def test_a_header_of_many_megabytes_is_refused_before_it_is_in_memory(tmp_path):
+    entry = tarfile.TarInfo(replay.CONTENTS)
+    entry.pax_headers = {"comment": "a" * (100 << 20)}
+    with tarfile.open(tmp_path / "a.tar.gz", "w:gz", format=tarfile.PAX_FORMAT) as tar:
+        tar.addfile(entry)
+    entry.pax_headers = {}
+    tracemalloc.start()
+    try:
+        with pytest.raises(UserError, match="not a whole export"):
+            replay.check_archive(tmp_path / "a.tar.gz")
+        assert tracemalloc.get_traced_memory()[1] < 20 << 20
+    finally:
+        tracemalloc.stop()
 
 
 def test_a_manifest_that_names_a_file_outside_of_its_artifact_is_never_followed(tmp_path, monkeypatch):

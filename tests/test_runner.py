@@ -1,6 +1,7 @@
 """The runner tells the truth about what papermill calls completed."""
 
 import json
+import re
 import signal
 import subprocess
 import sys
@@ -10,6 +11,8 @@ from pathlib import Path
 import nbformat
 import psutil
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 from typer.testing import CliRunner
 
 from speed_core import profile, run
@@ -299,6 +302,21 @@ def test_long_progress_is_folded_and_results_and_short_progress_stay():
         folded.startswith("first\nm0: making it") and folded.endswith("result 3.1\n") and "(32 more lines of progress)" in folded
     )
     assert len(folded.splitlines()) == 11 and run.fold(bars[:200] + "\nx") == bars[:200] + "\nx"
+
+
+@given(st.text("ab\r\n", max_size=40))
+def test_carriage_returns_are_read_as_nbclient_reads_them(text):
+    import nbclient.client
+
+    with run._cells_may_raise():
+        assert nbclient.client._RGX_CARRIAGERETURN.sub("", text) == re.sub(r".*\r(?=[^\n])", "", text)
+
+
+def test_a_line_of_megabytes_is_kept_whole(tmp_path):
+    code = "print('x ' * 2_000_000); print('10%\\r20%\\rdone')"
+    nbformat.write(nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(code)]), source := tmp_path / "long.ipynb")
+    assert run.execute(source, target := tmp_path / "o.ipynb", {}, show=False).status == "ok"
+    assert nbformat.read(target, 4).cells[0].outputs[0].text == "x " * 2_000_000 + "\ndone\n"
 
 
 def test_any_notebook_is_executed_as_it_is_and_refused_parameters_that_it_has_no_cell_for(tmp_path):

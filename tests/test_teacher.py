@@ -512,6 +512,15 @@ def test_the_same_refusal_of_the_first_requests_is_held_against_none(endpoint, t
         assert len(refused) == sum(status == 400 for status, _, _ in first) + 4
 
 
+def test_refusals_that_differ_only_in_what_is_the_requests_own_are_alike(endpoint, tmp_path):
+    Endpoint.script = [
+        (400, f"request_id: r{n}: unknown field 'reasoning' beside \"topic {n}\" ({90 + n} characters)", "") for n in range(4)
+    ]
+    with pytest.raises(UserError, match="refuses every request"):
+        teacher.ask(teacher.EndpointTeacher(settings(endpoint)), some_prompts(4), purpose="seed", log=tmp_path / "l")
+    assert (tmp_path / "l").read_text() == ""
+
+
 def test_another_models_answers_in_the_same_log_are_not_this_ones_budget(endpoint, tmp_path):
     items, log = some_prompts(4), tmp_path / "l"
     teacher.ask(teacher.EndpointTeacher(settings(endpoint)), items, purpose="seed", log=log)
