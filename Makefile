@@ -20,8 +20,9 @@ plan: setup ## what PROFILE would do: models, counts, teacher calls, cost, and w
 check: setup ## fail when a committed figure and its data disagree
 	@$(PY) -m speed_core check
 
-lint: setup ## ruff and mypy
+lint: setup ## ruff, mypy and import-linter
 	@$(PY) -m ruff check . && $(PY) -m ruff format --check . && $(PY) -m mypy
+	@.venv/bin/lint-imports --no-cache --no-logo
 
 kernels: setup ## the GPU kernels under Triton's interpreter (fetches triton into .venv/triton, once)
 	@test -d .venv/triton/triton || $(PY) -m pip install -q --disable-pip-version-check --no-deps --target .venv/triton "$$(grep '^triton==' requirements/cuda.lock)"

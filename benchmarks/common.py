@@ -22,8 +22,8 @@ import torch
 RESULTS, CLEAR = Path(__file__).parent / "results", Path("/proc/self/clear_refs")
 sys.path.insert(0, str(Path(__file__).parent.parent))  # run from a clone, nothing installed
 
-import speed_core.compute_type  # noqa: E402
 import speed_core.machine  # noqa: E402
+import speed_core.models.compute_type  # noqa: E402
 
 
 def arguments(description: str, options: dict[str, str] | None = None, **switches: str) -> argparse.Namespace:
@@ -48,7 +48,7 @@ def machine(device: str) -> dict[str, Any]:
     """Processor, cores, memory, and the GPU where one is used."""
     out: dict[str, Any] = {"cpu": speed_core.machine.cpu(), "cores": os.cpu_count(), "threads": torch.get_num_threads()}
     out["memory_gb"] = round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30)
-    out["compute_type"] = speed_core.compute_type.choose().name
+    out["compute_type"] = speed_core.models.compute_type.choose().name
     if device == "cuda":
         properties = torch.cuda.get_device_properties(0)
         out |= {"gpu": properties.name, "gpu_memory_gb": round(properties.total_memory / 2**30)}

@@ -54,7 +54,7 @@ def records(count: int, seed: int = 0) -> tuple[list[dict[str, Any]], dict[int, 
 
 def peer(rows: list[dict[str, Any]], settings: Any, open_index: Any, sketches: Any) -> list[str | None]:
     """A library's index for each kind, queried and filled in order; candidates confirmed by the exact similarity."""
-    from speed_core import curate, minhash
+    from speed_core.data import curate, minhash
 
     @lru_cache(maxsize=1 << 14)
     def grams(i: int) -> set[str]:
@@ -99,7 +99,7 @@ def with_rensa(rows: list[dict[str, Any]], settings: Any, bands: tuple[int, int]
 
 def measure(name: str, count: int) -> dict[str, Any]:
     """One run: time and memory, and the outcome against the plan and against the definition."""
-    from speed_core import curate, minhash
+    from speed_core.data import curate, minhash
     from speed_core.profile import Curate
 
     settings = Curate()

@@ -45,11 +45,11 @@ def build(device: str, dtype: str, attention: str) -> tuple[Any, Any]:
     import torch
     from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
-    from speed_core import models
+    from speed_core.models import loading
 
-    tokenizer = models.load_tokenizer("package:gemma-3-270m")
+    tokenizer = loading.load_tokenizer("package:gemma-3-270m")
     if device == "cpu":
-        folder = models.resolve("package:gemma-3-270m")
+        folder = loading.resolve("package:gemma-3-270m")
         return tokenizer, AutoModelForCausalLM.from_pretrained(folder, dtype=getattr(torch, dtype), attn_implementation="sdpa")
     # The tokenizer stays gemma's, whose ids beyond the shape's own vocabulary no text of `WORDS` has (`measure` asserts it).
     config = LlamaConfig(
@@ -74,9 +74,11 @@ def measure(
     import torch
     from peft import LoraConfig, get_peft_model
 
-    from speed_core import compute_type, dpo, lm_head, packing, sft
+    from speed_core import console
+    from speed_core.models import compute_type, token_logprobs, training
+    from speed_core.preference import dpo, prompt_sharing
 
-    sft.quiet()
+    console.quiet()
     if device != "cpu":
         torch._dynamo.config.recompile_limit = 64  # as `dpo.train` does
     torch.manual_seed(0)
@@ -96,7 +98,7 @@ def measure(
 
             arguments = TrainingArguments(folder, remove_unused_columns=False, **shared)
             before, start = common.reset_peak(device), time.perf_counter()
-            lm_head.hidden_states_only(model)
+            token_logprobs.hidden_states_only(model)
             groups, aside = dpo.check_pairs(tokenizer, data, 100_000)
             assert len(groups) == len(data), aside
             assert max(max(g.prompt + sum(g.completions, [])) for g in groups) < model.get_input_embeddings().num_embeddings
@@ -105,7 +107,7 @@ def measure(
                 args=arguments,
                 train_dataset=groups,
                 beta=0.1,
-                data_collator=lambda part: packing.collate(part, 0),
+                data_collator=lambda part: prompt_sharing.collate(part, 0),
                 callbacks=[callback],
             )
             dpo.reference_log_probs(model, groups, 0, BATCH)
@@ -114,7 +116,8 @@ def measure(
             from trl import DPOConfig, DPOTrainer
 
             rows = [
-                {"prompt": "<bos>" + sft.prompt_text(r["prompt"]), "chosen": r["chosen"], "rejected": r["rejected"]} for r in data
+                {"prompt": "<bos>" + training.prompt_text(r["prompt"]), "chosen": r["chosen"], "rejected": r["rejected"]}
+                for r in data
             ]
             arguments = DPOConfig(
                 folder,

@@ -26,9 +26,11 @@ import common
 
 def setting(count: int) -> tuple[Any, Any, Any, list[Any]]:
     """(base model, junior's folder, decoding, requests) from the tiny run."""
-    from speed_core import generate, pipeline, sft
-    from speed_core.artifacts import UserError
-    from speed_core.run_context import open_run
+    from speed_core.files import UserError
+    from speed_core.generation import generate
+    from speed_core.models import training
+    from speed_core.study import generation_stages
+    from speed_core.study.runs import open_run
 
     run = open_run("tiny", {}, 0)
     try:
@@ -37,18 +39,18 @@ def setting(count: int) -> tuple[Any, Any, Any, list[Any]]:
         raise SystemExit(f"{error}\nbenchmarks/generation.py needs the tiny run: make reproduce") from None
     g = run.profile.generation
     decoding = generate.Decoding(g.temperature, g.top_p, g.max_new_tokens, True)
-    prompts = pipeline.plan(run, "synthesis", count)
+    prompts = generation_stages.plan(run, "synthesis", count)
     return (
         run.profile.models.generator,
         junior,
         decoding,
-        [generate.Request(p.id, sft.prompt_text(p.text), p.kind, i) for i, p in enumerate(prompts)],
+        [generate.Request(p.id, training.prompt_text(p.text), p.kind, i) for i, p in enumerate(prompts)],
     )
 
 
 def summary(done: list[Any], start_s: float, spent: float, requests: list[Any]) -> dict[str, Any]:
     """Rates of one engine; valid means accepted by `records.parse`, unrepaired."""
-    from speed_core import records
+    from speed_core.data import records
 
     kinds = {r.id: r.kind for r in requests}
     valid = sum(records.parse(c.text, kinds[c.id], c.finish_reason).status == "ok" for c in done)
@@ -58,7 +60,7 @@ def summary(done: list[Any], start_s: float, spent: float, requests: list[Any]) 
 
 
 def ours(engine: str, count: int) -> dict[str, Any]:
-    from speed_core import engines
+    from speed_core.generation import engines
 
     base, junior, decoding, requests = setting(count)
     begun = time.perf_counter()
@@ -81,39 +83,40 @@ def raw_vllm(count: int, lora: bool = False) -> dict[str, Any]:
     os.environ |= {"VLLM_LOGGING_LEVEL": "ERROR", "VLLM_CPU_KVCACHE_SPACE": "2", "VLLM_ENABLE_V1_MULTIPROCESSING": "0"}
     import torch
 
-    from speed_core import compute_type, engines, models, sampling, vllm_worker
+    from speed_core.generation import engines, top_p, vllm_worker
+    from speed_core.models import compute_type, loading
 
     base, junior, decoding, requests = setting(count)
-    folder = models.resolve(base) if lora else str(models.merged_folder(base, junior))
+    folder = loading.resolve(base) if lora else str(loading.merged_folder(base, junior))
     from vllm import LLM, SamplingParams
     from vllm.lora.request import LoRARequest
     from vllm.sampling_params import StructuredOutputsParams
 
     cpu = not torch.cuda.is_available()
-    adapter, top_p, extra = None, decoding.top_p, {}
+    adapter, share, extra = None, decoding.top_p, {}
     if lora:
         adapter = LoRARequest("junior", 1, str(junior))
         extra = {"enable_lora": True}
         if cpu:
-            nucleus = sampling.vllm_processor()
-            nucleus.p, top_p, extra["logits_processors"] = top_p, 1.0, [nucleus]
+            nucleus = top_p.vllm_processor()
+            nucleus.p, share, extra["logits_processors"] = share, 1.0, [nucleus]
     begun = time.perf_counter()
     llm = LLM(
         folder, dtype=compute_type.choose().name, max_model_len=1024, enforce_eager=cpu, enable_chunked_prefill=not cpu, max_num_batched_tokens=4096,
         max_num_seqs=vllm_worker.cpu_requests() if cpu else 256, structured_outputs_config={"backend": "xgrammar", "disable_any_whitespace": True},
         **extra,
     )  # fmt: skip
-    tokenizer = models.load_tokenizer(folder)
+    tokenizer = loading.load_tokenizer(folder)
 
     def run(some: list[Any]) -> list[Any]:
         params = [
             SamplingParams(
-                temperature=decoding.temperature, top_p=top_p, max_tokens=decoding.max_new_tokens, seed=r.seed,
+                temperature=decoding.temperature, top_p=share, max_tokens=decoding.max_new_tokens, seed=r.seed,
                 structured_outputs=StructuredOutputsParams(json=engines.grammar_schema(r.kind)),
             )
             for r in some
         ]  # fmt: skip
-        prompts: Any = [{"prompt_token_ids": models.encode_prompt(tokenizer, r.text)} for r in some]
+        prompts: Any = [{"prompt_token_ids": loading.encode_prompt(tokenizer, r.text)} for r in some]
         outputs = llm.generate(prompts, params, use_tqdm=False, lora_request=adapter)
         return [
             engines.Completion(r.id, o.outputs[0].text, str(o.outputs[0].finish_reason), 0, len(o.outputs[0].token_ids))
@@ -128,12 +131,13 @@ def raw_vllm(count: int, lora: bool = False) -> dict[str, Any]:
 
 def distilabel(count: int, python: str, grammar: bool) -> dict[str, Any]:
     """distilabel's vLLM class on the same merged weights and prompts, run by the interpreter `python` (distilabel_row.py)."""
-    from speed_core import compute_type, engines, models
+    from speed_core.generation import engines
+    from speed_core.models import compute_type, loading
 
     if not python:
         raise RuntimeError("not asked for; give --distilabel PYTHON, an interpreter with distilabel and vllm")
     base, junior, decoding, requests = setting(count)
-    folder = str(models.merged_folder(base, junior))
+    folder = str(loading.merged_folder(base, junior))
     job = (
         asdict(decoding)
         | {"dtype": compute_type.choose().name}
@@ -144,7 +148,7 @@ def distilabel(count: int, python: str, grammar: bool) -> dict[str, Any]:
             "requests": [{"id": r.id, "kind": r.kind, "text": r.text} for r in requests],
         }
     )
-    tokenizer = models.load_tokenizer(folder)
+    tokenizer = loading.load_tokenizer(folder)
     # distilabel's `chat_template` does not reach vLLM's tokenizer; the prompts are texts, so the template only puts <bos>.
     tokenizer.chat_template = tokenizer.bos_token + "{{ messages[0]['content'] }}"
     with tempfile.TemporaryDirectory() as scratch:
@@ -169,16 +173,18 @@ def padded_loop(count: int) -> dict[str, Any]:
     """Batches of 32 in the given order, padded to the longest, sampled until the slowest row ends; no grammar."""
     import torch
 
-    from speed_core import engines, models
+    from speed_core import machine
+    from speed_core.generation import engines
+    from speed_core.models import loading
 
     base, junior, decoding, requests = setting(count)
     begun = time.perf_counter()
-    tokenizer, model = models.load_tokenizer(base), models.load_causal_lm(base, junior).to(models.device())
+    tokenizer, model = loading.load_tokenizer(base), loading.load_causal_lm(base, junior).to(machine.device())
     ready, done, pad = time.perf_counter(), [], tokenizer.pad_token_id
     torch.manual_seed(0)
     for start in range(0, len(requests), 32):
         batch = requests[start : start + 32]
-        rows = [models.encode_prompt(tokenizer, r.text) for r in batch]
+        rows = [loading.encode_prompt(tokenizer, r.text) for r in batch]
         width = max(map(len, rows))
         ids = torch.tensor([[pad] * (width - len(r)) + r for r in rows], device=model.device)
         mask = torch.tensor([[0] * (width - len(r)) + [1] * len(r) for r in rows], device=model.device)

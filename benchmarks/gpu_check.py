@@ -118,7 +118,7 @@ def draw(check: Check, batch: int, width: int, columns: int, seed: int, dtype: t
 @contextlib.contextmanager
 def path(kernels: bool, elements: int | None = None) -> Iterator[None]:
     """Run the guided loss by the Triton kernels, or by matrix products in blocks of `elements`."""
-    from speed_core import guided_loss
+    from speed_core.contrastive import guided_loss
 
     saved = guided_loss._kernel_dtype, guided_loss._BLOCK_ELEMENTS
     if not kernels:
@@ -132,7 +132,7 @@ def path(kernels: bool, elements: int | None = None) -> Iterator[None]:
 
 def loss_of(student: list[torch.Tensor], guide: list[torch.Tensor], **settings: Any) -> tuple[torch.Tensor, list[torch.Tensor]]:
     """(value, gradients) of the guided loss."""
-    from speed_core.guided_loss import guided_contrastive_loss
+    from speed_core.contrastive.guided_loss import guided_contrastive_loss
 
     leaves = [t.detach().requires_grad_() for t in student]
     named = dict(zip(("guide_anchors", "guide_positives", "guide_negatives"), guide, strict=False))
@@ -254,7 +254,7 @@ def stepper(model: Any, loss_of_model: Callable[[], torch.Tensor]) -> Callable[[
 def sft(check: Check) -> None:
     import torch.nn.functional as F
 
-    from speed_core import lm_head
+    from speed_core.models import token_logprobs
 
     rows, tokens, prompt, layers = (2, 24, 12, 1) if check.small else (8, 512, 256, 8)
     ids = torch.randint(3, 500, (rows, tokens), device=check.device, generator=torch.Generator(check.device).manual_seed(0))
@@ -271,10 +271,10 @@ def sft(check: Check) -> None:
                     logits = model(input_ids=ids, attention_mask=attention).logits[:, :-1].float()
                     return F.cross_entropy(logits.flatten(0, 1), labels[:, 1:].flatten())
             else:
-                lm_head.hidden_states_only(model)
+                token_logprobs.hidden_states_only(model)
 
                 def loss() -> torch.Tensor:
-                    return -lm_head.token_log_probs(model, ids, attention, scored).sum() / scored[:, 1:].sum()
+                    return -token_logprobs.token_log_probs(model, ids, attention, scored).sum() / scored[:, 1:].sum()
 
             value = float(loss().detach())
             return check.timed(stepper(model, loss)) | {"loss": value}
@@ -283,9 +283,9 @@ def sft(check: Check) -> None:
 
 
 def dpo(check: Check) -> None:
-    from speed_core import packing
-    from speed_core.dpo import pair_losses, reference_log_probs, to_device
-    from speed_core.lm_head import hidden_states_only
+    from speed_core.models.token_logprobs import hidden_states_only
+    from speed_core.preference import prompt_sharing
+    from speed_core.preference.dpo import pair_losses, reference_log_probs, to_device
 
     if not check.small:
         torch._dynamo.config.recompile_limit = 64  # as `dpo.train` does
@@ -298,7 +298,8 @@ def dpo(check: Check) -> None:
 
         completion = tokens // 6
         groups = [
-            packing.Group(ids(tokens - 2 * completion), [ids(completion), ids(completion)], [(0, 1, 1.0)]) for _ in range(count)
+            prompt_sharing.Group(ids(tokens - 2 * completion), [ids(completion), ids(completion)], [(0, 1, 1.0)])
+            for _ in range(count)
         ]
         ways = (("sdpa", True), ("sdpa", False)) if check.small else (("flex_attention", True), ("sdpa", True), ("sdpa", False))
         for attention, share in ways:
@@ -311,10 +312,10 @@ def dpo(check: Check) -> None:
                 reference_log_probs(model, groups, 0, count, share=share)
                 common.synchronize(check.device)
                 reference_s = time.perf_counter() - start
-                batch = to_device(packing.collate(groups, 0, share=share), check.device)
+                batch = to_device(prompt_sharing.collate(groups, 0, share=share), check.device)
 
                 def loss() -> torch.Tensor:
-                    policy = packing.completion_log_probs(model, batch)
+                    policy = prompt_sharing.completion_log_probs(model, batch)
                     each, _ = pair_losses(policy, batch["reference"], batch["pairs"], batch["lengths"], beta=0.1)
                     return each.mean()
 
@@ -327,7 +328,7 @@ def dpo(check: Check) -> None:
 def embedding(check: Check) -> None:
     from transformers import MistralConfig, MistralModel
 
-    from speed_core.cached_loss import CachedGuidedContrastiveLoss
+    from speed_core.contrastive.cached_loss import CachedGuidedContrastiveLoss
 
     shape = dict(hidden_size=4096, intermediate_size=14336, num_attention_heads=32, num_key_value_heads=8)
     layers, batch, tokens, sizes = 4, 1536, 128, (32, 128)

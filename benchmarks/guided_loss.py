@@ -52,7 +52,7 @@ def matmul_loss(student: list[torch.Tensor], guide: list[torch.Tensor]) -> torch
 
 def method(name: str, batch: int, device: str) -> Any:
     """A call that runs one forward and backward."""
-    from speed_core.guided_loss import guided_contrastive_loss, unguided_contrastive_loss
+    from speed_core.contrastive.guided_loss import guided_contrastive_loss, unguided_contrastive_loss
 
     student, guide = embeddings(batch, device)
     if name in ("gist", "cached_gist"):
@@ -164,7 +164,7 @@ def losses(args: Any) -> tuple[list[dict[str, Any]], dict[str, Any]]:
 
 def matmul_rate(batch: int) -> dict[str, float]:
     """Ours in bfloat16 against bare matrix products of the same floating-point work, same run."""
-    from speed_core.guided_loss import guided_contrastive_loss
+    from speed_core.contrastive.guided_loss import guided_contrastive_loss
 
     student, guide = embeddings(batch, "cuda")
     student = [t.detach().bfloat16().requires_grad_() for t in student]

@@ -34,12 +34,16 @@ METHODS = ("trl_default", "trl", "trl_packing", "ours_padded", "ours_packed", "o
 
 def examples(count: int) -> tuple[Any, list[dict[str, Any]], Any]:
     """(tokenizer, token rows, the junior's settings): prompts and recorded answers of the tiny profile's seeds."""
-    from speed_core import models, pipeline, profile, sft, teacher
+    from speed_core import profile
+    from speed_core.data import teacher
+    from speed_core.generation import sft
+    from speed_core.models import loading
+    from speed_core.study import generation_stages
 
     chosen = profile.load("tiny")
-    planned = pipeline.seed_plan(SimpleNamespace(profile=chosen))  # type: ignore[arg-type]
+    planned = generation_stages.seed_plan(SimpleNamespace(profile=chosen))  # type: ignore[arg-type]
     answers = {row["record"]: row["answer"] for row in teacher.recorded_rows("seeds")}
-    tokenizer = models.load_tokenizer(chosen.models.generator)
+    tokenizer = loading.load_tokenizer(chosen.models.generator)
     rows, dropped = sft.encode_rows(tokenizer, [(q.text, answers[q.id]) for q in planned[:count]], chosen.junior.max_length)
     assert not dropped
     return tokenizer, rows, chosen.junior
@@ -49,18 +53,18 @@ def load(dtype: str, device: str) -> Any:
     import torch
     from transformers import AutoModelForCausalLM
 
-    from speed_core import models
+    from speed_core.models import loading
 
-    folder = models.resolve("package:gemma-3-270m")
+    folder = loading.resolve("package:gemma-3-270m")
     torch.manual_seed(0)
     return AutoModelForCausalLM.from_pretrained(folder, dtype=getattr(torch, dtype), attn_implementation="sdpa").to(device)
 
 
 def packed_trainer() -> Any:
-    """A Trainer over `packing.collate`d examples: the layout that was measured and not taken."""
+    """A Trainer over `prompt_sharing.collate`d examples: the layout that was measured and not taken."""
     from transformers import Trainer
 
-    from speed_core import packing
+    from speed_core.preference import prompt_sharing
 
     class Packed(Trainer):
         loss_is_scaled_for_ga = True
@@ -69,13 +73,13 @@ def packed_trainer() -> Any:
             return sum(batch["lengths"].sum() for batch in batch_samples).to(device)
 
         def compute_loss(self, model: Any, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None) -> Any:
-            return -packing.completion_log_probs(model, inputs).sum() / num_items_in_batch
+            return -prompt_sharing.completion_log_probs(model, inputs).sum() / num_items_in_batch
 
     return Packed
 
 
 def groups(rows: list[dict[str, Any]]) -> list[Any]:
-    from speed_core.packing import Group
+    from speed_core.preference.prompt_sharing import Group
 
     cut = [r["completion_mask"].index(1) for r in rows]
     return [Group(r["input_ids"][:k], [r["input_ids"][k:]], []) for r, k in zip(rows, cut, strict=True)]
@@ -83,11 +87,11 @@ def groups(rows: list[dict[str, Any]]) -> list[Any]:
 
 def even(part: list[Any], longest: int) -> int:
     """The least row capacity with which first fit needs no more rows of `longest` tokens than the tokens do."""
-    from speed_core import packing
+    from speed_core.preference import prompt_sharing
 
     sizes = [len(g) for g in part]
     rows = math.ceil(sum(sizes) / longest)
-    return next(c for c in range(max(sizes), sum(sizes) + 1) if len(packing.pack(sizes, c)) <= rows)
+    return next(c for c in range(max(sizes), sum(sizes) + 1) if len(prompt_sharing.pack(sizes, c)) <= rows)
 
 
 def stop_after(step: int) -> Any:
@@ -110,20 +114,22 @@ def trainer_of(method: str, steps: int, device: str, model: Any, folder: str) ->
     from transformers import TrainingArguments
     from trl import SFTConfig, SFTTrainer, pack_dataset
 
-    from speed_core import lm_head, packing, sft
+    from speed_core.generation import sft
+    from speed_core.models import token_logprobs, training
+    from speed_core.preference import prompt_sharing
 
     tokenizer, rows, settings = examples(steps * 8)
     assert settings.batch == settings.micro_batch == 8
-    common_arguments = sft.trainer_arguments(settings, 0, Path(folder), use_cpu=device == "cpu", bf16=False)
+    common_arguments = training.trainer_arguments(settings, 0, Path(folder), use_cpu=device == "cpu", bf16=False)
     useful = sum(sum(r["completion_mask"]) for r in rows)
     if method == "ours_packed":
-        model = get_peft_model(model, sft.lora_config(settings.lora))
-        lm_head.hidden_states_only(model)
+        model = get_peft_model(model, training.lora_config(settings.lora))
+        token_logprobs.hidden_states_only(model)
         trainer = packed_trainer()(
             model=model,
             args=TrainingArguments(**common_arguments, remove_unused_columns=False),
             train_dataset=groups(rows),
-            data_collator=lambda part: packing.collate(part, 0, even(part, settings.max_length)),
+            data_collator=lambda part: prompt_sharing.collate(part, 0, even(part, settings.max_length)),
         )
         return trainer, len(rows), useful
     more: dict[str, Any] = {} if method == "trl_default" else {"gradient_checkpointing": False}
@@ -138,18 +144,19 @@ def trainer_of(method: str, steps: int, device: str, model: Any, folder: str) ->
         args=SFTConfig(**common_arguments, max_length=settings.max_length, completion_only_loss=True, **more),
         train_dataset=data,
         processing_class=tokenizer,
-        peft_config=sft.lora_config(settings.lora),
+        peft_config=training.lora_config(settings.lora),
     )
     if ours:
-        lm_head.hidden_states_only(trainer.model)
+        token_logprobs.hidden_states_only(trainer.model)
         trainer.rows_at_once = settings.batch if method == "ours_padded" else trainer.rows_at_once
     return trainer, len(rows), useful
 
 
 def measure(method: str, steps: int, planned: int, device: str) -> dict[str, Any]:
-    from speed_core import compute_type, sft
+    from speed_core import console
+    from speed_core.models import compute_type, training
 
-    sft.quiet()
+    console.quiet()
     model, cells, useful = load(compute_type.choose().name, device), [0], [0]
     callback, ends = common.step_clock(device)
     model.get_input_embeddings().register_forward_hook(lambda m, inputs, out: cells.append(inputs[0].numel()))
@@ -158,7 +165,7 @@ def measure(method: str, steps: int, planned: int, device: str) -> dict[str, Any
         trainer, number, total = trainer_of(method, planned, device, model, folder)
         trainer.add_callback(callback)
         trainer.add_callback(stop_after(steps))
-        sft.remove_printer(trainer)
+        training.remove_printer(trainer)
         draw = trainer.get_batch_samples
 
         def counted(*args: Any) -> Any:
@@ -184,9 +191,10 @@ def packing_check(device: str) -> dict[str, Any]:
     from datasets import Dataset
     from trl import SFTConfig, SFTTrainer
 
-    from speed_core import lm_head, sft
+    from speed_core import console
+    from speed_core.models import token_logprobs
 
-    sft.quiet()
+    console.quiet()
     tokenizer, rows, settings = examples(2)
     with tempfile.TemporaryDirectory() as folder:
         arguments = SFTConfig(folder, packing=True, max_length=512, completion_only_loss=True, gradient_checkpointing=False,
@@ -203,7 +211,7 @@ def packing_check(device: str) -> dict[str, Any]:
         alone, tokens = 0.0, 0
         for r in rows:
             ids, scored = (torch.tensor([r[k]], device=device) for k in ("input_ids", "completion_mask"))
-            alone -= lm_head.token_log_probs(trainer.model, ids, torch.ones_like(ids), scored).sum().item()
+            alone -= token_logprobs.token_log_probs(trainer.model, ids, torch.ones_like(ids), scored).sum().item()
             tokens += int(scored.sum())
     return {"packed": packed, "alone": alone / tokens, "if_examples_saw_each_other": leaking}
 

@@ -18,9 +18,15 @@ from typing import Any
 import common
 import torch
 
-from speed_core import compute_type, embed, evaluate, models, offline_tasks, pipeline, prompts, sft
-from speed_core.artifacts import Artifact
-from speed_core.run_context import Run, open_run
+from speed_core.contrastive import embedder
+from speed_core.data import prompts
+from speed_core.evaluation import evaluate, offline_tasks
+from speed_core.generation import sft
+from speed_core.models import compute_type, loading
+from speed_core.store.artifacts import Artifact
+from speed_core.store.run_context import Run
+from speed_core.study import generation_stages
+from speed_core.study.runs import open_run
 
 
 def rate(kind: str) -> float:
@@ -39,10 +45,10 @@ class Floors:
 
     def __init__(self, run: Run):
         self.run = run
-        model = models.load_causal_lm(run.profile.models.generator)
+        model = loading.load_causal_lm(run.profile.models.generator)
         inner = [p for name, p in model.named_parameters() if ".layers." in name and p.dim() == 2]
         self.body, self.head = sum(p.numel() for p in inner), model.lm_head.weight.numel()
-        self.tokenizer = models.load_tokenizer(run.profile.models.generator)
+        self.tokenizer = loading.load_tokenizer(run.profile.models.generator)
 
     def of(self, a: Artifact) -> float | None:
         """GFLOP of the stage that made an artifact; None for one without large products."""
@@ -53,11 +59,11 @@ class Floors:
             new = sum(r["new_tokens"] for r in rows)
             return 2 * (self.body * (read + new) + self.head * new) / 1e9
         if name == "junior":
-            text = {q.id: q.text for q in pipeline.seed_plan(self.run)}
+            text = {q.id: q.text for q in generation_stages.seed_plan(self.run)}
             seeds = [e for e in self.run.store.need("seeds").rows() if e["status"] == "ok"]
             return self._trained([(text[e["record"]], e["raw"]) for e in seeds], p.junior)
         if name == "revisor":
-            revised = pipeline.revision_rows(self.run)
+            revised = generation_stages.revision_rows(self.run)
             return self._trained([(prompts.revise(r["prompt"], r["weak"]), r["answer"]) for r in revised], p.revisor)
         if name == "senior":
             pairs = self.run.store.need("pairs").rows()[: a.json("training.json")["rows"]]
@@ -68,7 +74,7 @@ class Floors:
         if found := re.fullmatch(r"embedder-(.+)-(\d+)", name):
             data = self.run.store.need(next(n for n in a.manifest["parents"]))
             rows = data.rows("train.jsonl")[: a.json("training.json")["rows"]]
-            triplets = embed.triplets(rows, int(found[2]))
+            triplets = embedder.triplets(rows, int(found[2]))
             return 4 * self.body * self._tokens([t for r in triplets for t in r.values()]) * p.embedding.epochs / 1e9
         if name.startswith("scores-") and not re.match(r"scores-(student|guide$|guide-)", name):
             texts = {t for some in offline_tasks.distinct_texts(self._tasks()).values() for t in some}

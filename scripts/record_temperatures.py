@@ -12,9 +12,14 @@ from __future__ import annotations
 import json
 import time
 
-from speed_core import engines, generate, models, pipeline, prompts, sft, widgets
-from speed_core.artifacts import device_name, write_jsonl
-from speed_core.run_context import open_run
+from speed_core.data import prompts
+from speed_core.files import write_jsonl
+from speed_core.generation import engines, generate
+from speed_core.models import loading, training
+from speed_core.store.artifacts import device_name
+from speed_core.study import generation_stages
+from speed_core.study.runs import open_run
+from speed_core.teaching import widgets
 
 PROMPTS, SAMPLES = 12, 2  # 96 samples: many prompts and few samples of each, because the interval is over prompts
 
@@ -23,13 +28,13 @@ def main() -> None:
     """Write widgets.RECORDED: a header, then a line for each sample, by temperature."""
     run = open_run("tiny")
     g = run.profile.generation
-    planned = pipeline.plan(run, "evaluation", PROMPTS, held_out=True)
+    planned = generation_stages.plan(run, "evaluation", PROMPTS, held_out=True)
     requests = []
     for q in planned:
         for k in range(SAMPLES):
             seed = int(prompts.text_digest(f"{q.id}#{k}|{run.profile.seed}")[:8], 16) & 0x7FFFFFFF
-            requests.append(generate.Request(f"{q.id}#{k}", sft.prompt_text(q.text), q.kind, seed))
-    base, adapter = pipeline.generator_weights(run, "junior")
+            requests.append(generate.Request(f"{q.id}#{k}", training.prompt_text(q.text), q.kind, seed))
+    base, adapter = generation_stages.generator_weights(run, "junior")
     name = engines.choose_engine("auto", len(requests) * len(widgets.TEMPERATURES), g.max_new_tokens)
     engine = engines.open_engine(name, base, adapter, dtype=g.dtype, max_length=g.max_length)
     rows = []
@@ -51,7 +56,7 @@ def main() -> None:
         "made_by": "scripts/record_temperatures.py",
         "profile": run.profile.name,
         "junior": run.store.need("junior").digest,
-        "weights": f"{models.weights_id(models.resolve(base))}+{models.weights_id(adapter)}",
+        "weights": f"{loading.weights_id(loading.resolve(base))}+{loading.weights_id(adapter)}",
         "decoding": {"top_p": g.top_p, "max_new_tokens": g.max_new_tokens, "constrained": False},
         "run_seed": run.profile.seed,
         "engine": engine.name,

@@ -14,9 +14,9 @@ import subprocess
 import sys
 from pathlib import Path
 
-from speed_core import recorded
-from speed_core.artifacts import Store
 from speed_core.profile import load
+from speed_core.runner import recorded
+from speed_core.store.artifacts import Store
 
 FIRST = "as-it-is"
 WAYS: dict[str, dict[str, str]] = {

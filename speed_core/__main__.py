@@ -118,12 +118,12 @@ def run(
     cell_timeout: Annotated[int | None, typer.Option(min=1, help="seconds that one cell may take; no limit without")] = None,
 ) -> None:
     """Run the notebooks, once or for every point of a sweep; exit code 0 only when all of them truly ran."""
-    from speed_core.run import run_all
+    from speed_core.runner.notebook import run_all
 
     numbers = _words(only)
     grid, seeds = _grid(set_), _seeds(seed)
     if len(seeds) > 1 or any(len(v) > 1 for v in grid.values()):
-        from speed_core.sweep import points, run_points
+        from speed_core.runner.sweep import points, run_points
 
         more: dict[str, Any] = {"only": numbers, "start": start, "jobs": jobs, "executor": executor, "cell_timeout": cell_timeout}
         if any(code for _, code in run_points(profile, points(grid, seeds), **more)):
@@ -154,11 +154,11 @@ def study(
 ) -> None:
     """Run the sweeps of Fig. 3 and Tables 3 and 4, and further trainings of the generators, over a finished run, then draw notebooks
     10 and 12 again."""
-    from speed_core import side_by_side
-    from speed_core.run import run_all
-    from speed_core.study import run_study
+    from speed_core.runner import parallel
+    from speed_core.runner.notebook import run_all
+    from speed_core.runner.paper_sweeps import run_study
 
-    failed = [p.name for p, code in run_study(profile, _words(only), jobs=jobs or side_by_side.workers()) if code]
+    failed = [p.name for p, code in run_study(profile, _words(only), jobs=jobs or parallel.workers()) if code]
     if failed or any(r.status != "ok" for r in run_all(profile, only=["10", "12"])):
         print(f"failed: {', '.join(failed) or 'a notebook'}", file=sys.stderr)
         raise typer.Exit(1)
@@ -174,7 +174,7 @@ def plan(
     seed: Annotated[int | None, typer.Option(help="training and sampling seed")] = None,
 ) -> None:
     """Say what a profile would do: models, counts, teacher calls and cost, GPU-hours, what is already made."""
-    from speed_core import preflight
+    from speed_core.runner import preflight
 
     numbers = _words(only)
     print(preflight.plan_text(profile, _overrides(set_), tokens_per_second, seed=seed, only=numbers, start=start))
@@ -186,7 +186,7 @@ def preflight(
     set_: Annotated[list[str] | None, typer.Option("--set", help="NAME=VALUE of the profile")] = None,
 ) -> None:
     """Check this machine for a profile; ends in "ready" or in numbered remedies."""
-    from speed_core import preflight as checks
+    from speed_core.runner import preflight as checks
 
     problems = checks.report(profile, _overrides(set_))
     if problems:
@@ -204,14 +204,14 @@ def check(
     profile: ProfileName = "tiny",
 ) -> None:
     """Fail when a figure and its data disagree, or when what it was drawn from has moved since (exit code 1)."""
-    from speed_core import provenance
-    from speed_core import run as executed
-    from speed_core.run_context import ROOT, runs_folder
+    from speed_core.plots import provenance
+    from speed_core.runner import notebook as executed
+    from speed_core.store.run_context import ROOT, runs_folder
 
     if recorded:
         if folder or deep:
             raise UserError("check --recorded: compares a run, not a folder of figures; leave FOLDER and --deep away")
-        from speed_core.recorded import report_later
+        from speed_core.runner.recorded import report_later
 
         print(report_later(profile))
         return
@@ -228,8 +228,8 @@ def check(
 @app.command()
 def card(artifact: str, out: Path, profile: ProfileName = "tiny") -> None:
     """Write a model's or data set's card for the Hugging Face hub, with its files and mteb's results; pushes nothing."""
-    from speed_core import cards
-    from speed_core.run_context import open_run
+    from speed_core.runner import cards
+    from speed_core.study.runs import open_run
 
     written = cards.write(open_run(profile), artifact, out)
     for found in cards.local_paths(out):
@@ -241,13 +241,13 @@ def card(artifact: str, out: Path, profile: ProfileName = "tiny") -> None:
 @app.command()
 def evaluate(
     model: Annotated[list[str], typer.Option(help="a folder, hub id or package:NAME; give it twice to compare two")],
-    data: Annotated[Path, typer.Option(help="your texts, JSONL (speed_core/own_tasks.py says which shapes)")],
+    data: Annotated[Path, typer.Option(help="your texts, JSONL (speed_core/runner/own_tasks.py says which shapes)")],
     out: Annotated[Path, typer.Option(help="folder for scores and figure")] = Path("scorecard"),
     instructed: Annotated[bool, typer.Option(help="queries get the instruction template of this project's models")] = True,
     dtype: Annotated[str, typer.Option(help="to compute in: auto, float32, bfloat16 or float16")] = "auto",
 ) -> None:
     """Score one or two models on your own texts, with intervals; two are compared text by text."""
-    from speed_core.own_tasks import scorecard
+    from speed_core.runner.own_tasks import scorecard
 
     scorecard(model, data, out, instructed=instructed, dtype=dtype)
 
@@ -265,7 +265,7 @@ def execute(
     cell_timeout: Annotated[int | None, typer.Option(min=1, help="seconds that one cell may take; no limit without")] = None,
 ) -> None:
     """Execute any notebook with the same honesty: typed parameters, true failure, no half-written output."""
-    from speed_core.run import execute as execute_one
+    from speed_core.runner.notebook import execute as execute_one
 
     if not source.is_file():
         raise UserError(f"notebook {source}: no such file; give a path to an .ipynb")
@@ -284,19 +284,19 @@ def adapters(target: Path, profile: ProfileName = "tiny") -> None:
     """Write junior, senior and revisor as adapters of the base model, for a server that takes --lora-modules."""
     import shutil
 
-    from speed_core import models
-    from speed_core.run_context import open_run
+    from speed_core.models import loading
+    from speed_core.study.runs import open_run
 
     run = open_run(profile)
     for name in ("junior", "revisor"):
         shutil.copytree(run.store.need(name).weights(), target / name, dirs_exist_ok=True)
     # The senior's adapter belongs to base and junior; joined with the junior's it belongs to the base.
-    models.joined_adapter(run.store.need("junior").weights(), run.store.need("senior").weights(), target / "senior")
+    loading.joined_adapter(run.store.need("junior").weights(), run.store.need("senior").weights(), target / "senior")
     modules = " ".join(f"{name}={target / name}" for name in ("junior", "senior", "revisor"))
     rank = max(json.loads((target / n / "adapter_config.json").read_text())["r"] for n in ("junior", "senior", "revisor"))
     base = run.profile.models.generator
     print(
-        f"vllm serve {models.resolve(base)} --served-model-name {base} --enable-lora --max-lora-rank {rank} --lora-modules {modules}"
+        f"vllm serve {loading.resolve(base)} --served-model-name {base} --enable-lora --max-lora-rank {rank} --lora-modules {modules}"
     )
 
 
@@ -309,11 +309,11 @@ def export_(
     weights: Annotated[bool, typer.Option(help="with --whole: the generators' weights too")] = True,
 ) -> None:
     """Write the request logs of a run (and its training histories, no weights) to one archive and print its digest."""
-    from speed_core import moving, replay
-    from speed_core.run_context import open_run
+    from speed_core.runner import replay, run_archive
+    from speed_core.study.runs import open_run
 
     run = open_run(profile, _overrides(set_))
-    digest = moving.export(run, target, weights=weights) if whole else replay.export_logs(run, target)
+    digest = run_archive.export(run, target, weights=weights) if whole else replay.export_logs(run, target)
     print(f"{target}: sha256 {digest}")
 
 
@@ -330,9 +330,10 @@ def import_(
     """
     import os
 
-    from speed_core import experiments, replay
-    from speed_core.run import run_all
-    from speed_core.run_context import open_run
+    from speed_core.runner import replay
+    from speed_core.runner.notebook import run_all
+    from speed_core.study import embedding_stages
+    from speed_core.study.runs import open_run
 
     source = source or replay.RECORDED
     run, whole = replay.take_in(source, open_run)
@@ -344,7 +345,7 @@ def import_(
     reports = run_all(run.profile.name, only=replay.NOTEBOOKS)
     run = open_run(run.profile.name)
     if run.log("raw-junior").is_file():
-        experiments.ablation_data(run)
+        embedding_stages.ablation_data(run)
     rows = replay.compare(run, source)
     for name, wanted, here in rows:
         print(f"{name:26} {wanted} {'same' if here == wanted else f'DIFFERENT: {here}'}")
@@ -364,8 +365,8 @@ def bundle(
     ] = False,
 ) -> None:
     """Write one archive for machines without a network: repository, weights, a run's artifacts, wheels; print its digest."""
-    from speed_core import bundle as bundles
-    from speed_core.run_context import open_run
+    from speed_core.runner import bundle as bundles
+    from speed_core.study.runs import open_run
 
     if verify:
         print(f"{target}: {bundles.verify(target)} files, all as in {bundles.SUMS}")
@@ -377,10 +378,13 @@ def bundle(
 @app.command()
 def record(profile: ProfileName = "tiny") -> None:
     """Take a finished run into the package: its logs, what each stage took, and the data sets that a fresh clone starts on."""
-    from speed_core import bundle as bundles
-    from speed_core import forecast, planning, readings, recorded, replay
-    from speed_core.run import notebooks
-    from speed_core.run_context import CARRIED, OFFICIAL, ROOT, open_run
+    from speed_core.runner import bundle as bundles
+    from speed_core.runner import recorded, replay
+    from speed_core.runner.notebook import notebooks
+    from speed_core.store.run_context import CARRIED, OFFICIAL, ROOT
+    from speed_core.study import forecast, planning
+    from speed_core.study.runs import open_run
+    from speed_core.teaching import captions
 
     run = open_run(profile)
     entry = planning.record(run)
@@ -390,7 +394,7 @@ def record(profile: ProfileName = "tiny") -> None:
         print(f"assets/shipped/{profile}: {len(carried)} artifacts, values and verdicts in {known.name}")
     if profile == OFFICIAL:
         print(f"{replay.RECORDED.name}: sha256 {replay.export_logs(run, replay.RECORDED)}")
-        print(f"notebooks: {readings.write(notebooks(ROOT / 'notebooks'), ROOT / 'figures')} sentences under figures changed")
+        print(f"notebooks: {captions.write(notebooks(ROOT / 'notebooks'), ROOT / 'figures')} sentences under figures changed")
 
 
 @app.command()
@@ -399,8 +403,8 @@ def classroom(
     force: Annotated[bool, typer.Option(help="overwrite copies that somebody worked in")] = False,
 ) -> None:
     """Write the students' copy of the notebooks: exercises and checkers stay, solutions do not."""
-    from speed_core.classroom import write
-    from speed_core.run_context import ROOT
+    from speed_core.store.run_context import ROOT
+    from speed_core.teaching.classroom import write
 
     written = write(target, force=force)
     print(f"{len(written)} notebooks in {written[0].parent}")
@@ -415,7 +419,7 @@ def practice_teacher(
     seed: Annotated[int, typer.Option(help="decides which calls")] = 0,
 ) -> None:
     """Serve the recorded answers behind an OpenAI-compatible interface that fails by seed (Ctrl-C ends it)."""
-    from speed_core.practice import MODEL, PracticeServer
+    from speed_core.teaching.practice import MODEL, PracticeServer
 
     try:
         server = PracticeServer(port, faults, seed)

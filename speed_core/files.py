@@ -18,6 +18,9 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any
 
+PACKAGE = Path(__file__).resolve().parent
+ASSETS = PACKAGE / "assets"
+BUNDLED = PACKAGE.parent / "cache"  # where an offline bundle unpacks weights
 HEADER = 2**20  # bytes of a tar member's name and records
 
 
@@ -75,9 +78,6 @@ def file_lock(path: Path) -> Iterator[None]:
     with path.open("w") as f:
         fcntl.flock(f, fcntl.LOCK_EX)
         yield
-
-
-BUNDLED = Path(__file__).resolve().parent.parent / "cache"  # where an offline bundle unpacks weights
 
 
 def cache_dir() -> Path:

@@ -11,6 +11,7 @@ import socket
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -21,6 +22,8 @@ import psutil
 if TYPE_CHECKING:
     import torch
 
+TRAINING_GB = 9  # of free memory that training a generator may need; an engine that is kept warm ends where less is free
+IDLE: list[Callable[[], None]] = []  # each ends an engine that is kept warm to save its next start
 CGROUP, CPUINFO = Path("/sys/fs/cgroup"), Path("/proc/cpuinfo")
 
 
@@ -165,3 +168,15 @@ def reachable(url: str, seconds: float = 3.0) -> bool:
             return True
     except (OSError, ValueError):
         return False
+
+
+def end_idle() -> None:
+    """End the engines that are kept warm: something else is about to need their memory."""
+    for end in IDLE:
+        end()
+
+
+def make_room() -> None:
+    """`end_idle` before a generator is trained, unless there is memory for both. A start of vLLM takes half a minute."""
+    if device().type != "cpu" or memory_gb() < TRAINING_GB:
+        end_idle()

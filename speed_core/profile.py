@@ -47,7 +47,7 @@ Seed = Annotated[int, Field(ge=0, lt=2**31)]  # what every library takes
 
 
 class Models(Part):
-    """Names that `models.resolve` knows: hub id, local folder or package:NAME."""
+    """Names that `loading.resolve` knows: hub id, local folder or package:NAME."""
 
     generator: str
     embedder: str
@@ -125,7 +125,7 @@ class Prompts(Part):
 
 
 class Generation(Part):
-    """How texts are sampled, and where: in one process, or by `workers` engines over Ray (`speed_core.ray_engine`)."""
+    """How texts are sampled, and where: in one process, or by `workers` engines over Ray (`speed_core.generation.ray_engine`)."""
 
     engine: Literal["auto", "vllm", "transformers", "continuous", "server"] = "auto"
     executor: Literal["process", "ray"] = "process"
@@ -236,7 +236,7 @@ class Study(Part):
     """Notebooks 07 to 11: the guided-loss students, size of each ablation data set, sizes of the scaling points.
 
     `seeds` counts from the run's own seed: every embedding model is trained once for each. `sweep_seeds`: the first of
-    them, when the points of a sweep (`study.SWEEPS`) are to be trained with fewer. `generator_seeds`: the run's seed in each
+    them, when the points of a sweep (`paper_sweeps.SWEEPS`) are to be trained with fewer. `generator_seeds`: the run's seed in each
     further training of the generators (`repeats`).
     """
 

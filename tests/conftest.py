@@ -47,9 +47,9 @@ def tiny_config(family: str, vocab: int):
 @pytest.fixture(scope="session")
 def tokenizer_folder():
     """The package model's own tokenizer (converted once into the user cache)."""
-    from speed_core import models
+    from speed_core.models import loading
 
-    return models.resolve("package:gemma-3-270m")
+    return loading.resolve("package:gemma-3-270m")
 
 
 @pytest.fixture(scope="session")

@@ -4,7 +4,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from speed_core.artifacts import AppendLog, Store, UserError, difference, read_jsonl
+from speed_core.files import AppendLog, UserError, read_jsonl
+from speed_core.store.artifacts import Store, difference
 
 
 @given(st.integers(0, 400))
@@ -179,7 +180,7 @@ def test_differences_are_named_by_path():
 FULL = """
 import resource, signal, sys
 from pathlib import Path
-from speed_core.artifacts import AppendLog, Store, UserError
+from speed_core.store.artifacts import AppendLog, Store, UserError
 signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
 folder, kind = Path(sys.argv[1]), sys.argv[2]
 resource.setrlimit(resource.RLIMIT_FSIZE, (5000, 5000))

@@ -9,8 +9,10 @@ import mteb
 import numpy as np
 import pytest
 
-from speed_core import benchmark_data, cards, evaluate, models, offline_tasks, uncertainty
-from speed_core.artifacts import UserError
+from speed_core.evaluation import benchmark_data, evaluate, offline_tasks, uncertainty
+from speed_core.files import UserError
+from speed_core.models import loading
+from speed_core.runner import cards
 
 TOOLS = ("spade", "rake", "hoe", "saw", "drill", "clamp", "brush", "ladder", "bucket", "wrench", "pliers", "chisel")
 
@@ -228,7 +230,7 @@ def test_a_benchmarks_means_need_all_of_its_tasks():
 def each_type(guide, tmp_path_factory):
     """Scores of two models, the guide and half of its layers, on a task of each type."""
     folder = tmp_path_factory.mktemp("types")
-    tasks, shallow = one_of_each_type(folder), str(models.shallow_encoder("package:all-MiniLM-L6-v2", 2))
+    tasks, shallow = one_of_each_type(folder), str(loading.shallow_encoder("package:all-MiniLM-L6-v2", 2))
     small = evaluate.load(shallow, "small", instructed=False, dtype="float32")
     return [evaluate.evaluate(m, evaluate.resolve_tasks(tasks, data=folder), folder / "kept") for m in (guide, small)]
 

@@ -13,9 +13,13 @@ from pathlib import Path
 import pytest
 from archives import write_tar
 
-from speed_core import bundle, files, forecast, machine, models, planning, preflight
-from speed_core.artifacts import UserError
-from speed_core.run_context import ROOT, open_run
+from speed_core import files, machine
+from speed_core.files import UserError
+from speed_core.models import loading
+from speed_core.runner import bundle, preflight
+from speed_core.store.run_context import ROOT
+from speed_core.study import forecast, planning
+from speed_core.study.runs import open_run
 
 pytestmark = pytest.mark.skipif(not shutil.which("git"), reason="git makes the bundle of a clone")
 
@@ -43,7 +47,7 @@ def small(tmp_path_factory):
 def test_a_bundle_is_a_checkout_whose_notebooks_find_shipped_upstream(small, tmp_path):
     _, _, unpacked = small
     code = (
-        "from speed_core.run_context import open_run; import speed_core; print(speed_core.__file__);"
+        "from speed_core.study.runs import open_run; import speed_core; print(speed_core.__file__);"
         "s = open_run('smoke').store; print(s.need('seeds').path)"
     )
     env = {k: v for k, v in os.environ.items() if k != "SPEED_SHIPPED"} | {
@@ -182,7 +186,7 @@ def test_the_install_script_goes_by_what_the_sums_say_in_every_language(small, t
 def test_an_unpacked_bundle_makes_the_same_repository_again_without_git(small, tmp_path):
     _, _, unpacked = small
     again, first = bundle.repository(unpacked), json.loads((unpacked / bundle.ABOUT).read_text())["repository"]
-    assert sorted(again) == first and "speed_core/bundle.py" in first
+    assert sorted(again) == first and "speed_core/runner/bundle.py" in first
     for listed in ('{"repository": ["../secret"]}', '{"repository": ["/etc/passwd"]}', '{"repository": 7}', "{}", "[]", "{"):
         (tmp_path / bundle.ABOUT).write_text(listed)
         with pytest.raises(UserError, match="does not list this folder's files"):
@@ -210,9 +214,9 @@ def test_weights_of_packages_and_of_the_hub_are_laid_out_where_they_are_looked_f
         bundle.weights(open_run("workshop"))
     monkeypatch.delenv("SPEED_CACHE", raising=False)
     monkeypatch.setattr(files, "BUNDLED", tmp_path)
-    monkeypatch.setattr(models, "PACKAGES", {k: ("not_installed", "x") for k in models.PACKAGES})
+    monkeypatch.setattr(loading, "PACKAGES", {k: ("not_installed", "x") for k in loading.PACKAGES})
     (tmp_path / Path(tokenizer_folder).name).symlink_to(tokenizer_folder)
-    assert models.resolve("package:gemma-3-270m") == str(tmp_path / Path(tokenizer_folder).name), "the carrier is not needed"
+    assert loading.resolve("package:gemma-3-270m") == str(tmp_path / Path(tokenizer_folder).name), "the carrier is not needed"
 
 
 # --- preflight ------------------------------------------------------------------------------------
@@ -263,7 +267,7 @@ def test_weights_that_are_cut_off_are_found_and_the_remedy_names_the_folder(empt
 
     (folder := tmp_path / "model").mkdir()
     save_file({"w": torch.zeros(100)}, folder / "model.safetensors")
-    assert models.broken_weights(folder) is None
+    assert loading.broken_weights(folder) is None
     with (folder / "model.safetensors").open("r+b") as f:
         f.truncate(200)
     remedies = preflight.report("smoke", {"models.guide": str(folder)})

@@ -10,10 +10,12 @@ import datasets
 import pytest
 from huggingface_hub import DatasetCard, ModelCard
 
-from speed_core import cards, curate, evaluate
-from speed_core.artifacts import UserError, write_json, write_jsonl
+from speed_core.data import curate
+from speed_core.evaluation import evaluate
+from speed_core.files import UserError, write_json, write_jsonl
 from speed_core.profile import dotted
-from speed_core.run_context import open_run
+from speed_core.runner import cards
+from speed_core.study.runs import open_run
 
 ROOT = Path(__file__).resolve().parent.parent
 

@@ -7,11 +7,13 @@ import nbformat
 import numpy as np
 import pytest
 
-from speed_core import classroom, exercises, prompts, run
-from speed_core.artifacts import UserError
-from speed_core.run_context import ROOT
+from speed_core.data import prompts
+from speed_core.files import UserError
+from speed_core.runner import notebook
+from speed_core.store.run_context import ROOT
+from speed_core.teaching import classroom, exercises
 
-NOTEBOOKS = [p for p in run.notebooks(ROOT / "notebooks") if p.stem[:2] != "00"]
+NOTEBOOKS = [p for p in notebook.notebooks(ROOT / "notebooks") if p.stem[:2] != "00"]
 
 
 def row(record, status="ok", kind="retrieval", raw=""):
@@ -81,7 +83,7 @@ class Rows:
 
 def names(number):
     """What the cells before the exercises have left behind, as far as the solutions use it."""
-    from speed_core import records
+    from speed_core.data import records
 
     known = {
         "02": {"records": records, "rows": RETRIEVAL},
@@ -319,7 +321,7 @@ def test_work_of_a_student_is_not_overwritten(tmp_path):
 def test_the_lesson_plan_takes_its_running_times_from_the_notebooks_and_leaves_no_gap():
     text = (ROOT / "notebooks" / "README.md").read_text()
     planned = re.search(r"^\| run, minutes \|(.*)\|$", text, re.M).group(1).split("|")
-    for path, minutes in zip(run.notebooks(ROOT / "notebooks"), planned, strict=True):
+    for path, minutes in zip(notebook.notebooks(ROOT / "notebooks"), planned, strict=True):
         card = nbformat.read(path, 4).cells[1].source
         measured = re.search(r"\| time \| (\d+) min at `tiny`", card)
         assert int(minutes) == (int(measured.group(1)) if measured else 0), path.stem

@@ -5,9 +5,13 @@ import json
 import pytest
 import torch
 
-from speed_core import compute_type, embed, evaluate, machine, models, sft
+from speed_core import machine
 from speed_core import profile as profiles
-from speed_core.artifacts import Store, UserError
+from speed_core.contrastive import embedder
+from speed_core.evaluation import evaluate
+from speed_core.files import UserError
+from speed_core.models import compute_type, loading, training
+from speed_core.store.artifacts import Store
 
 
 @pytest.fixture
@@ -115,7 +119,7 @@ def test_auto_is_the_default_of_every_profile_and_another_word_is_refused(part):
 def test_autocast_follows_the_type_of_a_gpu(gpu, tmp_path):
     settings = profiles.load("smoke").embedding
     gpu(native=False)
-    arguments = sft.trainer_arguments(settings, 0, tmp_path)
+    arguments = training.trainer_arguments(settings, 0, tmp_path)
     assert arguments["fp16"] and not arguments["bf16"]
 
 
@@ -123,8 +127,8 @@ def test_autocast_follows_the_type_of_a_gpu(gpu, tmp_path):
 def test_an_explicit_type_reaches_every_model_that_is_loaded(tiny_model, asked):
     wanted, folder = getattr(torch, asked), tiny_model("llama")
     loaded = [
-        models.load_causal_lm(folder, dtype=asked),
-        embed.build(folder, 32, asked),
+        loading.load_causal_lm(folder, dtype=asked),
+        embedder.build(folder, 32, asked),
         evaluate.load(folder, "untrained", instructed=False, dtype=asked).model,
         evaluate.load("package:all-MiniLM-L6-v2", "untrained", instructed=False, dtype=asked).model,
     ]
@@ -132,8 +136,8 @@ def test_an_explicit_type_reaches_every_model_that_is_loaded(tiny_model, asked):
 
 
 def test_merged_weights_keep_the_type_of_their_file(tiny_model):
-    assert next(models.load_causal_lm(tiny_model("llama"), dtype="stored").parameters()).dtype == torch.float32
-    assert next(models.load_causal_lm("package:gemma-3-270m", dtype="stored").parameters()).dtype == torch.bfloat16
+    assert next(loading.load_causal_lm(tiny_model("llama"), dtype="stored").parameters()).dtype == torch.float32
+    assert next(loading.load_causal_lm("package:gemma-3-270m", dtype="stored").parameters()).dtype == torch.bfloat16
 
 
 def made(tmp_path, dtype: str, computed: str) -> Store:

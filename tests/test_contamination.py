@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 from datasets import Dataset
 
-from speed_core import contamination, offline_tasks
-from speed_core.artifacts import UserError
+from speed_core.evaluation import contamination, offline_tasks
+from speed_core.files import UserError
 
 
 def record(query, positive, negative=None):

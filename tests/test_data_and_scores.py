@@ -4,10 +4,13 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from speed_core import curate, embed, evaluate, models, offline_tasks, prefix, uncertainty
-from speed_core.artifacts import UserError
+from speed_core.contrastive import embedder
+from speed_core.data import curate
+from speed_core.evaluation import evaluate, offline_tasks, prefix, uncertainty
+from speed_core.files import UserError
+from speed_core.models import loading
 from speed_core.profile import Curate
-from speed_core.run_context import open_run
+from speed_core.study.runs import open_run
 
 
 def row(i, query, positive="some other text entirely here", kind="sts"):
@@ -56,8 +59,8 @@ def test_a_data_set_that_is_written_again_opens_with_its_new_rows(tmp_path):
 
 
 def test_a_recorded_data_set_is_recognised_although_its_configuration_had_another_name(tmp_path):
-    from speed_core.artifacts import Store
-    from speed_core.run_context import CARRIED
+    from speed_core.store.artifacts import Store
+    from speed_core.store.run_context import CARRIED
 
     recorded = Store(CARRIED / "overnight").get("synthetic")
     kept = recorded.file("README.md").read_text(encoding="utf-8")
@@ -95,9 +98,9 @@ def results(tmp_path_factory):
     """MiniLM and a randomised copy of it, scored with one shared cache folder: the trap of mteb 2.26."""
     from sentence_transformers import SentenceTransformer
 
-    from speed_core import models
+    from speed_core.models import loading
 
-    folder = models.resolve("package:all-MiniLM-L6-v2")
+    folder = loading.resolve("package:all-MiniLM-L6-v2")
     good, bad = (SentenceTransformer(folder, device="cpu") for _ in range(2))
     torch.manual_seed(0)
     with torch.no_grad():
@@ -123,9 +126,9 @@ def test_equal_weights_that_embed_otherwise_share_no_score(tmp_path):
 
     from sentence_transformers import SentenceTransformer
 
-    from speed_core import models
+    from speed_core.models import loading
 
-    folder = models.resolve("package:all-MiniLM-L6-v2")
+    folder = loading.resolve("package:all-MiniLM-L6-v2")
 
     def variant(change=lambda m: None, **how):
         model = SentenceTransformer(folder, device="cpu")
@@ -171,9 +174,9 @@ def test_items_reproduce_mtebs_own_scores(results):
 def test_ties_count_the_same_in_a_score_and_in_its_interval(tmp_path, kind):
     from sentence_transformers import SentenceTransformer
 
-    from speed_core import models
+    from speed_core.models import loading
 
-    model = SentenceTransformer(models.resolve("package:all-MiniLM-L6-v2"), device="cpu")
+    model = SentenceTransformer(loading.resolve("package:all-MiniLM-L6-v2"), device="cpu")
     encoder = evaluate.load(model, kind, instructed=False, max_length=4 if kind.startswith("texts") else 64)
     if kind == "one vector for all":
         encoder.embed = lambda texts: np.tile(np.eye(1, 8, dtype=np.float32), (len(texts), 1))
@@ -271,22 +274,22 @@ def test_labelled_pairs_share_a_newsgroup_and_no_text_with_a_task():
 
 
 def test_a_left_out_topic_is_replaced_by_equally_many_other_examples_and_questions_are_split_by_it(tmp_path, monkeypatch):
-    from speed_core import experiments, pipeline
+    from speed_core.study import embedding_stages, generation_stages
 
     monkeypatch.setenv("SPEED_RUNS", str(tmp_path))
     run = open_run("smoke", {"seeds": 120})
-    pipeline.brainstorm(run)
-    pipeline.seed_data(run)
-    without, with_ = (experiments.topic_records(run, covered=c) for c in (False, True))
+    generation_stages.brainstorm(run)
+    generation_stages.seed_data(run)
+    without, with_ = (embedding_stages.topic_records(run, covered=c) for c in (False, True))
     on = {r["id"] for r in with_} - {r["id"] for r in without}
     assert len(without) == len(with_) == len({r["id"] for r in with_}) and len(on) >= 5
-    assert all(r["topic"].startswith(experiments.TOPIC) == (r["id"] in on) for r in with_ + without)
+    assert all(r["topic"].startswith(embedding_stages.TOPIC) == (r["id"] in on) for r in with_ + without)
     category = {q: c for c, q, _ in offline_tasks.chatterbot_pairs()}
     (task,) = offline_tasks.offline_tasks("smoke", [offline_tasks.QUESTIONS])
     task.load_data()
     asked = task.dataset["default"]["test"]["queries"]["text"]
     items = [float(category[q] in offline_tasks.COMPUTING) for q in asked]
-    parts = experiments.by_topic(run, {"tasks": {offline_tasks.QUESTIONS: {"items": items}}})["tasks"]
+    parts = embedding_stages.by_topic(run, {"tasks": {offline_tasks.QUESTIONS: {"items": items}}})["tasks"]
     assert (parts["on"]["score"], parts["off"]["score"]) == (1.0, 0.0)
     assert len(parts["on"]["items"]) + len(parts["off"]["items"]) == len(asked)
 
@@ -315,8 +318,8 @@ def test_seeds_widen_the_interval(results):
 
 @pytest.mark.parametrize("family", ("gemma3", "mistral"))
 def test_a_shared_beginning_read_once_gives_the_vectors_of_whole_texts(family, tiny_model):
-    model = embed.build(tiny_model(family), 64, "float32").float()
-    texts = [embed.instruct("Find the text that answers the question", t) for t in ("a", "b c d e", "a longer one " * 3, "a")]
+    model = embedder.build(tiny_model(family), 64, "float32").float()
+    texts = [embedder.instruct("Find the text that answers the question", t) for t in ("a", "b c d e", "a longer one " * 3, "a")]
     assert prefix.can_share(model) and prefix.shared_length(model.tokenizer(texts)["input_ids"]) >= prefix.SHORTEST
     for batch in (2, 8):
         whole = model.encode(texts, batch_size=batch, normalize_embeddings=True)
@@ -329,10 +332,10 @@ def test_texts_without_a_shared_beginning_and_encoders_are_read_as_ever(tiny_mod
     from sentence_transformers import SentenceTransformer
 
     assert prefix.shared_length([[1, 2, 3], [1, 2], [1, 2, 4]]) == 1 and prefix.shared_length([[1, 2], [2, 2]]) == 0
-    model = embed.build(tiny_model("gemma3"), 64, "float32").float()
+    model = embedder.build(tiny_model("gemma3"), 64, "float32").float()
     texts = ["one", "two and three"]
     assert (prefix.encode(model, texts, 2) == model.encode(texts, batch_size=2, normalize_embeddings=True)).all()
-    assert not prefix.can_share(SentenceTransformer(models.resolve("package:all-MiniLM-L6-v2"), device="cpu"))
+    assert not prefix.can_share(SentenceTransformer(loading.resolve("package:all-MiniLM-L6-v2"), device="cpu"))
 
 
 def test_a_difference_of_differences_and_a_slope_are_contrasts(results):

@@ -16,9 +16,12 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, TrainingArguments
 
-from speed_core import dpo, lm_head, models, packing, profile, sft
-from speed_core.artifacts import UserError
-from speed_core.packing import Group
+from speed_core import profile
+from speed_core.files import UserError
+from speed_core.generation import sft
+from speed_core.models import loading, token_logprobs, training
+from speed_core.preference import dpo, prompt_sharing
+from speed_core.preference.prompt_sharing import Group
 from speed_core.profile import Lora
 
 FAMILIES = ("gemma3", "llama", "qwen2", "mistral")
@@ -38,7 +41,7 @@ def policy(base, seed=0):
 
     torch.manual_seed(seed)
     model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
-    return get_peft_model(model, sft.lora_config(Lora(rank=2, alpha=4)))
+    return get_peft_model(model, training.lora_config(Lora(rank=2, alpha=4)))
 
 
 def shake(model):
@@ -56,20 +59,20 @@ def grads(model):
 
 def prepared(base, pairs=PAIRS):
     """A policy that has moved away from its reference, and the groups of `pairs` with that reference."""
-    tokenizer = models.load_tokenizer(base)
+    tokenizer = loading.load_tokenizer(base)
     groups, aside = dpo.check_pairs(tokenizer, pairs, 256)
     assert len(groups) == len(pairs) and not any(aside.values())
     assert max(map(len, groups)) > 2 * 16, "no row is longer than the windows of tiny_config"
     model = policy(base)
-    lm_head.hidden_states_only(model)
+    token_logprobs.hidden_states_only(model)
     dpo.reference_log_probs(model, groups, 0, 4)
     return shake(model), groups
 
 
 def loss_of(model, groups, capacity=None, share=True, **more):
     model.zero_grad()
-    batch = packing.collate(groups, 0, capacity, share=share)
-    policy_logp = packing.completion_log_probs(model, batch)
+    batch = prompt_sharing.collate(groups, 0, capacity, share=share)
+    policy_logp = prompt_sharing.completion_log_probs(model, batch)
     each, rewards = dpo.pair_losses(policy_logp, batch["reference"], batch["pairs"], batch["lengths"], beta=0.1, **more)
     loss = (each * batch["weights"]).sum() / batch["weights"].sum()
     loss.backward()
@@ -80,8 +83,10 @@ def trl_trainer(base, folder, **more):
     from datasets import Dataset
     from trl import DPOConfig, DPOTrainer
 
-    tokenizer = models.load_tokenizer(base)
-    text = [{"prompt": "<bos>" + sft.prompt_text(r["prompt"]), "chosen": r["chosen"], "rejected": r["rejected"]} for r in PAIRS]
+    tokenizer = loading.load_tokenizer(base)
+    text = [
+        {"prompt": "<bos>" + training.prompt_text(r["prompt"]), "chosen": r["chosen"], "rejected": r["rejected"]} for r in PAIRS
+    ]
     given = {
         "per_device_train_batch_size": 4,
         "beta": 0.1,
@@ -94,7 +99,7 @@ def trl_trainer(base, folder, **more):
 
     torch.manual_seed(0)
     model = get_peft_model(
-        AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32), sft.lora_config(Lora(rank=2, alpha=4))
+        AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32), training.lora_config(Lora(rank=2, alpha=4))
     )
     arguments = DPOConfig(output_dir=str(folder), gradient_checkpointing=False, **given)
     return DPOTrainer(model=model, args=arguments, train_dataset=Dataset.from_list(text), processing_class=tokenizer)
@@ -128,10 +133,10 @@ def ours_trainer(base, folder, batch=4, micro=4, steps=20, weights=None, pairs=P
     values = profile.load("smoke").senior.model_copy(
         update=dict(examples=8, batch=batch, micro_batch=micro, lr=1e-3, dtype="float32")
     )
-    arguments = sft.trainer_arguments(values, 0, folder, remove_unused_columns=False, max_steps=steps, **more)
+    arguments = training.trainer_arguments(values, 0, folder, remove_unused_columns=False, max_steps=steps, **more)
     trainer = dpo.trainer_class()(
-        model=model, args=TrainingArguments(**arguments), train_dataset=made, data_collator=lambda part: packing.collate(part, 0),
-        beta=0.1, callbacks=[sft.bar_callback("dpo", lambda: trainer.step_rows)],
+        model=model, args=TrainingArguments(**arguments), train_dataset=made, data_collator=lambda part: prompt_sharing.collate(part, 0),
+        beta=0.1, callbacks=[training.bar_callback("dpo", lambda: trainer.step_rows)],
     )  # fmt: skip
     return trainer
 
@@ -169,17 +174,17 @@ def test_shared_packed_and_separate_rows_agree(family, tiny_model):
 @pytest.mark.parametrize("family", ("llama", "gemma3"))
 def test_the_block_mask_equals_the_dense_one(family, tiny_model):
     model, groups = prepared(tiny_model(family))
-    batch = packing.collate(groups, 0, 1000)
+    batch = prompt_sharing.collate(groups, 0, 1000)
     with torch.no_grad():
-        dense = packing.completion_log_probs(model, batch)
+        dense = prompt_sharing.completion_log_probs(model, batch)
         model.get_base_model().set_attn_implementation("flex_attention")
-        blocks = packing.completion_log_probs(model, batch)
+        blocks = prompt_sharing.completion_log_probs(model, batch)
     assert torch.allclose(dense, blocks, atol=1e-4)
 
 
 def test_several_pairs_of_one_prompt_cost_one_pass_and_weigh_what_they_should(tiny_model):
     base = tiny_model("llama")
-    tokenizer = models.load_tokenizer(base)
+    tokenizer = loading.load_tokenizer(base)
     texts = ["a b c", "d e", "f g h i"]
     rows = [
         {"prompt": "same", "chosen": texts[a], "rejected": texts[b], "weight": x}
@@ -190,7 +195,7 @@ def test_several_pairs_of_one_prompt_cost_one_pass_and_weigh_what_they_should(ti
     assert len(together) == 1 and len(together[0].completions) == 3 and len(apart) == 3
     assert len(together[0]) < sum(map(len, apart)) / 2
     model = policy(base)
-    lm_head.hidden_states_only(model)
+    token_logprobs.hidden_states_only(model)
     for groups in (together, apart):
         dpo.reference_log_probs(model, groups, 0, 4)
     shake(model)
@@ -211,7 +216,7 @@ def test_smoothing_and_ipo_have_their_textbook_values():
 @given(st.lists(st.integers(1, 50), min_size=1, max_size=30), st.integers(1, 120))
 @settings(deadline=None)
 def test_packing_keeps_every_group_once_and_within_the_row(sizes, capacity):
-    rows = packing.pack(sizes, capacity)
+    rows = prompt_sharing.pack(sizes, capacity)
     assert sorted(i for row in rows for i in row) == list(range(len(sizes)))
     assert all(sum(sizes[i] for i in row) <= capacity or len(row) == 1 for row in rows)
 
@@ -307,7 +312,7 @@ def test_two_processes_train_the_senior_that_one_would_and_share_the_reference(t
     in_two_processes(
         tmp_path,
         f"""
-from speed_core import dpo
+from speed_core.preference import dpo
 from speed_core.profile import Senior
 settings, folder = Senior.model_validate_json({senior.model_dump_json()!r}), Path({str(tmp_path)!r})
 dpo.train({base!r}, folder / 'junior', test_dpo.MORE[:5], settings, seed=0, output=folder / 'two', cache=folder / 'c2')
@@ -352,7 +357,7 @@ def test_gradient_checkpointing_changes_nothing_but_memory(tiny_model, tmp_path)
 def test_an_impossible_split_says_the_arithmetic(tmp_path):
     values = profile.load("smoke").senior.model_copy(update=dict(batch=8, micro_batch=3))
     with pytest.raises(UserError, match="batch 8: not micro_batch 3 x 1 devices x a whole number"):
-        sft.trainer_arguments(values, 0, tmp_path)
+        training.trainer_arguments(values, 0, tmp_path)
 
 
 def test_the_reference_is_kept_by_digest_and_recomputed_for_other_data(tiny_model, tmp_path):
@@ -414,28 +419,28 @@ def test_a_gradient_that_is_no_number_stops_before_it_reaches_the_weights(tiny_m
 
 
 def test_the_last_checkpoint_is_the_newest_that_was_written_to_its_end(tmp_path):
-    assert sft.last_checkpoint(tmp_path) is None
+    assert training.last_checkpoint(tmp_path) is None
     for step, whole in ((9, True), (10, True), (11, False)):
         (tmp_path / f"checkpoint-{step}").mkdir()
         if whole:
             (tmp_path / f"checkpoint-{step}" / "trainer_state.json").write_text("{}")
-    assert sft.last_checkpoint(tmp_path).name == "checkpoint-10"
+    assert training.last_checkpoint(tmp_path).name == "checkpoint-10"
 
 
 def test_layers_of_another_sort_are_refused(tiny_model):
     model, groups = prepared(tiny_model("gemma3"))
     model.get_base_model().config.layer_types = ["chunked_attention", "full_attention"]
     with pytest.raises(UserError, match="chunked_attention have no mask for packed rows"):
-        packing.completion_log_probs(model, packing.collate(groups, 0))
+        prompt_sharing.completion_log_probs(model, prompt_sharing.collate(groups, 0))
 
 
 def test_a_head_that_is_trained_is_refused(tiny_model):
     from peft import get_peft_model
 
-    lora = sft.lora_config(Lora(rank=2, alpha=4, targets=("q_proj", "lm_head")))
+    lora = training.lora_config(Lora(rank=2, alpha=4, targets=("q_proj", "lm_head")))
     model = get_peft_model(AutoModelForCausalLM.from_pretrained(tiny_model("llama"), dtype=torch.float32), lora)
     with pytest.raises(UserError, match="a head with weights that are trained is not supported"):
-        lm_head.hidden_states_only(model)
+        token_logprobs.hidden_states_only(model)
 
 
 def test_ipo_with_smoothing_is_refused():
@@ -445,10 +450,10 @@ def test_ipo_with_smoothing_is_refused():
 
 def test_an_architecture_that_ignores_the_mask_is_refused(tiny_model, monkeypatch):
     model, groups = prepared(tiny_model("llama"))
-    packing.verify(model, groups[0], 0)
-    monkeypatch.setattr(packing, "attention_mask", lambda config, batch: (batch["group"] >= 0).long())
+    prompt_sharing.verify(model, groups[0], 0)
+    monkeypatch.setattr(prompt_sharing, "attention_mask", lambda config, batch: (batch["group"] >= 0).long())
     with pytest.raises(UserError, match="ignores the mask or the positions"):
-        packing.verify(model, groups[0], 0)
+        prompt_sharing.verify(model, groups[0], 0)
 
 
 def junior_and_senior(base, folder, **changes):
@@ -468,7 +473,7 @@ def test_dpo_widens_the_margin_from_the_junior_as_reference(family, tiny_model, 
     assert abs(facts["history"][0]["loss"] - 0.6931) < 1e-3, "the policy does not start at the reference"
     assert facts["history"][-1]["margin"] > facts["history"][0]["margin"]
     noted = json.loads((tmp_path / "senior" / "base.json").read_text())
-    assert noted["weights"] == models.weights_id(dpo.starting_point(base, tmp_path / "junior"))
+    assert noted["weights"] == loading.weights_id(dpo.starting_point(base, tmp_path / "junior"))
 
 
 def test_the_settings_of_a_senior_reach_its_training_and_an_interrupted_one_goes_on(tiny_model, tmp_path, monkeypatch):
@@ -484,7 +489,7 @@ def test_the_settings_of_a_senior_reach_its_training_and_an_interrupted_one_goes
     assert whole["history"][0]["loss"] == pytest.approx(1.0, abs=1e-3) and len(whole["history"]) == 8
     assert whole["rows"] == 4 and whole["set_aside_rows"] == {"truncated": [1]}, "it took fewer than the four usable pairs"
     widths: list[int] = []
-    real = packing.completion_log_probs
+    real = prompt_sharing.completion_log_probs
 
     def stopped(model, batch):
         widths.append(batch["input_ids"].shape[0])
@@ -492,7 +497,7 @@ def test_the_settings_of_a_senior_reach_its_training_and_an_interrupted_one_goes
             raise KeyboardInterrupt
         return real(model, batch)
 
-    monkeypatch.setattr(packing, "completion_log_probs", stopped)
+    monkeypatch.setattr(prompt_sharing, "completion_log_probs", stopped)
     with pytest.raises(KeyboardInterrupt):
         train("again", "b")
     assert set(widths[2:]) == {1}, "row_tokens did not pack two prompts into one row"
@@ -507,7 +512,7 @@ def test_the_settings_of_a_senior_reach_its_training_and_an_interrupted_one_goes
 def test_an_impossible_split_and_too_few_pairs_are_refused_before_anything_is_computed(tiny_model, tmp_path, monkeypatch):
     base = tiny_model("llama")
     senior = junior_and_senior(base, tmp_path, batch=4)
-    monkeypatch.setattr(packing, "completion_log_probs", None)
+    monkeypatch.setattr(prompt_sharing, "completion_log_probs", None)
     train = functools.partial(dpo.train, base, tmp_path / "junior", seed=0, output=tmp_path / "senior")
     with pytest.raises(UserError, match=r"3 usable prompts among 3 pairs .* one batch needs 4; raise senior.prompts"):
         train(PAIRS[:3], senior)
@@ -531,11 +536,11 @@ def test_an_impossible_split_and_too_few_pairs_are_refused_before_anything_is_co
 )
 def test_a_row_of_another_form_is_named(row, complaint, tiny_model):
     with pytest.raises(UserError, match=complaint):
-        dpo.check_pairs(models.load_tokenizer(tiny_model("llama")), [PAIRS[0], row], 256)
+        dpo.check_pairs(loading.load_tokenizer(tiny_model("llama")), [PAIRS[0], row], 256)
 
 
 def test_unusable_pairs_are_set_aside_by_rule_and_row(tiny_model):
-    tokenizer = models.load_tokenizer(tiny_model("llama"))
+    tokenizer = loading.load_tokenizer(tiny_model("llama"))
     bad = [("a", "x", "x"), ("a", "", "x"), ("a", "x " * 300, "y"), ("a", "x", "y")]
     rows = [dict(zip(("prompt", "chosen", "rejected"), b, strict=True)) for b in bad]
     cut = [rows[3] | {"truncated": True}, rows[3] | {"rejected_status": "truncated"}]  # as a user marks it, as `judge` does
@@ -546,8 +551,8 @@ def test_unusable_pairs_are_set_aside_by_rule_and_row(tiny_model):
 
 
 def test_a_prompt_that_is_tokenised_differently_when_joined_is_set_aside(tiny_model, monkeypatch):
-    tokenizer = models.load_tokenizer(tiny_model("llama"))
-    monkeypatch.setattr(sft, "prompt_text", lambda text: text)  # without the line break the words run together
+    tokenizer = loading.load_tokenizer(tiny_model("llama"))
+    monkeypatch.setattr(training, "prompt_text", lambda text: text)  # without the line break the words run together
     pair = {"prompt": "there is some", "chosen": "thing new", "rejected": "is hot"}
     groups, aside = dpo.check_pairs(tokenizer, [pair], 64)
     assert groups == [] and aside["joins"] == [0]
@@ -558,7 +563,7 @@ def test_groups_know_their_length():
 
 
 def test_share_false_trains_where_the_mask_is_ignored(tiny_model, tmp_path, monkeypatch):
-    monkeypatch.setattr(packing, "attention_mask", lambda config, batch: (batch["group"] >= 0).long())
+    monkeypatch.setattr(prompt_sharing, "attention_mask", lambda config, batch: (batch["group"] >= 0).long())
     base = tiny_model("llama")
     refused = junior_and_senior(base, tmp_path, epochs=1)
     with pytest.raises(UserError, match="set senior.share=false"):

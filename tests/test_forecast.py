@@ -2,10 +2,10 @@
 
 import pytest
 
-from speed_core import forecast, planning
 from speed_core import profile as profiles
-from speed_core.forecast import Forecast, Row, start_seconds, work
-from speed_core.run_context import open_run
+from speed_core.study import forecast, planning
+from speed_core.study.forecast import Forecast, Row, start_seconds, work
+from speed_core.study.runs import open_run
 
 
 @pytest.fixture

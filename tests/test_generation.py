@@ -5,8 +5,11 @@ import json
 
 import pytest
 
-from speed_core import engines, generate, judge, models, prompts, records, sft
-from speed_core.artifacts import UserError, read_jsonl
+from speed_core.data import prompts, records
+from speed_core.files import UserError, read_jsonl
+from speed_core.generation import engines, generate
+from speed_core.models import loading, training
+from speed_core.preference import judge
 
 BASE = "package:gemma-3-270m"
 
@@ -17,7 +20,7 @@ def requests(n):
         prompts.synthesis(kinds[i % 2], "Home/Gardening", "Label a gardener's note by its task.", index=i, table="short")
         for i in range(n)
     ]
-    return [generate.Request(p.id, sft.prompt_text(p.text), p.kind, i) for i, p in enumerate(planned)]
+    return [generate.Request(p.id, training.prompt_text(p.text), p.kind, i) for i, p in enumerate(planned)]
 
 
 def test_transformers_answers_every_request_once_and_resumes_from_the_log(tmp_path, tiny_model):
@@ -53,7 +56,7 @@ def test_a_text_of_transformers_does_not_depend_on_its_batch(tiny_model):
 def test_vllm_runs_in_a_process_of_its_own_and_ends_with_it(tmp_path):
     engine = engines.VllmEngine(BASE, max_length=512)
     try:
-        items = [*requests(6), generate.Request("free", sft.prompt_text("Water boils at"), "", 1)]
+        items = [*requests(6), generate.Request("free", training.prompt_text("Water boils at"), "", 1)]
         entries = generate.run(
             items[:6], model=BASE, log=tmp_path / "log", decoding=generate.Decoding(max_new_tokens=96), engine=engine
         )
@@ -84,9 +87,9 @@ def test_a_vllm_that_rests_takes_other_weights_and_writes_what_a_new_one_writes(
 
     torch.manual_seed(0)
     other = LoraConfig(r=4, target_modules=["q_proj", "o_proj"], init_lora_weights=False)
-    get_peft_model(models.load_causal_lm(BASE), other).save_pretrained(tmp_path / "other")
-    base = models.resolve(BASE)
-    monkeypatch.setattr(models, "cache_dir", lambda: tmp_path / "cache")  # of the merged weights
+    get_peft_model(loading.load_causal_lm(BASE), other).save_pretrained(tmp_path / "other")
+    base = loading.resolve(BASE)
+    monkeypatch.setattr(loading, "cache_dir", lambda: tmp_path / "cache")  # of the merged weights
     monkeypatch.setattr(engines, "_Worker", Counted)
     engines.end_resting()
     # float32: a fresh engine compiles its grammars while it writes, so its batches, and the last bits in bfloat16, are others.
@@ -107,9 +110,9 @@ def test_a_vllm_that_rests_takes_other_weights_and_writes_what_a_new_one_writes(
 def test_the_cache_of_vllm_on_a_cpu_holds_all_requests_of_full_length():
     from transformers import AutoConfig
 
-    from speed_core.vllm_worker import cache_gigabytes
+    from speed_core.generation.vllm_worker import cache_gigabytes
 
-    config = AutoConfig.from_pretrained(models.resolve(BASE)).get_text_config()
+    config = AutoConfig.from_pretrained(loading.resolve(BASE)).get_text_config()
     a_token = 2 * 2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim  # keys and values, 16 bits
     assert (cache_gigabytes(config, 640, 64) - 1) * 2**30 < a_token * 640 * 64 <= cache_gigabytes(config, 640, 64) * 2**30
     assert cache_gigabytes(config, 6400, 64, dtype="float32") >= 2 * cache_gigabytes(config, 6400, 64) - 1
@@ -117,7 +120,7 @@ def test_the_cache_of_vllm_on_a_cpu_holds_all_requests_of_full_length():
 
 
 def test_fewer_texts_are_written_at_a_time_where_memory_is_short(monkeypatch):
-    from speed_core import vllm_worker
+    from speed_core.generation import vllm_worker
 
     monkeypatch.delenv("SPEED_CPU_REQUESTS", raising=False)
     for free, wanted in ((8, 64), (24, 128)):
@@ -132,13 +135,13 @@ def test_fewer_texts_are_written_at_a_time_where_memory_is_short(monkeypatch):
 
 
 def test_continuous_batching_holds_each_request_to_its_own_grammar_and_free_text_to_none(tmp_path):
-    from speed_core.continuous_engine import ContinuousEngine
+    from speed_core.generation.continuous_engine import ContinuousEngine
 
     engine = ContinuousEngine(BASE)
     items = requests(6)
     decoding = generate.Decoding(temperature=0.7, top_p=0.95, max_new_tokens=40)
     entries = generate.run(items, model=BASE, log=tmp_path / "log", decoding=decoding, engine=engine)
-    free = generate.Request("free", sft.prompt_text("Water boils at"), "", 1)
+    free = generate.Request("free", training.prompt_text("Water boils at"), "", 1)
     text = list(engine.generate([free], generate.Decoding(max_new_tokens=12, temperature=0.0, constrained=False)))[0].text
     engine.close()
     assert sum(generate.counts(entries).values()) == 6 and {e["engine"] for e in entries} == {"continuous"}

@@ -13,10 +13,9 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from speed_core.cached_loss import CachedGuidedContrastiveLoss
-from speed_core.files import UserError
-from speed_core.guide_cache import encoder_digest
-from speed_core.guided_loss import (
+from speed_core.contrastive.cached_loss import CachedGuidedContrastiveLoss
+from speed_core.contrastive.guide_cache import encoder_digest
+from speed_core.contrastive.guided_loss import (
     GuideCache,
     GuidedCollator,
     GuidedContrastiveLoss,
@@ -24,6 +23,7 @@ from speed_core.guided_loss import (
     guided_contrastive_loss,
     unguided_contrastive_loss,
 )
+from speed_core.files import UserError
 
 WORDS = "a b c d e f g h red blue green cat dog bird runs sleeps eats who what where is the on under tree house".split()
 
@@ -179,7 +179,7 @@ def test_extreme_guide_rows_of_another_type_are_no_zero_rows_either():
 
 
 def test_ordinary_rows_keep_their_values_to_the_last_bit():
-    from speed_core.loss_plan import unit_rows
+    from speed_core.contrastive.loss_inputs import unit_rows
 
     x = torch.randn(64, 384, generator=torch.Generator().manual_seed(0))
     x[3] = 0

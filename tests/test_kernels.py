@@ -8,9 +8,9 @@ import pytest
 import torch
 import triton  # noqa: F401  without it both sides would be the same path
 
-from speed_core import guided_loss
-from speed_core.guided_loss import guided_contrastive_loss, unguided_contrastive_loss
-from speed_core.kernels.guided_loss import part_width
+from speed_core.contrastive import guided_loss
+from speed_core.contrastive.guided_loss import guided_contrastive_loss, unguided_contrastive_loss
+from speed_core.contrastive.triton_kernels import part_width
 
 
 def both(monkeypatch, columns, guide, dtype=torch.float32, **settings):

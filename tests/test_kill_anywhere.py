@@ -12,8 +12,10 @@ from collections import Counter
 import pytest
 from tqdm import tqdm
 
-from speed_core import artifacts, engines, generate
-from speed_core.artifacts import Store, read_jsonl, write_jsonl
+from speed_core import files
+from speed_core.files import read_jsonl, write_jsonl
+from speed_core.generation import engines, generate
+from speed_core.store.artifacts import Store
 
 REQUESTS = [generate.Request(f"r{i:03}", f"prompt {i} with \u2028 and \u00e9", "sts", i) for i in range(40)]
 DECODING = generate.Decoding(max_new_tokens=50)
@@ -60,7 +62,7 @@ def work(folder, slow):
 
 def stretch():
     """Make every short moment long enough to be hit: halves of a line, and the time around each rename."""
-    replace, append = os.replace, artifacts.AppendLog.append
+    replace, append = os.replace, files.AppendLog.append
 
     def slow_replace(a, b):
         time.sleep(0.003)
@@ -75,7 +77,7 @@ def stretch():
         self._file.write(line[half:])
         self.entries[entry["id"]] = dict(entry)
 
-    os.replace, artifacts.AppendLog.append = slow_replace, torn_append
+    os.replace, files.AppendLog.append = slow_replace, torn_append
     assert append is not torn_append
 
 

@@ -5,8 +5,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from speed_core import curate, minhash
-from speed_core.artifacts import UserError
+from speed_core.data import curate, minhash
+from speed_core.files import UserError
 from speed_core.profile import Curate
 
 AT = {"threshold": 0.7, "permutations": 128, "shingle": 3}
@@ -136,7 +136,7 @@ def test_texts_that_differ_in_signs_alone_are_no_duplicates(one, other):
 def test_a_letter_is_the_same_however_its_accent_is_encoded():
     import unicodedata
 
-    from speed_core import curate
+    from speed_core.data import curate
 
     one, other = (
         unicodedata.normalize(form, "une tr\u00e8s belle \u00e9t\u00e9 \u00e0 la c\u00f4te de la mer") for form in ("NFC", "NFD")

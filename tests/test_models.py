@@ -3,26 +3,26 @@
 import pytest
 import torch
 
-from speed_core import models
-from speed_core.artifacts import UserError
+from speed_core.files import UserError
+from speed_core.models import loading
 
 
 def test_a_package_with_other_bytes_is_refused_by_its_digest(tmp_path, monkeypatch):
     chunk = tmp_path / "package" / "data" / "chunk"
     chunk.parent.mkdir(parents=True)
     chunk.write_bytes(b"x" * (2 << 20))
-    monkeypatch.setattr(models, "package_folder", lambda name: tmp_path / "package")
+    monkeypatch.setattr(loading, "package_folder", lambda name: tmp_path / "package")
     monkeypatch.setenv("SPEED_CACHE", str(tmp_path / "cache"))
     with pytest.raises(UserError, match="reinstall the packages") as error:
-        models.resolve("package:gemma-3-270m")
+        loading.resolve("package:gemma-3-270m")
     assert "\n" not in str(error.value)
     assert not list((tmp_path / "cache").glob("gemma-3-270m-*/complete.json"))
 
 
 def test_the_prompt_begins_with_bos_exactly_once(tokenizer_folder):
-    tokenizer = models.load_tokenizer(tokenizer_folder)
+    tokenizer = loading.load_tokenizer(tokenizer_folder)
     for text in ("hello", "<bos>hello", "<bos><bos>hello"):
-        ids = models.encode_prompt(tokenizer, text)
+        ids = loading.encode_prompt(tokenizer, text)
         assert ids[0] == tokenizer.bos_token_id and ids.count(tokenizer.bos_token_id) == 1
 
 
@@ -31,8 +31,8 @@ def test_the_converted_weights_are_bfloat16_and_know_a_fact(tokenizer_folder):
 
     with safe_open(f"{tokenizer_folder}/model.safetensors", "pt") as weights:
         assert {weights.get_slice(name).get_dtype() for name in weights.keys()} == {"BF16"}
-    model, tokenizer = models.load_causal_lm(tokenizer_folder), models.load_tokenizer(tokenizer_folder)
-    ids = torch.tensor([models.encode_prompt(tokenizer, "Water boils at")])
+    model, tokenizer = loading.load_causal_lm(tokenizer_folder), loading.load_tokenizer(tokenizer_folder)
+    ids = torch.tensor([loading.encode_prompt(tokenizer, "Water boils at")])
     assert "100" in tokenizer.decode(model.generate(ids, max_new_tokens=6, do_sample=False)[0])
 
 
@@ -40,45 +40,45 @@ def test_two_folders_with_other_weights_have_other_ids(tmp_path):
     for name in ("a", "b"):
         (tmp_path / name).mkdir()
         (tmp_path / name / "model.safetensors").write_bytes(name.encode())
-    assert models.weights_id(tmp_path / "a") != models.weights_id(tmp_path / "b")
-    assert models.weights_id("org/model") == "org/model"
+    assert loading.weights_id(tmp_path / "a") != loading.weights_id(tmp_path / "b")
+    assert loading.weights_id("org/model") == "org/model"
 
 
 def test_a_folder_that_is_no_adapter_is_refused(tmp_path):
     with pytest.raises(UserError, match="adapter_config.json"):
-        models.check_adapter(tmp_path, "package:gemma-3-270m")
+        loading.check_adapter(tmp_path, "package:gemma-3-270m")
 
 
 def test_a_shallow_encoder_keeps_the_first_layers_and_refuses_more_than_there_are():
     from sentence_transformers import SentenceTransformer
 
-    folder = models.shallow_encoder("package:all-MiniLM-L6-v2", 1)
-    cut, whole = SentenceTransformer(str(folder), device="cpu"), SentenceTransformer(models.resolve("package:all-MiniLM-L6-v2"))
+    folder = loading.shallow_encoder("package:all-MiniLM-L6-v2", 1)
+    cut, whole = SentenceTransformer(str(folder), device="cpu"), SentenceTransformer(loading.resolve("package:all-MiniLM-L6-v2"))
     assert len(cut[0].model.encoder.layer) == 1 and len(whole[0].model.encoder.layer) == 6
     first, also = cut[0].model.encoder.layer[0].state_dict(), whole[0].model.encoder.layer[0].state_dict()
     assert all(torch.equal(first[k], also[k].to(first[k].device)) for k in first)
     with pytest.raises(UserError, match="has 6 layers, cannot keep 7"):
-        models.shallow_encoder("package:all-MiniLM-L6-v2", 7)
+        loading.shallow_encoder("package:all-MiniLM-L6-v2", 7)
 
 
 @pytest.mark.parametrize("family", ["gemma3", "llama"])
 def test_a_model_name_with_a_slice_is_that_model_cut_to_its_first_layers(tiny_model, family, tmp_path, monkeypatch):
     monkeypatch.setenv("SPEED_CACHE", str(tmp_path))
-    whole, cut = (models.load_causal_lm(tiny_model(family) + end, dtype="float32") for end in ("", "[:1]"))
+    whole, cut = (loading.load_causal_lm(tiny_model(family) + end, dtype="float32") for end in ("", "[:1]"))
     ids = torch.tensor([[2, 17, 230, 4051]])
     with torch.inference_mode():
         # hidden_states[-1] is normalised already, [1] is what the first layer hands on.
         expected = whole.model.norm(whole.model(ids, output_hidden_states=True).hidden_states[1])
         assert torch.allclose(cut.model(ids).last_hidden_state, expected.to(torch.float32), atol=2e-2)
-    assert models.weights_id(models.resolve(tiny_model(family) + "[:1]")) != models.weights_id(tiny_model(family))
+    assert loading.weights_id(loading.resolve(tiny_model(family) + "[:1]")) != loading.weights_id(tiny_model(family))
     with pytest.raises(UserError, match="has 2 layers, cannot keep 3"):
-        models.resolve(tiny_model(family) + "[:3]")
+        loading.resolve(tiny_model(family) + "[:3]")
 
 
 @pytest.mark.parametrize("family", ["gemma3", "llama"])
 def test_a_prepacked_model_has_the_same_logits(tiny_model, family):
     ids = torch.tensor([[2, 17, 230, 4051], [2, 9, 9, 9]])
     with torch.inference_mode():
-        expected = models.load_causal_lm(tiny_model(family), dtype="float32")(ids).logits
-        found = models.prepack(models.load_causal_lm(tiny_model(family), dtype="float32"))(ids).logits
+        expected = loading.load_causal_lm(tiny_model(family), dtype="float32")(ids).logits
+        found = loading.prepack(loading.load_causal_lm(tiny_model(family), dtype="float32"))(ids).logits
     assert torch.allclose(found, expected, atol=1e-5)

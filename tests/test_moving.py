@@ -5,9 +5,10 @@ import sys
 
 import pytest
 
-from speed_core import moving, replay
-from speed_core.artifacts import UserError
-from speed_core.run_context import ROOT, open_run
+from speed_core.files import UserError
+from speed_core.runner import replay, run_archive
+from speed_core.store.run_context import ROOT
+from speed_core.study.runs import open_run
 
 
 def train(run, name, parents, data=b"weights"):
@@ -39,8 +40,8 @@ def archive(tmp_path, monkeypatch):
     (point.folder / "times.jsonl").write_text("{}\n")
     run.log("seeds").parent.mkdir()
     run.log("seeds").write_text('{"id": "a"}\n')
-    moving.export(run, tmp_path / "whole.tar.gz", weights=False)
-    moving.export(run, tmp_path / "heavy.tar.gz")
+    run_archive.export(run, tmp_path / "whole.tar.gz", weights=False)
+    run_archive.export(run, tmp_path / "heavy.tar.gz")
     monkeypatch.setenv("SPEED_RUNS", str(tmp_path / "here"))
     return tmp_path / "whole.tar.gz"
 
@@ -73,7 +74,7 @@ def test_a_model_is_left_behind_whole_when_a_stage_still_has_to_read_it_or_its_c
     with run.store.stage("revisor", {"seed": 1}, [seeds]) as draft:  # again, and what was made of the first is still there
         draft.file("adapter_model.safetensors").write_bytes(b"others")
     assert run.store.made("revised").manifest["parents"] == {"revisor": revisor.digest}
-    moving.export(run, tmp_path / "a.tar.gz", weights=False)
+    run_archive.export(run, tmp_path / "a.tar.gz", weights=False)
     monkeypatch.setenv("SPEED_RUNS", str(tmp_path / "here"))
     here, _ = replay.take_in(tmp_path / "a.tar.gz", open_run)
     assert here.store.made("revisor") is None and here.store.made("revised") is not None
@@ -107,7 +108,7 @@ def test_whoever_needs_the_weights_is_told_in_one_line_and_the_same_weights_leav
 
 def test_the_same_run_gives_the_same_archive_again_also_from_where_it_was_taken_in(archive, tmp_path):
     run, _ = replay.take_in(archive, open_run)
-    moving.export(run, tmp_path / "again.tar.gz", weights=False)
+    run_archive.export(run, tmp_path / "again.tar.gz", weights=False)
     assert (tmp_path / "again.tar.gz").read_bytes() == archive.read_bytes()
 
 

@@ -11,11 +11,14 @@ from pathlib import Path
 import nbformat
 import pytest
 
-from speed_core import claims, classroom, exercises, plots, readings, replay, run
-from speed_core.artifacts import file_digest
+from speed_core.files import file_digest
+from speed_core.plots import provenance
+from speed_core.runner import notebook, replay
+from speed_core.study import claims
+from speed_core.teaching import captions, classroom, exercises
 
 ROOT = Path(__file__).resolve().parent.parent
-NOTEBOOKS = run.notebooks(ROOT / "notebooks")
+NOTEBOOKS = notebook.notebooks(ROOT / "notebooks")
 
 
 def test_there_are_thirteen_in_order():
@@ -27,7 +30,7 @@ def test_a_committed_notebook_is_clean_and_keeps_the_grammar(path):
     nb = nbformat.read(path, 4)
     code = [c for c in nb.cells if c.cell_type == "code"]
     assert not any(c.outputs or c.execution_count for c in code), "outputs are not committed"
-    assert set(run.parameters_of(path)) == {"profile", "seed", "overrides"}
+    assert set(notebook.parameters_of(path)) == {"profile", "seed", "overrides"}
     assert sum(c.cell_type == "markdown" for c in nb.cells) >= len(code), "each cell has a sentence"
     text = "\n".join(c.source for c in nb.cells)
     assert nb.cells[0].source.startswith(f"# {path.stem[:2]} - ")
@@ -41,11 +44,11 @@ def test_each_recorded_figure_is_read_in_a_sentence_of_its_own_numbers():
     seen = []
     for path in NOTEBOOKS:
         for cell in nbformat.read(path, 4).cells:
-            if cell.cell_type == "markdown" and (found := readings.PICTURE.search(cell.source)):
+            if cell.cell_type == "markdown" and (found := captions.PICTURE.search(cell.source)):
                 seen.append(found[1])
-                assert cell.source.startswith(readings.LEADS), f"{path.stem}: {found[1]} is not said to be recorded"
-                assert readings.under_pictures(cell.source, ROOT / "figures") == cell.source, "run `python -m speed_core record`"
-    assert sorted(seen) == sorted(readings.READINGS)
+                assert cell.source.startswith(captions.LEADS), f"{path.stem}: {found[1]} is not said to be recorded"
+                assert captions.under_pictures(cell.source, ROOT / "figures") == cell.source, "run `python -m speed_core record`"
+    assert sorted(seen) == sorted(captions.READINGS)
 
 
 def digests(folder):
@@ -75,7 +78,7 @@ def alone(tmp_path_factory):
         with pytest.MonkeyPatch.context() as patch:
             patch.setenv("SPEED_RUNS", str(own))
             patch.setenv("SPEED_SHIPPED", str(runs))
-            (report,) = run.run_all("smoke", only=[path.stem[:2]])
+            (report,) = notebook.run_all("smoke", only=[path.stem[:2]])
         made = {p.parent.name for p in (own / "smoke" / "artifacts").glob("*/manifest.json")}
         done[path.stem] = report, made, digests(runs / "smoke" / "artifacts") == before
         gather(own / "smoke", runs / "smoke")
@@ -99,7 +102,7 @@ def smoke(request, tmp_path_factory):
         else:
             runs = tmp_path_factory.mktemp("in-order")
             patch.setenv("SPEED_RUNS", str(runs))
-            yield runs, run.run_all("smoke")
+            yield runs, notebook.run_all("smoke")
 
 
 on_alone = pytest.mark.parametrize("smoke", [ALONE], indirect=True)  # of tests that execute notebooks again
@@ -133,7 +136,7 @@ def test_every_notebook_runs_at_the_smoke_size(smoke):
     runs, reports = smoke
     assert [r.status for r in reports] == ["ok"] * 13, [r for r in reports if r.status != "ok"]
     folder = runs / "smoke" / "figures"
-    assert plots.check(folder, runs) == [] and len(list(folder.glob("*.svg"))) >= 15
+    assert provenance.check(folder, runs) == [] and len(list(folder.glob("*.svg"))) >= 15
     with (folder / "12_claims.csv").open() as f:
         rows = list(csv.DictReader(f))
     assert len(rows) == len(claims.CLAIMS) and all(r["verdict"] for r in rows)
@@ -183,7 +186,7 @@ def test_an_unsolved_copy_runs_to_its_end_and_says_what_is_missing(smoke, tmp_pa
     monkeypatch.setenv("SPEED_RUNS", str(runs))
     for path in classroom.write(tmp_path / "classroom"):
         if path.stem[:2] in ("01", "02", "12"):  # the light ones; tests/test_classroom.py has the stubs of all
-            report = run.execute(path, tmp_path / "done" / path.name, {"profile": "smoke"}, show=False)
+            report = notebook.execute(path, tmp_path / "done" / path.name, {"profile": "smoke"}, show=False)
             assert report.status == "ok", report.detail
             lines = said(tmp_path / "done" / path.name)
             assert len(lines) == 2 and all("not yet - " in line and exercises.UNANSWERED in line for line in lines)
@@ -193,13 +196,13 @@ def test_an_unsolved_copy_runs_to_its_end_and_says_what_is_missing(smoke, tmp_pa
 def test_a_second_run_finds_every_artifact_current_and_makes_nothing_again(smoke):
     runs, _ = smoke
     before = {p: p.stat().st_mtime for p in (runs / "smoke" / "artifacts").glob("*/manifest.json")}
-    assert all(r.status == "ok" for r in run.run_all("smoke", only=["02", "03", "06", "09"]))
+    assert all(r.status == "ok" for r in notebook.run_all("smoke", only=["02", "03", "06", "09"]))
     assert len(before) > 20 and before == {p: p.stat().st_mtime for p in before}
 
 
 def test_the_plan_names_exactly_the_stages_that_a_run_makes_and_why_they_would_run_again(smoke):
-    from speed_core import planning
-    from speed_core.run_context import open_run
+    from speed_core.study import planning
+    from speed_core.study.runs import open_run
 
     runs, _ = smoke
     found = planning.steps(open_run("smoke"))
@@ -217,29 +220,29 @@ def test_the_plan_names_exactly_the_stages_that_a_run_makes_and_why_they_would_r
 def test_a_point_of_a_sweep_is_read_once_it_was_run_and_compared_with_the_runs_own(smoke, monkeypatch):
     import dataclasses
 
-    from speed_core import study, sweep
-    from speed_core.run_context import open_run
+    from speed_core.runner import paper_sweeps, sweep
+    from speed_core.study.runs import open_run
 
     runs, _ = smoke
     monkeypatch.setenv("SPEED_RUNS", str(runs))
-    one = dataclasses.replace(study.SWEEPS[0], values=(1.0,))
+    one = dataclasses.replace(paper_sweeps.SWEEPS[0], values=(1.0,))
     here = open_run("smoke")
-    assert list(study.collect(here, one)[0]) == [0.7]
-    assert [code for _, code in sweep.run_points("smoke", [study.point(here, one, 1.0)], only=one.notebooks)] == [0]
+    assert list(paper_sweeps.collect(here, one)[0]) == [0.7]
+    assert [code for _, code in sweep.run_points("smoke", [paper_sweeps.point(here, one, 1.0)], only=one.notebooks)] == [0]
     made = {p.parent.name for p in (runs / "smoke" / "variants").glob("*/artifacts/*/manifest.json")}
     assert {"raw-junior", "synthetic-jr", "embedder-jr-0", "scores-jr-0"} <= made and not any("sr" in m for m in made)
-    found, inputs = study.collect(here, one)
+    found, inputs = paper_sweeps.collect(here, one)
     assert sorted(found) == [0.7, 1.0] and len(inputs) == 2
-    rows = study.rows(here, one, found)
-    assert [r["value"] for r in rows if r["own"]] == [0] and study.estimate(one, found) is None
+    rows = paper_sweeps.rows(here, one, found)
+    assert [r["value"] for r in rows if r["own"]] == [0] and paper_sweeps.estimate(one, found) is None
     own = [r["records"] for r in rows if r["own"]]
     assert own == [here.store.need("embedder-jr-0").json("training.json")["rows"]] and all(r["records"] for r in rows)
-    assert study.estimate(one, {1: found[0.7], 2: found[1.0], 3: found[0.7]})["value"] == pytest.approx(rows[1]["value"])
+    assert paper_sweeps.estimate(one, {1: found[0.7], 2: found[1.0], 3: found[0.7]})["value"] == pytest.approx(rows[1]["value"])
 
 
 def test_the_plan_of_other_prompts_names_what_would_be_asked_again(smoke, monkeypatch):
-    from speed_core import planning
-    from speed_core.run_context import open_run
+    from speed_core.study import planning
+    from speed_core.study.runs import open_run
 
     monkeypatch.setenv("SPEED_RUNS", str(smoke[0]))
     reasons = {s.name: s.reason for s in planning.steps(open_run("smoke", {"topics.tasks_per_topic": 2}))}
@@ -263,11 +266,11 @@ def test_data_sets_and_figures_are_rebuilt_elsewhere_from_the_log_alone_without_
 
 def test_a_touched_figure_is_found(tmp_path):
     (tmp_path / "a.svg").write_text("x")
-    assert "no .csv" in plots.check(tmp_path)[0]
+    assert "no .csv" in provenance.check(tmp_path)[0]
 
 
 def test_committed_figures_agree_with_their_records():
-    assert plots.check(ROOT / "figures") == []
+    assert provenance.check(ROOT / "figures") == []
 
 
 def test_a_verdict_follows_from_its_interval():

@@ -5,8 +5,8 @@ import json
 import numpy as np
 import pytest
 
-from speed_core import own_tasks
-from speed_core.artifacts import UserError
+from speed_core.files import UserError
+from speed_core.runner import own_tasks
 
 
 def write(path, rows):
@@ -32,7 +32,7 @@ def test_each_shape_becomes_a_task_and_a_perfect_model_scores_one_hundred(tmp_pa
 
 
 def test_a_score_and_its_items_read_the_same_query_whatever_spaces_stand_around_it(tmp_path):
-    from speed_core import evaluate
+    from speed_core.evaluation import evaluate
 
     rows = [r | {"query": f" {r['query']} \n"} for r in some_rows()[:12]]
     encoder = evaluate.load("package:all-MiniLM-L6-v2", "m", instructed=True, max_length=64)

@@ -3,9 +3,11 @@
 import pytest
 import torch
 
-from speed_core import forecast, machine, planning, preflight
+from speed_core import machine
 from speed_core import profile as profiles
-from speed_core.run_context import open_run
+from speed_core.runner import preflight
+from speed_core.study import forecast, planning
+from speed_core.study.runs import open_run
 
 ENTRY = {"device": "cpu", "cpu": "some processor", "cores": 2, "date": "2026-01-01", "compute_type": "float32"}
 ENTRY |= {"layer_seconds": 0.1, "other": {"00": 40.0, "03": 60.0}, "artifacts": {"junior": [600.0, 1, 1, None, []]}}

@@ -4,7 +4,7 @@ from pathlib import Path
 import pytest
 
 from speed_core import profile
-from speed_core.artifacts import UserError
+from speed_core.files import UserError
 
 ROOT = Path(__file__).resolve().parent.parent
 

@@ -7,8 +7,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from speed_core import judge, prompts, records, tasks, teacher
-from speed_core.artifacts import UserError
+from speed_core.data import prompts, records, tasks, teacher
+from speed_core.files import UserError
+from speed_core.preference import judge
 
 TABLE = {(r["kind"], r["topic"]): json.loads(r["answer"]) for r in teacher.recorded_rows("tasks")}
 TOPICS = [prompts.truncate_topic(t) for t in prompts.load_topics()]
@@ -32,7 +33,7 @@ def test_prompts_do_not_depend_on_global_randomness_or_order():
 
 
 def test_prompts_are_byte_equal_in_another_process():
-    code = "from speed_core import prompts as p; print(p.synthesis('retrieval', 'A/B', 'Find it.', index=3).digest)"
+    code = "from speed_core.data import prompts as p; print(p.synthesis('retrieval', 'A/B', 'Find it.', index=3).digest)"
     other = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip()
     assert other == prompts.synthesis("retrieval", "A/B", "Find it.", index=3).digest
 

@@ -7,9 +7,11 @@ from pathlib import Path
 
 import pytest
 
-from speed_core import claims, plots, provenance, study
-from speed_core.artifacts import UserError, write_json
-from speed_core.run_context import open_run
+from speed_core.files import UserError, write_json
+from speed_core.plots import drawing, provenance
+from speed_core.runner import paper_sweeps
+from speed_core.study import claims
+from speed_core.study.runs import open_run
 
 ROOT = Path(__file__).resolve().parent.parent
 ROWS = [{"label": "Sr", "value": 0.5, "low": 0.1, "high": 0.9}, {"label": "Sr + Re", "value": 0.7, "low": 0.2, "high": 1.1}]
@@ -32,7 +34,7 @@ def chain(run, seeds=1, embedder=1, scores=1):
 
 
 def draw(run, rows=ROWS):
-    plots.rates(run, "10_table2", rows, [run.store.need("scores-jr")], "Difference", "points", paper={"Sr": 0.3}, line=0)
+    drawing.rates(run, "10_table2", rows, [run.store.need("scores-jr")], "Difference", "points", paper={"Sr": 0.3}, line=0)
     return run.figures
 
 
@@ -70,20 +72,20 @@ def test_drawing_the_same_numbers_again_changes_no_byte_not_even_the_date(drawn)
 def test_an_input_that_moved_is_named_with_what_made_it_move(drawn):
     run, folder, runs = drawn
     chain(run, embedder=2)
-    (line,) = plots.check(folder, runs)
+    (line,) = provenance.check(folder, runs)
     assert line.startswith("10_table2: stale, input scores-jr moved (") and line.endswith("because embedder-jr moved")
     chain(run, seeds=2)
-    (line,) = plots.check(folder, runs)
+    (line,) = provenance.check(folder, runs)
     assert line.endswith("because seeds -> embedder-jr moved")
     draw(run)
-    assert plots.check(folder, runs) == []
+    assert provenance.check(folder, runs) == []
 
 
 def test_an_input_remade_with_the_same_contents_has_not_moved(drawn):
     run, folder, runs = drawn
     with run.store.stage("scores-jr", {"other": "settings"}, [run.store.need("embedder-jr")]) as draft:
         write_json(draft.file("data.json"), [1, 1, 1])
-    assert plots.check(folder, runs) == []
+    assert provenance.check(folder, runs) == []
 
 
 def test_a_figure_of_a_benchmark_is_stale_when_its_file_was_written_again(drawn, monkeypatch):
@@ -92,7 +94,7 @@ def test_a_figure_of_a_benchmark_is_stale_when_its_file_was_written_again(drawn,
     row = {"method": "ours", "batch": 64, "status": "ok", "seconds": 0.1, "peak_mb": 2.0}
     write_json(file, {"rows": [row], "machine": {"cpu": "a CPU"}, "written": "2026-01-01"})
     monkeypatch.setattr(provenance, "ROOT", runs)
-    plots.loss_cost(run, "07_loss_cost", file)
+    drawing.loss_cost(run, "07_loss_cost", file)
     assert provenance.check(folder) == []
     write_json(file, {"rows": [row | {"seconds": 0.2}], "machine": {"cpu": "a CPU"}, "written": "2026-01-02"})
     assert provenance.check(folder) == ["07_loss_cost: stale, results/loss.json moved since it was drawn; run its notebook again"]
@@ -101,21 +103,21 @@ def test_a_figure_of_a_benchmark_is_stale_when_its_file_was_written_again(drawn,
 def test_something_upstream_made_again_makes_a_figure_stale_though_its_input_is_the_same(drawn):
     run, folder, runs = drawn
     make(run, "seeds", 2)
-    (line,) = plots.check(folder, runs)
+    (line,) = provenance.check(folder, runs)
     assert "stale, input scores-jr is of an earlier seeds by way of embedder-jr: seeds moved (" in line
     make(run, "embedder-jr", [2, 1], ["seeds"], seed=7)
-    (line,) = plots.check(folder, runs)
+    (line,) = provenance.check(folder, runs)
     assert "input scores-jr is of an earlier embedder-jr: embedder-jr moved" in line
 
 
 def test_bytes_changed_behind_a_manifest_are_found_by_a_deep_check(drawn):
     run, folder, runs = drawn
     (run.store.root / "embedder-jr" / "data.json").write_text("[0]")
-    assert plots.check(folder, runs) == []
-    (line,) = plots.check(folder, runs, deep=True)
+    assert provenance.check(folder, runs) == []
+    (line,) = provenance.check(folder, runs, deep=True)
     assert "input scores-jr is of an earlier embedder-jr" in line
     (run.store.root / "scores-jr" / "data.json").write_text("[0]")
-    (line,) = plots.check(folder, runs, deep=True)
+    (line,) = provenance.check(folder, runs, deep=True)
     assert line.endswith("because its data.json was changed by hand")
 
 
@@ -133,7 +135,7 @@ def test_bytes_changed_behind_a_manifest_are_found_by_a_deep_check(drawn):
 def test_an_edited_or_missing_file_is_named(drawn, touch, says):
     _, folder, runs = drawn
     touch(folder)
-    (line,) = plots.check(folder, runs)
+    (line,) = provenance.check(folder, runs)
     assert line.startswith(says)
 
 
@@ -153,11 +155,11 @@ def test_a_point_of_a_sweep_is_checked_against_its_own_artifacts_and_those_of_it
     point = open_run("smoke")
     make(point, "scores-jr", "of the point", ["embedder-jr"])
     folder = draw(point)
-    assert folder == runs / "smoke" / "variants" / "lr=2" / "figures" and plots.check(folder, runs) == []
+    assert folder == runs / "smoke" / "variants" / "lr=2" / "figures" and provenance.check(folder, runs) == []
     make(run, "scores-jr", "the base has another", ["embedder-jr"])
-    assert plots.check(folder, runs) == []
+    assert provenance.check(folder, runs) == []
     make(run, "embedder-jr", "moved", ["seeds"])
-    assert "input scores-jr is of an earlier embedder-jr" in plots.check(folder, runs)[0]
+    assert "input scores-jr is of an earlier embedder-jr" in provenance.check(folder, runs)[0]
 
 
 def test_a_figure_over_several_points_keeps_their_inputs_apart(drawn, monkeypatch):
@@ -169,47 +171,49 @@ def test_a_figure_over_several_points_keeps_their_inputs_apart(drawn, monkeypatc
         make(points[-1], "embedder-jr", value, ["seeds"], seed=value)
         make(points[-1], "scores-jr", value, ["embedder-jr"])
     inputs = [run.store.need("scores-jr"), *(p.store.need("scores-jr") for p in points)]
-    plots.rates(run, "10_sweeps", ROWS, inputs, "Sweep", "points")
+    drawing.rates(run, "10_sweeps", ROWS, inputs, "Sweep", "points")
     said = json.loads((run.figures / "10_sweeps.json").read_text())
     assert list(said["inputs"]) == ["scores-jr", "variants/lr=1/scores-jr", "variants/lr=2/scores-jr"]
-    assert said["seeds"] == [1, 2, 7] and plots.check(run.figures, runs) == plots.check(run.figures, runs, deep=True) == []
+    assert (
+        said["seeds"] == [1, 2, 7] and provenance.check(run.figures, runs) == provenance.check(run.figures, runs, deep=True) == []
+    )
     make(points[1], "embedder-jr", 3, ["seeds"], seed=2)
-    (line,) = plots.check(run.figures, runs)
+    (line,) = provenance.check(run.figures, runs)
     assert "input variants/lr=2/scores-jr is of an earlier variants/lr=2/embedder-jr: " in line
     make(points[1], "scores-jr", 3, ["embedder-jr"])
-    (line,) = plots.check(run.figures, runs)
+    (line,) = provenance.check(run.figures, runs)
     assert "input variants/lr=2/scores-jr moved (" in line and line.endswith("because variants/lr=2/embedder-jr moved")
 
 
 def test_a_verdict_on_a_sweep_is_stale_when_a_point_of_the_sweep_moves(drawn, monkeypatch):
     run, _, runs = drawn
-    sweep = next(s for s in study.SWEEPS if s.label == "temperature")
-    points = [study.at_value(run, sweep, value) for value in (0.3, 1.0)]
+    sweep = next(s for s in paper_sweeps.SWEEPS if s.label == "temperature")
+    points = [paper_sweeps.at_value(run, sweep, value) for value in (0.3, 1.0)]
     for point in points:
         make(point, "scores-jr", point.folder.name, ["embedder-jr"])
     used = [run.store.need("scores-jr"), *(p.store.need("scores-jr") for p in points)]
-    made = study.write(run, {"S12": {"value": 1.0}}, used)
+    made = paper_sweeps.write(run, {"S12": {"value": 1.0}}, used)
     assert list(made.manifest["parents"]) == ["scores-jr", *(f"variants/{p.folder.name}/scores-jr" for p in points)]
-    assert study.write(run, {"S12": {"value": 1.0}}, used).manifest["written"] == made.manifest["written"]
-    plots.rates(run, "12_map", ROWS, [made], "Verdicts", "points")
-    assert plots.check(run.figures, runs) == []
+    assert paper_sweeps.write(run, {"S12": {"value": 1.0}}, used).manifest["written"] == made.manifest["written"]
+    drawing.rates(run, "12_map", ROWS, [made], "Verdicts", "points")
+    assert provenance.check(run.figures, runs) == []
     make(points[1], "scores-jr", "moved", ["embedder-jr"])
-    (line,) = plots.check(run.figures, runs)
+    (line,) = provenance.check(run.figures, runs)
     assert line.startswith(f"12_map: stale, input study is of an earlier variants/{points[1].folder.name}/scores-jr: ")
 
 
 def test_a_table_of_claims_that_is_not_the_plotted_one_is_found(drawn):
     run, folder, runs = drawn
     rows = claims.build({}, {}, {})
-    plots.verdicts(run, "12_claims", rows, [])
-    assert plots.check(folder) == ["claims.csv: not beside 12_claims.csv; run notebook 12 again"]
+    drawing.verdicts(run, "12_claims", rows, [])
+    assert provenance.check(folder) == ["claims.csv: not beside 12_claims.csv; run notebook 12 again"]
     claims.write(folder / "claims.csv", rows)
-    assert plots.check(folder) == []
+    assert provenance.check(folder) == []
     text = (folder / "claims.csv").read_text()
     (folder / "claims.csv").write_text(text.replace("S3,", "S3,all of it, ", 1))
-    assert plots.check(folder) == ["claims.csv: S3 not as in 12_claims.csv; run notebook 12 again"]
+    assert provenance.check(folder) == ["claims.csv: S3 not as in 12_claims.csv; run notebook 12 again"]
     (folder / "claims.csv").write_text("\n".join(text.splitlines()[:-1]) + "\n")
-    assert plots.check(folder) == ["claims.csv: G9 not as in 12_claims.csv; run notebook 12 again"]
+    assert provenance.check(folder) == ["claims.csv: G9 not as in 12_claims.csv; run notebook 12 again"]
 
 
 def test_the_command_ends_with_one_on_a_problem_and_two_on_a_folder_that_is_none(drawn):
@@ -225,6 +229,6 @@ def test_the_command_ends_with_one_on_a_problem_and_two_on_a_folder_that_is_none
 def test_nothing_to_plot_and_a_score_without_interval_are_refused(drawn):
     run, _, _ = drawn
     with pytest.raises(UserError, match="nothing to plot"):
-        plots.curves(run, "empty", {"a": []}, ["loss"], [], "")
+        drawing.curves(run, "empty", {"a": []}, ["loss"], [], "")
     with pytest.raises(UserError, match="without an interval"):
-        plots.rates(run, "bare", [{"label": "a", "value": 1}], [], "", "")
+        drawing.rates(run, "bare", [{"label": "a", "value": 1}], [], "", "")

@@ -9,10 +9,13 @@ from collections import Counter
 import pytest
 import ray
 
-from speed_core import engines, generate, pipeline, profile, prompts, ray_engine
-from speed_core.artifacts import UserError, read_jsonl
-from speed_core.ray_engine import RayEngine
-from speed_core.run_context import open_run
+from speed_core import profile
+from speed_core.data import prompts
+from speed_core.files import UserError, read_jsonl
+from speed_core.generation import engines, generate, ray_engine
+from speed_core.generation.ray_engine import RayEngine
+from speed_core.study import generation_stages
+from speed_core.study.runs import open_run
 
 pytestmark = pytest.mark.slow
 
@@ -74,7 +77,7 @@ def test_two_workers_of_which_one_is_killed_make_the_artifact_of_one_process(tmp
     for name, chosen in (("process", values), ("ray", over)):
         monkeypatch.setenv("SPEED_RUNS", str(tmp_path / name))
         run = open_run("smoke", chosen)
-        made.append(pipeline.sample(run, "raw", planned, "base"))
+        made.append(generation_stages.sample(run, "raw", planned, "base"))
     assert made[0].rows() == made[1].rows() and made[0].digest == made[1].digest
     assert len({e["raw"] for e in made[1].rows()}) == 16, "sampled texts differ from each other, so equality says something"
     assert Counter(e["record"] for e in read_jsonl(run.log("raw"))) == Counter(q.id for q in planned)
@@ -85,7 +88,7 @@ def test_two_workers_of_which_one_is_killed_make_the_artifact_of_one_process(tmp
     assert len({pid for pid, *_ in chunks}) >= 2, "both workers wrote, or a fresh one after the kill"
 
     monkeypatch.setenv("SPEED_RUNS", str(tmp_path / "process"))
-    found = pipeline.sample(open_run("smoke", over), "raw", planned, "base")
+    found = generation_stages.sample(open_run("smoke", over), "raw", planned, "base")
     assert found.manifest == made[0].manifest, "an artifact that is there is not made again for another executor"
 
 

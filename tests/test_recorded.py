@@ -8,18 +8,20 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from typer.testing import CliRunner
 
-from speed_core import claims, recorded, run_context
-from speed_core import run as runner
 from speed_core.__main__ import app
-from speed_core.artifacts import AppendLog, UserError, write_json, write_jsonl
-from speed_core.run_context import open_run
+from speed_core.files import AppendLog, UserError, write_json, write_jsonl
+from speed_core.runner import notebook as runner
+from speed_core.runner import recorded
+from speed_core.store import run_context
+from speed_core.study import claims
+from speed_core.study.runs import open_run
 
 ROWS = [{"record": f"r{i}", "seed": i, "raw": f"text {i}", "model": "weights of there"} for i in range(4)]
 STAGES = ("eval-junior", "raw")
 
 
 def generate(run, name, rows, **parameters):
-    """A stage of `rows` as `pipeline.sample` leaves it: a log, and an artifact whose manifest names the generator."""
+    """A stage of `rows` as `generation_stages.sample` leaves it: a log, and an artifact whose manifest names the generator."""
     with AppendLog(run.log(name)) as log:
         for r in rows:
             log.append({"id": f"{r['model']} {r['record']}", **r})
@@ -54,7 +56,7 @@ def made(folder, monkeypatch, rows=ROWS, stages=STAGES, value=0.5, estimate=1.5,
 @pytest.fixture
 def carried(tmp_path, monkeypatch):
     """The recorded run of a package in which only `tiny` was recorded."""
-    from speed_core import bundle
+    from speed_core.runner import bundle
 
     monkeypatch.setattr(recorded, "CARRIED", tmp_path / "package")
     there = made(tmp_path / "there", monkeypatch)

@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from speed_core import records
+from speed_core.data import records
 
 TEXT = st.text(min_size=1, max_size=60).filter(lambda t: t.strip() and not any(0xD800 <= ord(c) <= 0xDFFF for c in t))
 

@@ -6,8 +6,14 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from speed_core import dpo, embed, minhash, models, packing, prompts, reference, sft, uncertainty
-from speed_core.guided_loss import false_negative_mask, guided_contrastive_loss, unguided_contrastive_loss
+from speed_core import reference
+from speed_core.contrastive import embedder
+from speed_core.contrastive.guided_loss import false_negative_mask, guided_contrastive_loss, unguided_contrastive_loss
+from speed_core.data import minhash, prompts
+from speed_core.evaluation import uncertainty
+from speed_core.generation import sft
+from speed_core.models import loading
+from speed_core.preference import dpo, prompt_sharing
 
 SEEDS = st.integers(0, 10_000)
 
@@ -24,7 +30,7 @@ def test_a_topic_loses_the_same_levels(levels, depth):
 
 
 def test_the_completion_loss_is_that_of_sft(tiny_model):
-    model = models.load_causal_lm(tiny_model("gemma3"), dtype="float32")
+    model = loading.load_causal_lm(tiny_model("gemma3"), dtype="float32")
     ids = torch.randint(5, 2000, (3, 12), generator=torch.Generator().manual_seed(0))
     scored = torch.arange(12)[None] >= torch.tensor([[3], [7], [11]])
     batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": ids.masked_fill(~scored, -100)}
@@ -46,14 +52,14 @@ def test_the_dpo_loss_is_that_of_training(seed, beta):
 
 @given(st.integers(1, 5), st.lists(st.integers(1, 4), min_size=1, max_size=4))
 def test_the_mask_of_a_shared_prompt_is_that_of_training(prompt, completions):
-    group = packing.Group([5] * prompt, [[6] * n for n in completions], [(0, len(completions) - 1, 1.0)])
-    batch = packing.collate([group], 0)
-    fast = packing.dense_mask(batch["group"], batch["part"], batch["position_ids"])[0, 0]
+    group = prompt_sharing.Group([5] * prompt, [[6] * n for n in completions], [(0, len(completions) - 1, 1.0)])
+    batch = prompt_sharing.collate([group], 0)
+    fast = prompt_sharing.dense_mask(batch["group"], batch["part"], batch["position_ids"])[0, 0]
     assert torch.equal(reference.shared_prompt_mask(batch["part"][0]), fast)
 
 
 def test_pooling_takes_the_vector_that_the_embedding_model_gives(tiny_model):
-    model, texts = embed.build(tiny_model("llama"), 64, "float32"), ["a cat", "a cat sleeps on the warm roof", "x"]
+    model, texts = embedder.build(tiny_model("llama"), 64, "float32"), ["a cat", "a cat sleeps on the warm roof", "x"]
     read = model.tokenizer(texts, padding=True, return_tensors="pt")
     with torch.no_grad():
         hidden = model[0].model(**read).last_hidden_state

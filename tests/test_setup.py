@@ -7,7 +7,7 @@ import sys
 
 import pytest
 
-from speed_core.run_context import ROOT
+from speed_core.store.run_context import ROOT
 
 TOOLS = "awk bash cat cut df dirname env grep head ln mkdir printenv rm sed sh sha256sum tail tr uname"
 # Makes .venv from the interpreter that tests it, and says it has no torch where $NO_TORCH says so.

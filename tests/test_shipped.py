@@ -4,9 +4,13 @@ import re
 
 import pytest
 
-from speed_core import pipeline, planning, run, run_context
-from speed_core.artifacts import Store, UserError
-from speed_core.run_context import ROOT, open_run
+from speed_core.files import UserError
+from speed_core.runner import notebook
+from speed_core.store import run_context
+from speed_core.store.artifacts import Store
+from speed_core.store.run_context import ROOT
+from speed_core.study import generation_stages, planning
+from speed_core.study.runs import open_run
 
 
 def put(store, name, value, parents=()):
@@ -127,7 +131,7 @@ def test_a_notebook_that_reads_data_only_starts_in_a_fresh_clone(tmp_path, monke
     monkeypatch.setenv("SPEED_SHIPPED", str(tmp_path / "shipped"))
     (tmp_path / "shipped" / "tiny").mkdir(parents=True)
     (tmp_path / "shipped" / "tiny" / "artifacts").symlink_to(run_context.CARRIED / "tiny")
-    (report,) = run.run_all("tiny", only=[number])
+    (report,) = notebook.run_all("tiny", only=[number])
     assert report.status == "ok", report.detail
 
 
@@ -170,5 +174,5 @@ def test_sampling_knows_a_shipped_generator_as_its_parent(two, tmp_path, monkeyp
         planning.DryStore, "why_stale", lambda self, name, parameters, parents: seen.update({name: parents}) or ""
     )
     with pytest.raises(UserError, match="'made'"):  # the dry store makes nothing
-        pipeline.sample(work, "made", [], "junior")
+        generation_stages.sample(work, "made", [], "junior")
     assert [a.digest for a in seen["made"]] == [junior.digest]

@@ -3,9 +3,11 @@
 import pytest
 import torch
 
-from speed_core import machine, pipeline, side_by_side
-from speed_core.artifacts import UserError
-from speed_core.run_context import open_run
+from speed_core import machine
+from speed_core.files import UserError
+from speed_core.runner import parallel
+from speed_core.study import generation_stages
+from speed_core.study.runs import open_run
 
 
 @pytest.fixture
@@ -15,32 +17,32 @@ def run(tmp_path, monkeypatch):
     monkeypatch.setenv("SPEED_RUNS", "runs")  # relative to where a notebook runs, which is not where the package lies
     monkeypatch.delenv("SPEED_WORKERS", raising=False)
     run = open_run("smoke")
-    pipeline.brainstorm(run)
-    pipeline.seed_data(run)
+    generation_stages.brainstorm(run)
+    generation_stages.seed_data(run)
     return run
 
 
 def test_there_are_as_many_processes_as_cores_and_memory_allow_and_one_on_a_gpu(monkeypatch):
     for name in ("SPEED_WORKERS", "OMP_NUM_THREADS"):
         monkeypatch.delenv(name, raising=False)
-    monkeypatch.setattr(side_by_side.models, "device", lambda: torch.device("cpu"))
-    monkeypatch.setattr(side_by_side.machine, "cores", lambda: 8)
+    monkeypatch.setattr(parallel.machine, "device", lambda: torch.device("cpu"))
+    monkeypatch.setattr(parallel.machine, "cores", lambda: 8)
     found = []
     for free in (3, 13, 30, 500):
-        monkeypatch.setattr(side_by_side.machine, "memory_gb", lambda free=free: free)
-        found.append(side_by_side.workers())
+        monkeypatch.setattr(parallel.machine, "memory_gb", lambda free=free: free)
+        found.append(parallel.workers())
     assert found == [1, 1, 4, 8]
-    monkeypatch.setattr(side_by_side.models, "device", lambda: torch.device("cuda"))
-    assert side_by_side.workers() == 1
-    monkeypatch.setattr(side_by_side.models, "device", lambda: torch.device("cpu"))
+    monkeypatch.setattr(parallel.machine, "device", lambda: torch.device("cuda"))
+    assert parallel.workers() == 1
+    monkeypatch.setattr(parallel.machine, "device", lambda: torch.device("cpu"))
     monkeypatch.setenv("OMP_NUM_THREADS", "1,2")  # of threads in threads the first counts
-    assert side_by_side.workers() == 1
+    assert parallel.workers() == 1
     monkeypatch.setenv("SPEED_WORKERS", "3")
-    assert side_by_side.workers() == 3
+    assert parallel.workers() == 3
     for said in ("many", "0", "\u00b2"):
         monkeypatch.setenv("SPEED_WORKERS", said)
         with pytest.raises(UserError, match=f"SPEED_WORKERS '{said}': not a whole number"):
-            side_by_side.workers()
+            parallel.workers()
 
 
 def test_free_memory_is_what_a_containers_limit_leaves(tmp_path, monkeypatch):
@@ -58,9 +60,9 @@ def test_free_memory_is_what_a_containers_limit_leaves(tmp_path, monkeypatch):
 
 
 def test_each_model_is_followed_by_its_scores_and_what_is_current_is_left_out(run):
-    found = side_by_side.chains(run, "07")
+    found = parallel.chains(run, "07")
     assert ["student-1-guided-0", "scores-student-1-guided-0"] in found and ["scores-guide-topic"] in found
-    assert side_by_side.chains(run, "01") == []
+    assert parallel.chains(run, "01") == []
 
 
 def test_two_processes_make_what_the_notebook_then_finds(run, monkeypatch, capsys):
@@ -71,10 +73,10 @@ def test_two_processes_make_what_the_notebook_then_finds(run, monkeypatch, capsy
         ["student-1-plain-0"],
         ["scores-guide-topic"],
     ]
-    chains = side_by_side.chains
+    chains = parallel.chains
     everything = chains(run, "07")
-    monkeypatch.setattr(side_by_side, "chains", lambda run, notebook: wanted)
-    assert side_by_side.make(run, "07") == 5
+    monkeypatch.setattr(parallel, "chains", lambda run, notebook: wanted)
+    assert parallel.make(run, "07") == 5
     left = chains(run, "07")
     assert len(left) == len(everything) - 2 and ["scores-student-1-covered-0"] in left
     assert {run.store.need(c[0]).manifest["beside"] for c in wanted} == {2}
@@ -83,27 +85,25 @@ def test_two_processes_make_what_the_notebook_then_finds(run, monkeypatch, capsy
 
 def test_a_stage_that_fails_is_named_with_its_reason_and_the_log(run, monkeypatch):
     monkeypatch.setenv("SPEED_WORKERS", "2")
-    monkeypatch.setattr(
-        side_by_side, "chains", lambda run, notebook: [[f"embedder-{a}-0"] for a in ("guided", "plain", "jr", "sr")]
-    )
+    monkeypatch.setattr(parallel, "chains", lambda run, notebook: [[f"embedder-{a}-0"] for a in ("guided", "plain", "jr", "sr")])
     with pytest.raises(
         UserError, match=r"embedder-\w+-0: artifact 'synthetic': not in .*all that it said is in smoke/workers/08-\d.log"
     ):
-        side_by_side.make(run, "08")
+        parallel.make(run, "08")
 
 
 def test_when_one_process_fails_the_others_are_stopped_in_the_middle(run, monkeypatch):
     monkeypatch.setenv("SPEED_WORKERS", "2")
     students = [f"student-1-{arm}-0" for arm in ("guided", "plain", "weak", "margin", "labelled", "both", "uncovered", "covered")]
     # A pair for each process, so that one works on the students while the other fails.
-    monkeypatch.setattr(side_by_side, "chains", lambda run, notebook: [students, ["embedder-guided-0"], [], []])
+    monkeypatch.setattr(parallel, "chains", lambda run, notebook: [students, ["embedder-guided-0"], [], []])
     with pytest.raises(UserError, match=r"embedder-guided-0: artifact 'synthetic': not in"):
-        side_by_side.make(run, "08")
+        parallel.make(run, "08")
     assert run.store.made(students[-1]) is None
 
 
 def test_a_process_whose_parent_is_gone_ends_in_the_middle_of_its_stage(run):
-    child = side_by_side.Child(run, "07", 0, 1)
+    child = parallel.Child(run, "07", 0, 1)
     child._say(["student-1-guided-0", "student-1-plain-0"])
     child.process.stdin.close()
     assert child.process.wait(120) == 0

@@ -9,9 +9,14 @@ from pathlib import Path
 
 import pytest
 
-from speed_core import claims, experiments, pipeline, plots, readings, study, teacher, uncertainty
-from speed_core.artifacts import UserError, write_json, write_jsonl
-from speed_core.run_context import open_run
+from speed_core.data import teacher
+from speed_core.evaluation import uncertainty
+from speed_core.files import UserError, write_json, write_jsonl
+from speed_core.plots import drawing
+from speed_core.runner import paper_sweeps
+from speed_core.study import claims, embedding_stages, generation_stages
+from speed_core.study.runs import open_run
+from speed_core.teaching import captions
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -36,13 +41,13 @@ def run(tmp_path, monkeypatch):
     return open_run("tiny")
 
 
-def by_label(label: str) -> study.Sweep:
-    return next(s for s in study.SWEEPS if s.label == label)
+def by_label(label: str) -> paper_sweeps.Sweep:
+    return next(s for s in paper_sweeps.SWEEPS if s.label == label)
 
 
 def test_every_sweep_has_the_profiles_own_value_and_another_and_a_claim_of_the_map(run):
     known = {key for key, *_ in claims.CLAIMS}
-    for sweep in study.SWEEPS:
+    for sweep in paper_sweeps.SWEEPS:
         values = sweep.points(run)
         assert len(values) == len(set(values)) > 1 and sweep.claim in known
         numbers = [v for v in values if not isinstance(v, str | bool)]
@@ -52,48 +57,48 @@ def test_every_sweep_has_the_profiles_own_value_and_another_and_a_claim_of_the_m
 def test_another_base_model_is_named_after_the_profiles_own(run):
     own = run.profile.models.generator
     assert by_label("base model").points(run) == [own, own + "[:12]"]
-    assert study.named_value(own + "[:12]") == "gemma-3-270m[:12]" and study.named_value(0.5) == "0.5"
+    assert paper_sweeps.named_value(own + "[:12]") == "gemma-3-270m[:12]" and paper_sweeps.named_value(0.5) == "0.5"
 
 
 def test_a_switch_is_on_and_then_off_and_its_claim_says_how_much_it_moves(run):
     truncated = by_label("topics truncated")
-    assert truncated.points(run) == [True, False] and list(map(study.named_value, (True, False))) == ["yes", "no"]
-    assert study.point(run, truncated, False).overrides["topics.truncate"] is False
+    assert truncated.points(run) == [True, False] and list(map(paper_sweeps.named_value, (True, False))) == ["yes", "no"]
+    assert paper_sweeps.point(run, truncated, False).overrides["topics.truncate"] is False
     assert truncated.points(open_run("tiny", {"topics.truncate": False})) == [True, False], "the sign of the claim stays"
-    found = study.estimate(truncated, {True: scores(0.5), False: scores(0.48)})
+    found = paper_sweeps.estimate(truncated, {True: scores(0.5), False: scores(0.48)})
     assert found["value"] == pytest.approx(2.0)
-    deep = [p for p in pipeline.topics(run)[0] if p.count("/") >= run.profile.topics.max_depth]
-    assert f"{len(deep)} of the {len(pipeline.topics(run)[0])} data topics" in found["what"]
+    deep = [p for p in generation_stages.topics(run)[0] if p.count("/") >= run.profile.topics.max_depth]
+    assert f"{len(deep)} of the {len(generation_stages.topics(run)[0])} data topics" in found["what"]
 
 
 def test_the_recorded_teacher_answers_for_whole_topic_paths_and_the_seed_examples_stay_the_same(run):
     whole = open_run("tiny", {"topics.truncate": False})
-    asked = pipeline.brainstorm_prompts(whole)
+    asked = generation_stages.brainstorm_prompts(whole)
     assert max(q.topic.count("/") for q in asked) == 7, "the deepest path of the list"
     answers = [teacher.RecordedTeacher().answer(q.text, "brainstorm").text for q in asked]
     assert all(teacher.parse_tasks(a, q.kind, "stop").status == "ok" for a, q in zip(answers, asked, strict=True))
-    assert [q.id for q in pipeline.seed_plan(whole)] == [q.id for q in pipeline.seed_plan(run)]
+    assert [q.id for q in generation_stages.seed_plan(whole)] == [q.id for q in generation_stages.seed_plan(run)]
 
 
 def test_a_data_set_beside_table_2_takes_part_from_half_of_the_compared_records_on(run):
-    assert experiments.ablation_arms(run) == list(experiments.ARMS), "what is not made yet is planned"
+    assert embedding_stages.ablation_arms(run) == list(embedding_stages.ARMS), "what is not made yet is planned"
     for arm, kept in {"jr": 60, "jr_re": 60, "sr": 48, "sr_re": 48, "base": 24, "teacher": 23}.items():
         with run.store.stage(f"synthetic-{arm}", {}) as draft:
             draft.file("train.jsonl").write_text(arm)
             draft.info["kept"] = kept
-    assert experiments.ablation_size(run) == 48 and experiments.ablation_arms(run) == [*experiments.TABLE2, "base"]
+    assert embedding_stages.ablation_size(run) == 48 and embedding_stages.ablation_arms(run) == [*embedding_stages.TABLE2, "base"]
     large = open_run("tiny", {"embedding.batch": 32, "embedding.micro_batch": 32})
-    assert experiments.ablation_arms(large) == list(experiments.TABLE2), "a training needs a batch"
+    assert embedding_stages.ablation_arms(large) == list(embedding_stages.TABLE2), "a training needs a batch"
 
 
 def test_students_of_two_mixtures_learn_equally_many_synthetic_records(run):
-    assert {arm for *_, arm in experiments.mixed_arms(run)} == set(experiments.MIXED)
-    assert experiments.mixed_arms(open_run("tiny", {"study.arms": ["sr_re"]})) == [], "a point of a sweep makes one arm"
+    assert {arm for *_, arm in embedding_stages.mixed_arms(run)} == set(embedding_stages.MIXED)
+    assert embedding_stages.mixed_arms(open_run("tiny", {"study.arms": ["sr_re"]})) == [], "a point of a sweep makes one arm"
     for arm, kept in {"jr": 60, "jr_re": 60, "sr": 48, "sr_re": 48, "teacher": 23}.items():
         with run.store.stage(f"synthetic-{arm}", {}) as draft:
             draft.file("train.jsonl").write_text(arm)
             draft.info["kept"] = kept
-    assert experiments.mixed_size(run) == 23
+    assert embedding_stages.mixed_size(run) == 23
 
 
 def test_with_labelled_data_the_teachers_records_are_claimed_to_win_by_a_tenth_of_a_point():
@@ -111,35 +116,35 @@ def test_with_labelled_data_the_teachers_records_are_claimed_to_win_by_a_tenth_o
 
 
 def test_sweeps_are_chosen_by_key_and_one_key_may_name_several():
-    assert [s.label for s in study.named(["E4", "T4"])] == ["LoRA rank", "pooling", "base model"]
-    assert [s.label for s in study.named(["T3"])] == ["tasks a topic", "topics truncated"]
-    assert study.named([]) == list(study.SWEEPS)
+    assert [s.label for s in paper_sweeps.named(["E4", "T4"])] == ["LoRA rank", "pooling", "base model"]
+    assert [s.label for s in paper_sweeps.named(["T3"])] == ["tasks a topic", "topics truncated"]
+    assert paper_sweeps.named([]) == list(paper_sweeps.SWEEPS)
     with pytest.raises(UserError, match="'4z': unknown; use 3a, 3b"):
-        study.named(["4z"])
+        paper_sweeps.named(["4z"])
 
 
 def test_a_hump_needs_both_ends_and_is_the_best_inner_value_minus_an_end():
     temperature = by_label("temperature")
-    assert study.estimate(temperature, {0.3: scores(0.4), 1.0: scores(0.5)}) is None
-    found = study.estimate(temperature, {0.3: scores(0.40), 1.0: scores(0.50), 1.3: scores(0.44)})
+    assert paper_sweeps.estimate(temperature, {0.3: scores(0.4), 1.0: scores(0.5)}) is None
+    found = paper_sweeps.estimate(temperature, {0.3: scores(0.40), 1.0: scores(0.50), 1.3: scores(0.44)})
     assert found["value"] == pytest.approx(6.0) and "at 1 minus at 1.3, the closer end" in found["what"]
-    rising = study.estimate(temperature, {0.3: scores(0.40), 1.0: scores(0.50), 1.3: scores(0.51)})
+    rising = paper_sweeps.estimate(temperature, {0.3: scores(0.40), 1.0: scores(0.50), 1.3: scores(0.51)})
     assert rising["value"] < 0, "a curve that rises and levels off has no optimum inside"
 
 
 def test_a_poor_inner_value_does_not_hide_the_best_one_and_the_interval_allows_for_the_choice():
     temperature = by_label("temperature")
-    found = study.estimate(temperature, {0.3: scores(0.50), 0.7: scores(0.60), 1.0: scores(0.35), 1.3: scores(0.45)})
+    found = paper_sweeps.estimate(temperature, {0.3: scores(0.50), 0.7: scores(0.60), 1.0: scores(0.35), 1.3: scores(0.45)})
     assert found["value"] == pytest.approx(10.0) and "at 0.7 minus at 0.3" in found["what"]
     assert found["level"] == 0.975 and "97.5%, as 0.7 was chosen" in found["what"]
-    one = study.estimate(temperature, {0.3: noisy(0.50), 0.7: noisy(0.60, 1), 1.3: noisy(0.45, 2)})
-    two = study.estimate(temperature, {0.3: noisy(0.50), 0.7: noisy(0.60, 1), 1.0: noisy(0.35, 3), 1.3: noisy(0.45, 2)})
+    one = paper_sweeps.estimate(temperature, {0.3: noisy(0.50), 0.7: noisy(0.60, 1), 1.3: noisy(0.45, 2)})
+    two = paper_sweeps.estimate(temperature, {0.3: noisy(0.50), 0.7: noisy(0.60, 1), 1.0: noisy(0.35, 3), 1.3: noisy(0.45, 2)})
     assert two["value"] == one["value"] and two["high"] - two["low"] > 1.05 * (one["high"] - one["low"])
 
 
 def test_an_optimum_inside_has_to_be_above_the_end_that_is_less_clearly_below():
     found = {0.3: noisy(0.40), 1.0: noisy(0.50, 1), 1.3: [r for r, _ in zip(noisy(0.39, 2, spread=0.3), range(3), strict=True)]}
-    e = study.estimate(by_label("temperature"), found)
+    e = paper_sweeps.estimate(by_label("temperature"), found)
     assert "minus at 1.3" in e["what"] and e["low"] < 0, "1.3 has the lower mean, and is hardly known"
 
 
@@ -151,13 +156,15 @@ def test_a_best_value_at_an_end_contradicts_no_optimum():
 
 
 def test_what_falls_is_the_first_value_against_all_others():
-    found = study.estimate(by_label("tasks a topic"), {1: scores(0.5), 3: scores(0.48), 5: scores(0.44)})
+    found = paper_sweeps.estimate(by_label("tasks a topic"), {1: scores(0.5), 3: scores(0.48), 5: scores(0.44)})
     assert found["value"] == pytest.approx(4.0)
 
 
 def test_of_two_sweeps_for_one_claim_the_larger_effect_speaks():
     rank, pooling = by_label("LoRA rank"), by_label("pooling")
-    found = study.estimates({rank: {4: scores(0.5), 64: scores(0.501)}, pooling: {"last": scores(0.5), "mean": scores(0.47)}})
+    found = paper_sweeps.estimates(
+        {rank: {4: scores(0.5), 64: scores(0.501)}, pooling: {"last": scores(0.5), "mean": scores(0.47)}}
+    )
     assert set(found) == {"E4"} and found["E4"]["value"] == pytest.approx(-3.0)
 
 
@@ -169,10 +176,10 @@ def test_a_claim_of_no_difference_holds_only_when_the_whole_interval_is_small():
 
 def test_an_estimate_over_unequally_many_records_says_so(run, monkeypatch):
     points, pooling = {"last": scores(0.5), "mean": scores(0.47)}, by_label("pooling")
-    monkeypatch.setattr(study, "records", lambda run, sweep, value: {"last": 48, "mean": 36}[value])
-    assert "(48 at last, 36 at mean)" in study.estimate(pooling, points, run)["what"]
-    monkeypatch.setattr(study, "records", lambda run, sweep, value: 48)
-    assert "unequally" not in study.estimate(pooling, points, run)["what"]
+    monkeypatch.setattr(paper_sweeps, "records", lambda run, sweep, value: {"last": 48, "mean": 36}[value])
+    assert "(48 at last, 36 at mean)" in paper_sweeps.estimate(pooling, points, run)["what"]
+    monkeypatch.setattr(paper_sweeps, "records", lambda run, sweep, value: 48)
+    assert "unequally" not in paper_sweeps.estimate(pooling, points, run)["what"]
 
 
 def test_a_verdict_does_not_say_more_than_what_was_repeated():
@@ -295,20 +302,22 @@ def test_the_sweep_of_tasks_a_topic_says_how_the_data_varied(run):
     sweep = by_label("tasks a topic")
     made_at(run, [{"task": f"t{k % 2}", "topic": f"p{k % 4}"} for k in range(9)], 8)
     for value in (2, 3):
-        made_at(study.at_value(run, sweep, value), [{"task": f"t{k % (2 * value)}", "topic": f"p{k % 3}"} for k in range(9)], 8)
-    assert study.variety(run, sweep, 1) == (2, 4) and study.variety(run, sweep, 3) == (6, 3)
-    what = study.estimate(sweep, {1: scores(0.5), 2: scores(0.48), 3: scores(0.44)}, run)["what"]
+        made_at(
+            paper_sweeps.at_value(run, sweep, value), [{"task": f"t{k % (2 * value)}", "topic": f"p{k % 3}"} for k in range(9)], 8
+        )
+    assert paper_sweeps.variety(run, sweep, 1) == (2, 4) and paper_sweeps.variety(run, sweep, 3) == (6, 3)
+    what = paper_sweeps.estimate(sweep, {1: scores(0.5), 2: scores(0.48), 3: scores(0.44)}, run)["what"]
     assert "2 / 4 / 6 distinct tasks on 4 / 3 / 3 topics: more a topic varies tasks more here" in what
-    assert study._more_tasks([(5, 9), (5, 4)]) == "5 / 5 distinct tasks on 9 / 4 topics"
+    assert paper_sweeps._more_tasks([(5, 9), (5, 4)]) == "5 / 5 distinct tasks on 9 / 4 topics"
 
 
 def test_a_value_that_stands_for_several_of_the_papers_has_all_their_differences(run, monkeypatch):
-    monkeypatch.setattr(study, "records", lambda run, sweep, value: 48)
+    monkeypatch.setattr(paper_sweeps, "records", lambda run, sweep, value: 48)
     base = by_label("base model")
-    found = study.rows(run, base, dict.fromkeys(base.points(run), scores(0.5)))
+    found = paper_sweeps.rows(run, base, dict.fromkeys(base.points(run), scores(0.5)))
     assert [r["paper_value"] for r in found] == ["", [-0.1, -0.2, -0.3]]
-    plots.sweeps(run, "10_sweeps", found, [], "One value changed")
-    pooling = study.rows(run, by_label("pooling"), {"last": scores(0.5), "mean": scores(0.4)})
+    drawing.sweeps(run, "10_sweeps", found, [], "One value changed")
+    pooling = paper_sweeps.rows(run, by_label("pooling"), {"last": scores(0.5), "mean": scores(0.4)})
     assert [r["paper_value"] for r in pooling] == ["", -0.4]
 
 
@@ -372,7 +381,7 @@ def test_each_claim_that_can_be_measured_names_a_code_cell_of_its_notebook():
 
 def test_a_sweep_of_text_values_changes_one_setting_like_any_other(run):
     base = dataclasses.replace(by_label("base model"), values=("{own}[:6]",))
-    point = study.point(run, base, base.points(run)[1])
+    point = paper_sweeps.point(run, base, base.points(run)[1])
     assert point.name == "models.generator=package_gemma-3-270m_6_"
     assert point.overrides["models.generator"].endswith("[:6]") and open_run("tiny", point.overrides).profile.study.arms == (
         "jr",
@@ -382,7 +391,7 @@ def test_a_sweep_of_text_values_changes_one_setting_like_any_other(run):
 def test_a_sweep_can_do_with_fewer_seeds_than_the_run(tmp_path, monkeypatch):
     monkeypatch.setenv("SPEED_RUNS", str(tmp_path))
     run = open_run("tiny", {"study.seeds": [0, 1, 2, 3], "study.sweep_seeds": [0, 1]})
-    point = study.point(run, by_label("temperature"), 1.0)
+    point = paper_sweeps.point(run, by_label("temperature"), 1.0)
     assert open_run("tiny", point.overrides).profile.study.seeds == (0, 1)
     with pytest.raises(UserError, match="not the first of seeds"):
         open_run("tiny", {"study.sweep_seeds": [2]})
@@ -391,7 +400,7 @@ def test_a_sweep_can_do_with_fewer_seeds_than_the_run(tmp_path, monkeypatch):
 def test_a_point_that_learned_from_fewer_records_says_so_in_the_figure(run):
     row = {"panel": "3a: temperature", "paper": "best at 1.0", "value": 0.0, "low": -1.0, "high": 1.0, "each": [0.0]}
     found = [row | {"x": "0.7", "own": True, "records": 48}, row | {"x": "1.3", "own": False, "records": 36}]
-    plots.sweeps(run, "10_sweeps", found, [], "One value changed")
+    drawing.sweeps(run, "10_sweeps", found, [], "One value changed")
     drawn = (run.figures / "10_sweeps.svg").read_text(encoding="utf-8")
     assert drawn.count("(36 records)") == 1 and "(48 records)" not in drawn
 
@@ -399,23 +408,23 @@ def test_a_point_that_learned_from_fewer_records_says_so_in_the_figure(run):
 def test_the_scaling_figure_keeps_the_intervals_of_its_residuals(run):
     rows = [{"records": n, "value": 1.0, "low": 0.0, "high": 2.0, "residual": r, "residual_low": r - 1, "residual_high": r + 1}
             for n, r in ((8, 0.5), (16, -0.5))]  # fmt: skip
-    plots.scaling(run, "11_scaling", rows, {"slope": 0.0, "intercept": 1.0}, [[0.0] * 50, [2.0] * 50], [])
+    drawing.scaling(run, "11_scaling", rows, {"slope": 0.0, "intercept": 1.0}, [[0.0] * 50, [2.0] * 50], [])
     with (run.figures / "11_scaling.csv").open() as f:
         ours = [r for r in csv.DictReader(f) if r["source"] == "ours"]
     assert [(r["residual_low"], r["residual_high"]) for r in ours] == [("-0.5", "1.5"), ("-1.5", "0.5")]
     drawn = (run.figures / "11_scaling.svg").read_text(encoding="utf-8")
     narrow = [r | {"residual_low": r["residual"], "residual_high": r["residual"]} for r in rows]
-    plots.scaling(run, "11_scaling", narrow, {"slope": 0.0, "intercept": 1.0}, [[0.0] * 50, [2.0] * 50], [])
+    drawing.scaling(run, "11_scaling", narrow, {"slope": 0.0, "intercept": 1.0}, [[0.0] * 50, [2.0] * 50], [])
     assert drawn != (run.figures / "11_scaling.svg").read_text(encoding="utf-8")
 
 
 def test_category_means_stand_beside_the_papers_where_it_prints_one_and_are_read_in_a_sentence(run):
     rows = [{"category": c, "model": m, "value": v, "low": v - 1, "high": v + 1, "paper": {"STS": 82.6}.get(c, "")}
             for m, up in (("untrained", 0), ("Sr + Re", 20)) for c, v in (("STS", 10 + up), ("Pair", 30.0), ("Avg", 20 + up))]  # fmt: skip
-    plots.categories(run, "10_table1_categories", rows, [], "Means")
+    drawing.categories(run, "10_table1_categories", rows, [], "Means")
     drawn = (run.figures / "10_table1_categories.svg").read_text(encoding="utf-8")
     assert "compare no levels" in drawn and all(f">{word}<" in drawn for word in ("STS", "Pair", "untrained", "Sr + Re"))
-    said = readings.reading("10_table1_categories", run.figures)
+    said = captions.reading("10_table1_categories", run.figures)
     assert "untrained: best at Pair (30.0), worst at STS (10.0)" in said and "the paper: best at STS (82.6)" in said
 
 
@@ -424,5 +433,5 @@ def test_only_models_that_this_run_scored_with_every_seed_count_as_scored(run):
         for s in seeds:
             with run.store.stage(f"scores-{arm}-{s}", {}) as draft:
                 write_json(draft.file("scores.json"), {})
-    found = experiments.already_scored(run, ["base", "sr_re", "teacher"])
+    found = embedding_stages.already_scored(run, ["base", "sr_re", "teacher"])
     assert {arm: [a.name for a in made] for arm, made in found.items()} == {"sr_re": [f"scores-sr_re-{s}" for s in range(3)]}

@@ -11,9 +11,10 @@ from pathlib import Path
 import psutil
 import pytest
 
-from speed_core import sweep
 from speed_core.__main__ import _grid, _seeds
-from speed_core.artifacts import Store, UserError
+from speed_core.files import UserError
+from speed_core.runner import sweep
+from speed_core.store.artifacts import Store
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -118,7 +119,7 @@ def test_sigterm_ends_the_points_that_run_and_begins_no_other(tmp_path):
         f"import os, time\nopen(os.path.join({str(tmp_path)!r}, f'{{os.getpid()}}.pid'), 'w').close()\ntime.sleep(600)\n"
     )
     (script := tmp_path / "script.py").write_text(
-        "import signal, sys\nfrom speed_core import sweep\n"
+        "import signal, sys\nfrom speed_core.runner import sweep\n"
         "signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))\n"
         f"sweep.command = lambda *_: [sys.executable, {str(one)!r}]\n"
         "sweep.run_points('smoke', sweep.points({}, [0, 1, 2]), jobs=2)\n"

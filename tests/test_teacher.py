@@ -4,11 +4,14 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
 
-from speed_core import endpoint as endpoints
-from speed_core import generate, models, pipeline, prompts, teacher
-from speed_core.artifacts import UserError, write_jsonl
+from speed_core.data import endpoint as endpoints
+from speed_core.data import prompts, teacher
+from speed_core.files import UserError, write_jsonl
+from speed_core.generation import generate
+from speed_core.models import loading
 from speed_core.profile import Teacher
-from speed_core.run_context import open_run
+from speed_core.study import generation_stages
+from speed_core.study.runs import open_run
 
 GOOD = '{"S1":"a b","S2":"a c","S3":"a d"}'
 
@@ -99,7 +102,7 @@ def test_the_budget_stops_cleanly_and_a_second_run_goes_on(endpoint, tmp_path):
 
 
 def test_the_llm_judge_sets_aside_a_pair_on_which_it_contradicts_itself(endpoint, tmp_path):
-    from speed_core.judge import LlmJudge
+    from speed_core.preference.judge import LlmJudge
 
     same = '{"reason":"r","best":0,"worst":1}'
     Endpoint.script += [(200, same, "stop"), (200, same, "stop")]
@@ -119,7 +122,7 @@ def test_the_llm_judge_sets_aside_a_pair_on_which_it_contradicts_itself(endpoint
 
 
 def test_a_judge_that_runs_out_of_budget_says_so_and_goes_on_later(endpoint, tmp_path):
-    from speed_core.judge import LlmJudge
+    from speed_core.preference.judge import LlmJudge
 
     items = [(p, ["x", "y"]) for p in some_prompts(3)]
     short = LlmJudge(teacher.EndpointTeacher(settings(endpoint, max_calls=4)), tmp_path / "l")
@@ -168,7 +171,7 @@ def test_an_unrecorded_prompt_is_an_error_outcome_not_a_guess(tmp_path):
 
 @pytest.fixture
 def practice():
-    from speed_core.practice import PracticeServer
+    from speed_core.teaching.practice import PracticeServer
 
     server = PracticeServer(faults=0.4, seed=1, hang_seconds=1.0)
     threading.Thread(target=server.serve_forever, daemon=True).start()
@@ -177,10 +180,10 @@ def practice():
 
 
 def recorded_prompts(n):
-    from speed_core import pipeline
-    from speed_core.run_context import open_run
+    from speed_core.study import generation_stages
+    from speed_core.study.runs import open_run
 
-    return pipeline.seed_plan(open_run("smoke", {"seeds": n}))
+    return generation_stages.seed_plan(open_run("smoke", {"seeds": n}))
 
 
 def test_against_a_teacher_that_fails_in_seven_ways_nothing_is_lost(practice, tmp_path, monkeypatch):
@@ -202,7 +205,7 @@ def test_against_a_teacher_that_fails_in_seven_ways_nothing_is_lost(practice, tm
 
 
 def test_the_same_seed_gives_the_same_faults():
-    from speed_core.practice import PracticeServer
+    from speed_core.teaching.practice import PracticeServer
 
     servers = [PracticeServer(faults=0.5, seed=s) for s in (3, 3, 4)]
     drawn = [[s.fault(str(k), a) for k in range(50) for a in range(4)] for s in servers]
@@ -239,7 +242,7 @@ def test_a_budget_of_tokens_stops_cleanly(endpoint, tmp_path):
 
 
 def test_concurrency_halves_on_a_rate_limit_and_grows_back():
-    from speed_core.limits import Gate
+    from speed_core.data.limits import Gate
 
     gate = Gate(8)
     gate.was_refused(), gate.was_refused()
@@ -252,7 +255,7 @@ def test_concurrency_halves_on_a_rate_limit_and_grows_back():
 def test_the_gate_lets_no_more_through_than_its_limit_and_forgets_nobody():
     import asyncio
 
-    from speed_core.limits import Gate
+    from speed_core.data.limits import Gate
 
     async def many():
         gate, inside, most, done = Gate(3), [0], [0], []
@@ -275,7 +278,7 @@ def test_the_gate_lets_no_more_through_than_its_limit_and_forgets_nobody():
 def test_the_pace_never_lets_more_through_in_a_minute_than_it_says():
     import asyncio
 
-    from speed_core.limits import Pace
+    from speed_core.data.limits import Pace
 
     now = [0.0]
 
@@ -584,23 +587,23 @@ def test_the_key_is_in_no_log_and_in_no_message(endpoint, tmp_path, monkeypatch,
 
 
 def test_a_stage_that_the_budget_cut_short_is_partial_and_taken_only_when_told(practice, tmp_path, monkeypatch):
-    from speed_core import pipeline
-    from speed_core.run_context import open_run
+    from speed_core.study import generation_stages
+    from speed_core.study.runs import open_run
 
     monkeypatch.setenv("SPEED_RUNS", str(tmp_path / "runs"))
     practice.faults = 0.0
     values = {"teacher.kind": "openai", "teacher.model": "practice-teacher", "teacher.base_url": practice.url}
-    pipeline.brainstorm(open_run("smoke", values))
+    generation_stages.brainstorm(open_run("smoke", values))
     before = sum(practice.asked.values())
     short = values | {"teacher.max_calls": 3}
     with pytest.raises(UserError, match="artifact 'seeds' is partial: .*max_calls 3 reached.*accept_partial=true"):
-        pipeline.seed_data(open_run("smoke", short))
+        generation_stages.seed_data(open_run("smoke", short))
     with pytest.raises(UserError, match="is partial"):
         open_run("smoke", short).store.need("seeds")
     told = open_run("smoke", short | {"teacher.accept_partial": True})
-    assert pipeline.seed_data(told).manifest["outcomes"]["ok"] == 3
+    assert generation_stages.seed_data(told).manifest["outcomes"]["ok"] == 3
     assert sum(practice.asked.values()) - before == 3, "accepting what is there asked for more"
-    whole = pipeline.seed_data(open_run("smoke", values))
+    whole = generation_stages.seed_data(open_run("smoke", values))
     unrecorded = whole.manifest["outcomes"]["error"]
     assert not whole.manifest["partial"] and unrecorded + whole.manifest["outcomes"]["ok"] == len(whole.rows())
 
@@ -619,12 +622,12 @@ def test_the_estimate_names_calls_tokens_money_and_time_and_the_cap_that_it_brea
 
 
 def test_the_first_two_notebooks_run_to_their_end_on_a_teacher_that_cuts_answers_short(practice, tmp_path, monkeypatch):
-    from speed_core import run
+    from speed_core.runner import notebook
 
     monkeypatch.setenv("SPEED_RUNS", str(tmp_path / "runs"))
     practice.faults = 0.3
     values = {"teacher.kind": "openai", "teacher.model": "practice-teacher", "teacher.base_url": practice.url}
-    reports = run.run_all("smoke", overrides=values | {"teacher.timeout_seconds": 3}, only=["01", "02"])
+    reports = notebook.run_all("smoke", overrides=values | {"teacher.timeout_seconds": 3}, only=["01", "02"])
     assert [(r.status, r.detail) for r in reports] == [("ok", "")] * 2
     outcomes = json.loads((tmp_path / "runs" / "smoke" / "artifacts" / "seeds" / "manifest.json").read_text())["outcomes"]
     assert 0 < outcomes["ok"] < sum(outcomes.values()), "nothing was lost, so nothing was tested"
@@ -639,23 +642,23 @@ def test_table_5_counts_what_an_endpoint_was_asked_the_judge_included(endpoint, 
     ]
     with run.store.stage("root", {}) as draft:
         write_jsonl(draft.file("data.jsonl"), [e | {"id": e["record"], "status": "ok", "reason": ""} for e in candidates])
-    pipeline.preferences(run, run.store.need("root"), planned)
+    generation_stages.preferences(run, run.store.need("root"), planned)
     nothing = {"calls": 0, "input": 0, "output": 0}
     each = {"calls": 4, "input": 40, "output": 20}  # two prompts in both orders, at the endpoint's 10 and 5 tokens
-    assert pipeline.teacher_use(run) == {"brainstorm": nothing, "seed": nothing, "preference": each, "revision": nothing}
+    assert generation_stages.teacher_use(run) == {"brainstorm": nothing, "seed": nothing, "preference": each, "revision": nothing}
 
 
 def test_table_5_counts_recorded_answers_with_the_tokenizer_of_the_generator(tmp_path, monkeypatch):
     monkeypatch.setenv("SPEED_RUNS", str(tmp_path))
     run = open_run("smoke")
-    tasks, seeds, use = pipeline.brainstorm(run), pipeline.seed_data(run), pipeline.teacher_use(run)
+    tasks, seeds, use = generation_stages.brainstorm(run), generation_stages.seed_data(run), generation_stages.teacher_use(run)
     asked = {p: n["calls"] for p, n in use.items()}
     assert asked == {
         "brainstorm": len(tasks.rows()),
         "seed": run.profile.seeds,
         "preference": 0,
-        "revision": len(pipeline.revision_rows(run)),
+        "revision": len(generation_stages.revision_rows(run)),
     }
-    tokenizer = models.load_tokenizer(run.profile.models.generator)
+    tokenizer = loading.load_tokenizer(run.profile.models.generator)
     written = [len(tokenizer(e["raw"], add_special_tokens=False)["input_ids"]) for e in seeds.rows()]
     assert use["seed"]["output"] == sum(written) < use["seed"]["input"], "a prompt is longer than its answer"

@@ -12,8 +12,11 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
-from speed_core import embed, lm_head, models, profile, sft
-from speed_core.artifacts import UserError
+from speed_core import profile
+from speed_core.contrastive import embedder
+from speed_core.files import UserError
+from speed_core.generation import sft
+from speed_core.models import loading, token_logprobs, training
 from speed_core.profile import Lora
 
 FAMILIES = ("gemma3", "llama", "mistral", "qwen2")
@@ -33,7 +36,7 @@ def test_log_probs_equal_the_plain_softmax_in_value_and_gradient(family, tiny_mo
     scored = torch.zeros_like(ids).bool()
     scored[0, 4:], scored[1, 6:] = True, True
     mask = torch.ones_like(ids)
-    ours = lm_head.token_log_probs(model, ids, mask, scored)
+    ours = token_logprobs.token_log_probs(model, ids, mask, scored)
     ours.sum().backward()
     # The head is taken as frozen, so what is compared is the gradient of a layer below it.
     inner = model.model.layers[0].mlp.down_proj.weight
@@ -51,7 +54,7 @@ def test_the_gradient_through_the_head_equals_autograds():
     h = torch.randn(5, 4, requires_grad=True)
     w, t, up = torch.randn(11, 4), torch.tensor([0, 3, 10, 2, 2]), torch.randn(5)
     for cap in (None, 2.0):
-        (lm_head._TokenLogProbs.apply(h, w, t, cap) * up).sum().backward()
+        (token_logprobs._TokenLogProbs.apply(h, w, t, cap) * up).sum().backward()
         ours, h.grad = h.grad.clone(), None
         z = h @ w.T
         z = cap * torch.tanh(z / cap) if cap else z
@@ -65,12 +68,12 @@ def test_sft_trains_and_its_adapter_belongs_to_its_base(family, tiny_model, tmp_
     base = tiny_model(family)
     facts = sft.train(base, PAIRS, settings("junior", lr=1e-2, epochs=4), seed=0, output=tmp_path / "a")
     assert facts["history"][-1]["loss"] < facts["history"][0]["loss"]
-    models.check_adapter(tmp_path / "a", base)
+    loading.check_adapter(tmp_path / "a", base)
     adapted = json.loads((tmp_path / "a" / "adapter_config.json").read_text())["target_modules"]
     assert adapted == sorted(adapted), "the order differs from process to process, and so would the digest"
     other = tiny_model("gemma3" if family != "gemma3" else "llama")
     with pytest.raises(UserError, match="trained on weights"):
-        models.check_adapter(tmp_path / "a", other)
+        loading.check_adapter(tmp_path / "a", other)
 
 
 def test_weights_that_are_no_numbers_stop_the_training_and_leave_no_adapter(tiny_model, tmp_path):
@@ -92,7 +95,7 @@ def lora_model(base):
 
     torch.manual_seed(0)
     model = get_peft_model(
-        AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32), sft.lora_config(Lora(rank=2, alpha=4))
+        AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32), training.lora_config(Lora(rank=2, alpha=4))
     )
     for name, p in model.named_parameters():
         if "lora_B" in name:
@@ -105,7 +108,7 @@ def gradients(model):
 
 
 def test_half_of_a_pair_in_a_training_row_is_named(tiny_model):
-    tokenizer = models.load_tokenizer(tiny_model("llama"))
+    tokenizer = loading.load_tokenizer(tiny_model("llama"))
     with pytest.raises(UserError, match="training row 1: its completion holds half of a UTF-16 pair"):
         sft.encode_rows(tokenizer, [PAIRS[0], ("a", "b \ud83d")], 256)
 
@@ -118,7 +121,7 @@ def trl_loss(base, folder):
     from datasets import Dataset
     from trl import SFTConfig, SFTTrainer
 
-    tokenizer = models.load_tokenizer(base)
+    tokenizer = loading.load_tokenizer(base)
     rows, _ = sft.encode_rows(tokenizer, UNEVEN, 512)
     arguments = SFTConfig(
         str(folder), completion_only_loss=True, bf16=False, use_cpu=True, report_to=[], gradient_checkpointing=False
@@ -136,7 +139,7 @@ def test_loss_and_gradients_equal_trls_however_many_rows_are_read_at_once(family
     batch, wanted, expected = trl_loss(base, tmp_path)
     assert len(set(batch["attention_mask"].sum(1).tolist())) == 4 and len(expected) > 0
     model = lora_model(base)
-    lm_head.hidden_states_only(model)
+    token_logprobs.hidden_states_only(model)
     for rows in (1, 3, 4):
         model.zero_grad()
         parts = sft.by_length(batch, rows)
@@ -212,15 +215,15 @@ def test_an_embedder_trains_saves_and_loads_alone(family, guided, tiny_model, tm
     base = "package:all-MiniLM-L6-v2" if family == "bert" else tiny_model(family)
     targets = ("query", "value") if family == "bert" else ("q_proj", "v_proj")
     s = settings("embedding", batch=4, micro_batch=4, examples=8, guided=guided, lora=Lora(rank=2, alpha=4, targets=targets))
-    facts = embed.train(
+    facts = embedder.train(
         base, records(8), s, guide="package:all-MiniLM-L6-v2", guide_cache=tmp_path / "g", seed=0, output=tmp_path / "m"
     )
     assert facts["rows"] == 8 and len(facts["history"]) == 2
     assert sum(p.stat().st_size for p in (tmp_path / "m").rglob("*")) < 1e6, "the adapter alone is kept"
-    model = embed.load_trained(tmp_path / "m")
-    whole = SentenceTransformer(str(embed.merged(tmp_path / "m", tmp_path / "whole")), device="cpu")
+    model = embedder.load_trained(tmp_path / "m")
+    whole = SentenceTransformer(str(embedder.merged(tmp_path / "m", tmp_path / "whole")), device="cpu")
     assert (model.encode(["a b"]) == whole.encode(["a b"])).all()
-    untrained = embed.build(base, s.max_length)
+    untrained = embedder.build(base, s.max_length)
     assert not (model.encode(["a b"]) == untrained.encode(["a b"])).all()
     short, long = model.encode(["a b"]), model.encode(["a b", "a much longer text that forces padding on the first"])[:1]
     assert abs(short - long).max() < 1e-2, "padding changes the vector"
@@ -231,11 +234,11 @@ def test_an_embedder_trains_saves_and_loads_alone(family, guided, tiny_model, tm
 
 @pytest.mark.parametrize("family", ("gemma3", "bert"))
 def test_a_batch_in_parts_of_like_length_has_the_embeddings_and_gradients_of_the_whole(family, tiny_model):
-    model = embed.build("package:all-MiniLM-L6-v2" if family == "bert" else tiny_model(family), 64, "float32").eval().float()
+    model = embedder.build("package:all-MiniLM-L6-v2" if family == "bert" else tiny_model(family), 64, "float32").eval().float()
     texts = [["a", "b c d e f g h i j", "k l"], ["m n o", "p", "q r s t u v w x y z " * 3]]
     columns = [model.preprocess(t) if hasattr(model, "preprocess") else model.tokenize(t) for t in texts]
     found, grads = [], []
-    for embedded in (embed.by_length(model, columns, 2), [model(dict(c))["sentence_embedding"] for c in columns]):
+    for embedded in (embedder.by_length(model, columns, 2), [model(dict(c))["sentence_embedding"] for c in columns]):
         model.zero_grad()
         sum((k + 1) * e.pow(3).sum() for k, e in enumerate(embedded)).backward()
         found.append(torch.cat(embedded).detach())
@@ -250,39 +253,41 @@ def test_pooling_is_kept_with_the_adapter(tiny_model, tmp_path):
             "embedding", batch=4, micro_batch=4, examples=4, pooling=pooling, lora=Lora(rank=2, alpha=4, targets=("q_proj",))
         )
         out = tmp_path / pooling
-        embed.train(
+        embedder.train(
             tiny_model("gemma3"), records(4), s, guide="package:all-MiniLM-L6-v2", guide_cache=tmp_path / "g", seed=0, output=out
         )
-        model = embed.load_trained(out)
+        model = embedder.load_trained(out)
         assert model[1].pooling_mode == {"last": "lasttoken", "mean": "mean"}[pooling]
         vectors[pooling] = model.encode(["a b c"])
     assert not np.allclose(vectors["last"], vectors["mean"], atol=1e-3)
 
 
 def test_models_built_one_after_the_other_share_neither_weights_nor_length_limit(tiny_model):
-    one, two = embed.build(tiny_model("gemma3"), 32), embed.build(tiny_model("gemma3"), 8)
+    one, two = embedder.build(tiny_model("gemma3"), 32), embedder.build(tiny_model("gemma3"), 8)
     assert (one.max_seq_length, two.max_seq_length) == (32, 8)
     before = two.encode(["a b"])
     with torch.no_grad():
         next(one.parameters()).add_(1.0)
     assert (two.encode(["a b"]) == before).all()
-    assert (embed.build(tiny_model("gemma3"), 8).encode(["a b"]) == before).all()
+    assert (embedder.build(tiny_model("gemma3"), 8).encode(["a b"]) == before).all()
     assert (one.tokenizer.padding_side, two.tokenizer.padding_side) == ("right", "right")
 
 
 def test_an_adapter_on_other_weights_is_refused(tiny_model, tmp_path):
     one, other = tiny_model("llama"), tiny_model("gemma3")
     s = settings("embedding", batch=4, micro_batch=4, examples=4, lora=Lora(rank=2, alpha=4, targets=("q_proj",)))
-    embed.train(one, records(4), s, guide="package:all-MiniLM-L6-v2", guide_cache=tmp_path / "g", seed=0, output=tmp_path / "m")
-    body = tmp_path / "m" / embed.ADAPTER / "body.json"
+    embedder.train(
+        one, records(4), s, guide="package:all-MiniLM-L6-v2", guide_cache=tmp_path / "g", seed=0, output=tmp_path / "m"
+    )
+    body = tmp_path / "m" / embedder.ADAPTER / "body.json"
     body.write_text(body.read_text().replace(one, other))
     with pytest.raises(UserError, match="trained on weights"):
-        embed.load_trained(tmp_path / "m")
+        embedder.load_trained(tmp_path / "m")
 
 
 def test_the_guide_reads_the_bare_text():
-    assert embed.bare(embed.instruct("Find it", "what\nis this")) == "what\nis this"
-    assert embed.bare("plain") == "plain"
+    assert embedder.bare(embedder.instruct("Find it", "what\nis this")) == "what\nis this"
+    assert embedder.bare("plain") == "plain"
 
 
 def test_two_adapters_joined_do_what_one_on_top_of_the_other_does(tiny_model, tmp_path):
@@ -290,15 +295,15 @@ def test_two_adapters_joined_do_what_one_on_top_of_the_other_does(tiny_model, tm
 
     base = tiny_model("llama")
     sft.train(base, PAIRS, settings("junior", lr=1e-2, epochs=2), seed=0, output=tmp_path / "junior")
-    merged = models.merged_folder(base, tmp_path / "junior")
+    merged = loading.merged_folder(base, tmp_path / "junior")
     wider = settings("revisor", lr=1e-2, epochs=2, lora=Lora(rank=3, alpha=12))
     sft.train(str(merged), PAIRS, wider, seed=1, output=tmp_path / "senior")
-    joined = models.joined_adapter(tmp_path / "junior", tmp_path / "senior", tmp_path / "joined")
+    joined = loading.joined_adapter(tmp_path / "junior", tmp_path / "senior", tmp_path / "joined")
     ids = torch.randint(5, 1000, (2, 9), generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
         # In float32 all the way: the merged folder itself is rounded to bfloat16.
-        below = models.load_causal_lm(base, tmp_path / "junior", "float32")
+        below = loading.load_causal_lm(base, tmp_path / "junior", "float32")
         on_top = PeftModel.from_pretrained(below, str(tmp_path / "senior")).merge_and_unload()(ids).logits
-        together = models.load_causal_lm(base, joined, "float32")(ids).logits
-        junior = models.load_causal_lm(base, tmp_path / "junior", "float32")(ids).logits
+        together = loading.load_causal_lm(base, joined, "float32")(ids).logits
+        junior = loading.load_causal_lm(base, tmp_path / "junior", "float32")(ids).logits
     assert torch.allclose(on_top, together, atol=1e-5) and not torch.allclose(junior, together, atol=1e-3)

@@ -8,9 +8,10 @@ import nbformat
 import pytest
 import torch
 
-from speed_core import pictures, run, widgets
-from speed_core.guided_loss import false_negative_mask
-from speed_core.run_context import ROOT
+from speed_core.contrastive.guided_loss import false_negative_mask
+from speed_core.runner import notebook
+from speed_core.store.run_context import ROOT
+from speed_core.teaching import pictures, widgets
 
 
 @pytest.fixture(scope="module")
@@ -43,7 +44,7 @@ def test_the_runner_leaves_text_and_a_still_figure_in_the_notebook_and_no_widget
     nb = nbformat.read(ROOT / "notebooks" / "03_junior_generator.ipynb", 4)
     nb.cells = [c for c in nb.cells if "parameters" in c.metadata.get("tags", []) or "widgets.temperature(" in c.source]
     nbformat.write(nb, tmp_path / "03.ipynb")
-    report = run.execute(tmp_path / "03.ipynb", tmp_path / "done.ipynb", {}, show=False)
+    report = notebook.execute(tmp_path / "03.ipynb", tmp_path / "done.ipynb", {}, show=False)
     assert report.status == "ok", report.detail
     done = nbformat.read(tmp_path / "done.ipynb", 4)
     said, still = done.cells[-1].outputs
@@ -58,7 +59,7 @@ def test_a_progress_bar_of_a_library_does_not_stay_in_the_notebook_that_the_runn
     bar = "from tqdm.auto import tqdm\nfor _ in tqdm(range(3)):\n    print('said')"
     nb.cells.append(nbformat.v4.new_code_cell(bar))
     nbformat.write(nb, tmp_path / "bar.ipynb")
-    assert run.execute(tmp_path / "bar.ipynb", tmp_path / "done.ipynb", {}, show=False).status == "ok"
+    assert notebook.execute(tmp_path / "bar.ipynb", tmp_path / "done.ipynb", {}, show=False).status == "ok"
     done = nbformat.read(tmp_path / "done.ipynb", 4)
     assert [o.get("text") for o in done.cells[-1].outputs] == ["said\n" * 3] and "widgets" not in done.metadata
 

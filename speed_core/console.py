@@ -1,0 +1,29 @@
+"""What a reader sees while something runs: progress bars, and no messages of libraries that say nothing about the run."""
+
+from __future__ import annotations
+
+import logging
+import sys
+import warnings
+from typing import Any
+
+from tqdm import tqdm
+
+
+def quiet() -> None:
+    """Silence messages that say nothing about the reader's run; real problems raise."""
+    import datasets
+    import transformers
+
+    warnings.filterwarnings("ignore", message=".*pin_memory.*")
+    warnings.filterwarnings("ignore", message=".*torchao.*")
+    logging.getLogger("httpx").setLevel(logging.WARNING)
+    logging.getLogger("sentence_transformers").setLevel(logging.ERROR)
+    transformers.utils.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
+    datasets.disable_progress_bars()
+
+
+def progress(total: int, label: str, unit: str, initial: int = 0) -> Any:
+    """tqdm on standard output, rarely redrawn: readable in a notebook, a log file and a terminal."""
+    return tqdm(total=total, initial=initial, desc=label, unit=unit, mininterval=3, file=sys.stdout, ascii=" #", ncols=90)

@@ -1,0 +1,200 @@
+"""Generation that loses nothing: one request, one logged outcome, whatever happens.
+
+An engine (`speed_core.generation.engines`) turns requests into completions; `run` keeps the log. Text cut at the token limit is
+`truncated`, never repaired, and nothing is asked twice that was answered.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from speed_core.console import progress
+from speed_core.data import records
+from speed_core.files import AppendLog, UserError, digest
+from speed_core.generation.engines import Completion, Decoding, Engine, Request, VllmEngine, choose_engine, open_engine
+from speed_core.models import loading
+
+LOGGED = ("record", "kind", "status", "raw", "reason", "finish_reason", "model")  # what every entry of a log has
+
+
+def request_id(request: Request, model_id: str, decoding: Decoding, dtype: str = "auto") -> str:
+    """Digest of everything that decides the text: prompt, weights, decoding, schema, seed, and a compute type that was asked for."""
+    decides = {
+        "prompt": request.text,
+        "model": model_id,
+        "decoding": asdict(decoding),
+        "schema": records.schema(request.kind) if request.kind and decoding.constrained else None,
+        "seed": request.seed,
+        "record": request.id,
+    }
+    decides |= {"attempt": request.attempt} if request.attempt > 1 else {}
+    return digest(decides | ({"dtype": dtype} if dtype != "auto" else {}))[:24]
+
+
+def run(
+    requests: Sequence[Request],
+    *,
+    model: str,
+    log: Path,
+    decoding: Decoding,
+    adapter: Path | None = None,
+    engine: str | Engine = "auto",
+    label: str = "generate",
+    dtype: str = "auto",
+    max_length: int = 1024,
+    batch_size: int = 32,
+    attempts: int = 1,
+    model_id: str = "",
+    workers: int = 0,
+    ray_address: str = "",
+    parse: Callable[[str, str, str], records.Outcome] = records.parse,
+) -> list[dict[str, Any]]:
+    """Answer every request and return one log entry each, in the order of `requests`.
+
+    Requests already in `log` (same digest of everything that decides the text) are not issued
+    again. Each finished text is parsed by `parse(raw, kind, finish_reason)` and appended at once.
+    The number of entries equals the number of requests, always. A text that is not ok is asked for again, with a
+    seed of its own, up to `attempts` times in all; every attempt stays in the log, the last one is returned.
+    `model_id` names weights that are not on this machine (a server's); else it is their digest.
+    """
+    if not model_id:
+        base = loading.weights_id(loading.resolve(model))
+        model_id = f"{base}+{loading.weights_id(adapter)}" if adapter else base
+    if len({r.id for r in requests}) != len(requests):
+        raise ValueError("requests: two of them share an id; ids must differ")
+    latest = {r.id: r for r in requests}
+    started: Engine | None = None if isinstance(engine, str) else engine
+    with AppendLog(log, LOGGED) as entries:
+
+        def entry(r: Request) -> dict[str, Any] | None:
+            return entries.entries.get(request_id(r, model_id, decoding, dtype))
+
+        others = {e["record"] for e in entries.entries.values()} & {r.id for r in requests if entry(r) is None}
+        if others:
+            print(
+                f"{log.name}: holds {len(others)} of these records with another prompt, model, decoding or seed; kept, not used"
+            )
+        try:
+            for attempt in range(1, attempts + 1):
+                todo = [r for r in latest.values() if r.attempt == attempt and entry(r) is None]
+                if todo and started is None:
+                    assert isinstance(engine, str)
+                    # By all requests: what is left of a stopped run is answered by the engine that began it.
+                    name = choose_engine(engine, len(requests), decoding.max_new_tokens)
+                    sizes: dict[str, Any] = {"dtype": dtype, "max_length": max_length, "batch_size": batch_size}
+                    started = open_engine(name, model, adapter, workers=workers, ray_address=ray_address, **sizes)
+                if todo and started is not None:
+                    named = label if attempt == 1 else f"{label}, attempt {attempt}"
+                    bar = progress(len(requests), f"{named} [{started.name}]", "rec", len(requests) - len(todo))
+                    try:
+                        for c in started.generate(prefix_order(todo), decoding):
+                            key = request_id(latest[c.id], model_id, decoding, dtype)
+                            entries.append(_entry(c, latest[c.id], key, model_id, started.name, parse))
+                            bar.update()
+                    finally:
+                        bar.close()
+                if attempt < attempts:
+                    failed = [r for r in latest.values() if r.attempt == attempt and _weak(entry(r))]
+                    latest |= {r.id: r.again() for r in failed}
+        except BaseException:
+            if started is not None and isinstance(engine, str):
+                started.close()
+            raise
+        if started is not None and isinstance(engine, str):
+            # The next stage often opens the same engine on other weights.
+            started.rest() if isinstance(started, VllmEngine) else started.close()
+        return [e for r in requests if (e := entry(latest[r.id])) is not None]
+
+
+def prefix_order(requests: Sequence[Request]) -> list[Request]:
+    """Requests sorted by their text, so that prompts with a common beginning follow each other and share its cache."""
+    return sorted(requests, key=lambda r: r.text)
+
+
+def _weak(entry: dict[str, Any] | None) -> bool:
+    return entry is not None and entry["status"] in ("invalid", "truncated", "refused")
+
+
+def _entry(
+    c: Completion,
+    request: Request,
+    key: str,
+    model_id: str,
+    engine: str,
+    parse: Callable[[str, str, str], records.Outcome],
+) -> dict[str, Any]:
+    """The line of the log for one completion."""
+    if c.finish_reason == "error":
+        outcome = records.Outcome("error", c.text)
+    else:
+        outcome = parse(c.text, request.kind, c.finish_reason)
+    more = {"attempt": request.attempt} if request.attempt > 1 else {}
+    return more | {
+        "id": key,
+        "record": c.id,
+        "kind": request.kind,
+        "seed": request.seed,
+        "status": outcome.status,
+        "reason": outcome.reason,
+        "raw": "" if outcome.status == "error" else c.text,
+        "finish_reason": c.finish_reason,
+        "prompt_tokens": c.prompt_tokens,
+        "new_tokens": c.new_tokens,
+        "model": model_id,
+        "engine": engine,
+    }
+
+
+def replay(
+    requests: Sequence[Request], log: Path, decoding: Decoding, attempts: int = 1, dtype: str = "auto"
+) -> list[dict[str, Any]]:
+    """The log entries of `requests` in their order, without model or engine: the last attempt of each, as `run` returns it.
+
+    An entry counts only when its id is the digest of this very prompt, decoding and seed with the model it names.
+    """
+    if not log.is_file():
+        raise UserError(f"replay: {log.name} is not there; import an export first (python -m speed_core import FILE)")
+    with AppendLog(log, LOGGED) as entries:
+        by_record: dict[str, list[dict[str, Any]]] = {}
+        for e in entries.entries.values():
+            by_record.setdefault(e["record"], []).append(e)
+
+    def find(r: Request) -> dict[str, Any] | None:
+        found = [e for e in by_record.get(r.id, []) if e["id"] == request_id(r, e["model"], decoding, dtype)]
+        return found[-1] if found else None
+
+    out = []
+    for r in requests:
+        entry = find(r)
+        while r.attempt < attempts and _weak(entry):
+            r = r.again()
+            entry = find(r)
+        if entry is None:
+            raise UserError(
+                f"replay: {log.name} holds no outcome of record {r.id} with this prompt, decoding and seed; "
+                "use the profile and overrides of the export"
+            )
+        out.append(entry)
+    return out
+
+
+def outcome_of(entry: dict[str, Any]) -> records.Outcome:
+    """Parse a logged text again; the log keeps raw text, so records are always derived from it."""
+    if entry["status"] == "error":
+        return records.Outcome("error", entry["reason"])
+    return records.parse(entry["raw"], entry["kind"], entry["finish_reason"])
+
+
+def text_of(entry: dict[str, Any]) -> str:
+    """The text of a valid outcome that a model is to learn from or to read (`records.own_text`)."""
+    return records.own_text(entry["raw"], entry["kind"])
+
+
+def counts(entries: Iterable[dict[str, Any]]) -> dict[str, int]:
+    """Outcomes by status, in a fixed order; the values add up to the number of entries."""
+    found = Counter(e["status"] for e in entries)
+    return {s: found.get(s, 0) for s in ("ok", "invalid", "refused", "truncated", "error")}

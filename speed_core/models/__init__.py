@@ -1,0 +1,7 @@
+"""Models: find, load, identify, and the type they compute in.
+
+loading         a hub id, a folder or package:NAME; weights, adapters and their digests
+compute_type    float32, bfloat16 or float16, chosen for the machine
+token_logprobs  log-probabilities of the completion tokens, without the logits of the whole vocabulary
+training        what the three kinds of training share: the Trainer's arguments, LoRA, checkpoints, the saved adapter
+"""

@@ -1,0 +1,150 @@
+"""What SFT, DPO and the training of embeddings share: arguments of the Trainer, LoRA, checkpoints, the adapter on disk."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from speed_core.console import progress
+from speed_core.files import UserError, surrogate, write_json
+from speed_core.models import compute_type, loading
+
+if TYPE_CHECKING:  # a GPU can be checked without pydantic
+    from speed_core.profile import Lora, Training
+
+
+def prompt_text(text: str) -> str:
+    """What a generator reads: the prompt and a line break, the same in training and in use."""
+    return text + "\n"
+
+
+def refuse_surrogates(number: int, **texts: str) -> None:
+    """UserError that names the training row and the field with half of a UTF-16 pair, which no tokenizer reads."""
+    for name, text in texts.items():
+        if surrogate(text):
+            raise UserError(
+                f"training row {number}: its {name} holds half of a UTF-16 pair (\\ud800 to \\udfff); write the text again"
+            )
+
+
+def lora_config(lora: Lora, task_type: str = "CAUSAL_LM") -> Any:
+    """PEFT's configuration from a profile's values."""
+    from peft import LoraConfig
+
+    return LoraConfig(
+        r=lora.rank,
+        lora_alpha=lora.alpha,
+        lora_dropout=lora.dropout,
+        target_modules=list(lora.targets),
+        task_type=task_type,
+    )
+
+
+def trainer_arguments(settings: Training, seed: int, output: Path, folder: str = "", **more: Any) -> dict[str, Any]:
+    """Arguments that SFT, DPO and embedding training share; `folder` of the model. Accumulation is derived from the global batch."""
+    import torch
+
+    cuda, kind = torch.cuda.is_available(), compute_type.choose(settings.dtype, training=True, folder=folder).name
+    world = int(os.environ.get("WORLD_SIZE", max(1, torch.cuda.device_count())))
+    if settings.batch % (settings.micro_batch * world):
+        raise UserError(
+            f"batch {settings.batch}: not micro_batch {settings.micro_batch} x {world} devices x a whole number; "
+            "change batch or micro_batch"
+        )
+    return {
+        "output_dir": str(output),
+        "num_train_epochs": settings.epochs,
+        "learning_rate": settings.lr,
+        "per_device_train_batch_size": settings.micro_batch,
+        "gradient_accumulation_steps": settings.batch // (settings.micro_batch * world),
+        "warmup_steps": settings.warmup_ratio,
+        "weight_decay": settings.weight_decay,
+        "bf16": kind == "bfloat16" and cuda,
+        "fp16": kind == "float16",
+        "use_cpu": not cuda,
+        "seed": seed,
+        "data_seed": seed,
+        "logging_steps": 1,
+        "logging_nan_inf_filter": False,  # it would log a loss that is not a number as the mean of those before
+        "save_strategy": "no",
+        "report_to": [],
+        "disable_tqdm": True,
+        "dataloader_pin_memory": False,
+        **more,
+    }
+
+
+def bar_callback(label: str, among: Callable[[], Sequence[int]] | None = None) -> Any:
+    """A progress bar on standard output with steps done, total and time left; a gradient that is no number stops the training.
+    `among` tells which pairs the step has read."""
+    import torch
+    from transformers import TrainerCallback
+
+    class Bar(TrainerCallback):
+        def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+            self.bar = progress(state.max_steps, label, "step")
+
+        def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+            self.bar.update()
+
+        def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, model: Any = None, **_: Any) -> None:
+            # Before the weights are touched: the last checkpoint stays good, and nothing is trained further.
+            norm = torch.nn.utils.get_total_norm(p.grad for p in model.parameters() if p.grad is not None)
+            if not math.isfinite(float(norm)):
+                found = last_checkpoint(Path(args.output_dir))
+                kept = f"; last good checkpoint: {found.name}" if found else ""
+                pairs = f" of pairs {', '.join(map(str, among()))}" if among else ""
+                raise UserError(
+                    f"{label}: a gradient is not a number at step {state.global_step + 1}{pairs}; lower the learning rate{kept}"
+                )
+
+        def on_train_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+            self.bar.close()
+
+    return Bar()
+
+
+def last_checkpoint(folder: Path) -> Path | None:
+    """The newest checkpoint in `folder` that was written to its end (the trainer's state comes last), or None."""
+    found = [p for p in folder.glob("checkpoint-*") if p.name[11:].isdecimal() and (p / "trainer_state.json").is_file()]
+    return max(found, key=lambda p: int(p.name[11:]), default=None)
+
+
+def remove_printer(trainer: Any) -> None:
+    """Take off the callback that prints every logged step; the progress bar and the kept history replace it."""
+    from transformers.trainer_callback import PrinterCallback
+
+    trainer.remove_callback(PrinterCallback)
+
+
+def check_history(history: Sequence[dict[str, Any]], what: str) -> list[dict[str, float]]:
+    """Rows {step, loss} of a finished training; a loss that is not a number is an error."""
+    rows = [{"step": h["step"], **{k: float(v) for k, v in h.items() if k != "step"}} for h in history if "loss" in h]
+    for row in rows:
+        if not math.isfinite(row["loss"]):
+            raise UserError(f"{what}: loss is {row['loss']} at step {int(row['step'])}; lower the learning rate")
+    return rows
+
+
+def save_adapter(model: Any, folder: Path, base: str) -> None:
+    """Write the adapter and, beside it, the digest of the weights that it belongs to.
+
+    PEFT writes the folder of the base into two files, and the adapted layers in an order that differs from process to
+    process: with either, equal adapters would differ in digest.
+    """
+    model.save_pretrained(str(folder))
+    weights = loading.weights_id(loading.resolve(base))
+    name = f"merged weights {weights}" if os.path.isabs(base) else base
+    write_json(folder / "base.json", {"name": name, "weights": weights})
+    for path in (folder / "adapter_config.json", folder / "README.md"):
+        if path.is_file():
+            text = path.read_text(encoding="utf-8")
+            path.write_text(text.replace(loading.resolve(base), name), encoding="utf-8")
+    config = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
+    if isinstance(config.get("target_modules"), list):
+        config["target_modules"].sort()
+    write_json(folder / "adapter_config.json", config)

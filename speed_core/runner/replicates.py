@@ -1,0 +1,139 @@
+"""Generators trained more than once: what the seeds of embedding models cannot tell of one generator against another.
+
+A repetition is a point of a sweep (`sweep`) at another seed: notebooks 03 to 05 train junior, senior and revisor anew, notebook 10
+lets them write and trains embedding models on what they wrote. All of it differs from the profile's own run but the prompts, the
+teacher's examples and the evaluation texts, so the scores of a repetition are one independent group (`uncertainty.contrast`,
+`groups`), and groups are what an interval of a claim about generators is taken over.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from speed_core.evaluation import evaluate
+from speed_core.profile import dotted
+from speed_core.runner.sweep import Point, folder_name
+from speed_core.store.artifacts import Artifact
+from speed_core.store.run_context import Run
+from speed_core.study import claims, embedding_stages, planning
+from speed_core.study.runs import open_run
+
+KEY = "generators"  # of `study --only`
+NOTEBOOKS = ("03", "04", "05", "10")
+SEEDS = 2  # embedding models an arm and repetition: further trainings of the generators are worth more than further ones of these
+UNSEEN = 12  # texts of the notebooks' own comparisons on unseen prompts, which no claim takes from a repetition
+Scores = Mapping[str, Sequence[Any]]  # arm -> what `evaluate.evaluate` returned, one a training seed
+
+
+def point(run: Run, seed: int) -> Point:
+    """The run of one repetition, at `seed`: it shares no seed of a student with the profile's own run, nor another repetition."""
+    own = run.profile
+    values: dict[str, Any] = {
+        "study.seeds": list(own.study.seeds[:SEEDS]),
+        "study.sweep_seeds": None,
+        "study.student.seeds": [seed + k for k in own.study.student.seeds[:SEEDS]],
+        "synthesis.evaluation_prompts": min(UNSEEN, own.synthesis.evaluation_prompts),
+    }
+    return Point(folder_name(f"seed={seed}"), values, seed)
+
+
+def points(run: Run) -> list[Point]:
+    """Every repetition that the profile asks for (`study.generator_seeds`), but those that share a seed with the run itself."""
+    own = set(embedding_stages.training_seeds(run)) | set(run.profile.study.student.seeds)
+    theirs = {seed: {seed + k for k in run.profile.study.seeds[:SEEDS]} for seed in run.profile.study.generator_seeds}
+    return [point(run, seed) for seed, used in theirs.items() if not used & own]
+
+
+@dataclass(frozen=True)
+class Repeats:
+    """The repetitions that are there: the run of each, its scores {arm: results} and the artifacts of these, `MIXED` among the arms."""
+
+    runs: tuple[Run, ...]
+    scores: tuple[Scores, ...]
+    inputs: tuple[Artifact, ...]
+
+    def having(self, arms: Iterable[str]) -> list[int]:
+        """Which of the repetitions have scores of all `arms`."""
+        return [k for k, s in enumerate(self.scores) if all(s.get(arm) for arm in arms)]
+
+    def joined(self, own: Scores, arms: Iterable[str]) -> tuple[dict[str, list[Any]], tuple[int, ...]]:
+        """({arm: results of the profile's own run, then of each repetition that has all `arms`}, how many of each)."""
+        arms = list(arms)
+        every = [own, *(self.scores[k] for k in self.having(arms))]
+        return {arm: [r for s in every for r in s[arm]] for arm in arms}, tuple(len(s[arms[0]]) for s in every)
+
+    def means(self, own: Scores, arm: str) -> list[list[float]]:
+        """Mean scores of an arm: for each training of the generators those of its embedding models."""
+        return [[evaluate.category_means(r)["Avg"] for r in s[arm]] for s in (own, *self.scores) if s.get(arm)]
+
+    def estimates(self, own: Scores, records: Sequence[Mapping[str, int]], *, draws: int = 1000) -> dict[str, dict[str, Any]]:
+        """{claim: estimate} of the claims that compare generators, over all their trainings; none where there is only one.
+
+        `records`: {arm: how many its models learned from} of the profile's own run, then of each repetition.
+        """
+        out: dict[str, dict[str, Any]] = {}
+        for key in claims.COMPARED:
+            arms = claims.arms_of(key)
+            if key not in claims.ONE_GENERATOR or not all(own.get(arm) for arm in arms):
+                continue
+            scores, groups = self.joined(own, arms)
+            e = claims.compared(key, scores, groups, draws=draws) if len(groups) > 1 else None
+            if e:
+                used = [_counts(records[0], arms), *(_counts(records[1 + k], arms) for k in self.having(arms))]
+                said = f"{used[0]} records each time" if len(set(used)) == 1 else f"{', then '.join(used)} records"
+                what = f"{claims.COMPARED[key][0]}, on {said}"
+                out[key] = e.row(key) | {"what": what, "source": KEY}
+        return out
+
+
+def _counts(records: Mapping[str, int], arms: Iterable[str]) -> str:
+    """Says "168" where the models of all `arms` learned from equally many records, else "168 (base 150)"."""
+    known = {arm: records[arm] for arm in arms if arm in records}
+    most = max(known.values(), default=0)
+    fewer = [f"{arm} {n}" for arm, n in known.items() if n < most]
+    return f"{most} ({', '.join(fewer)})" if fewer else str(most)
+
+
+def spread(means: Sequence[Sequence[float]]) -> tuple[float, float]:
+    """(standard deviation of the mean scores between trainings of the generators, of single embedding models within one, pooled).
+
+    The first holds a part of the second, which the mean over a training's embedding models has not removed.
+    """
+    free = sum(len(m) - 1 for m in means)
+    pooled = sum(len(m) * np.var(m) for m in means) / free if free else float("nan")
+    return float(np.std([np.mean(m) for m in means], ddof=1)) if len(means) > 1 else float("nan"), float(pooled) ** 0.5
+
+
+def collect(run: Run) -> Repeats:
+    """The repetitions of `run` that were run and are current, each with the arms that it could compare; of the others it says why
+    they are left out."""
+    runs, scores, inputs = [], [], []
+    for one in [] if run.point else points(run):
+        at = open_run(run.profile.name, one.overrides, one.seed, variant=one.name)
+        if not (at.folder / "times.jsonl").is_file():
+            continue
+        arms = embedding_stages.ablation_arms(at)
+        students = [
+            (arm, f"scores-{embedding_stages.student_name(layers, arm, s)}") for layers, s, arm in embedding_stages.mixed_arms(at)
+        ]
+        names = [f"scores-{arm}-{s}" for arm in arms for s in embedding_stages.training_seeds(at)] + [n for _, n in students]
+        if wrong := _otherwise(run, at, one) or planning.stale(at, names):
+            print(f"{one.name} is left out: {wrong[0]}{f', and {len(wrong) - 1} more' if len(wrong) > 1 else ''}")
+            continue
+        made = {arm: embedding_stages.scored(at, arm) for arm in arms}
+        for arm, name in students:
+            made.setdefault(arm, []).append(at.store.need(name))
+        runs.append(at)
+        scores.append({arm: [a.json("scores.json") for a in of] for arm, of in made.items()})
+        inputs += [a for of in made.values() for a in of]
+    return Repeats(tuple(runs), tuple(scores), tuple(inputs))
+
+
+def _otherwise(run: Run, at: Run, one: Point) -> list[str]:
+    """What a repetition was told that the run is not (`run --set` changes the run alone): ["junior.epochs 2 here, 1 there"]."""
+    own, theirs = dotted(run.profile), dotted(at.profile)
+    return [f"{k} {v} here, {theirs[k]} there" for k, v in own.items() if k not in {"seed", *one.overrides} and theirs[k] != v]

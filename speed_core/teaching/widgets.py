@@ -1,0 +1,274 @@
+"""Three things to touch: the margin of the mask (07), the written records (06), the temperature (03).
+
+Every one gives its facts first, as ordinary text and, where the notebook has none yet, as a still figure; the widget comes
+after them and only where somebody can move it. A page without a kernel (a papermill run, an HTML export, a preview on the
+web) therefore loses nothing and shows no empty box.
+"""
+
+from __future__ import annotations
+
+import base64
+import io
+import json
+import os
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from functools import lru_cache
+from html import escape
+from typing import Any
+
+import ipywidgets as w
+
+from speed_core.data import records
+from speed_core.data.prompts import Prompt, revise
+from speed_core.files import ASSETS, read_jsonl
+from speed_core.plots import provenance
+from speed_core.store.artifacts import Artifact
+
+TEMPERATURES = (0.3, 0.7, 1.0, 1.3)  # what scripts/record_temperatures.py records
+MARGINS = (-0.2, -0.1, -0.05, 0.0, 0.05, 0.1, 0.2)
+BLOCKS = {"ap": "query-positive", "an": "query-negative", "aa": "query-query", "pp": "positive-positive"}
+FILTERS = ("stage", "status", "kind", "reason")
+# Reasons of `records.parse` in words; which key is hit is chance at this size.
+FAULTS = {"length": "cut off", "not_json": "no JSON", "missing_key": "miss a key"}
+FAULTS |= dict.fromkeys(("query_equals_positive", "positive_equals_negative", "query_equals_negative"), "repeat themselves")
+RECORDED = ASSETS / "recorded" / "temperatures.jsonl"
+LABELS = {"description_width": "initial"}  # ipywidgets cuts a long label otherwise
+NO_KERNEL = "(A widget stands here while a kernel runs; its numbers are in the text above.)"
+
+
+def interactive() -> bool:
+    """Can somebody move a slider here?
+
+    The rule: in a Jupyter kernel, unless SPEED_HEADLESS is set. A kernel cannot ask who reads its output, so whoever runs
+    notebooks with nobody watching has to say it: `notebook.execute` does, and so can any other batch runner.
+    """
+    from IPython.core.getipython import get_ipython
+
+    return os.environ.get("SPEED_HEADLESS", "") in ("", "0") and getattr(get_ipython(), "kernel", None) is not None
+
+
+def show(text: str, build: Callable[[], Any], figure: Any = None) -> None:
+    """Print `text` and display `figure`; where somebody can touch it, display the widget that `build()` returns as well.
+
+    The widget is not even made in a headless run: papermill would keep its state in the notebook's metadata, and a page
+    made from that would wait for a script from the network. In a front end that draws no widgets a line stands in its place.
+    """
+    print(text)
+    if figure is not None:
+        title = figure.axes[0].get_title("left")
+        provenance.show(figure, f"{title}. Its numbers stand in the text above.")
+    if interactive():
+        from IPython.display import display
+
+        display(build()._repr_mimebundle_() | {"text/plain": NO_KERNEL}, raw=True)
+
+
+def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    widths = [max(len(line[i]) for line in (head, *rows)) for i in range(len(head))]
+    return "\n".join("  ".join(c.ljust(w) for c, w in zip(line, widths, strict=True)).rstrip() for line in (head, *rows))
+
+
+def _text(title: str, body: str) -> str:
+    """A titled block of preformatted text as HTML; model text is escaped, never rendered."""
+    style = (
+        "white-space: pre-wrap; word-break: normal; overflow-wrap: anywhere; max-height: 20em; overflow: auto; margin: 2px 0 8px"
+    )
+    return f'<b>{escape(title)}</b><pre style="{style}" tabindex="0">{escape(body)}</pre>'
+
+
+# --- 07: the margin ------------------------------------------------------------------------------
+
+
+def _mask(columns: Sequence[Any], margin: float) -> tuple[Any, dict[str, int]]:
+    from speed_core.contrastive.guided_loss import false_negative_mask
+
+    view = false_negative_mask(*columns, margin=margin)
+    return view, {name: int(view.removed[b].sum()) for b, name in BLOCKS.items() if b in view.removed}
+
+
+def margin_table(columns: Sequence[Any]) -> str:
+    """Candidates removed in each block, a line for each margin; `columns` are the guide's (B, D) queries, positives, negatives."""
+    counts = {m: _mask(columns, m)[1] for m in MARGINS}
+    rows = [[f"{m:+.2f}", *map(str, c.values()), str(sum(c.values()))] for m, c in counts.items()]
+    return _table(["margin", *counts[0.0], "all"], rows)
+
+
+def margin_picture(columns: Sequence[Any], margin: float) -> str:
+    """The masking microscope at a margin as HTML: the counts in words and a PNG whose alternative text repeats them."""
+    import matplotlib.pyplot as plt
+
+    from speed_core.plots import drawing
+
+    view, counts = _mask(columns, margin)
+    said = f"margin {margin:+.2f}: {sum(counts.values())} removed ({', '.join(f'{b} {n}' for b, n in counts.items())})"
+    figure, _ = drawing.mask_picture(view, f"Removed at margin {margin:+.2f}")
+    png = io.BytesIO()
+    figure.savefig(png, format="png", dpi=100)
+    plt.close(figure)  # an open figure would be drawn once more, under the next cell
+    data = base64.b64encode(png.getvalue()).decode()
+    return f'<div>{said}</div><img style="max-width: 100%" alt="Masking microscope, {said}" src="data:image/png;base64,{data}">'
+
+
+def margin_slider(columns: Sequence[Any]) -> Any:
+    """A slider over the margin; each position draws the microscope again."""
+    # Drawn when the slider is let go (or at each arrow key): a picture takes longer than a drag waits.
+    slider = w.FloatSlider(
+        0.0, min=-0.3, max=0.3, step=0.05, description="margin m", readout_format="+.2f", style=LABELS, continuous_update=False
+    )
+    picture = w.HTML(margin_picture(columns, 0.0))
+    slider.observe(lambda change: setattr(picture, "value", margin_picture(columns, round(change["new"], 2))), "value")
+    return w.VBox([slider, picture])
+
+
+def margin(columns: Sequence[Any]) -> None:
+    """Notebook 07: counts at a few margins, and the slider."""
+    show(margin_table(columns), lambda: margin_slider(columns))
+
+
+# --- 06: the browser -----------------------------------------------------------------------------
+
+
+def entries(planned: Sequence[Prompt], raw: Artifact, revised: Artifact, data: Artifact) -> list[dict[str, str]]:
+    """Every outcome of `raw` and `revised`, and every record that `data` dropped, with the prompt that was read.
+
+    Each is {stage: raw, revised or curation; status; kind; reason: empty when valid; prompt; text}.
+    """
+    asked = {q.id: q.text for q in planned}
+    first = {e["record"]: e["raw"] for e in raw.rows()}
+    out = []
+    for stage, artifact in (("raw", raw), ("revised", revised)):
+        for e in artifact.rows():
+            prompt = asked[e["record"]] if stage == "raw" else revise(asked[e["record"]], first[e["record"]])
+            said = {k: e[k] for k in ("status", "kind", "reason")}
+            out.append({"stage": stage, **said, "prompt": prompt, "text": e["raw"]})
+    for r in data.rows("dropped.jsonl"):
+        text = json.dumps({k: r[k] for k in ("query", "positive", "negative", "because")}, ensure_ascii=False, indent=1)
+        said = {"status": "dropped", "kind": r["kind"], "reason": r["dropped_by"]}
+        out.append({"stage": "curation", **said, "prompt": asked[r["id"]], "text": text})
+    return out
+
+
+def outcome_counts(found: Sequence[Mapping[str, str]]) -> dict[str, int]:
+    """How many texts ended how: {"stage, status, reason": texts}."""
+    return dict(Counter(", ".join(filter(None, (e["stage"], e["status"], e["reason"]))) for e in found))
+
+
+def outcome_table(found: Sequence[Mapping[str, str]]) -> str:
+    """`outcome_counts` as text, a line each."""
+    return _table(["stage, status, reason", "texts"], [[k, str(n)] for k, n in outcome_counts(found).items()])
+
+
+def entry_browser(found: Sequence[Mapping[str, str]]) -> Any:
+    """Filters by stage, status, kind and reason, two buttons, and the text with its prompt."""
+    filters = {}
+    for key in FILTERS:
+        values = sorted({e[key] for e in found} - {""})
+        filters[key] = w.Dropdown(options=[("all", ""), *((v, v) for v in values)], description=key, style=LABELS)
+    back, on = w.Button(description="previous"), w.Button(description="next")
+    place, page, at = w.Label(), w.HTML(), 0
+
+    def draw(step: int = 0) -> None:
+        nonlocal at
+        chosen = [e for e in found if all(f.value in ("", e[key]) for key, f in filters.items())]
+        at = max(0, min(at + step, len(chosen) - 1)) if step else 0
+        back.disabled, on.disabled = at == 0, at >= len(chosen) - 1
+        place.value = f"{at + 1} of {len(chosen)}" if chosen else "none: widen a filter"
+        shown = chosen[at : at + 1]  # one or, where the filters leave nothing, none
+        titles = [", ".join(filter(None, (e[key] for key in FILTERS))) for e in shown]
+        page.value = "".join(_text(s, e["text"]) + _text("prompt", e["prompt"]) for s, e in zip(titles, shown, strict=True))
+
+    for f in filters.values():
+        f.observe(lambda _: draw(), "value")
+    back.on_click(lambda _: draw(-1))
+    on.on_click(lambda _: draw(+1))
+    draw()
+    return w.VBox([w.HBox(list(filters.values()), layout=w.Layout(flex_flow="row wrap")), w.HBox([back, on, place]), page])
+
+
+def browse(planned: Sequence[Prompt], raw: Artifact, revised: Artifact, data: Artifact) -> None:
+    """Notebook 06: how many texts ended how, and a browser of all of them."""
+    from speed_core.teaching import pictures
+
+    found = entries(planned, raw, revised, data)
+    show(outcome_table(found), lambda: entry_browser(found), pictures.outcome_picture(outcome_counts(found)))
+
+
+# --- 03: the temperature -------------------------------------------------------------------------
+
+
+@lru_cache(maxsize=1)
+def recorded_samples() -> tuple[dict[str, Any], list[dict[str, Any]]]:
+    """(header, rows) of the recording; each row has its `status` and `reason`, parsed here and now like any model text."""
+    header, *rows = read_jsonl(RECORDED)
+    for r in rows:
+        found = records.parse(r["raw"], r["kind"], r["finish_reason"])
+        r |= {"status": found.status, "reason": found.reason, "prompt": r["record"].partition("#")[0]}
+    return header, rows
+
+
+@lru_cache(maxsize=1)
+def temperature_points() -> list[dict[str, Any]]:
+    """For each temperature {x, value, low, high: share of valid records and its 95% interval over prompts; valid, all: counts;
+    wrong: {fault: texts}}."""
+    from speed_core.evaluation import uncertainty
+
+    header, rows = recorded_samples()
+    points: list[dict[str, Any]] = []
+    for t in TEMPERATURES:
+        here = [r for r in rows if r["temperature"] == t]
+        by_prompt = [[r["status"] == "ok" for r in here if r["prompt"] == p] for p in header["prompts"]]
+        low, high = uncertainty.bootstrap_interval([sum(v) / len(v) for v in by_prompt], "mean")
+        valid = sum(map(sum, by_prompt))
+        families = [r["reason"].partition(":")[0] for r in here if r["status"] != "ok"]
+        counts = {"valid": valid, "all": len(here), "wrong": Counter(FAULTS.get(f, f) for f in families)}
+        points.append({"x": t, "value": valid / len(here), "low": low, "high": high} | counts)
+    return points
+
+
+def temperature_lines() -> list[str]:
+    """A head and a line for each of `temperature_points`."""
+    lines = []
+    for p in temperature_points():
+        share = f"{p['value']:.2f} [{p['low']:.2f}, {p['high']:.2f}]"
+        wrong = ", ".join(f"{n} {why}" for why, n in p["wrong"].most_common())
+        lines.append([f"{p['x']}", f"{p['valid']} of {p['all']}", share, wrong])
+    return _table(["temperature", "valid", "share, 95% interval", "the others"], lines).split("\n")
+
+
+def temperature_slider() -> Any:
+    """A slider over the recorded temperatures, a prompt and a seed: the recorded text, and whether it is a valid record."""
+    header, rows = recorded_samples()
+    lines = temperature_lines()
+    topics = [(f"{q['kind']}: {q['topic']}", name) for name, q in header["prompts"].items()]
+    slider = w.SelectionSlider(options=TEMPERATURES, value=0.7, description="temperature", style=LABELS)
+    prompt = w.Dropdown(options=topics, description="prompt", style=LABELS, layout=w.Layout(width="auto"))
+    seed = w.Dropdown(options=sorted({r["record"].partition("#")[2] for r in rows}), description="seed", style=LABELS)
+    page = w.HTML()
+
+    def draw(_: Any = None) -> None:
+        name = f"{prompt.value}#{seed.value}"
+        r = next(r for r in rows if r["temperature"] == slider.value and r["record"] == name)
+        said = "a valid record" if r["status"] == "ok" else f"no valid record: {r['status']}, {r['reason']}"
+        here = TEMPERATURES.index(slider.value) + 1
+        marked = "\n".join(f"{'>' if i == here else ' '} {line}" for i, line in enumerate(lines))
+        asked = header["prompts"][prompt.value]["text"]
+        parts = {f"temperature {slider.value}, {said}": r["raw"], "all samples": marked, "prompt": asked}
+        page.value = "".join(_text(title, body) for title, body in parts.items())
+
+    for control in (slider, prompt, seed):
+        control.observe(draw, "value")
+    draw()
+    return w.VBox([slider, prompt, seed, page])
+
+
+def temperature() -> None:
+    """Notebook 03: share of valid records at four temperatures (recorded), and the texts behind it."""
+    from speed_core.teaching import pictures
+
+    header, rows = recorded_samples()
+    made = f"recorded {header['date']} on {header['device']}: profile {header['profile']}, junior {header['junior'][:12]}"
+    record = rows[0]["record"]
+    samples = [f"{r['temperature']}: {' '.join(r['raw'].split())[:110]} ..." for r in rows if r["record"] == record]
+    text = "\n".join([made, *temperature_lines(), "", "one prompt, one seed:", *samples])
+    show(text, temperature_slider, pictures.temperature_picture(temperature_points()))
