@@ -1,0 +1,50 @@
+"""README and docs: short, every link leads somewhere, every command exists."""
+
+import re
+from pathlib import Path
+
+import pytest
+from typer.main import get_command
+
+from speed_core.__main__ import app
+
+ROOT = Path(__file__).resolve().parent.parent
+PAGES = [
+    ROOT / "README.md",
+    ROOT / "notebooks" / "README.md",
+    ROOT / "benchmarks" / "README.md",
+    *sorted((ROOT / "docs").glob("*.md")),
+]
+
+
+def test_the_readme_has_two_screens():
+    assert len((ROOT / "README.md").read_text(encoding="utf-8")) < 9000
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda p: str(p.relative_to(ROOT)))
+def test_every_link_and_every_file_that_a_page_names_is_there(page):
+    text = page.read_text(encoding="utf-8")
+    links = [link.partition("#")[0] for link in re.findall(r"\]\((?!https?:)([^)\s]+)\)", text)]
+    assert [link for link in links if link and not (page.parent / link).exists()] == []
+    named = [n for n in re.findall(r"`((?:speed_core|figures|scripts|benchmarks|docs)/[\w./-]+)`", text) if "*" not in n]
+    assert [n for n in named if not (ROOT / n).exists()] == []
+    results = re.findall(r"`((?:earlier/)?\w+\.cpu\.json)`", text)
+    assert [r for r in results if not (ROOT / "benchmarks" / "results" / r).exists()] == []
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda p: str(p.relative_to(ROOT)))
+def test_every_command_and_target_that_a_page_names_exists(page):
+    text, commands = page.read_text(encoding="utf-8"), get_command(app).commands
+    assert {c for c in re.findall(r"python -m speed_core ([a-z-]+)", text)} <= commands.keys()
+    targets = set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), re.M))
+    assert {
+        t for t in re.findall(r"`?make ([a-z-]+)", "\n".join(re.findall(r"`make [a-z-]+|^make [a-z-]+", text, re.M)))
+    } <= targets
+
+
+def test_every_module_that_a_page_names_can_be_found():
+    names = {n for page in PAGES for n in re.findall(r"speed_core(?:\.[a-z_]+)+", page.read_text(encoding="utf-8"))}
+    assert len(names) > 5
+    for name in names:
+        path = ROOT / name.replace(".", "/")
+        assert path.with_suffix(".py").is_file() or (path / "__init__.py").is_file(), name
