@@ -5,6 +5,8 @@ Shapes: B texts in a batch, T tokens in a row, D dimensions, N texts of an evalu
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -98,6 +100,13 @@ def jaccard(one: str, other: str, size: int = 3) -> float:
     """Shared runs of `size` words over all runs of either text: how `curate` tells near-duplicates (the paper names MinHash only)."""
     runs = [{tuple(w[i : i + size]) for i in range(len(w) - size + 1)} for w in (one.lower().split(), other.lower().split())]
     return len(runs[0] & runs[1]) / len(runs[0] | runs[1])
+
+
+def ndcg(relevant_ranks: list[int], cutoff: int = 10) -> float:
+    """nDCG@cutoff of one query: 1 where its relevant documents stand first. Ranks begin at 1; each relevant document counts alike."""
+    gain = sum(1 / math.log2(rank + 1) for rank in relevant_ranks if rank <= cutoff)
+    best = sum(1 / math.log2(rank + 1) for rank in range(1, min(len(relevant_ranks), cutoff) + 1))
+    return gain / best
 
 
 def interval(scores: Tensor, draws: int = 1000, critical: float = 1.96) -> tuple[float, float]:

@@ -1,6 +1,7 @@
 """The notebooks as files, and all of them executed at the smoke size."""
 
 import csv
+import inspect
 import os
 import re
 import shutil
@@ -38,6 +39,19 @@ def test_a_committed_notebook_is_clean_and_keeps_the_grammar(path):
     check = next(i for i, c in enumerate(nb.cells) if c.source.startswith("**Check.**"))
     assert "assert" in nb.cells[check + 1].source
     assert all(len(c.source.splitlines()) <= 18 for c in code), "cells stay short"
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS[1:], ids=lambda p: p.stem)
+def test_the_idea_is_shown_in_short_code_of_the_package(path):
+    code = [c.source for c in nbformat.read(path, 4).cells if c.cell_type == "code"]
+    headings = [c.source for c in nbformat.read(path, 4).cells if c.source.startswith("## The idea in code")]
+    shown = [name for source in code for call in re.findall(r"show\.source\(([^)]*)\)", source) for name in call.split(", ")]
+    assert len(headings) == 1 and shown
+    imports = "\n".join(line for source in code for line in source.splitlines() if line.startswith("from speed_core"))
+    known: dict = {}
+    exec(imports, known)
+    for name in shown:
+        assert len(inspect.getsource(eval(name, known)).splitlines()) <= 25, name
 
 
 def test_each_recorded_figure_is_read_in_a_sentence_of_its_own_numbers():

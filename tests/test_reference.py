@@ -5,6 +5,7 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from sklearn.metrics import ndcg_score
 
 from speed_core import reference
 from speed_core.contrastive import embedder
@@ -88,6 +89,13 @@ def test_the_guides_mask_and_the_guided_loss_are_those_of_training(seed, size, m
 @given(*[st.lists(st.sampled_from("a b c d e".split()), min_size=3, max_size=12).map(" ".join)] * 2)
 def test_the_similarity_of_two_texts_is_that_of_deduplication(one, other):
     assert reference.jaccard(one, other) == pytest.approx(minhash.jaccard(minhash.shingles(one, 3), minhash.shingles(other, 3)))
+
+
+@given(st.lists(st.booleans(), min_size=2, max_size=14).filter(any), st.integers(1, 12))
+def test_ndcg_is_that_of_scikit_learn(relevant, cutoff):
+    ranks = [rank for rank, hit in enumerate(relevant, 1) if hit]
+    theirs = ndcg_score([[float(hit) for hit in relevant]], [[-float(i) for i in range(len(relevant))]], k=cutoff)
+    assert reference.ndcg(ranks, cutoff) == pytest.approx(theirs)
 
 
 def test_the_interval_is_that_of_the_figures():

@@ -1,17 +1,20 @@
 """Widgets: text for everybody first, and behind each control the same real data."""
 
 import os
+import re
 
 import ipywidgets
 import matplotlib.pyplot as plt
 import nbformat
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 
 from speed_core.contrastive.guided_loss import false_negative_mask
 from speed_core.runner import notebook
 from speed_core.store.run_context import ROOT
-from speed_core.teaching import pictures, widgets
+from speed_core.teaching import pictures, show, widgets
 
 
 @pytest.fixture(scope="module")
@@ -132,3 +135,19 @@ def test_every_recorded_text_can_be_reached_and_says_whether_it_is_valid():
         control["seed"].value = r["record"].partition("#")[2]
         word = "a valid record" if r["status"] == "ok" else f"no valid record: {r['status']}, {r['reason']}"
         assert f"temperature {r['temperature']}, {word}" in page(box).value
+
+
+def test_marked_tokens_and_a_word_diff_hold_every_word_as_text_and_as_a_page():
+    marked = show.masked(["a <b>", " c"], [0, 1])
+    assert repr(marked) == "a <b>[ c]" and "a &lt;b&gt;<mark> c</mark>" in marked._repr_html_()
+    diff = show.word_diff("the old hen lays", "the young hen lays well")
+    assert repr(diff) == "the [-old-] {+young+} hen lays {+well+}"
+    assert "<del>old</del> <ins>young</ins>" in diff._repr_html_()
+
+
+@given(*[st.lists(st.sampled_from("a b c".split()), max_size=8).map(" ".join)] * 2)
+def test_a_word_diff_gives_back_both_texts(before, after):
+    text = repr(show.word_diff(before, after))
+    old = re.sub(r"\{\+.*?\+\}", " ", text).replace("[-", " ").replace("-]", " ")
+    new = re.sub(r"\[-.*?-\]", " ", text).replace("{+", " ").replace("+}", " ")
+    assert old.split() == before.split() and new.split() == after.split()

@@ -131,7 +131,8 @@ def truncate_topic(path: str, max_depth: int = 4) -> str:
     return "/".join(levels[:head] + levels[len(levels) - (max_depth - head) :])
 
 
-def _draw(rng: random.Random, table: str, name: str) -> Any:
+def draw_attribute(rng: random.Random, table: str, name: str) -> Any:
+    """One value of the attribute `name`, with the weights of the `table` ("paper" or "short")."""
     values, weights = ATTRIBUTES[table][name] if name in ATTRIBUTES[table] else _COMMON[name]
     return rng.choices(values, weights)[0]
 
@@ -225,11 +226,11 @@ def _finish(head: str, keys: list[str], rules: list[str]) -> str:
 
 def _retrieval(rng: random.Random, table: str, topic: str, task: str, kind: str) -> tuple[str, dict[str, Any]]:
     a = {
-        "document_words": _draw(rng, table, "document_words"),
-        "difficulty": _draw(rng, table, "difficulty"),
-        "query_length": _draw(rng, table, "query_length"),
-        "clarity": _draw(rng, table, "clarity"),
-        "query_type": _draw(rng, table, "query_type"),
+        "document_words": draw_attribute(rng, table, "document_words"),
+        "difficulty": draw_attribute(rng, table, "difficulty"),
+        "query_length": draw_attribute(rng, table, "query_length"),
+        "clarity": draw_attribute(rng, table, "clarity"),
+        "query_type": draw_attribute(rng, table, "query_type"),
         "ask_difficulty": rng.random() < 0.5,
     }
     rules = [
@@ -251,9 +252,9 @@ def _retrieval(rng: random.Random, table: str, topic: str, task: str, kind: str)
 
 def _classification(rng: random.Random, table: str, topic: str, task: str, kind: str) -> tuple[str, dict[str, Any]]:
     a = {
-        "classification_length": _draw(rng, table, "classification_length"),
-        "difficulty": _draw(rng, table, "difficulty"),
-        "clarity": _draw(rng, table, "clarity"),
+        "classification_length": draw_attribute(rng, table, "classification_length"),
+        "difficulty": draw_attribute(rng, table, "difficulty"),
+        "clarity": draw_attribute(rng, table, "clarity"),
         "ask_difficulty": rng.random() < 0.5,
     }
     rules = [
@@ -274,10 +275,10 @@ def _classification(rng: random.Random, table: str, topic: str, task: str, kind:
 
 def _sts(rng: random.Random, table: str, topic: str, task: str, kind: str) -> tuple[str, dict[str, Any]]:
     a = {
-        "high_score": _draw(rng, table, "high_score"),
-        "low_score": _draw(rng, table, "low_score"),
-        "unit": _draw(rng, table, "unit"),
-        "difficulty": _draw(rng, table, "sts_difficulty"),
+        "high_score": draw_attribute(rng, table, "high_score"),
+        "low_score": draw_attribute(rng, table, "low_score"),
+        "unit": draw_attribute(rng, table, "unit"),
+        "difficulty": draw_attribute(rng, table, "sts_difficulty"),
         "ask_difficulty": rng.random() < 0.5,
     }
     rules = [
