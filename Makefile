@@ -26,7 +26,7 @@ lint: setup ## ruff, mypy and import-linter
 
 kernels: setup ## the GPU kernels under Triton's interpreter (fetches triton into .venv/triton, once)
 	@test -d .venv/triton/triton || $(PY) -m pip install -q --disable-pip-version-check --no-deps --target .venv/triton "$$(grep '^triton==' requirements/cuda.lock)"
-	@TRITON_INTERPRET=1 PYTHONPATH=.venv/triton $(PY) -m pytest -n $(TEST_WORKERS) tests/test_kernels.py
+	@TRITON_INTERPRET=1 PYTHONPATH=.venv/triton $(PY) -m pytest -n $(TEST_WORKERS) tests/contrastive/test_kernels.py
 
 # Two workers, each with one thread a process: most tests wait for imports and child processes. A file stays with one worker, since
 # its tests share what was made for them; the one that executes all notebooks is the longest and is begun first.

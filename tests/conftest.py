@@ -21,7 +21,7 @@ import torch
 torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", 2)))
 
 # Triton reads TRITON_INTERPRET when it is imported, so its tests get a process of their own (see the Makefile).
-collect_ignore = [] if os.environ.get("TRITON_INTERPRET") == "1" else ["test_kernels.py"]
+collect_ignore = [] if os.environ.get("TRITON_INTERPRET") == "1" else ["contrastive/test_kernels.py"]
 
 
 def pytest_collection_modifyitems(items):

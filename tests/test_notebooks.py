@@ -199,7 +199,7 @@ def test_an_unsolved_copy_runs_to_its_end_and_says_what_is_missing(smoke, tmp_pa
     runs, _ = smoke
     monkeypatch.setenv("SPEED_RUNS", str(runs))
     for path in classroom.write(tmp_path / "classroom"):
-        if path.stem[:2] in ("01", "02", "12"):  # the light ones; tests/test_classroom.py has the stubs of all
+        if path.stem[:2] in ("01", "02", "12"):  # the light ones; tests/teaching/test_classroom.py has the stubs of all
             report = notebook.execute(path, tmp_path / "done" / path.name, {"profile": "smoke"}, show=False)
             assert report.status == "ok", report.detail
             lines = said(tmp_path / "done" / path.name)

@@ -6,7 +6,7 @@ The policy starts as the junior and the frozen reference is the junior: its adap
 adapter is trained on top, and the reference is that model with the new adapter off. Three things are done once where
 DPO is usually done several times over: a prompt is read once for all its completions (`packing`), the reference is
 computed before training and kept by digest, and only completion tokens meet the language-model head (`lm_head`). Loss,
-rewards, gradients and trajectory equal TRL's `DPOTrainer` (tests/test_dpo.py).
+rewards, gradients and trajectory equal TRL's `DPOTrainer` (tests/preference/test_dpo.py).
 """
 
 from __future__ import annotations

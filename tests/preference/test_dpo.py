@@ -267,7 +267,7 @@ def in_two_processes(folder, body):
     """Run the lines of `body` in two processes of one training, with this module as `test_dpo` and a `rank`."""
     script = folder / "two.py"
     script.write_text(
-        f"import sys; sys.path[:0] = {[str(Path(__file__).parent), str(Path(__file__).parents[1])]!r}\n"
+        f"import sys; sys.path[:0] = {[str(Path(__file__).parent), str(Path(__file__).parents[2])]!r}\n"
         "import os, torch, test_dpo\nfrom pathlib import Path\nrank = int(os.environ['RANK'])\n"
         f"{body}\n"
         "torch.distributed.destroy_process_group()\n"  # left open, gloo's threads may outlive the interpreter and abort

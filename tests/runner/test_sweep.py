@@ -16,7 +16,7 @@ from speed_core.files import UserError
 from speed_core.runner import sweep
 from speed_core.store.artifacts import Store
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 
 
 def speed(folder, *words):

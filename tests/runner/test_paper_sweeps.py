@@ -18,7 +18,7 @@ from speed_core.study import claims, embedding_stages, generation_stages
 from speed_core.study.runs import open_run
 from speed_core.teaching import captions
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 
 
 def scores(mean: float) -> list[dict]:

@@ -21,7 +21,7 @@ from speed_core.__main__ import main
 from speed_core.files import UserError
 from speed_core.runner import notebook
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 
 
 def small_notebook(path, *cells, parameters="x = 1  # a number\nrate = 0.1\nname = 'a'"):

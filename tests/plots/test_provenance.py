@@ -13,7 +13,7 @@ from speed_core.runner import paper_sweeps
 from speed_core.study import claims
 from speed_core.study.runs import open_run
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 ROWS = [{"label": "Sr", "value": 0.5, "low": 0.1, "high": 0.9}, {"label": "Sr + Re", "value": 0.7, "low": 0.2, "high": 1.1}]
 
 

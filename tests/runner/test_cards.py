@@ -17,7 +17,7 @@ from speed_core.profile import dotted
 from speed_core.runner import cards
 from speed_core.study.runs import open_run
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 
 
 def some_rows():

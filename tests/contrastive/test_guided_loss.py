@@ -771,7 +771,7 @@ def ranks(make_model, tmp_path_factory):
     folder = tmp_path_factory.mktemp("ranks")
     make_model(0).save(str(folder / "student"))
     make_model(1, 24).save(str(folder / "guide"))
-    folders = [str(Path(__file__).parent), str(Path(__file__).parents[1])]
+    folders = [str(Path(__file__).parent), str(Path(__file__).parents[2])]
     script = folder / "two.py"
     script.write_text(
         f"import sys; sys.path[:0] = {folders!r}\n"

@@ -171,7 +171,7 @@ def test_accumulated_micro_batches_equal_one_batch(tiny_model, tmp_path):
 
 
 def test_two_processes_equal_one_with_the_whole_batch(tiny_model, tmp_path):
-    base, folders = tiny_model("llama"), [str(Path(__file__).parent), str(Path(__file__).parents[1])]
+    base, folders = tiny_model("llama"), [str(Path(__file__).parent), str(Path(__file__).parents[2])]
     script = tmp_path / "two.py"
     script.write_text(
         f"import os, sys; sys.path[:0] = {folders!r}\n"
