@@ -258,7 +258,10 @@ class AppendLog:
             try:
                 entry = _checked(line, self.needs)
             except (ValueError, RecursionError) as error:
-                if number <= len(lines) or isinstance(error, _NoEntry) or "Extra data" in str(error):  # else it is the half line
+                torn = number > len(lines) and line.startswith(b"{") and line.isascii() and not line.rstrip().endswith(b"}")
+                if (
+                    not torn or isinstance(error, _NoEntry) or "Extra data" in str(error)
+                ):  # a line that was being written when the process ended is cut
                     damaged.append((number, line, error))
                 continue
             self.entries[entry["id"]] = entry

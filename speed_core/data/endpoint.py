@@ -35,8 +35,14 @@ ATTEMPTS = 8  # while the server does not say how long to wait
 WHOLE = ("stop", "eos", "eos_token", "end_turn", "stop_sequence", "complete")
 CUT = ("length", "max_tokens", "model_length")
 # Words for what no other request would escape, which some servers send with 400 or 429. A 429 may speak of billing and yet pass.
-SPENT = re.compile(r"(?i)invalid[_ ]api[_ ]key|api[_ ]key[_ ](not|in)[_ ]?valid|insufficient[_ ](quota|balance)")
-OF_ALL = re.compile(SPENT.pattern + r"|model[_ ](is |id )?not[_ ](found|exist|valid)|model does not exist|billing|arrearage")
+SPENT = re.compile(
+    r"(?i)invalid[_ ]api[_ ]key|api[_ ]key[_ ](has[_ ]been[_ ]|has[_ ]|is[_ ])?(not[_ ]?valid|invalid|expired|revoked|disabled)"
+    r"|insufficient[_ ](quota|balance)"
+)
+OF_ALL = re.compile(
+    SPENT.pattern + r"|model[_ ](is |id )?not[_ ](found|exist|valid)|model does not exist|billing|arrearage"
+    r"|model[_ ](is[_ ]|has[_ ]been[_ ])?(decommissioned|deprecated)|invalid[_ ]model\b|organi[sz]ation.{0,30}(disabled|deactivated|suspended)"
+)
 FILTERED = re.compile(r"(?i)content[_ ]filter|content[_ ]policy|moderation|flagged")
 
 
@@ -72,7 +78,7 @@ def _said(error: BaseException) -> str:
             return [value]
         if isinstance(value, list):
             return [w for v in value for w in words(v)]
-        keys = ("error", "detail", "message", "msg", "code", "type", "innererror")
+        keys = ("error", "errors", "detail", "details", "message", "msg", "code", "type", "reason", "title", "innererror")
         return [w for k in keys for w in words(value.get(k))] if isinstance(value, dict) else []
 
     return " ".join(words(getattr(error, "body", None)))
@@ -81,7 +87,7 @@ def _said(error: BaseException) -> str:
 def sentence(error: BaseException) -> str:
     """What went wrong, in one line: the kind of error, the status, and the server's own words, shortened and without secrets."""
     said: Any = getattr(error, "body", None)
-    for key in ("error", "message", "detail", "msg"):
+    for key in ("error", "errors", "message", "detail", "msg", "title"):
         said = said[0] if isinstance(said, list) and said else said
         said = said.get(key, said) if isinstance(said, dict) else said
     said = str(error) if said is None and status_of(error) is None else said
@@ -117,7 +123,7 @@ def read(reply: Any, prompt_tokens: float) -> Answer:
     """
     choice = reply.choices[0] if reply.choices else None
     message = getattr(choice, "message", None)
-    refusal = getattr(message, "refusal", None)
+    refusal = getattr(message, "refusal", None) or _refusal(getattr(message, "content", None))
     text = _text(refusal or (getattr(message, "content", None) if message is not None else getattr(choice, "text", None)))
     text = re.sub("[\ud800-\udfff]", "\ufffd", text)
     word = str(getattr(choice, "finish_reason", None) or ("none" if choice else "no_choices")).lower()
@@ -128,6 +134,13 @@ def read(reply: Any, prompt_tokens: float) -> Answer:
         counted = getattr(usage, name, None)
         tokens.append(counted if isinstance(counted, int) and (counted > 0 or not guess) else guess)
     return Answer(text, "refusal" if refusal else word, *tokens)
+
+
+def _refusal(content: Any) -> str:
+    """What the parts of a message say of a refusal."""
+    parts = content if isinstance(content, (list, tuple)) else ()
+    fields = [part if isinstance(part, dict) else getattr(part, "__dict__", {}) for part in parts]
+    return " ".join(str(f.get("refusal") or "") for f in fields if f.get("type") == "refusal").strip()
 
 
 def _text(content: Any) -> str:
@@ -250,6 +263,8 @@ class Endpoint:
             self._openai.APIConnectionError,
             self._openai.APIResponseValidationError,
             json.JSONDecodeError,
+            UnicodeDecodeError,
+            RecursionError,
             httpx.TransportError,
         )
         return isinstance(error, broken)
@@ -270,12 +285,17 @@ class Endpoint:
         return max(back_off, told)
 
     async def call(
-        self, send: Callable[[], Awaitable[Any]], tokens: float, before: Callable[[], Awaitable[None]] | None = None
+        self,
+        send: Callable[[], Awaitable[Any]],
+        tokens: float,
+        before: Callable[[], Awaitable[None]] | None = None,
+        failed: Callable[[], None] = lambda: None,
     ) -> Any:
         """The reply of `send()`, tried again where the fault may pass; `tokens`: an estimate for the pace.
 
         `ATTEMPTS` tries; one after which the server asks to wait a second or more does not count, until the longest wait is over. `before`
-        runs before each try, when it may begin; it may wait for something more, and may refuse it by raising.
+        runs before each try, when it may begin; it may wait for something more, and may refuse it by raising. `failed` runs after a try that
+        gave no answer: while the next one waits, it must hold nothing that others wait for.
         """
         counted, waited = 0, 0.0
 
@@ -288,7 +308,11 @@ class Endpoint:
         tries = AsyncRetrying(retry=retry_if_exception(self._retryable), stop=enough, wait=self._wait, reraise=True)
         async for attempt in tries:
             with attempt:
-                return await self._once(send, tokens, before)
+                try:
+                    return await self._once(send, tokens, before)
+                except BaseException:
+                    failed()
+                    raise
 
     async def _once(self, send: Callable[[], Awaitable[Any]], tokens: float, before: Callable[[], Awaitable[None]] | None) -> Any:
         async with self._gate.slot():
@@ -315,6 +339,38 @@ class Endpoint:
         if self._loop.is_running():
             self.submit(self.client.close()).result(timeout=10)
             self._loop.call_soon_threadsafe(self._loop.stop)
+
+
+FIRST, LATER = 4, 8  # refusals alike in a row that mean all requests: before the server has answered any, and after
+TOO_LONG = re.compile(r"(?i)too (long|large)|context|maximum.{0,20}length")  # that, though, each request may be by itself
+# What differs between refusals of one kind: the request's number, other numbers, and what is quoted of the prompt.
+ITS_OWN = re.compile(r"""(?i)request[ _-]?id\W*[\w-]+|'[^']*'|"[^"]*"|\d+""")
+
+
+class Refusals:
+    """Refused requests, held back until it is known whose fault it was: an answer in between says that it was theirs; the same
+    refusal of one after the other says that the server would refuse any."""
+
+    def __init__(self, answered: bool = False):
+        self._answered = answered
+        self._held: list[tuple[str, Any]] = []
+
+    def add(self, reason: str, item: Any) -> bool:
+        """Hold a refused request; True where the server refuses all."""
+        self._held.append((ITS_OWN.sub("", reason), item))
+        least = LATER if self._answered else FIRST
+        last = [said for said, _ in self._held[-least:]]
+        return len(last) == least and len(set(last)) == 1 and not TOO_LONG.search(reason)
+
+    def answered(self) -> list[Any]:
+        """The held requests, whose own fault it was: the server answers others."""
+        self._answered = True
+        return self.rest()
+
+    def rest(self) -> list[Any]:
+        """The held requests; none is held any more."""
+        held, self._held = self._held, []
+        return [item for _, item in held]
 
 
 class Deadline:

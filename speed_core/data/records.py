@@ -39,7 +39,7 @@ _REFUSALS = ("i'm sorry", "i am sorry", "sorry, ", "i cannot", "i can't", "as an
 
 
 # Parts of the words in which servers say that a text was held back; "refusal" is a message's own field.
-REFUSED = re.compile("content_filter|guardrail|safety|toxic|recitation|prohibited_content|blocklist|spii|sensitive|refusal")
+REFUSED = re.compile("content[-_ ]?filter|guardrail|safety|toxic|recitation|prohibited|block|moderat|spii|sensitive|refus")
 
 
 @dataclass(frozen=True)

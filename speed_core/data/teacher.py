@@ -12,7 +12,6 @@ import json
 import math
 import os
 import random
-import re
 from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import Future, as_completed, wait
 from dataclasses import dataclass, field
@@ -25,6 +24,7 @@ from speed_core.data.endpoint import (
     Answer,
     Deadline,
     Endpoint,
+    Refusals,
     final_status,
     held_back,
     of_request,
@@ -38,10 +38,6 @@ from speed_core.profile import Teacher as TeacherSettings
 
 RECORDED = ASSETS / "recorded"
 LOGGED = ("record", "prompt_digest", "status", "raw", "reason", "finish_reason")  # what every entry of a log has
-FIRST = 4  # requests that a server refuses alike before it has answered any: then it would refuse all
-TOO_LONG = re.compile(r"(?i)too (long|large)|context|maximum.{0,20}length")  # that, though, each request may be by itself
-# What differs between refusals of one kind: the request's number, other numbers, and what is quoted of the prompt.
-ITS_OWN = re.compile(r"""(?i)request[ _-]?id\W*[\w-]+|'[^']*'|"[^"]*"|\d+""")
 UNSENT = ("ConnectTimeout", "PoolTimeout")  # of httpx: no request went out
 UNRECORDED = "no recorded answer to this prompt"
 LABEL = "recorded answers, written by this repository's authors"
@@ -266,12 +262,13 @@ class EndpointTeacher:
                     # The server may have written an answer, and count it.
                     tokens, usd = self._most(prompt)
                     self.ledger.add(purpose, Answer("", "", math.ceil(tokens - self._longest), math.ceil(self._longest)), usd)
-                self._left(call)  # while it waits to be tried again, others may take its room
                 raise
 
         try:
             async with asyncio.timeout(self._deadline.left):
-                found = await self.endpoint.call(send, self._most(prompt)[0], lambda: self._room(call, prompt))
+                found = await self.endpoint.call(
+                    send, self._most(prompt)[0], lambda: self._room(call, prompt), lambda: self._left(call)
+                )
             said = read(found, len(prompt) / 4)
             self.ledger.add(purpose, said, s.cost(said.input_tokens, said.output_tokens))
             self._per_character = max(self._per_character, said.input_tokens / max(1, len(prompt)))
@@ -405,37 +402,29 @@ def ask(
         ours = not entry.get("retryable", True) and "code" in entry
         return entry["status"] == "error" and not ours and not isinstance(teacher, LoggedTeacher)
 
-    refused: list[dict[str, Any]] = []  # what the server refused of single requests before it answered any
-    answered = False
+    refusals = Refusals()
 
     def keep(entry: dict[str, Any], future: Future[Answer]) -> None:
-        """Log an entry. The same refusal of each of the first requests is no fault of theirs: UserError, and none is remembered."""
-        nonlocal answered
-        if "code" in entry and not answered:
-            refused.append(entry)
-            said = [ITS_OWN.sub("", e["reason"]) for e in refused[-FIRST:]]
-            alike = len(said) == FIRST and len(set(said)) == 1 and not TOO_LONG.search(said[0])
-            if alike and isinstance(teacher, EndpointTeacher):
-                error = future.exception()
-                refused.clear()
-                raise teacher.fault(error or RuntimeError())
+        """Log an entry, a refused request once it is known to be its own fault; UserError where the server refuses all."""
+        if "code" in entry:
+            if refusals.add(entry["reason"], entry) and isinstance(teacher, EndpointTeacher):
+                refusals.rest()
+                raise teacher.fault(future.exception() or RuntimeError())
             return
-        if entry["status"] != "error" and not answered:
-            answered = True
-            settle()
+        if entry["status"] != "error":
+            settle(refusals.answered())
         entries.append(entry)
 
-    def settle() -> None:
-        """Log what was refused before the first answer: it was each request's own fault."""
-        while refused:
-            entries.append(refused.pop(0))
+    def settle(held: Iterable[dict[str, Any]]) -> None:
+        for entry in held:
+            entries.append(entry)
 
     with AppendLog(log, LOGGED) as entries:
         todo = list(items)
         if isinstance(teacher, EndpointTeacher):
             mine = (entries.entries.get(key(p, n)) for p in items for n in range(1, attempts + 1))
             teacher.remember(known := [e for e in mine if e], purpose)
-            answered = any(e["status"] != "error" for e in known)
+            refusals = Refusals(any(e["status"] != "error" for e in known))
         while todo:
             open_ = [p for p in todo if key(p) not in entries.entries or open_again(entries.entries[key(p)])]
             if open_ and isinstance(teacher, EndpointTeacher):
@@ -454,7 +443,7 @@ def ask(
                         entries.append(outcome(p, future))
                 if isinstance(teacher, EndpointTeacher):
                     teacher.counted.update(map(key, open_))
-            settle()
+            settle(refusals.rest())
             weak = ("invalid", "truncated", "refused")
             todo = [p for p in todo if entries.entries[key(p)]["status"] in weak and tried[p.id] < attempts]
             for p in todo:

@@ -14,7 +14,7 @@ from collections.abc import Iterator, Sequence
 from concurrent.futures import as_completed
 from typing import Any
 
-from speed_core.data.endpoint import Endpoint, of_request, read, sentence
+from speed_core.data.endpoint import Endpoint, Refusals, of_request, read, sentence
 from speed_core.files import UserError
 from speed_core.generation.engines import Completion, Decoding, Request, grammar_schema
 from speed_core.models import loading
@@ -39,10 +39,11 @@ class ServerEngine:
 
     def generate(self, requests: Sequence[Request], decoding: Decoding) -> Iterator[Completion]:
         futures = [self._endpoint.submit(self._one(r, decoding)) for r in requests]
+        refusals = Refusals()
         try:
             for future in as_completed(futures):
                 try:
-                    yield future.result()
+                    done = future.result()
                 except Exception as error:  # the client raises many types; none of them loses what is logged already
                     name = self._served
                     lists = f"; it lists {', '.join(self._listed[:5])}" if self._listed and name not in self._listed else ""
@@ -51,6 +52,15 @@ class ServerEngine:
                         f"generation.base_url: the server failed for model {name!r} ({sentence(error)}){lists}{start}; finished "
                         "requests are logged, mend it and run again to go on"
                     ) from None
+                if done.finish_reason != "error":
+                    yield from refusals.answered()
+                    yield done
+                elif refusals.add(done.text, done):
+                    raise UserError(
+                        f"generation.base_url: every request is {done.text}; finished requests are logged, correct the server's "
+                        "settings and run again to go on"
+                    )
+            yield from refusals.rest()
         finally:
             for future in futures:
                 future.cancel()

@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from speed_core import machine
-from speed_core.files import UserError, cache_dir, file_digest, file_lock, write_json
+from speed_core.files import UserError, cache_dir, digest, file_digest, file_lock, write_json
 from speed_core.models import compute_type
 
 OF_FILES = (
@@ -171,6 +171,22 @@ def weights_id(folder: str | Path) -> str:
     return h.hexdigest()[:16]
 
 
+def settings_id(name: str) -> str:
+    """What decides a model beside its weights: "-" and a digest of configuration, tokenizer and pooling of a folder that somebody
+    gave. Empty for a package's model, a hub id and a folder of the cache: their name or their weights say it."""
+    path = Path(re.sub(r"\[:\d+\]$", "", name)).expanduser()
+    if not path.is_dir() or path.resolve().is_relative_to(cache_dir().resolve()):
+        return ""
+    files = [p for kind in ("json", "txt", "model", "jinja") for p in path.rglob(f"*.{kind}") if p.name != "base.json"]
+    return "-" + digest({str(p.relative_to(path)): file_digest(p) for p in sorted(files)})[:8]
+
+
+def named(name: str) -> str:
+    """A name that stands for one model: a folder's with the digests of what is in it."""
+    path = Path(name).expanduser()
+    return f"{name}@{weights_id(path)}{settings_id(name)}" if path.is_dir() else name
+
+
 def broken_weights(folder: str | Path) -> Path | None:
     """The first weights file of a folder that is shorter or longer than its own header says; None when all are whole."""
     from safetensors import SafetensorError, safe_open
@@ -318,7 +334,7 @@ def merged_folder(base: str, adapter: Path) -> Path:
     which an adapter that was trained on another processor differs.
     """
     check_adapter(adapter, base)
-    key = hashlib.sha256(f"{weights_id(resolve(base))}|{weights_id(adapter)}".encode()).hexdigest()[:16]
+    key = hashlib.sha256(f"{weights_id(resolve(base))}{settings_id(base)}|{weights_id(adapter)}".encode()).hexdigest()[:16]
 
     def fill(work: Path) -> None:
         load_causal_lm(base, adapter, "stored").save_pretrained(work)
@@ -351,7 +367,7 @@ def shallow_encoder(name: str, layers: int) -> Path:
         body.config.num_hidden_layers = layers
         model.save_pretrained(str(work), create_model_card=False)
 
-    return _once(cache_dir() / "shallow" / f"{weights_id(source)[:16]}-{layers}", fill)
+    return _once(cache_dir() / "shallow" / f"{weights_id(source)[:16]}{settings_id(name)}-{layers}", fill)
 
 
 def _shallow_decoder(name: str, layers: int) -> Path:
@@ -368,7 +384,7 @@ def _shallow_decoder(name: str, layers: int) -> Path:
         model.save_pretrained(work)
         load_tokenizer(source).save_pretrained(work)
 
-    return _once(cache_dir() / "shallow" / f"{weights_id(source)[:16]}-{layers}", fill)
+    return _once(cache_dir() / "shallow" / f"{weights_id(source)[:16]}{settings_id(name)}-{layers}", fill)
 
 
 def _first(stack: Any, layers: int, name: str) -> Any:

@@ -175,7 +175,12 @@ def read_archive(source: Path) -> tuple[dict[str, Any], dict[str, bytes]]:
 def figures(run: Run) -> dict[str, str]:
     """{figure: digest of its plotted numbers} of the notebooks that a replay runs."""
     found = sorted(p for p in run.figures.glob("*.json") if p.stem[:2] in NOTEBOOKS)
-    return {p.stem: json.loads(p.read_text(encoding="utf-8"))["data_sha256"] for p in found}
+    try:
+        return {p.stem: json.loads(p.read_text(encoding="utf-8"))["data_sha256"] for p in found}
+    except (ValueError, KeyError, TypeError) as error:
+        raise UserError(
+            f"figures of {run.folder.name}: a record cannot be read ({type(error).__name__}); run the notebooks again"
+        ) from None
 
 
 def take_in(source: Path, open_for: Callable[[str], Run]) -> tuple[Run, bool]:

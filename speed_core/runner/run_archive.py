@@ -63,6 +63,9 @@ def _files(folder: Path, kept: AbstractSet[str], wanted: AbstractSet[str]) -> It
         for file in sorted(set(manifest["files"]) - set(heavy)):
             path = folder / "artifacts" / name / file
             if path.is_file():
-                yield f"artifacts/{name}/{file}", path.read_bytes()
+                data = path.read_bytes()
+                if hashlib.sha256(data).hexdigest() != manifest["files"][file]["sha256"]:
+                    raise UserError(f"{path}: is not what its manifest says; remove the folder {path.parent} and run again")
+                yield f"artifacts/{name}/{file}", data
         said = manifest | ({"elsewhere": heavy} if heavy else {})
         yield f"artifacts/{name}/{MANIFEST}", (json.dumps(said, indent=1) + "\n").encode()

@@ -176,8 +176,8 @@ def embedder(
     parameters = {
         "training": dotted(settings),
         "seed": seed,
-        "base": loading.weights_id(loading.resolve(base)),
-        "guide": run.profile.models.guide,
+        "base": loading.weights_id(loading.resolve(base)) + loading.settings_id(base),
+        "guide": loading.named(run.profile.models.guide),
     }
     with run.store.stage(name, parameters, [data]) as draft:
         if draft:
@@ -265,8 +265,8 @@ def student(run: Run, layers: int, arm: str, seed: int) -> Artifact:
     changes |= {k: getattr(plan, k) for k in ("examples", "epochs", "batch", "lr")} | {"margin": 0.05 if arm == "margin" else 0.0}
     settings = run.profile.embedding.model_copy(update=changes)
     name = student_name(layers, arm, seed)
-    parameters = {"training": dotted(settings), "seed": seed, "base": loading.weights_id(base)}
-    parameters["guide"] = loading.weights_id(loading.resolve(guide_))
+    parameters = {"training": dotted(settings), "seed": seed, "base": loading.weights_id(base) + loading.settings_id(whole)}
+    parameters["guide"] = loading.weights_id(loading.resolve(guide_)) + loading.settings_id(whole)
     rows: list[dict[str, Any]] = []
     parents: list[Artifact] = []
     if arm in ("labelled", "both", *MIXED):
@@ -330,7 +330,7 @@ def scores(
     wanted = tasks or e.tasks
     parents = [model] if isinstance(model, Artifact) else []
     parameters: dict[str, Any] = {"tasks": wanted, "size": e.size, "max_length": e.max_length, "instructed": instructed}
-    parameters["model"] = model if isinstance(model, str) else "artifact"
+    parameters["model"] = loading.named(model) if isinstance(model, str) else "artifact"
     if isinstance(model, str):  # a trained model says the type of its training
         parameters["dtype"] = run.profile.embedding.dtype
     with run.store.stage(f"scores-{name}", parameters, parents) as draft:
@@ -352,7 +352,8 @@ def contamination(run: Run, name: str) -> dict[str, dict[str, Any]]:
 
     e, words, data = run.profile.evaluation, run.profile.curate.overlap_words, run.store.need(name)
     parameters: dict[str, Any] = {"tasks": e.tasks, "size": e.size, "words": words, "near": contamination.NEAR}
-    parameters["guide"] = loading.weights_id(loading.resolve(run.profile.models.guide))
+    guide = run.profile.models.guide
+    parameters["guide"] = loading.weights_id(loading.resolve(guide)) + loading.settings_id(guide)
     with run.store.stage(f"contamination-{name}", parameters, [data]) as draft:
         if draft:
             model = generation_stages.guide(run)

@@ -12,7 +12,7 @@ import json
 import re
 import statistics
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, redirect_stdout
+from contextlib import contextmanager, redirect_stdout, suppress
 from dataclasses import dataclass
 from functools import partial
 from io import StringIO
@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from speed_core import console, machine
-from speed_core.files import UserError, read_jsonl, write_json
+from speed_core.files import UserError, write_json
 from speed_core.models import compute_type, loading
 from speed_core.store.artifacts import Artifact, Draft, Store, read_manifest
 from speed_core.store.run_context import Run
@@ -296,7 +296,10 @@ def record(run: Run, target: Path | None = None) -> dict[str, Any]:
 
 def _other(run: Run, made: Iterable[Step]) -> dict[str, float]:
     """{notebook: seconds of its longest run that are not those of its stages}."""
-    times = read_jsonl(run.folder / "times.jsonl") if (run.folder / "times.jsonl").is_file() else []
+    path, times = run.folder / "times.jsonl", []
+    for line in path.read_text(encoding="utf-8", errors="replace").splitlines() if path.is_file() else ():
+        with suppress(ValueError):  # half a line of a process that was killed
+            times.append(json.loads(line))
     whole: dict[str, float] = {}
     for t in times:
         if t["status"] == "ok":  # the longest: another run of a notebook found its stages current

@@ -662,3 +662,50 @@ def test_table_5_counts_recorded_answers_with_the_tokenizer_of_the_generator(tmp
     tokenizer = loading.load_tokenizer(run.profile.models.generator)
     written = [len(tokenizer(e["raw"], add_special_tokens=False)["input_ids"]) for e in seeds.rows()]
     assert use["seed"]["output"] == sum(written) < use["seed"]["input"], "a prompt is longer than its answer"
+
+
+@pytest.mark.parametrize("first", ["<html>", None, {"error": {"message": "upstream"}}])
+def test_one_unusable_reply_holds_up_no_other_request(endpoint, tmp_path, first):
+    Endpoint.script = [(200, first, "as it is")]
+    t = teacher.EndpointTeacher(settings(endpoint, concurrency=2, max_minutes=1))
+    entries = teacher.ask(t, some_prompts(6), purpose="seed", log=tmp_path / "l")
+    assert generate.counts(entries)["ok"] == 6
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        [{"error": {"code": 400, "message": "API key expired.", "details": [{"reason": "API_KEY_INVALID"}]}}],
+        {"error": {"message": "The model `tiny` has been decommissioned", "code": "model_decommissioned"}},
+        {"message": "Invalid model: tiny", "type": "invalid_model", "code": "1500"},
+        {"error": {"message": "This organization has been disabled."}},
+        {"error": {"message": "a sentence that nobody has foreseen"}},
+    ],
+)
+def test_a_service_that_fails_in_the_middle_stops_the_stage_and_a_rerun_goes_on(endpoint, tmp_path, body):
+    items, log = some_prompts(20), tmp_path / "l"
+    Endpoint.script = [(200, GOOD, "stop")] * 5 + [(400, body, "as it is")] * 20
+    with pytest.raises(UserError, match="refuses every request"):
+        teacher.ask(teacher.EndpointTeacher(settings(endpoint)), items, purpose="seed", log=log)
+    Endpoint.script = []
+    entries = teacher.ask(teacher.EndpointTeacher(settings(endpoint)), items, purpose="seed", log=log)
+    assert generate.counts(entries)["ok"] == 20
+
+
+def test_a_few_refusals_between_answers_are_the_requests_own(endpoint, tmp_path):
+    Endpoint.script = [(200, GOOD, "stop"), *[(400, "no", "")] * 3] * 3
+    entries = teacher.ask(teacher.EndpointTeacher(settings(endpoint)), some_prompts(12), purpose="seed", log=tmp_path / "l")
+    assert sum(e["status"] == "error" and not e["retryable"] for e in entries) == 9
+
+
+@pytest.mark.parametrize("word", ["content-filter", "contentFilter", "moderation", "blocked", "refused"])
+def test_a_text_that_was_held_back_is_refused_whatever_the_servers_word(endpoint, tmp_path, word):
+    Endpoint.script = [(200, "", word)]
+    entry = teacher.ask(teacher.EndpointTeacher(settings(endpoint)), some_prompts(1), purpose="seed", log=tmp_path / "l")[0]
+    assert entry["status"] == "refused" and entry["reason"] == word.lower()
+
+
+def test_a_refusal_among_the_parts_of_a_message_is_a_refusal(endpoint, tmp_path):
+    Endpoint.script = [(200, [{"type": "refusal", "refusal": "No."}], "stop")]
+    entry = teacher.ask(teacher.EndpointTeacher(settings(endpoint)), some_prompts(1), purpose="seed", log=tmp_path / "l")[0]
+    assert entry["status"] == "refused" and entry["raw"] == "No."

@@ -1,5 +1,7 @@
 """Model names, weights and adapters: what is refused, and that nothing half-made is left."""
 
+import json
+
 import pytest
 import torch
 
@@ -82,3 +84,32 @@ def test_a_prepacked_model_has_the_same_logits(tiny_model, family):
         expected = loading.load_causal_lm(tiny_model(family), dtype="float32")(ids).logits
         found = loading.prepack(loading.load_causal_lm(tiny_model(family), dtype="float32"))(ids).logits
     assert torch.allclose(found, expected, atol=1e-5)
+
+
+def test_what_a_folder_holds_beside_its_weights_decides_too_and_a_package_is_its_name(tmp_path, monkeypatch):
+    monkeypatch.setenv("SPEED_CACHE", str(tmp_path / "cache"))
+    one, other = tmp_path / "one", tmp_path / "other"
+    for folder, pooling in ((one, "mean"), (other, "max")):
+        (folder / "1_Pooling").mkdir(parents=True)
+        (folder / "model.safetensors").write_bytes(b"the same")
+        (folder / "1_Pooling" / "config.json").write_text(json.dumps({"mode": pooling}))
+    assert loading.weights_id(one) == loading.weights_id(other)
+    assert loading.settings_id(str(one)) != loading.settings_id(str(other))
+    assert loading.named(str(one)).partition("@")[2] != loading.named(str(other)).partition("@")[2]
+    assert loading.settings_id("package:gemma-3-270m") == loading.settings_id("org/model") == ""
+    assert loading.named("package:all-MiniLM-L6-v2") == "package:all-MiniLM-L6-v2"
+    inside = tmp_path / "cache" / "made"
+    inside.mkdir(parents=True)
+    assert loading.settings_id(str(inside)) == ""
+
+
+def test_two_encoders_that_share_weights_give_two_shallow_students(tmp_path, monkeypatch):
+    from sentence_transformers import SentenceTransformer
+
+    whole = SentenceTransformer(loading.resolve("package:all-MiniLM-L6-v2"), device="cpu")
+    monkeypatch.setenv("SPEED_CACHE", str(tmp_path / "cache"))
+    for name, length in (("one", 256), ("other", 16)):
+        whole.max_seq_length = length
+        whole.save_pretrained(str(tmp_path / name), create_model_card=False)
+    made = [loading.shallow_encoder(str(tmp_path / name), 1) for name in ("one", "other")]
+    assert [SentenceTransformer(str(f), device="cpu").max_seq_length for f in made] == [256, 16]

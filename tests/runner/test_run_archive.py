@@ -147,3 +147,24 @@ def test_the_two_commands_carry_a_run_over(archive, tmp_path):
     done = speed("export", "--whole", "--no-weights", "--profile", "smoke", str(tmp_path / "b.tar.gz"))
     assert done.returncode == 0 and "sha256" in done.stdout
     assert (tmp_path / "b.tar.gz").read_bytes() == archive.read_bytes()
+
+
+def test_a_file_that_is_not_what_its_manifest_says_does_not_travel(tmp_path, monkeypatch):
+    monkeypatch.setenv("SPEED_RUNS", str(tmp_path / "runs"))
+    run = open_run("smoke")
+    with run.store.stage("seeds", {}) as draft:
+        draft.file("data.jsonl").write_text('{"a": 1}\n')
+    (run.folder / "artifacts" / "seeds" / "data.jsonl").write_text('{"a": 2}\n')
+    with pytest.raises(UserError, match="not what its manifest says"):
+        run_archive.export(run, tmp_path / "out.tar.gz")
+    assert not (tmp_path / "out.tar.gz").exists()
+
+
+@pytest.mark.parametrize("text", ["{bad", "[]", "{}"])
+def test_a_figures_record_that_cannot_be_read_is_one_line(tmp_path, monkeypatch, text):
+    monkeypatch.setenv("SPEED_RUNS", str(tmp_path / "runs"))
+    run = open_run("smoke")
+    run.figures.mkdir(parents=True, exist_ok=True)
+    (run.figures / "01_x.json").write_text(text)
+    with pytest.raises(UserError, match="cannot be read"):
+        replay.figures(run)

@@ -247,3 +247,14 @@ def test_a_file_that_is_not_what_its_manifest_says_is_never_read(tmp_path, chang
         assert "remove runs/artifacts/seeds and run again" in str(error.value) and "\n" not in str(error.value)
         path.write_bytes(data)
     assert len(artifact.rows()) == 2
+
+
+@pytest.mark.parametrize(
+    "tail", [b'{"id": "c", "raw": "caf\xe9"}', b">>>>>>> branch", b"a note of somebody's", b'{"id": "c", "x": 1 2}']
+)
+def test_a_last_line_that_was_not_torn_is_kept_aside(tmp_path, capsys, tail):
+    path = tmp_path / "log.jsonl"
+    path.write_bytes(b'{"id": "a"}\n' + tail)
+    with AppendLog(path) as log:
+        assert set(log.entries) == {"a"}
+    assert (tmp_path / "log.jsonl.damaged").read_bytes() == tail + b"\n" and "line 2" in capsys.readouterr().out
