@@ -43,7 +43,9 @@ OF_ALL = re.compile(
     SPENT.pattern + r"|model[_ ](is |id )?not[_ ](found|exist|valid)|model does not exist|billing|arrearage"
     r"|model[_ ](is[_ ]|has[_ ]been[_ ])?(decommissioned|deprecated)|invalid[_ ]model\b|organi[sz]ation.{0,30}(disabled|deactivated|suspended)"
 )
-FILTERED = re.compile(r"(?i)content[_ ]filter|content[_ ]policy|moderation|flagged")
+FILTERED = re.compile(
+    r"(?i)content[_ ](filter|policy|exists risk)|moderation|flagged|inappropriate|data[_ ]?inspection|safety system"
+)
 
 
 def status_of(error: BaseException) -> int | None:
@@ -65,7 +67,7 @@ def of_request(error: BaseException) -> bool:
 
 def held_back(error: BaseException) -> bool:
     """Is it a filter of contents that refuses the prompt? Gateways say so with 403, too."""
-    said = _said(error)
+    said = re.sub(r"https?://\S+", "", _said(error))
     whose = re.search(r"(?i)account|organi[sz]ation|api[_ ]key", said)
     return final_status(error) in (*OF_REQUEST, 403) and bool(FILTERED.search(said)) and not whose
 
@@ -341,36 +343,46 @@ class Endpoint:
             self._loop.call_soon_threadsafe(self._loop.stop)
 
 
-FIRST, LATER = 4, 8  # refusals alike in a row that mean all requests: before the server has answered any, and after
-TOO_LONG = re.compile(r"(?i)too (long|large)|context|maximum.{0,20}length")  # that, though, each request may be by itself
+ALIKE = 4  # refusals alike in a row after which a server is asked whether it refuses everything
+PROBE = "Answer with one word: yes."
 # What differs between refusals of one kind: the request's number, other numbers, and what is quoted of the prompt.
 ITS_OWN = re.compile(r"""(?i)request[ _-]?id\W*[\w-]+|'[^']*'|"[^"]*"|\d+""")
 
 
 class Refusals:
-    """Refused requests, held back until it is known whose fault it was: an answer in between says that it was theirs; the same
-    refusal of one after the other says that the server would refuse any."""
+    """Refused requests, held back until it is known whose fault it was. An answer in between says that it was theirs. After several
+    alike in a row `suspicious` is true: then `answers` says whether the server answers a short prompt of no record."""
 
-    def __init__(self, answered: bool = False):
-        self._answered = answered
+    def __init__(self) -> None:
         self._held: list[tuple[str, Any]] = []
+        self._enough = ALIKE
 
-    def add(self, reason: str, item: Any) -> bool:
-        """Hold a refused request; True where the server refuses all."""
+    def add(self, reason: str, item: Any) -> None:
         self._held.append((ITS_OWN.sub("", reason), item))
-        least = LATER if self._answered else FIRST
-        last = [said for said, _ in self._held[-least:]]
-        return len(last) == least and len(set(last)) == 1 and not TOO_LONG.search(reason)
 
-    def answered(self) -> list[Any]:
-        """The held requests, whose own fault it was: the server answers others."""
-        self._answered = True
+    @property
+    def suspicious(self) -> bool:
+        last = [said for said, _ in self._held[-self._enough :]]
+        return len(last) == self._enough and len(set(last)) == 1
+
+    def acquitted(self) -> list[Any]:
+        """The held requests, whose own fault it was, since the server answered a probe. The next one takes twice as many."""
+        self._enough *= 2
         return self.rest()
 
     def rest(self) -> list[Any]:
         """The held requests; none is held any more."""
         held, self._held = self._held, []
         return [item for _, item in held]
+
+
+def answers(create: Callable[[], Coroutine[Any, Any, Any]], endpoint: Endpoint) -> bool:
+    """Whether a server answers `create()`, a request that asks for little. A fault that may pass leaves it in favour of the server."""
+    try:
+        endpoint.submit(create()).result(timeout=120)
+    except Exception as error:
+        return final_status(error) is None
+    return True
 
 
 class Deadline:

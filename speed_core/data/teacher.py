@@ -21,10 +21,12 @@ from typing import Any, Protocol
 
 from speed_core.data import prompts, records
 from speed_core.data.endpoint import (
+    PROBE,
     Answer,
     Deadline,
     Endpoint,
     Refusals,
+    answers,
     final_status,
     held_back,
     of_request,
@@ -243,20 +245,12 @@ class EndpointTeacher:
         import openai
 
         s, call = self.settings, next(self._numbers)
-        decides = self.decides(temperature)
-        more: dict[str, Any] = {"max_tokens": s.max_output_tokens} if s.max_output_tokens else {}
 
         async def send() -> Any:
             try:
                 if self.stopped:
                     raise self.stopped
-                return await self.endpoint.client.chat.completions.create(
-                    model=s.model,
-                    messages=[{"role": "user", "content": prompt}],
-                    temperature=decides["temperature"],
-                    top_p=s.top_p,
-                    **more,
-                )
+                return await self._create(prompt, temperature)
             except BaseException as error:
                 if isinstance(error, openai.APITimeoutError) and type(error.__cause__).__name__ not in UNSENT:
                     # The server may have written an answer, and count it.
@@ -284,6 +278,23 @@ class EndpointTeacher:
         finally:
             self._left(call)
         return said
+
+    async def _create(self, prompt: str, temperature: float | None) -> Any:
+        s, decides = self.settings, self.decides(temperature)
+        more: dict[str, Any] = {"max_tokens": s.max_output_tokens} if s.max_output_tokens else {}
+        said: Any = [{"role": "user", "content": prompt}]
+        return await self.endpoint.client.chat.completions.create(
+            model=s.model, messages=said, temperature=decides["temperature"], top_p=s.top_p, **more
+        )
+
+    def answers_a_probe(self, purpose: str, temperature: float | None) -> bool:
+        """Whether the endpoint answers a short prompt that is asked like all others. It counts as a call, and is left out where the
+        budget has no room for one."""
+        if self.ledger.total("calls") + len(self._in_flight) >= self.settings.max_calls:
+            return True
+        tokens, usd = self._most(PROBE)
+        self.ledger.add(purpose, Answer("", "", math.ceil(tokens - self._longest), math.ceil(self._longest)), usd)
+        return answers(lambda: self._create(PROBE, temperature), self.endpoint)
 
     def fault(self, error: BaseException) -> UserError:
         """The one line for a refusal that every request would meet."""
@@ -407,13 +418,16 @@ def ask(
     def keep(entry: dict[str, Any], future: Future[Answer]) -> None:
         """Log an entry, a refused request once it is known to be its own fault; UserError where the server refuses all."""
         if "code" in entry:
-            if refusals.add(entry["reason"], entry) and isinstance(teacher, EndpointTeacher):
-                refusals.rest()
-                raise teacher.fault(future.exception() or RuntimeError())
+            refusals.add(entry["reason"], entry)
+            if refusals.suspicious and isinstance(teacher, EndpointTeacher):
+                if not teacher.answers_a_probe(purpose, temperature):
+                    refusals.rest()
+                    raise teacher.fault(future.exception() or RuntimeError())
+                settle(refusals.acquitted())
             return
-        if entry["status"] != "error":
-            settle(refusals.answered())
         entries.append(entry)
+        if entry["status"] != "error":
+            settle(refusals.rest())
 
     def settle(held: Iterable[dict[str, Any]]) -> None:
         for entry in held:
@@ -423,8 +437,7 @@ def ask(
         todo = list(items)
         if isinstance(teacher, EndpointTeacher):
             mine = (entries.entries.get(key(p, n)) for p in items for n in range(1, attempts + 1))
-            teacher.remember(known := [e for e in mine if e], purpose)
-            refusals = Refusals(any(e["status"] != "error" for e in known))
+            teacher.remember([e for e in mine if e], purpose)
         while todo:
             open_ = [p for p in todo if key(p) not in entries.entries or open_again(entries.entries[key(p)])]
             if open_ and isinstance(teacher, EndpointTeacher):

@@ -14,7 +14,7 @@ from collections.abc import Iterator, Sequence
 from concurrent.futures import as_completed
 from typing import Any
 
-from speed_core.data.endpoint import Endpoint, Refusals, of_request, read, sentence
+from speed_core.data.endpoint import PROBE, Endpoint, Refusals, answers, of_request, read, sentence
 from speed_core.files import UserError
 from speed_core.generation.engines import Completion, Decoding, Request, grammar_schema
 from speed_core.models import loading
@@ -39,9 +39,10 @@ class ServerEngine:
 
     def generate(self, requests: Sequence[Request], decoding: Decoding) -> Iterator[Completion]:
         futures = [self._endpoint.submit(self._one(r, decoding)) for r in requests]
-        refusals = Refusals()
+        refusals, waiting = Refusals(), set(futures)
         try:
             for future in as_completed(futures):
+                waiting.discard(future)
                 try:
                     done = future.result()
                 except Exception as error:  # the client raises many types; none of them loses what is logged already
@@ -53,34 +54,47 @@ class ServerEngine:
                         "requests are logged, mend it and run again to go on"
                     ) from None
                 if done.finish_reason != "error":
-                    yield from refusals.answered()
                     yield done
-                elif refusals.add(done.text, done):
-                    raise UserError(
-                        f"generation.base_url: every request is {done.text}; finished requests are logged, correct the server's "
-                        "settings and run again to go on"
-                    )
+                    yield from refusals.rest()
+                    continue
+                refusals.add(done.text, done)
+                if not refusals.suspicious:
+                    continue
+                kind = next(r.kind for r in requests if r.id == done.id)
+                if answers(lambda kind=kind: self._create(PROBE, kind, decoding, 0), self._endpoint):  # type: ignore[misc]
+                    yield from refusals.acquitted()
+                    continue
+                for other in [f for f in waiting if f.done() and not f.exception()]:
+                    if other.result().finish_reason != "error":
+                        yield other.result()
+                raise UserError(
+                    f"generation.base_url: every request is {done.text}; finished requests are logged, correct the server's "
+                    "settings and run again to go on"
+                )
             yield from refusals.rest()
         finally:
             for future in futures:
                 future.cancel()
 
+    async def _create(self, text: str, kind: str, decoding: Decoding, seed: int) -> Any:
+        extra: dict[str, Any] = {}
+        if kind and decoding.constrained:
+            extra["structured_outputs"] = {"json": grammar_schema(kind)}
+        return await self._endpoint.client.completions.create(
+            model=self._served,
+            prompt=loading.encode_prompt(self._tokenizer, text),
+            temperature=decoding.temperature,
+            top_p=decoding.top_p,
+            max_tokens=decoding.max_new_tokens,
+            seed=seed,
+            extra_body=extra,
+        )
+
     async def _one(self, r: Request, decoding: Decoding) -> Completion:
         ids = loading.encode_prompt(self._tokenizer, r.text)
-        extra: dict[str, Any] = {}
-        if r.kind and decoding.constrained:
-            extra["structured_outputs"] = {"json": grammar_schema(r.kind)}
 
         async def send() -> Any:
-            return await self._endpoint.client.completions.create(
-                model=self._served,
-                prompt=ids,
-                temperature=decoding.temperature,
-                top_p=decoding.top_p,
-                max_tokens=decoding.max_new_tokens,
-                seed=r.seed,
-                extra_body=extra,
-            )
+            return await self._create(r.text, r.kind, decoding, r.seed)
 
         try:
             reply = await self._endpoint.call(send, len(ids) + decoding.max_new_tokens)

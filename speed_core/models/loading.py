@@ -43,6 +43,9 @@ def digest_of(file: Path) -> str:
     return _remembered_digest(file) if file.is_file() else ""
 
 
+COMPLETE = "complete.json"  # written last into a folder of the cache
+
+
 def resolve(name: str) -> str:
     """Turn a model name of a profile into something `from_pretrained` loads.
 
@@ -172,18 +175,35 @@ def weights_id(folder: str | Path) -> str:
 
 
 def settings_id(name: str) -> str:
-    """What decides a model beside its weights: "-" and a digest of configuration, tokenizer and pooling of a folder that somebody
-    gave. Empty for a package's model, a hub id and a folder of the cache: their name or their weights say it."""
+    """What decides a model beside the weights that `weights_id` reads: "-" and a digest of configuration, tokenizer, pooling and the
+    weights of further modules, of a folder that somebody gave. Empty for a package's model, a hub id and what the cache holds of
+    them: their name or their weights say it."""
     path = Path(re.sub(r"\[:\d+\]$", "", name)).expanduser()
-    if not path.is_dir() or path.resolve().is_relative_to(cache_dir().resolve()):
+    if not path.is_dir() or (path / COMPLETE).is_file():
         return ""
-    files = [p for kind in ("json", "txt", "model", "jinja") for p in path.rglob(f"*.{kind}") if p.name != "base.json"]
-    return "-" + digest({str(p.relative_to(path)): file_digest(p) for p in sorted(files)})[:8]
+    try:
+        listed = json.loads((path / "modules.json").read_text(encoding="utf-8")) if (path / "modules.json").is_file() else []
+        folders = [path, *(path / m["path"] for m in listed if m["path"])]
+        files = [p for folder in folders for p in sorted(folder.iterdir()) if p.is_file() and _decides(p, path)]
+        return "-" + digest({str(p.relative_to(path)): _remembered_digest(p) for p in files})[:8]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UserError(
+            f"model {name!r}: its files cannot be read ({type(error).__name__}: {error}); give a whole model folder"
+        ) from None
+
+
+def _decides(file: Path, folder: Path) -> bool:
+    """Whether a file of a model's folder says how texts become numbers; weights at the top are `weights_id`'s."""
+    if file.name.lower().startswith(("readme", "license")) or file.name in ("base.json", "trainer_state.json", "training.json"):
+        return False
+    return file.suffix in (".json", ".txt", ".model", ".jinja") or (
+        file.parent != folder and file.suffix in (".safetensors", ".bin")
+    )
 
 
 def named(name: str) -> str:
     """A name that stands for one model: a folder's with the digests of what is in it."""
-    path = Path(name).expanduser()
+    path = Path(re.sub(r"\[:\d+\]$", "", name)).expanduser()
     return f"{name}@{weights_id(path)}{settings_id(name)}" if path.is_dir() else name
 
 
@@ -313,7 +333,7 @@ def check_adapter(adapter: Path, base: str) -> None:
 
 def _once(target: Path, fill: Callable[[Path], None]) -> Path:
     """The folder `target` of the cache, which `fill` writes when it is not there whole; processes wait for each other."""
-    done = "complete.json"
+    done = COMPLETE
     if not (target / done).is_file():
         with file_lock(target.with_suffix(".lock")):
             if not (target / done).is_file():

@@ -22,6 +22,8 @@ from speed_core.profile import Training, dotted
 from speed_core.store.artifacts import Artifact
 from speed_core.store.run_context import Run
 
+RUBRIC_GUIDE = "package:all-MiniLM-L6-v2"  # of the recorded runs; with another one the pairs are others
+
 
 def topics(run: Run) -> tuple[list[str], list[str]]:
     """(topics for data, held-out topics), as paths; the last `held_out` of the list never give data."""
@@ -216,7 +218,7 @@ def _generate(
 
         # The server holds the weights; an adapter that was made here is named by its digest all the same.
         made = run.store.get(generator) if generator != "base" else None
-        model_id = f"server:{base}+{loading.weights_id(made.weights()) if made else generator}"
+        model_id = f"server:{base}{loading.settings_id(base)}+{loading.weights_id(made.weights()) if made else generator}"
         served = ServerEngine(g.base_url, base if generator == "base" else generator, base, concurrency=g.concurrency)
         try:
             return generate.run(requests, model=base, model_id=model_id, engine=served, **common)
@@ -259,6 +261,8 @@ def preferences(run: Run, root: Artifact, planned: Sequence[Prompt]) -> Artifact
     """Artifact `pairs`: best and worst of each prompt's candidates, with the judge's reason."""
     who = run.profile.teacher
     by: dict[str, Any] = {"weights": judge.RubricJudge.WEIGHTS} if who.judge == "rubric" else {"teacher": who.deciding()}
+    if who.judge == "rubric" and run.profile.models.guide != RUBRIC_GUIDE:
+        by["guide"] = loading.named(run.profile.models.guide)
     with run.store.stage("pairs", {"judge": who.judge, **by}, [root]) as draft:
         if draft:
             entries = root.rows()

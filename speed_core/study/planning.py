@@ -297,9 +297,9 @@ def record(run: Run, target: Path | None = None) -> dict[str, Any]:
 def _other(run: Run, made: Iterable[Step]) -> dict[str, float]:
     """{notebook: seconds of its longest run that are not those of its stages}."""
     path, times = run.folder / "times.jsonl", []
-    for line in path.read_text(encoding="utf-8", errors="replace").splitlines() if path.is_file() else ():
-        with suppress(ValueError):  # half a line of a process that was killed
-            times.append(json.loads(line))
+    for line in path.read_text(encoding="utf-8", errors="replace").split("\n") if path.is_file() else ():
+        with suppress(ValueError, TypeError, KeyError):  # half a line of a process that was killed
+            times.append({k: json.loads(line)[k] for k in ("notebook", "status", "seconds")})
     whole: dict[str, float] = {}
     for t in times:
         if t["status"] == "ok":  # the longest: another run of a notebook found its stages current

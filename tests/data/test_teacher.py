@@ -22,6 +22,7 @@ class Endpoint(BaseHTTPRequestHandler):
     script: list = []
     seen: list = []
     usage: dict | None = None
+    refuse: tuple | None = None  # what every request but a probe gets
 
     def log_message(self, *args):
         pass
@@ -43,7 +44,9 @@ class Endpoint(BaseHTTPRequestHandler):
         request = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
         self.seen.append(request)
         type(self).authorization = self.headers.get("Authorization")
-        status, text, reason = self.script.pop(0) if self.script else (200, GOOD, "stop")
+        text = request["messages"][0]["content"]
+        said = self.refuse if self.refuse and text != endpoints.PROBE else (200, GOOD, "stop")
+        status, text, reason = self.script.pop(0) if self.script else said
         if reason == "as it is":
             return self.reply(status, text)
         if status != 200:
@@ -55,7 +58,7 @@ class Endpoint(BaseHTTPRequestHandler):
 
 @pytest.fixture
 def endpoint():
-    Endpoint.script, Endpoint.seen = [], []
+    Endpoint.script, Endpoint.seen, Endpoint.refuse = [], [], None
     Endpoint.usage = {"prompt_tokens": 10, "completion_tokens": 5, "total_tokens": 15}
     server = ThreadingHTTPServer(("127.0.0.1", 0), Endpoint)
     threading.Thread(target=server.serve_forever, daemon=True).start()
@@ -508,7 +511,7 @@ def test_the_same_refusal_of_the_first_requests_is_held_against_none(endpoint, t
         teacher.ask(teacher.EndpointTeacher(settings(endpoint)), items, purpose="seed", log=log)
     assert log.read_text() == ""
     # After an answer, or where each has its own reason, it is the request's.
-    for first in ([(200, GOOD, "stop")], [(400, f"too long by {n}", "") for n in range(4)]):
+    for first in ([(200, GOOD, "stop")], [(400, f"no {letter}", "") for letter in "abcd"]):
         Endpoint.script = first + [(400, "too long", "")] * 4
         entries = teacher.ask(teacher.EndpointTeacher(settings(endpoint)), items, purpose="seed", log=tmp_path / f"{len(first)}")
         refused = [e for e in entries if e["status"] == "error" and not e["retryable"]]
@@ -517,7 +520,7 @@ def test_the_same_refusal_of_the_first_requests_is_held_against_none(endpoint, t
 
 def test_refusals_that_differ_only_in_what_is_the_requests_own_are_alike(endpoint, tmp_path):
     Endpoint.script = [
-        (400, f"request_id: r{n}: unknown field 'reasoning' beside \"topic {n}\" ({90 + n} characters)", "") for n in range(4)
+        (400, f"request_id: r{n}: unknown field 'reasoning' beside \"topic {n}\" ({90 + n} characters)", "") for n in range(5)
     ]
     with pytest.raises(UserError, match="refuses every request"):
         teacher.ask(teacher.EndpointTeacher(settings(endpoint)), some_prompts(4), purpose="seed", log=tmp_path / "l")
@@ -582,7 +585,7 @@ def test_the_key_is_in_no_log_and_in_no_message(endpoint, tmp_path, monkeypatch,
     with pytest.raises(UserError, match=r"AuthenticationError 401: wrong \*\*\*.*set OPENAI_API_KEY") as stop:
         teacher.ask(t, some_prompts(3), purpose="seed", log=tmp_path / "l")
     said = capsys.readouterr()
-    assert [json.loads(row)["status"] for row in (tmp_path / "l").read_text().splitlines()] == ["error", "ok"]
+    assert [json.loads(row)["status"] for row in (tmp_path / "l").read_text().splitlines()] == ["ok", "error"]
     assert "7731" not in (tmp_path / "l").read_text() + said.out + said.err + t.label + str(stop.value)
 
 
@@ -709,3 +712,17 @@ def test_a_refusal_among_the_parts_of_a_message_is_a_refusal(endpoint, tmp_path)
     Endpoint.script = [(200, [{"type": "refusal", "refusal": "No."}], "stop")]
     entry = teacher.ask(teacher.EndpointTeacher(settings(endpoint)), some_prompts(1), purpose="seed", log=tmp_path / "l")[0]
     assert entry["status"] == "refused" and entry["raw"] == "No."
+
+
+def test_requests_that_are_refused_alike_one_after_the_other_are_remembered_where_the_server_answers_a_probe(endpoint, tmp_path):
+    Endpoint.refuse = (400, "not on this topic", "")
+    t = teacher.EndpointTeacher(settings(endpoint))
+    entries = teacher.ask(t, some_prompts(12), purpose="seed", log=tmp_path / "l")
+    assert [e["retryable"] for e in entries] == [False] * 12 and len(Endpoint.seen) == 14
+    assert t.ledger.rows["seed"]["calls"] == 2  # the probes; a refused request costs nothing
+
+
+def test_an_answer_is_in_the_log_before_the_refusals_that_it_explains(endpoint, tmp_path):
+    Endpoint.script = [(400, "no", ""), (200, GOOD, "stop")]
+    teacher.ask(teacher.EndpointTeacher(settings(endpoint)), some_prompts(2), purpose="seed", log=tmp_path / "l")
+    assert [json.loads(line)["status"] for line in (tmp_path / "l").read_text().splitlines()] == ["ok", "error"]

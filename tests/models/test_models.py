@@ -91,6 +91,7 @@ def test_what_a_folder_holds_beside_its_weights_decides_too_and_a_package_is_its
     one, other = tmp_path / "one", tmp_path / "other"
     for folder, pooling in ((one, "mean"), (other, "max")):
         (folder / "1_Pooling").mkdir(parents=True)
+        (folder / "modules.json").write_text(json.dumps([{"path": ""}, {"path": "1_Pooling"}]))
         (folder / "model.safetensors").write_bytes(b"the same")
         (folder / "1_Pooling" / "config.json").write_text(json.dumps({"mode": pooling}))
     assert loading.weights_id(one) == loading.weights_id(other)
@@ -98,9 +99,19 @@ def test_what_a_folder_holds_beside_its_weights_decides_too_and_a_package_is_its
     assert loading.named(str(one)).partition("@")[2] != loading.named(str(other)).partition("@")[2]
     assert loading.settings_id("package:gemma-3-270m") == loading.settings_id("org/model") == ""
     assert loading.named("package:all-MiniLM-L6-v2") == "package:all-MiniLM-L6-v2"
-    inside = tmp_path / "cache" / "made"
-    inside.mkdir(parents=True)
-    assert loading.settings_id(str(inside)) == ""
+    before = loading.settings_id(str(one))
+    (one / "README.md").write_text("more")
+    (one / "checkpoint-5").mkdir()
+    (one / "checkpoint-5" / "config.json").write_text("{}")
+    assert loading.settings_id(str(one)) == loading.settings_id(f"{one}[:2]") == before
+    assert loading.named(f"{one}[:2]").startswith(f"{one}[:2]@")
+    (one / "1_Pooling" / "model.safetensors").write_bytes(b"weights of a module")
+    assert loading.settings_id(str(one)) != before
+    (one / "complete.json").write_text("{}")  # made by `loading` itself, from something that has a name
+    assert loading.settings_id(str(one)) == ""
+    (other / "modules.json").write_text("[{}]")
+    with pytest.raises(UserError, match="cannot be read"):
+        loading.settings_id(str(other))
 
 
 def test_two_encoders_that_share_weights_give_two_shallow_students(tmp_path, monkeypatch):
