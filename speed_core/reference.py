@@ -12,7 +12,10 @@ from torch import Tensor
 
 
 def truncate_topic(path: str, levels: int = 4) -> str:
-    """A topic path without its middle levels (SPEED section 3.2.1): the paper keeps the first two and the last two of six."""
+    """A topic path without its middle levels (SPEED section 3.2.1).
+
+    Of six levels the paper keeps the first two and the last two.
+    """
     parts = path.split("/")
     if len(parts) <= levels:
         return path
@@ -22,9 +25,10 @@ def truncate_topic(path: str, levels: int = 4) -> str:
 
 
 def completion_loss(logits: Tensor, input_ids: Tensor, is_completion: Tensor) -> Tensor:
-    """SPEED's Eq. 1: the mean negative log-probability of the completion's tokens, of the prompt's tokens none.
+    """SPEED's Eq. 1: the mean negative log-probability of the completion's tokens.
 
-    `logits` (B, T, V), `input_ids` (B, T), `is_completion` (B, T). The logits at token t predict token t + 1.
+    `logits` (B, T, V), `input_ids` (B, T), `is_completion` (B, T).
+    The logits at token t predict token t + 1. Tokens of the prompt do not count.
     """
     log_probs = logits[:, :-1].log_softmax(-1)
     of_next = log_probs.gather(-1, input_ids[:, 1:, None]).squeeze(-1)
@@ -32,12 +36,17 @@ def completion_loss(logits: Tensor, input_ids: Tensor, is_completion: Tensor) ->
 
 
 def dpo_loss(
-    policy_chosen: Tensor, policy_rejected: Tensor, reference_chosen: Tensor, reference_rejected: Tensor, beta: float = 0.1
+    policy_chosen: Tensor,
+    policy_rejected: Tensor,
+    reference_chosen: Tensor,
+    reference_rejected: Tensor,
+    beta: float = 0.1,
 ) -> Tensor:
-    """SPEED's Eq. 2, the loss of direct preference optimization (arXiv 2305.18290, Eq. 7), of each pair.
+    """SPEED's Eq. 2, the loss of direct preference optimization, of each pair.
 
-    Each argument (B,) holds the log-probabilities of whole completions under the model that is trained (`policy`) and under the
-    junior that it started from (`reference`).
+    Each argument (B,) holds log-probabilities of whole completions: under the model that is
+    trained (`policy`), and under the junior that it started from (`reference`).
+    arXiv 2305.18290, Eq. 7.
     """
     chosen_reward = beta * (policy_chosen - reference_chosen)
     rejected_reward = beta * (policy_rejected - reference_rejected)
@@ -45,9 +54,10 @@ def dpo_loss(
 
 
 def shared_prompt_mask(part: Tensor) -> Tensor:
-    """(T, T), True where the token of the row may attend to the token of the column, in a row `[prompt | completion 1 | completion 2]`.
+    """(T, T): may the token of the row attend to the token of the column?
 
-    `part` (T,) is 0 for the prompt and k for completion k. A completion sees the prompt and itself, and no other completion.
+    The tokens are `[prompt | completion 1 | completion 2]`; `part` (T,) is 0 for the prompt
+    and k for completion k. A completion sees the prompt and itself, and no other completion.
     """
     not_later = torch.ones(len(part), len(part), dtype=torch.bool).tril()
     of_prompt = part[None, :] == 0
@@ -56,31 +66,41 @@ def shared_prompt_mask(part: Tensor) -> Tensor:
 
 
 def last_token_pooling(hidden: Tensor, attention_mask: Tensor) -> Tensor:
-    """(B, D) unit vectors: the hidden state (B, T, D) at the last token that is no padding (padding stands on the right)."""
+    """(B, D) unit vectors: the hidden state (B, T, D) at the last token before the padding."""
     last = attention_mask.sum(dim=1) - 1
     return torch.nn.functional.normalize(hidden[torch.arange(len(hidden)), last], dim=1)
 
 
-def info_nce(queries: Tensor, positives: Tensor, negatives: Tensor, temperature: float = 0.02) -> Tensor:
-    """E5-mistral's contrastive loss, which SPEED keeps: each query (B, D) has to find its positive (B, D) among all positives
-    and all negatives (M, D) of the batch. Unit vectors."""
+def info_nce(
+    queries: Tensor, positives: Tensor, negatives: Tensor, temperature: float = 0.02
+) -> Tensor:  # fmt: skip
+    """E5-mistral's contrastive loss, which SPEED keeps.
+
+    Each query (B, D) has to find its positive (B, D) among all positives and all negatives
+    (M, D) of the batch. All are unit vectors.
+    """
     similarity = queries @ torch.cat([positives, negatives]).T / temperature
     return torch.nn.functional.cross_entropy(similarity, torch.arange(len(queries)))
 
 
 def guide_mask(guide_similarity: Tensor, margin: float = 0.0) -> Tensor:
-    """GISTEmbed's mask: True where a candidate is no negative, because the guide finds it nearer to the query than its own positive.
+    """GISTEmbed's mask: True where the guide says that a candidate is not a negative.
 
-    `guide_similarity` (B, C): the guide's cosine of query i with candidate j; the positive of query i is candidate i.
+    `guide_similarity` (B, C) holds the guide's cosine of query i with candidate j. Candidate i
+    is the positive of query i; whatever is nearer to the query than that is removed.
     """
     own = guide_similarity.diagonal()[:, None]
     return guide_similarity > own - margin
 
 
-def guided_loss(queries: Tensor, positives: Tensor, guide_queries: Tensor, guide_positives: Tensor, temperature: float) -> Tensor:
-    """GISTEmbed's loss of pairs (arXiv 2402.16829 and its code), by the model's and by the guide's unit vectors.
+def guided_loss(
+    queries: Tensor, positives: Tensor,
+    guide_queries: Tensor, guide_positives: Tensor, temperature: float,
+) -> Tensor:  # fmt: skip
+    """GISTEmbed's loss of pairs (arXiv 2402.16829), from unit vectors of model and guide.
 
-    Candidates of query i: the positives, the other queries, and, beside positive i, the other positives. The own positive always stays.
+    Candidates of query i are the positives, the other queries, and, compared with
+    positive i, the other positives. The query's own positive always stays.
     """
     size, own = len(queries), torch.eye(len(queries), dtype=torch.bool)
     threshold = (guide_queries * guide_positives).sum(1, keepdim=True)
@@ -97,22 +117,24 @@ def guided_loss(queries: Tensor, positives: Tensor, guide_queries: Tensor, guide
 
 
 def jaccard(one: str, other: str, size: int = 3) -> float:
-    """Shared runs of `size` words over all runs of either text: how `curate` tells near-duplicates (the paper names MinHash only)."""
-    runs = [{tuple(w[i : i + size]) for i in range(len(w) - size + 1)} for w in (one.lower().split(), other.lower().split())]
-    return len(runs[0] & runs[1]) / len(runs[0] | runs[1])
+    """Runs of `size` words that both texts have, over the runs of either: how near-duplicates are told."""
+    words = one.lower().split(), other.lower().split()
+    a, b = ({tuple(w[i : i + size]) for i in range(len(w) - size + 1)} for w in words)
+    return len(a & b) / len(a | b)
 
 
 def ndcg(relevant_ranks: list[int], cutoff: int = 10) -> float:
-    """nDCG@cutoff of one query: 1 where its relevant documents stand first. Ranks begin at 1; each relevant document counts alike."""
+    """nDCG@cutoff of one query: 1 where its relevant documents stand first. Ranks begin at 1."""
     gain = sum(1 / math.log2(rank + 1) for rank in relevant_ranks if rank <= cutoff)
-    best = sum(1 / math.log2(rank + 1) for rank in range(1, min(len(relevant_ranks), cutoff) + 1))
-    return gain / best
+    ideal = range(1, min(len(relevant_ranks), cutoff) + 1)
+    return gain / sum(1 / math.log2(rank + 1) for rank in ideal)
 
 
 def interval(scores: Tensor, draws: int = 1000, critical: float = 1.96) -> tuple[float, float]:
-    """(low, high) of the mean of `scores` (S, N): seeds and texts are both samples, and their variances add up.
+    """(low, high) of the mean of `scores` (S, N).
 
-    Of texts: the same ones are drawn again for all seeds. `critical` is Student's t for the seeds' degrees of freedom.
+    Seeds and texts are both samples, so their variances add up. The same texts are drawn
+    again for all seeds. `critical` is Student's t for the seeds' degrees of freedom.
     """
     generator = torch.Generator().manual_seed(0)
     picks = torch.randint(scores.shape[1], (draws, scores.shape[1]), generator=generator)

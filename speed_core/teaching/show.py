@@ -8,7 +8,13 @@ from collections.abc import Callable, Sequence
 from html import escape
 from typing import Any
 
-from IPython.display import HTML, Code, display
+from IPython.display import display
+from pygments import highlight
+from pygments.formatters import HtmlFormatter
+from pygments.lexers import PythonLexer
+
+MONO = "font-family: monospace; font-size: 90%; white-space: pre; overflow-x: auto"
+PROSE = "white-space: pre-wrap; line-height: 1.6"
 
 
 class Shown:
@@ -21,19 +27,21 @@ class Shown:
         return self.text
 
     def _repr_html_(self) -> str:
-        return HTML(f'<div style="white-space: pre-wrap; line-height: 1.6">{self.html}</div>').data
+        return self.html
 
 
 def source(*functions: Callable[..., Any]) -> None:
     """Show functions as they stand in the package: what you read is what runs."""
-    display(Code("\n\n".join(inspect.getsource(f).rstrip() for f in functions), language="python"))
+    text = "\n\n\n".join(inspect.getsource(f).rstrip() for f in functions)
+    page = highlight(text, PythonLexer(), HtmlFormatter(noclasses=True, nobackground=True, prestyles=MONO))
+    display(Shown(text, page))
 
 
 def masked(tokens: Sequence[str], mask: Sequence[int]) -> Shown:
     """Tokens in a line; those with mask 1 are marked, and stand in [brackets] where there is no colour."""
     pairs = list(zip(tokens, mask, strict=True))
     marked = "".join(f"<mark>{escape(t)}</mark>" if m else escape(t) for t, m in pairs)
-    return Shown("".join(f"[{t}]" if m else t for t, m in pairs), marked)
+    return Shown("".join(f"[{t}]" if m else t for t, m in pairs), f'<div style="{PROSE}">{marked}</div>')
 
 
 def word_diff(before: str, after: str) -> Shown:
@@ -48,4 +56,4 @@ def word_diff(before: str, after: str) -> Shown:
             continue
         text += [f"[-{gone}-]"] * bool(gone) + [f"{{+{came}+}}"] * bool(came)
         html += [f"<del>{escape(gone)}</del>"] * bool(gone) + [f"<ins>{escape(came)}</ins>"] * bool(came)
-    return Shown(" ".join(text), " ".join(html))
+    return Shown(" ".join(text), f'<div style="{PROSE}">{" ".join(html)}</div>')
