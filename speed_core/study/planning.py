@@ -369,7 +369,9 @@ def text(run: Run, notebooks: Sequence[str] = (), asked: Mapping[str, str] | Non
         if known:
             peak = max((s.peak_mb or 0 for s in known), default=0)
             how = "expected from" if any(s.recorded for s in known) else "measured on"
-            total += f"; {minutes:.0f} min for {len(known)} of them, {how} {', '.join(where)}"
+            total += f"; the stages alone take {minutes:.0f} min, {how} {', '.join(where)}" + (
+                f" ({len(todo) - len(known)} not counted)" if len(known) < len(todo) else ""
+            )
             total += f", disk {sum(s.disk_mb or 0 for s in known):.0f} MB" + (
                 f", memory up to {peak / 1024:.1f} GB" if peak else ""
             )
