@@ -421,7 +421,6 @@ def ask(
             refusals.add(entry["reason"], entry)
             if refusals.suspicious and isinstance(teacher, EndpointTeacher):
                 if not teacher.answers_a_probe(purpose, temperature):
-                    refusals.rest()
                     raise teacher.fault(future.exception() or RuntimeError())
                 settle(refusals.acquitted())
             return

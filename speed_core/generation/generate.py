@@ -62,7 +62,7 @@ def run(
     `model_id` names weights that are not on this machine (a server's); else it is their digest.
     """
     if not model_id:
-        base = loading.weights_id(loading.resolve(model)) + loading.settings_id(model)
+        base = loading.model_id(model)
         model_id = f"{base}+{loading.weights_id(adapter)}" if adapter else base
     if len({r.id for r in requests}) != len(requests):
         raise ValueError("requests: two of them share an id; ids must differ")

@@ -201,6 +201,11 @@ def _decides(file: Path, folder: Path) -> bool:
     )
 
 
+def model_id(name: str) -> str:
+    """Digests of all that decides a model: its weights, and what else its folder says."""
+    return weights_id(resolve(name)) + settings_id(name)
+
+
 def named(name: str) -> str:
     """A name that stands for one model: a folder's with the digests of what is in it."""
     path = Path(re.sub(r"\[:\d+\]$", "", name)).expanduser()
@@ -354,7 +359,7 @@ def merged_folder(base: str, adapter: Path) -> Path:
     which an adapter that was trained on another processor differs.
     """
     check_adapter(adapter, base)
-    key = hashlib.sha256(f"{weights_id(resolve(base))}{settings_id(base)}|{weights_id(adapter)}".encode()).hexdigest()[:16]
+    key = hashlib.sha256(f"{model_id(base)}|{weights_id(adapter)}".encode()).hexdigest()[:16]
 
     def fill(work: Path) -> None:
         load_causal_lm(base, adapter, "stored").save_pretrained(work)

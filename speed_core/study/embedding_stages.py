@@ -176,7 +176,7 @@ def embedder(
     parameters = {
         "training": dotted(settings),
         "seed": seed,
-        "base": loading.weights_id(loading.resolve(base)) + loading.settings_id(base),
+        "base": loading.model_id(base),
         "guide": loading.named(run.profile.models.guide),
     }
     with run.store.stage(name, parameters, [data]) as draft:
@@ -353,7 +353,7 @@ def contamination(run: Run, name: str) -> dict[str, dict[str, Any]]:
     e, words, data = run.profile.evaluation, run.profile.curate.overlap_words, run.store.need(name)
     parameters: dict[str, Any] = {"tasks": e.tasks, "size": e.size, "words": words, "near": contamination.NEAR}
     guide = run.profile.models.guide
-    parameters["guide"] = loading.weights_id(loading.resolve(guide)) + loading.settings_id(guide)
+    parameters["guide"] = loading.model_id(guide)
     with run.store.stage(f"contamination-{name}", parameters, [data]) as draft:
         if draft:
             model = generation_stages.guide(run)

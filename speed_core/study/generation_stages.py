@@ -149,8 +149,7 @@ def _training(run: Run, settings: Training) -> dict[str, Any]:
     return {
         "training": dotted(settings),
         "seed": run.profile.seed,
-        "base": loading.weights_id(loading.resolve(run.profile.models.generator))
-        + loading.settings_id(run.profile.models.generator),
+        "base": loading.model_id(run.profile.models.generator),
     }
 
 

@@ -15,7 +15,7 @@ from speed_core.generation.server_engine import ServerEngine
 @pytest.mark.parametrize("after", [0, 3])
 def test_a_server_that_refuses_every_request_stops_the_stage_and_a_rerun_goes_on(tmp_path, after):
     answer = {"id": "1", "object": "text_completion", "created": 0, "model": "tiny", "choices": [{"index": 0, "text": "x", "finish_reason": "stop"}]}  # fmt: skip
-    seen, mended = [], False
+    seen, works = [], False
 
     class Server(BaseHTTPRequestHandler):
         def log_message(self, *args):
@@ -35,7 +35,7 @@ def test_a_server_that_refuses_every_request_stops_the_stage_and_a_rerun_goes_on
         def do_POST(self):
             self.rfile.read(int(self.headers["Content-Length"]))
             seen.append(1)
-            good = mended or len(seen) <= after
+            good = works or len(seen) <= after
             self.reply(200 if good else 400, answer if good else {"error": {"message": "Extra inputs are not permitted"}})
 
     http = ThreadingHTTPServer(("127.0.0.1", 0), Server)
@@ -51,6 +51,6 @@ def test_a_server_that_refuses_every_request_stops_the_stage_and_a_rerun_goes_on
 
     with pytest.raises(UserError, match="every request is refused by the server .*Extra inputs"):
         ask()
-    mended = True
+    works = True
     assert {e["status"] for e in ask()} == {"ok"}
     http.shutdown()
