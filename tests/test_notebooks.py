@@ -39,6 +39,7 @@ def test_a_committed_notebook_is_clean_and_keeps_the_grammar(path):
     check = next(i for i, c in enumerate(nb.cells) if c.source.startswith("**Check.**"))
     assert "assert" in nb.cells[check + 1].source
     assert all(len(c.source.splitlines()) <= 18 for c in code), "cells stay short"
+    assert sum(c.source.count("open_run(profile") for c in code) == 1, "opened twice, a run says its shipped upstream twice"
 
 
 @pytest.mark.parametrize("path", NOTEBOOKS[1:], ids=lambda p: p.stem)
