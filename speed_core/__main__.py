@@ -172,10 +172,16 @@ def plan(
     only: Annotated[str, typer.Option(help="notebook numbers, for instance 03,04")] = "",
     start: Annotated[str, typer.Option("--from", help="first notebook")] = "",
     seed: Annotated[int | None, typer.Option(help="training and sampling seed")] = None,
+    why: Annotated[str, typer.Option(metavar="ARTIFACT", help="only what this artifact is made from, and how")] = "",
 ) -> None:
     """Say what a profile would do: models, counts, teacher calls and cost, GPU-hours, what is already made."""
     from speed_core.runner import preflight
+    from speed_core.study import planning
+    from speed_core.study.runs import open_run
 
+    if why:
+        print(planning.why_text(open_run(profile, _overrides(set_), seed), why))
+        return
     numbers = _words(only)
     print(preflight.plan_text(profile, _overrides(set_), tokens_per_second, seed=seed, only=numbers, start=start))
 

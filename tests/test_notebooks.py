@@ -14,7 +14,7 @@ import pytest
 
 from speed_core.files import file_digest
 from speed_core.plots import provenance
-from speed_core.runner import notebook, replay
+from speed_core.runner import notebook
 from speed_core.study import claims
 from speed_core.teaching import captions, classroom, exercises
 
@@ -267,6 +267,9 @@ def test_the_plan_of_other_prompts_names_what_would_be_asked_again(smoke, monkey
 
 @on_alone
 def test_data_sets_and_figures_are_rebuilt_elsewhere_from_the_log_alone_without_weights(smoke, tmp_path):
+    from speed_core.study.runs import open_run
+    from speed_core.study.stage import rebuilt
+
     speed = [sys.executable, "-m", "speed_core"]
     archive = str(tmp_path / "smoke.tar.gz")
     subprocess.run([*speed, "export", archive, "--profile", "smoke"], check=True, cwd=ROOT)
@@ -274,7 +277,7 @@ def test_data_sets_and_figures_are_rebuilt_elsewhere_from_the_log_alone_without_
     done = subprocess.run([*speed, "import", archive], capture_output=True, text=True, cwd=ROOT, env=elsewhere)
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
     same = [line.split()[0] for line in done.stdout.splitlines() if line.endswith(" same")]
-    assert set(replay.DATA) <= set(same) and "DIFFERENT" not in done.stdout
+    assert set(rebuilt(open_run("smoke"))) <= set(same) and "DIFFERENT" not in done.stdout
     assert {"02_seed_yield", "03_valid_rate", "04_senior_against_junior", "05_revision", "06_yield"} <= set(same)
     assert not list((tmp_path / "elsewhere").rglob("*.safetensors"))
 

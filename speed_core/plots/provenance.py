@@ -49,7 +49,7 @@ def save(
     with matplotlib.rc_context({"svg.hashsalt": "speed-step-by-step", "svg.fonttype": "none"}):
         figure.savefig(svg, metadata={"Date": None})
     show(figure, alternative_text(figure, name))
-    now = Now([run.store.root] + ([run.store.base.root] if run.store.base else []))
+    now = Now(run.store.roots)
     keys = {now.key(a): a for a in inputs}
     upstream = {k: d for key in keys for k, d in now.upstream(key)}
     new = {

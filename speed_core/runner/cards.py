@@ -119,8 +119,7 @@ def scored(run: Run, artifact: Artifact) -> dict[str, Any] | None:
 
     Of several scores the instructed ones are taken, of these the ones named as the model is, before those on other tasks.
     """
-    roots = [run.store.root] + ([run.store.base.root] if run.store.base else [])
-    names = dict.fromkeys(p.name for root in roots for p in sorted(root.glob("scores-*")))
+    names = dict.fromkeys(p.name for root in run.store.roots for p in sorted(root.glob("scores-*")))
     found = [s for n in names if (s := run.store.get(n)) and s.manifest["parents"].get(artifact.name) == artifact.digest]
     if not found:
         return None
@@ -137,8 +136,11 @@ def result_files(run: Run, results: Mapping[str, Any]) -> dict[str, Path]:
     """{task: mteb's own result file} of a scored model: in the folder of its weights' digest and of the name that it was scored
     under, for one model may have been scored in several ways."""
     revision, name = results["revision"], results["model"].replace("/", "__")
-    folders = [run.folder] + ([run.store.base.root.parent] if run.store.base else [])
-    found = [p for f in folders for p in sorted((f / "mteb" / revision / "results" / name / revision).glob("*.json"))]
+    found = [
+        p
+        for f in (root.parent for root in run.store.roots)
+        for p in sorted((f / "mteb" / revision / "results" / name / revision).glob("*.json"))
+    ]
     return {p.stem: p for p in reversed(found) if p.stem in results["tasks"]}
 
 

@@ -11,14 +11,14 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from speed_core.evaluation import uncertainty
-from speed_core.files import UserError, write_json
+from speed_core.files import UserError
 from speed_core.plots import provenance
 from speed_core.profile import dotted
 from speed_core.runner import replicates
 from speed_core.runner.sweep import Point, folder_name, run_points
 from speed_core.store.artifacts import Artifact
 from speed_core.store.run_context import Run
-from speed_core.study import embedding_stages, paper_values, planning
+from speed_core.study import embedding_stages, paper_values, planning, stage
 from speed_core.study.runs import open_run
 
 
@@ -287,10 +287,7 @@ def write(run: Run, facts: Mapping[str, Any], given: Sequence[Artifact], name: s
     """Artifact `study` (or `name`): the estimates of the sweeps, made from the scores of all their points (`given`, of `collect`), so
     that what rests on it is stale when one of them moves."""
     now = provenance.Now([run.store.root])
-    with run.store.stage(name, facts, [_Used(a.path, a.manifest, a.shipped, now.key(a)) for a in given]) as draft:
-        if draft:
-            write_json(draft.file(f"{name}.json"), facts)
-    return run.store.need(name)
+    return stage.note(run, name, facts, [_Used(a.path, a.manifest, a.shipped, now.key(a)) for a in given])
 
 
 def _away(e: Mapping[str, Any]) -> tuple[float, float]:

@@ -21,9 +21,7 @@ import traceback
 from collections import deque
 from collections.abc import Sequence
 from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
-from contextlib import redirect_stdout, suppress
-from dataclasses import replace
-from io import StringIO
+from contextlib import suppress
 from pathlib import Path
 from queue import SimpleQueue
 from typing import Any
@@ -33,9 +31,9 @@ from speed_core.files import UserError
 from speed_core.store.run_context import ROOT, Run
 from speed_core.study import planning
 from speed_core.study.runs import reopen
+from speed_core.study.stage import SIDE_BY_SIDE, Kind, planned
 
 GB_EACH = 7  # of free memory; a process that has trained and scored several models was seen to take 6.6
-SORTS = ("student-", "embedder-", "scores-")
 
 
 def make(run: Run, notebook: str) -> int:
@@ -98,15 +96,14 @@ def _positive(name: str, said: str) -> int:
 
 def chains(run: Run, notebook: str) -> list[list[str]]:
     """The stages of a notebook that train or score a model and are not current: one list for each model, its training first."""
-    dry = planning.DryStore(run.store)
+    why = planning.Reasons(run)
     found: dict[str, list[str]] = {}
-    for number, name, call in planning.stages(replace(run, store=dry)):
-        if number != notebook or not name.startswith(SORTS):
-            continue
-        with redirect_stdout(StringIO()), suppress(UserError):  # its model is not there yet, so it is not current either
-            call()
-        if dry.reasons.get(name, "not made yet"):
-            found.setdefault(name.removeprefix("scores-").removeprefix("embedder-"), []).append(name)
+    for one in why.known.values():
+        if one.notebook == notebook and one.kind in SIDE_BY_SIDE:
+            model = one.inputs(run)[0] if one.kind is Kind.SCORES and one.inputs(run) else one.name
+            reason, follows = why.of(one.name)
+            if reason and (not follows or model in found):
+                found.setdefault(model, []).append(one.name)
     return list(found.values())
 
 
@@ -182,11 +179,11 @@ def main() -> None:
     threading.Thread(target=_feed, args=(jobs,), daemon=True).start()
     console.quiet()
     run = reopen(told["profile"], told["variant"])
-    calls = {name: call for _, name, call in planning.stages(run)}
+    known = {one.name: one for one in planned(run)}
     while True:
         for name in jobs.get():
             try:
-                calls[name]()
+                known[name].make(run)
             except Exception as error:
                 traceback.print_exc()
                 out.write(json.dumps({"error": str(error) if isinstance(error, UserError) else repr(error)}) + "\n")

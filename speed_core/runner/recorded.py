@@ -72,7 +72,7 @@ def compare(
     for old in sorted(filter(_generated, then.values()), key=lambda a: (a.manifest["written"], a.name)):
         new = now.get(old.name)
         stage = compare_texts(old.name, old.rows(), new.rows() if new else [])
-        asked = old.other_parameters(new.manifest["parameters"]) if new else [ABSENT]
+        asked = list(map(str, old.other_parameters(new.manifest["parameters"]))) if new else [ABSENT]
         stages.append(replace(stage, asked=asked))
     numbers = [_scores(then.values()), _scores(now.values())]
     estimates = [{k: float(v["ours"]) for k, v in rows.items() if v["ours"]} for rows in (known or {}, found or {})]
@@ -85,9 +85,13 @@ def _generated(a: Artifact) -> bool:
     return "generator" in a.manifest["parameters"] and "data.jsonl" in a.manifest["files"]
 
 
+def _scored(a: Artifact) -> bool:
+    return "scores.json" in a.manifest["files"]
+
+
 def _scores(made: Iterable[Artifact]) -> dict[str, float]:
     """{"ARTIFACT, TASK": points} of everything that was scored."""
-    scored = {a.name: a.json("scores.json")["tasks"] for a in made if a.name.startswith("scores-")}
+    scored = {a.name: a.json("scores.json")["tasks"] for a in made if _scored(a)}
     return {f"{name}, {task}": 100 * s["score"] for name, tasks in scored.items() for task, s in tasks.items()}
 
 
@@ -97,7 +101,7 @@ def _largest(then: Mapping[str, float], now: Mapping[str, float]) -> tuple[float
 
 def _machine(made: Iterable[Artifact]) -> dict[str, str]:
     """Compute type, instruction set and device of what ran a model."""
-    used = [a.manifest for a in made if _generated(a) or a.name.startswith("scores-")]
+    used = [a.manifest for a in made if _generated(a) or _scored(a)]
     told = {key: sorted({str(m[key]) for m in used if m.get(key)}) for key in ("compute_type", "instructions", "device")}
     return {key: ", ".join(values) or "unknown" for key, values in told.items()}
 

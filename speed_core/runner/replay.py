@@ -26,19 +26,15 @@ from speed_core.files import ASSETS, NAME, TarInput, UserError, disk_errors, fil
 from speed_core.profile import dotted
 from speed_core.store.artifacts import MANIFEST
 from speed_core.store.run_context import Run
+from speed_core.study import generation_stages  # noqa: F401 - it declares the stages
+from speed_core.study.stage import rebuilt, trained_generators
 
 CONTENTS = "replay.json"
 XZ = b"\xfd7zXZ\x00"  # how such a file begins
-NOTEBOOKS = ("01", "02", "03", "04", "05", "06")
-DATA = (
-    "tasks", "seeds", "eval-base", "eval-junior", "root", "pairs", "eval-senior", "revised-eval", "revised-twice", "raw", "revised",
-    "synthetic", "raw-junior", "revised-junior", "raw-base", "synthetic-jr", "synthetic-jr_re", "synthetic-sr", "synthetic-sr_re",
-    "synthetic-base", "synthetic-teacher",
-)  # fmt: skip
+NOTEBOOKS = ("01", "02", "03", "04", "05", "06")  # which make nothing but data sets and their generators
 # An export has some thousand files, and xz makes its rows 20 to 60 times smaller.
 MOST_FILES, MOST_RATIO, LEAST_ROOM, MOST_CONTENTS = 1_000_000, 200, 2**28, 2**28
 HISTORY, FOLDERS = "times.jsonl", ("log", "artifacts", "figures")  # what a whole run has
-TRAINED = ("junior", "senior", "revisor")
 RECORDED = ASSETS / "recorded_run.tar.gz"  # of the run behind the committed figures
 
 
@@ -48,8 +44,8 @@ def export_logs(run: Run, target: Path) -> str:
     if not logs:
         raise UserError(f"export: no log in {run.folder.name}/log; run notebook 01 first")
     contents = {f"log/{p.name}": p.read_bytes() for p in logs}
-    made = {name: a.digest for name in DATA if (a := run.store.made(name))}
-    for name in TRAINED:
+    made = {name: a.digest for name in rebuilt(run) if (a := run.store.made(name))}
+    for name in trained_generators():
         if trained := run.store.made(name):
             contents |= {f"artifacts/{name}/{f}": trained.file(f).read_bytes() for f in ("training.json", MANIFEST)}
     manifest = {
@@ -201,7 +197,7 @@ def _belongs(parts: tuple[str, ...], whole: bool) -> bool:
     if ".." in parts:
         return False
     if not whole:
-        return parts[0] == "log" or (parts[0] == "artifacts" and len(parts) > 1 and parts[1] in TRAINED)
+        return parts[0] == "log" or (parts[0] == "artifacts" and len(parts) > 1 and parts[1] in trained_generators())
     own = parts[2:] if parts[0] == "variants" else parts
     return bool(own) and (own[0] in FOLDERS or own == (HISTORY,))
 

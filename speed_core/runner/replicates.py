@@ -55,6 +55,7 @@ class Repeats:
     runs: tuple[Run, ...]
     scores: tuple[Scores, ...]
     inputs: tuple[Artifact, ...]
+    mixed: tuple[Artifact, ...] = ()  # those of `MIXED`
 
     def having(self, arms: Iterable[str]) -> list[int]:
         """Which of the repetitions have scores of all `arms`."""
@@ -111,15 +112,13 @@ def spread(means: Sequence[Sequence[float]]) -> tuple[float, float]:
 def collect(run: Run) -> Repeats:
     """The repetitions of `run` that were run and are current, each with the arms that it could compare; of the others it says why
     they are left out."""
-    runs, scores, inputs = [], [], []
+    runs, scores, inputs, mixed = [], [], [], []
     for one in [] if run.point else points(run):
         at = open_run(run.profile.name, one.overrides, one.seed, variant=one.name)
         if not (at.folder / "times.jsonl").is_file():
             continue
         arms = embedding_stages.ablation_arms(at)
-        students = [
-            (arm, f"scores-{embedding_stages.student_name(layers, arm, s)}") for layers, s, arm in embedding_stages.mixed_arms(at)
-        ]
+        students = [(s.arm, f"scores-{s.name}") for s in embedding_stages.mixed_students(at)]
         names = [f"scores-{arm}-{s}" for arm in arms for s in embedding_stages.training_seeds(at)] + [n for _, n in students]
         if wrong := _otherwise(run, at, one) or planning.stale(at, names):
             print(f"{one.name} is left out: {wrong[0]}{f', and {len(wrong) - 1} more' if len(wrong) > 1 else ''}")
@@ -130,7 +129,8 @@ def collect(run: Run) -> Repeats:
         runs.append(at)
         scores.append({arm: [a.json("scores.json") for a in of] for arm, of in made.items()})
         inputs += [a for of in made.values() for a in of]
-    return Repeats(tuple(runs), tuple(scores), tuple(inputs))
+        mixed += [a for arm in embedding_stages.MIXED for a in made.get(arm, ())]
+    return Repeats(tuple(runs), tuple(scores), tuple(inputs), tuple(mixed))
 
 
 def _otherwise(run: Run, at: Run, one: Point) -> list[str]:

@@ -15,11 +15,12 @@ from pathlib import Path
 
 from speed_core.files import UserError, digest
 from speed_core.profile import dotted
-from speed_core.runner.bundle import GENERATORS, WEIGHTS
+from speed_core.runner.bundle import WEIGHTS
 from speed_core.runner.replay import HISTORY, pack
 from speed_core.store.artifacts import MANIFEST, read_manifest
 from speed_core.store.run_context import Run
 from speed_core.study import embedding_stages, planning
+from speed_core.study.stage import trained_generators
 
 
 def export(run: Run, target: Path, *, weights: bool = True) -> str:
@@ -30,7 +31,7 @@ def export(run: Run, target: Path, *, weights: bool = True) -> str:
     contents: dict[str, bytes] = {}
     shown = f"embedder-guided-{embedding_stages.training_seeds(run)[0]}"  # notebook 08 asks it for a similarity
     wanted = {name for s in planning.steps(run) if s.reason for name in s.inputs} | {shown}
-    kept = {*GENERATORS, shown} if weights else set()
+    kept = {*trained_generators(), shown} if weights else set()
     for part in (run.folder, *sorted(p for p in (run.folder / "variants").glob("*") if p.is_dir())):
         contents |= {str(Path(part.relative_to(run.folder), name)): data for name, data in _files(part, kept, wanted)}
     if not contents:

@@ -36,7 +36,7 @@ from speed_core.files import (
 )
 
 __all__ = [
-    "AppendLog", "Artifact", "Draft", "Store", "UserError", "canonical", "code_digest", "device_name", "difference", "digest",
+    "AppendLog", "Artifact", "Draft", "Store", "UserError", "canonical", "code_digest", "device_name", "differences", "digest",
     "disk_errors", "file_digest", "read_jsonl", "write_json", "write_jsonl",
 ]  # fmt: skip
 
@@ -130,15 +130,15 @@ class Artifact:
             self.file(name)
         return self.path
 
-    def changes(self, parameters: Mapping[str, Any], parents: Iterable[Artifact]) -> list[str]:
-        """What was otherwise when it was made: ['decoding.temperature 1.0 -> 0.7', 'input.seeds 4c6c -> 99fe']."""
-        return self.other_parameters(parameters) + difference(
+    def changes(self, parameters: Mapping[str, Any], parents: Iterable[Artifact]) -> list[Difference]:
+        """What was otherwise when it was made: decoding.temperature 1.0 -> 0.7, input.seeds 4c6c -> 99fe."""
+        return self.other_parameters(parameters) + differences(
             self.manifest["parents"], {p.name: p.digest for p in parents}, "input."
         )
 
-    def other_parameters(self, asked: Mapping[str, Any]) -> list[str]:
+    def other_parameters(self, asked: Mapping[str, Any]) -> list[Difference]:
         """The parameters with which it was made otherwise than `asked`."""
-        return difference(*self._with_types(json.loads(canonical(asked))))
+        return differences(*self._with_types(json.loads(canonical(asked))))
 
     def _with_types(self, asked: dict[str, Any]) -> tuple[Any, Any]:
         """(own parameters, `asked`), with compute types to compare: `auto` takes an artifact of any type, as it takes one of any
@@ -192,32 +192,62 @@ class Draft:
         return target
 
 
-def difference(old: Any, new: Any, prefix: str = "") -> list[str]:
-    """Named differences of two nested values: ['decoding.temperature 1.0 -> 0.7']."""
+@dataclass(frozen=True)
+class Difference:
+    """One value that an artifact was made with and that is another one now, by its dotted name; `of`: an artifact further upstream."""
+
+    where: str
+    then: Any
+    now: Any
+    of: str = ""
+
+    def __str__(self) -> str:
+        return self.text(" -> ")
+
+    def text(self, between: str) -> str:
+        then, now = (text if len(text) <= 80 else f"{text[:77]}..." for text in (str(self.then), str(self.now)))
+        return f"{f'{self.of}: ' if self.of else ''}{self.where} {then}{between}{now}"  # a digest is shown whole
+
+
+def differences(old: Any, new: Any, prefix: str = "") -> list[Difference]:
+    """Named differences of two nested values."""
     if isinstance(old, dict) and isinstance(new, dict):
-        out = []
-        for key in sorted(set(old) | set(new)):
-            out += difference(old.get(key), new.get(key), f"{prefix}{key}.")
-        return out
-    if canonical(old) == canonical(new):
-        return []
-    said = (text if len(text) <= 80 else f"{text[:77]}..." for text in (str(old), str(new)))  # a digest is shown whole
-    return [f"{prefix.rstrip('.')} {' -> '.join(said)}"]
+        return [d for k in sorted(set(old) | set(new)) for d in differences(old.get(k), new.get(k), f"{prefix}{k}.")]
+    return [] if canonical(old) == canonical(new) else [Difference(prefix.rstrip("."), old, new)]
+
+
+class OtherPrompts(UserError):
+    """An input answers other prompts than this run's, so nothing can be joined to it."""
+
+
+class MissingArtifact(UserError):
+    """The artifact `name` is neither made nor shipped."""
+
+    def __init__(self, name: str, message: str):
+        super().__init__(message)
+        self.name = name
+
+
+@dataclass(frozen=True)
+class Catalog:
+    """What a store is told about stages: `notebook` gives the number of the one that makes an artifact (empty: none of this run),
+    `differences` what a shipped artifact, or one that it was made from, was made with that this run would do otherwise."""
+
+    notebook: Callable[[str], str] = lambda name: ""
+    differences: Callable[[Artifact], Sequence[Difference]] = lambda artifact: ()
 
 
 class Store:
-    """Artifacts of one run folder: `root/NAME/` with a manifest each.
+    """Artifacts of one run: `FOLDER/NAME/` with a manifest each, looked for in the run's own folder, then in that of the `base` run
+    (of a sweep, whose points so share what they have in common), then in `shipped`. Only the first is written to.
 
     An artifact whose manifest says why it is `partial` (a budget ran out) is handed to later stages only with
     `accept_partial`; without, making it goes on where it stopped. With `replay` an artifact counts although files of
-    it are missing: an export carries trained models without their weights. A store over a `base` takes from there what
-    is current under its own settings, and makes only what differs: so the points of a sweep share what they have in common.
+    it are missing: an export carries trained models without their weights.
 
-    `shipped` is a folder of artifacts that somebody else made. It is only read: what this run made comes first, and a stage
-    of the open notebook never counts as done because a shipped artifact of its name is there. `differs` tells what a shipped artifact was made
-    with that this run would do otherwise; it is used all the same and that is said, unless it answers other prompts.
-    `upstream` tells whether a stage belongs to an earlier notebook than the one that is open: that one is not made again when
-    its shipped artifact is exactly what it would be made from.
+    What somebody else made (`shipped`) is used where this run made nothing, and that is printed, with the first value that it was
+    made with otherwise; it is refused where it answers other prompts. A stage of the open notebook never counts as done because
+    a shipped artifact of its name is there; one of an earlier notebook does, when it is exactly what this run would make.
     """
 
     def __init__(
@@ -226,26 +256,31 @@ class Store:
         shipped: Path | None = None,
         accept_partial: bool = False,
         replay: bool = False,
-        base: Store | None = None,
+        base: Path | None = None,
+        catalog: Catalog | None = None,
     ):
-        self.base = base
         self.root = root
+        self.roots = list(dict.fromkeys([root, base or root]))
         self.shipped = shipped
         self.accept_partial = accept_partial
         self.replay = replay
-        self.differs: Callable[[Artifact], list[str]] | None = None
-        self.upstream: Callable[[str], bool] | None = None
-        self._checked: dict[str, list[str]] = {}  # shipped artifacts that were checked and said, with their differences
+        self.catalog = catalog or Catalog()
+        self._checked: dict[str, Sequence[Difference]] = {}  # shipped artifacts that were checked and said
+
+    def silent(self) -> Store:
+        """The same artifacts for somebody who only looks: nothing is printed, and nothing refused for what it was made with."""
+        return _Silent(self.root, self.shipped, True, self.replay, self.roots[-1])
 
     def made(self, name: str) -> Artifact | None:
-        """The artifact `name` that this run made, or None. A folder without a manifest, or without one of its files, does not count."""
-        artifact = self._read(self.root / name)
-        if artifact and not self.replay and not artifact.complete():
-            artifact = None
-        return artifact or (self.base.made(name) if self.base else None)
+        """The artifact `name` that this run or its base made, or None. One that lacks a file does not count."""
+        for root in self.roots:
+            artifact = self._read(root / name)
+            if artifact and (self.replay or artifact.complete()):
+                return artifact
+        return None
 
     def get(self, name: str) -> Artifact | None:
-        """The artifact `name` of this run, else the shipped one (said aloud, once), else None."""
+        """The artifact `name` of this run, else the shipped one, else None."""
         return self.made(name) or self._from_shipped(name)
 
     @staticmethod
@@ -263,10 +298,10 @@ class Store:
         if first:
             for file in artifact.manifest["files"]:
                 artifact.file(file)
-            self._checked[name] = self.differs(artifact) if self.differs else []
+            self._checked[name] = self.catalog.differences(artifact)
         # Its rows answer prompts that this run does not have, so nothing later could be joined to them.
-        if joined and any(d.startswith("prompts ") for d in self._checked[name]):
-            raise UserError(
+        if joined and any(d.where == "prompts" and not d.of for d in self._checked[name]):
+            raise OtherPrompts(
                 f"shipped artifact {name!r} answers other prompts than this run's; run the notebook that writes it: "
                 f"{self._way_out(name)}, or leave topics, seeds and synthesis as the profile has them"
             )
@@ -274,23 +309,24 @@ class Store:
             self._say(artifact, self._checked[name])
         return artifact
 
-    def _say(self, artifact: Artifact, differences: Sequence[str]) -> None:
-        more = f", and {len(differences) - 1} more" if len(differences) > 1 else ""
-        first = "".join(differences[:1]).replace(" -> ", ", this run says ")
+    def _say(self, artifact: Artifact, found: Sequence[Difference]) -> None:
+        more = f", and {len(found) - 1} more" if len(found) > 1 else ""
+        first = "".join(d.text(", this run says ") for d in found[:1])
         note = "; made with " + re.sub(r"\b([0-9a-f]{8})[0-9a-f]{8,}\b", r"\1", first) + more if first else ""
         print(f"using shipped upstream {artifact.name!r}, digest {artifact.digest}{note}", flush=True)
 
     def _way_out(self, name: str) -> str:
-        profile = (self.base or self).root.parent.name
-        return f"python -m speed_core run --profile {profile} --only {PRODUCERS.get(name.split('-')[0]) or 'NN'}"
+        profile = self.roots[-1].parent.name
+        return f"python -m speed_core run --profile {profile} --only {self.catalog.notebook(name) or 'NN'}"
 
     def need(self, name: str) -> Artifact:
-        """The artifact `name` of this run, else the shipped one, said aloud, else an error that names the ways out."""
+        """The artifact `name` of this run, else the shipped one, else an error that names the ways out."""
         artifact = self.made(name) or self._from_shipped(name, joined=True)
         if artifact is None:
-            raise UserError(
+            raise MissingArtifact(
+                name,
                 f"artifact {name!r}: not in {self.root} and none is shipped; run the notebook that writes it first: "
-                f"{self._way_out(name)}, or unpack an offline bundle and set SPEED_SHIPPED to its folder shipped/"
+                f"{self._way_out(name)}, or unpack an offline bundle and set SPEED_SHIPPED to its folder shipped/",
             )
         if (why := artifact.manifest.get("partial")) and not self.accept_partial:
             raise UserError(
@@ -308,7 +344,7 @@ class Store:
         if artifact.manifest.get("partial") and not self.accept_partial:
             return f"partial, {artifact.manifest['partial']}"
         changes = artifact.changes(parameters, parents)
-        return changes[0] if changes else ""
+        return str(changes[0]) if changes else ""
 
     @contextmanager
     def stage(self, name: str, parameters: Mapping[str, Any], parents: Iterable[Artifact] = ()) -> Iterator[Draft | None]:
@@ -339,7 +375,7 @@ class Store:
     def _made_upstream(self, name: str, parameters: Mapping[str, Any], parents: Sequence[Artifact]) -> bool:
         if self.made(name) or not self.shipped or not (self.shipped / name).is_dir():
             return False
-        if not self.upstream or not self.upstream(name):  # asked last: it lists every stage of the run
+        if not "" < self.catalog.notebook(name) < open_notebook():  # asked last: it lists every stage of the run
             return False
         artifact = self._from_shipped(name)
         return artifact is not None and not artifact.manifest.get("partial") and not artifact.changes(parameters, parents)
@@ -387,30 +423,16 @@ class Store:
                 os.replace(old, target)
 
 
-# Which notebook writes which artifact; used in messages only.
-PRODUCERS = {
-    "tasks": "01",
-    "seeds": "02",
-    "junior": "03",
-    "root": "04",
-    "pairs": "04",
-    "senior": "04",
-    "revisions": "05",
-    "revisor": "05",
-    "synthetic": "06",
-    "embedder": "08",
-    "scores": "09",
-    "contamination": "09",
-    "raw": "06",
-    "revised": "06",
-    "eval": "03",
-    "mask": "07",
-    "student": "07",
-    "guided": "07",
-    "scaling": "11",
-    "second": "05",
-    "hard": "10",
-    "study": "10",
-    "generators": "10",
-    "judge": "04",
-}
+class _Silent(Store):
+    def _say(self, artifact: Artifact, found: Sequence[Difference]) -> None:
+        """Nothing is used yet."""
+
+
+def open_notebook() -> str:
+    """Number of the notebook that this process executes ("08"), empty where none is known.
+
+    `notebook.execute` names it in SPEED_NOTEBOOK, Jupyter's server in JPY_SESSION_NAME.
+    """
+    path = os.environ.get("SPEED_NOTEBOOK") or os.environ.get("JPY_SESSION_NAME", "")
+    found = re.match(r"\d\d(?=_)", Path(path).name)
+    return found.group() if found else ""

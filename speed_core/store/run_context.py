@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import re
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -29,7 +28,7 @@ class Run:
     @property
     def point(self) -> bool:
         """Whether this is one point of a sweep, over the profile's own run."""
-        return self.store.base is not None
+        return len(self.store.roots) > 1
 
     def log(self, name: str) -> Path:
         return self.folder / "log" / f"{name}.jsonl"
@@ -50,13 +49,3 @@ def shipped_folder(profile: str) -> Path | None:
         return Path(os.environ["SPEED_SHIPPED"]).expanduser() / profile / "artifacts"
     places = (ROOT / "shipped" / profile / "artifacts", CARRIED / profile)
     return next((p for p in places if p.is_dir()), None)
-
-
-def open_notebook() -> str:
-    """Number of the notebook that this process executes ("08"), empty where none is known.
-
-    `notebook.execute` names it in SPEED_NOTEBOOK, Jupyter's server in JPY_SESSION_NAME.
-    """
-    path = os.environ.get("SPEED_NOTEBOOK") or os.environ.get("JPY_SESSION_NAME", "")
-    found = re.match(r"\d\d(?=_)", Path(path).name)
-    return found.group() if found else ""

@@ -1,14 +1,15 @@
-"""The stages of the paper as functions over a `Run`: each makes one artifact, or finds it current.
+"""Notebooks 01 to 06: the teacher's data, the three generators, the synthesis.
 
-A stage names everything that decides its result (`parameters`) and the artifacts it reads
-(`parents`); the store makes it again only when one of them changed, and says which.
+Each stage is declared once (`stage.stage`) with everything that decides its result; the store makes it again only when one of
+these things changed, and says which.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 from speed_core import console
@@ -18,9 +19,10 @@ from speed_core.files import UserError, write_json, write_jsonl
 from speed_core.generation import generate, sft
 from speed_core.models import compute_type, loading, training
 from speed_core.preference import judge
-from speed_core.profile import Training, dotted
-from speed_core.store.artifacts import Artifact
+from speed_core.profile import Profile, Training, dotted
+from speed_core.store.artifacts import Artifact, Draft, OtherPrompts
 from speed_core.store.run_context import Run
+from speed_core.study.stage import Instances, Kind, Stage, each, stage
 
 RUBRIC_GUIDE = "package:all-MiniLM-L6-v2"  # of the recorded runs; with another one the pairs are others
 
@@ -54,21 +56,24 @@ def brainstorm_prompts(run: Run) -> list[Prompt]:
     return [q for q in planned if q.topic in wanted]
 
 
-def brainstorm(run: Run) -> Artifact:
-    """Artifact `tasks`: the teacher's answers to the brainstorm prompts."""
-    planned = brainstorm_prompts(run)
+def _ask_teacher(run: Run, draft: Draft, name: str, purpose: str, planned: Sequence[Prompt], **how: Any) -> None:
+    """Fill a draft with the teacher's answers to `planned`; the log and the artifact have one name."""
     who = run.profile.teacher
-    parameters = {"prompts": prompts.text_digest("".join(q.digest for q in planned)), "teacher": who.deciding()}
-    with run.store.stage("tasks", parameters) as draft:
-        if draft:
-            t = teacher.open_teacher(who, run.replay)
-            entries = teacher.ask(
-                t, planned, purpose="brainstorm", log=run.log("tasks"), parse=teacher.parse_tasks, attempts=who.attempts
-            )
-            write_jsonl(draft.file("data.jsonl"), entries)
-            write_json(draft.file("ledger.json"), teacher.spent(run.log("tasks"), planned, "brainstorm", who))
-            draft.info |= {"teacher": t.label, "outcomes": generate.counts(entries), "partial": teacher.unanswered(entries)}
-    return run.store.need("tasks")
+    t = teacher.open_teacher(who, run.replay)
+    entries = teacher.ask(t, planned, purpose=purpose, log=run.log(name), attempts=who.attempts, **how)
+    write_jsonl(draft.file("data.jsonl"), entries)
+    write_json(draft.file("ledger.json"), teacher.spent(run.log(name), planned, purpose, who))
+    draft.info |= {"teacher": t.label, "outcomes": generate.counts(entries), "partial": teacher.unanswered(entries)}
+
+
+def _asked(run: Run, planned: Sequence[Prompt]) -> dict[str, Any]:
+    return {"prompts": prompts.text_digest("".join(q.digest for q in planned)), "teacher": run.profile.teacher.deciding()}
+
+
+@stage("tasks", Kind.TEACHER, "01", parameters=lambda run: _asked(run, brainstorm_prompts(run)))
+def brainstorm(run: Run, draft: Draft) -> None:
+    """The teacher's answers to the brainstorm prompts."""
+    _ask_teacher(run, draft, "tasks", "brainstorm", brainstorm_prompts(run), parse=teacher.parse_tasks)
 
 
 def task_table(artifact: Artifact) -> dict[tuple[str, str], list[str]]:
@@ -114,95 +119,103 @@ def seed_plan(run: Run) -> list[Prompt]:
     return full[: run.profile.seeds]
 
 
-def seed_data(run: Run) -> Artifact:
-    """Artifact `seeds`: the teacher's examples, one outcome a prompt."""
-    planned, parent, who = seed_plan(run), run.store.need("tasks"), run.profile.teacher
-    parameters = {"prompts": prompts.text_digest("".join(q.digest for q in planned)), "teacher": who.deciding()}
-    with run.store.stage("seeds", parameters, [parent]) as draft:
-        if draft:
-            t = teacher.open_teacher(who, run.replay)
-            entries = teacher.ask(t, planned, purpose="seed", log=run.log("seeds"), attempts=who.attempts)
-            write_jsonl(draft.file("data.jsonl"), entries)
-            write_json(draft.file("ledger.json"), teacher.spent(run.log("seeds"), planned, "seed", who))
-            draft.info |= {"teacher": t.label, "outcomes": generate.counts(entries), "partial": teacher.unanswered(entries)}
-    return run.store.need("seeds")
+@stage("seeds", Kind.TEACHER, "02", inputs=["tasks"], parameters=lambda run, tasks: _asked(run, seed_plan(run)))
+def seed_data(run: Run, draft: Draft, tasks: Artifact) -> None:
+    """The teacher's examples, one outcome a prompt."""
+    _ask_teacher(run, draft, "seeds", "seed", seed_plan(run))
 
 
-# --- 03 to 05: the three generators ---------------------------------------------------------------
+# --- what a generator is asked --------------------------------------------------------------------
 
 
-def junior(run: Run) -> Artifact:
-    """Artifact `junior`: LoRA adapter of the base, trained on the seeds (Eq. 1)."""
-    seeds, settings = run.store.need("seeds"), run.profile.junior
-    with run.store.stage("junior", _training(run, settings), [seeds]) as draft:
-        if draft:
-            draft.info |= _computed(run, settings)
-            text = {q.id: q.text for q in seed_plan(run)}
-            pairs = [
-                (text[e["record"]], generate.text_of(e)) for e in seeds.rows() if e["status"] == "ok" and e["record"] in text
-            ]
-            sft.train(run.profile.models.generator, pairs, settings, seed=run.profile.seed, output=draft.path, label="junior")
-    return run.store.need("junior")
+@dataclass(frozen=True)
+class Ask:
+    """Prompts for a generator: `candidates` answers to each, with ids "RECORD#k" and a seed each where there are several.
+
+    constrained: whether a grammar holds the answers to the form; the profile says it where this is None.
+    text: what is read in place of a prompt's own text, by record id (the revisor reads prompt and sample).
+    """
+
+    planned: Sequence[Prompt]
+    candidates: int = 1
+    constrained: bool | None = None
+    text: Mapping[str, str] = field(default_factory=dict)
+
+    def requests(self, run: Run) -> list[generate.Request]:
+        out = []
+        for q in self.planned:
+            for k in range(self.candidates):
+                rid = f"{q.id}#{k}" if self.candidates > 1 else q.id
+                seed = int(prompts.text_digest(f"{rid}|{run.profile.seed}")[:8], 16) & 0x7FFFFFFF
+                out.append(generate.Request(rid, training.prompt_text(self.text.get(q.id, q.text)), q.kind, seed))
+        return out
+
+    def decoding(self, run: Run) -> generate.Decoding:
+        g = run.profile.generation
+        constrained = g.constrained if self.constrained is None else self.constrained
+        return generate.Decoding(g.temperature, g.top_p, g.max_new_tokens, constrained)
+
+    def parameters(self, run: Run, generator: str) -> dict[str, Any]:
+        g = run.profile.generation
+        return {
+            "prompts": prompts.text_digest("".join(r.id + r.text for r in self.requests(run))),
+            "decoding": dataclasses.asdict(self.decoding(run)),
+            "generator": generator,
+            "seed": run.profile.seed,
+            "dtype": _dtype(run),
+        } | ({"attempts": g.attempts} if g.attempts > 1 else {})
+
+    def write(self, run: Run, draft: Draft, name: str, generator: str) -> None:
+        """Fill a draft with one outcome a request; the log and the artifact have one name."""
+        g, requests, decoding = run.profile.generation, self.requests(run), self.decoding(run)
+        if run.replay:
+            entries = generate.replay(requests, run.log(name), decoding, g.attempts, _dtype(run))
+        else:
+            entries = _generate(run, requests, generator, decoding, name)
+            if g.engine != "server" and g.executor == "process":  # others know best what they compute in
+                folder = loading.resolve(run.profile.models.generator)
+                draft.info |= compute_type.facts(compute_type.choose(_dtype(run), folder=folder).name)
+        write_jsonl(draft.file("data.jsonl"), entries)
+        draft.info |= {"outcomes": generate.counts(entries), "new_tokens": sum(e["new_tokens"] for e in entries)}
 
 
-def _training(run: Run, settings: Training) -> dict[str, Any]:
-    return {
-        "training": dotted(settings),
-        "seed": run.profile.seed,
-        "base": loading.model_id(run.profile.models.generator),
-    }
+def _dtype(run: Run) -> str:
+    g = run.profile.generation
+    return "auto" if g.engine == "server" else g.dtype  # a server computes in its own
 
 
-def _computed(run: Run, settings: Training) -> dict[str, str]:
-    folder = loading.resolve(run.profile.models.generator)
-    return compute_type.facts(compute_type.choose(settings.dtype, training=True, folder=folder).name)
-
-
-def sample(
-    run: Run,
+def generated(
     name: str,
-    planned: Sequence[Prompt],
+    made: str | Callable[[Run], Instances],
     generator: str,
     *,
-    candidates: int = 1,
-    constrained: bool | None = None,
-    text: dict[str, str] | None = None,
-    parents: Sequence[Artifact] = (),
-) -> Artifact:
-    """Artifact `name`: outcomes of `generator` ("base", "junior", "senior", "revisor") on prompts.
+    inputs: Sequence[str] = (),
+    work: Callable[..., float],
+) -> Callable[[Callable[..., Ask]], Stage]:
+    """Declare a stage of answers of `generator` ("base", "junior", "senior", "revisor", or a key in braces); the decorated function
+    says what is asked: (run, *inputs, **keys) -> Ask."""
 
-    `candidates` > 1 gives ids "RECORD#k" with a seed each. `text` replaces what is read for a record id
-    (the revisor reads prompt and sample).
-    """
-    g = run.profile.generation
-    decoding = generate.Decoding(g.temperature, g.top_p, g.max_new_tokens, g.constrained if constrained is None else constrained)
-    dtype = "auto" if g.engine == "server" else g.dtype  # a server computes in its own
-    requests = []
-    for q in planned:
-        for k in range(candidates):
-            rid = f"{q.id}#{k}" if candidates > 1 else q.id
-            body = training.prompt_text((text or {}).get(q.id, q.text))
-            seed = int(prompts.text_digest(f"{rid}|{run.profile.seed}")[:8], 16) & 0x7FFFFFFF
-            requests.append(generate.Request(rid, body, q.kind, seed))
-    parameters = {
-        "prompts": prompts.text_digest("".join(r.id + r.text for r in requests)),
-        "decoding": dataclasses.asdict(decoding),
-        "generator": generator,
-        "seed": run.profile.seed,
-        "dtype": dtype,
-    } | ({"attempts": g.attempts} if g.attempts > 1 else {})
-    made = [a for a in [run.store.get(generator)] if a]
-    with run.store.stage(name, parameters, [*made, *parents]) as draft:
+    def declare(ask: Callable[..., Ask]) -> Stage:
+        def parameters(run: Run, *read: Artifact, **keys: Any) -> dict[str, Any]:
+            return ask(run, *read, **keys).parameters(run, generator.format(**keys))
+
+        def write(run: Run, draft: Draft, *read: Artifact, **keys: Any) -> None:
+            ask(run, *read, **keys).write(run, draft, name.format(**keys), generator.format(**keys))
+
+        def uses(run: Run, **keys: Any) -> list[str]:
+            return [g for g in [generator.format(**keys)] if g != "base"]
+
+        return stage(name, Kind.GENERATED, made, parameters=parameters, inputs=inputs, uses=uses, work=work)(write)
+
+    return declare
+
+
+def sample(run: Run, name: str, planned: Sequence[Prompt], generator: str, **how: Any) -> Artifact:
+    """Artifact `name`, which no notebook has: outcomes of `generator` on prompts. `how` as in `Ask`."""
+    ask, used = Ask(planned, **how), [a for a in [run.store.get(generator)] if a]
+    with run.store.stage(name, ask.parameters(run, generator), used) as draft:
         if draft:
-            if run.replay:
-                entries = generate.replay(requests, run.log(name), decoding, g.attempts, dtype)
-            else:
-                entries = _generate(run, requests, generator, decoding, name)
-                if g.engine != "server" and g.executor == "process":  # others know best what they compute in
-                    folder = loading.resolve(run.profile.models.generator)
-                    draft.info |= compute_type.facts(compute_type.choose(dtype, folder=folder).name)
-            write_jsonl(draft.file("data.jsonl"), entries)
-            draft.info |= {"outcomes": generate.counts(entries), "new_tokens": sum(e["new_tokens"] for e in entries)}
+            ask.write(run, draft, name, generator)
     return run.store.need(name)
 
 
@@ -256,85 +269,293 @@ def rubric(run: Run, entries: Sequence[dict[str, Any]] = (), planned: Sequence[P
     return j
 
 
-def preferences(run: Run, root: Artifact, planned: Sequence[Prompt]) -> Artifact:
-    """Artifact `pairs`: best and worst of each prompt's candidates, with the judge's reason."""
+# --- 03 to 05: the three generators ---------------------------------------------------------------
+
+
+def unseen(run: Run) -> list[Prompt]:
+    """Prompts on held-out topics, for comparing generators."""
+    return plan(run, "evaluation", run.profile.synthesis.evaluation_prompts, held_out=True)
+
+
+def _evaluations(run: Run) -> Instances:
+    yield from each("03", generator=("base", "junior"))
+    yield from each("04", generator=("senior",))
+
+
+@generated("eval-{generator}", _evaluations, "{generator}", work=lambda p, generator: p.synthesis.evaluation_prompts)
+def evaluation(run: Run, generator: str) -> Ask:
+    """Answers to the unseen prompts, without a grammar: with one even an untrained model writes valid JSON."""
+    return Ask(unseen(run), constrained=False)
+
+
+def _trained(run: Run, settings: Training) -> dict[str, Any]:
+    return {
+        "training": dotted(settings),
+        "seed": run.profile.seed,
+        "base": loading.model_id(run.profile.models.generator),
+    }
+
+
+def _computed(run: Run, settings: Training) -> dict[str, str]:
+    folder = loading.resolve(run.profile.models.generator)
+    return compute_type.facts(compute_type.choose(settings.dtype, training=True, folder=folder).name)
+
+
+def _steps(p: Profile, name: str) -> float:
+    settings = getattr(p, name)
+    examples = min(settings.examples, p.senior.prompts) if name == "senior" else settings.examples
+    return examples * settings.epochs
+
+
+@stage(
+    "junior",
+    Kind.GENERATOR,
+    "03",
+    inputs=["seeds"],
+    parameters=lambda run, seeds: _trained(run, run.profile.junior),
+    work=lambda p: _steps(p, "junior"),
+)
+def junior(run: Run, draft: Draft, seeds: Artifact) -> None:
+    """LoRA adapter of the base, trained on the seeds (Eq. 1)."""
+    settings = run.profile.junior
+    draft.info |= _computed(run, settings)
+    text = {q.id: q.text for q in seed_plan(run)}
+    pairs = [(text[e["record"]], generate.text_of(e)) for e in seeds.rows() if e["status"] == "ok" and e["record"] in text]
+    sft.train(run.profile.models.generator, pairs, settings, seed=run.profile.seed, output=draft.path, label="junior")
+
+
+def root_prompts(run: Run) -> list[Prompt]:
+    """Prompts of the root data, from which the preference pairs come."""
+    return plan(run, "root", run.profile.senior.prompts)
+
+
+@generated("root", "04", "junior", work=lambda p: p.senior.prompts * p.senior.candidates)
+def root(run: Run) -> Ask:
+    """Several candidates of the junior for each root prompt."""
+    return Ask(root_prompts(run), candidates=run.profile.senior.candidates)
+
+
+def _judge(run: Run, root: Artifact) -> dict[str, Any]:
     who = run.profile.teacher
     by: dict[str, Any] = {"weights": judge.RubricJudge.WEIGHTS} if who.judge == "rubric" else {"teacher": who.deciding()}
     if who.judge == "rubric" and run.profile.models.guide != RUBRIC_GUIDE:
         by["guide"] = loading.named(run.profile.models.guide)
-    with run.store.stage("pairs", {"judge": who.judge, **by}, [root]) as draft:
-        if draft:
-            entries = root.rows()
-            groups: dict[str, list[dict[str, Any]]] = {}
-            for e in entries:
-                groups.setdefault(e["record"].partition("#")[0], []).append(e)
-            items = [(q, groups[q.id]) for q in planned if q.id in groups]
-            if who.judge == "llm":
-                decide: Any = judge.LlmJudge(teacher.open_teacher(who, run.replay), run.log("judge"), who.judge_temperature)
-                questions = [(q, [records.own_text(e["raw"], q.kind) for e in group]) for q, group in items]
-                draft.info["partial"] = decide.ask(questions)
-                spent = teacher.spent(run.log("judge"), decide.questions(questions), "judge", who)
-                write_json(draft.file("ledger.json"), spent)
-            else:
-                decide = rubric(run, entries, planned)
-            pairs, count = judge.make_pairs(decide, items)
-            write_jsonl(draft.file("data.jsonl"), pairs)
-            write_json(draft.file("counts.json"), count)
-            draft.info |= {"judge": decide.label, "counts": count, "audit": getattr(decide, "audit", {})}
-    return run.store.need("pairs")
+    return {"judge": who.judge, **by}
 
 
-def senior(run: Run) -> Artifact:
-    """Artifact `senior`: DPO from the junior (Eq. 2)."""
+@stage("pairs", Kind.PAIRS, "04", inputs=["root"], parameters=_judge)
+def preferences(run: Run, draft: Draft, root: Artifact) -> None:
+    """Best and worst of each prompt's candidates, with the judge's reason."""
+    who, planned, entries = run.profile.teacher, root_prompts(run), root.rows()
+    groups: dict[str, list[dict[str, Any]]] = {}
+    for e in entries:
+        groups.setdefault(e["record"].partition("#")[0], []).append(e)
+    items = [(q, groups[q.id]) for q in planned if q.id in groups]
+    if who.judge == "llm":
+        decide: Any = judge.LlmJudge(teacher.open_teacher(who, run.replay), run.log("judge"), who.judge_temperature)
+        questions = [(q, [records.own_text(e["raw"], q.kind) for e in group]) for q, group in items]
+        draft.info["partial"] = decide.ask(questions)
+        write_json(draft.file("ledger.json"), teacher.spent(run.log("judge"), decide.questions(questions), "judge", who))
+    else:
+        decide = rubric(run, entries, planned)
+    pairs, count = judge.make_pairs(decide, items)
+    write_jsonl(draft.file("data.jsonl"), pairs)
+    write_json(draft.file("counts.json"), count)
+    draft.info |= {"judge": decide.label, "counts": count, "audit": getattr(decide, "audit", {})}
+
+
+@stage(
+    "senior",
+    Kind.GENERATOR,
+    "04",
+    inputs=["junior", "pairs"],
+    parameters=lambda run, junior, pairs: _trained(run, run.profile.senior),
+    work=lambda p: _steps(p, "senior"),
+)
+def senior(run: Run, draft: Draft, junior: Artifact, pairs: Artifact) -> None:
+    """DPO from the junior (Eq. 2)."""
     from speed_core.preference import dpo
 
-    junior_, pairs = run.store.need("junior"), run.store.need("pairs")
-    with run.store.stage("senior", _training(run, run.profile.senior), [junior_, pairs]) as draft:
-        if draft:
-            draft.info |= _computed(run, run.profile.senior)
-            dpo.train(
-                run.profile.models.generator,
-                junior_.weights(),
-                pairs.rows(),
-                run.profile.senior,
-                seed=run.profile.seed,
-                output=draft.path,
-                cache=run.folder / "dpo",
-            )
-    return run.store.need("senior")
+    settings = run.profile.senior
+    draft.info |= _computed(run, settings)
+    dpo.train(
+        run.profile.models.generator,
+        junior.weights(),
+        pairs.rows(),
+        settings,
+        seed=run.profile.seed,
+        output=draft.path,
+        cache=run.folder / "dpo",
+    )
+
+
+def _weak_samples(run: Run) -> dict[str, tuple[Prompt, str]]:
+    """{record: (prompt, first valid candidate)} of the root data, as many as the teacher is to revise."""
+    weak: dict[str, tuple[Prompt, str]] = {}
+    planned = {q.id: q for q in root_prompts(run)}
+    for e in run.store.need("root").rows():
+        if e["status"] == "ok":
+            rid = e["record"].split("#")[0]
+            weak.setdefault(rid, (planned[rid], generate.text_of(e)))
+    return dict(list(weak.items())[: run.profile.revisor.examples])
+
+
+def _with_endpoint(run: Run) -> Instances:
+    return [] if run.profile.teacher.kind == "recorded" else [("05", {})]
+
+
+@stage(
+    "revisions",
+    Kind.TEACHER,
+    _with_endpoint,
+    inputs=["root"],
+    parameters=lambda run, root: {"teacher": run.profile.teacher.deciding(), "count": run.profile.revisor.examples},
+)
+def revisions(run: Run, draft: Draft, root: Artifact) -> None:
+    """The first valid candidate of each root prompt, revised by the teacher (SPEED section 3.2.4)."""
+    items = [
+        dataclasses.replace(q, id=f"{rid}/revise", text=prompts.revise(q.text, text))
+        for rid, (q, text) in _weak_samples(run).items()
+    ]
+    _ask_teacher(run, draft, "revisions", "revise", items)
 
 
 def revision_rows(run: Run) -> list[dict[str, Any]]:
     """Rows {kind, task, prompt, weak, answer}: what the revisor learns from.
 
-    Recorded: weak samples drawn once from an early junior, rewritten by this repository's authors. With an endpoint:
-    the first valid candidate of each root prompt, revised by the teacher (SPEED section 3.2.4), logged like any answer.
+    Recorded: weak samples drawn once from an early junior, rewritten by this repository's authors. With an endpoint: artifact
+    `revisions`, which has to be there.
     """
-    count, who = run.profile.revisor.examples, run.profile.teacher
-    if who.kind == "recorded":
-        return [dict(r) for r in teacher.recorded_rows("revisions")][:count]
-    planned = {q.id: q for q in plan(run, "root", run.profile.senior.prompts)}
-    root = run.store.need("root")
-    weak: dict[str, str] = {}
-    for e in root.rows():
-        if e["status"] == "ok":
-            weak.setdefault(e["record"].split("#")[0], generate.text_of(e))
-    with run.store.stage("revisions", {"teacher": who.deciding(), "count": count}, [root]) as draft:
-        if draft:
-            items = [
-                dataclasses.replace(planned[rid], id=f"{rid}/revise", text=prompts.revise(planned[rid].text, text))
-                for rid, text in list(weak.items())[:count]
-            ]
-            t = teacher.open_teacher(who, run.replay)
-            entries = teacher.ask(t, items, purpose="revise", log=run.log("revisions"), attempts=who.attempts)
-            write_jsonl(draft.file("data.jsonl"), entries)
-            write_json(draft.file("ledger.json"), teacher.spent(run.log("revisions"), items, "revise", who))
-            draft.info |= {"teacher": t.label, "outcomes": generate.counts(entries), "partial": teacher.unanswered(entries)}
+    if run.profile.teacher.kind == "recorded":
+        return [dict(r) for r in teacher.recorded_rows("revisions")][: run.profile.revisor.examples]
+    answers = {e["record"].removesuffix("/revise"): e for e in run.store.need("revisions").rows()}
     return [
-        {"kind": e["kind"], "task": e["task"], "prompt": planned[rid].text, "weak": weak[rid], "answer": generate.text_of(e)}
-        for e in run.store.need("revisions").rows()
-        if e["status"] == "ok" and (rid := e["record"].removesuffix("/revise"))
+        {"kind": e["kind"], "task": e["task"], "prompt": q.text, "weak": weak, "answer": generate.text_of(e)}
+        for rid, (q, weak) in _weak_samples(run).items()
+        if (e := answers.get(rid)) and e["status"] == "ok"
     ]
+
+
+def _revision_pairs(run: Run) -> list[tuple[str, str]]:
+    if not (rows := revision_rows(run)):
+        raise UserError(
+            "revisions: none; restore assets/recorded/revisions.jsonl, or let notebook 04 write root data for the endpoint"
+        )
+    return [(prompts.revise(r["prompt"], r["weak"]), r["answer"]) for r in rows]
+
+
+@stage(
+    "revisor",
+    Kind.GENERATOR,
+    "05",
+    parameters=lambda run: (
+        _trained(run, run.profile.revisor) | {"data": prompts.text_digest("".join(a + b for a, b in _revision_pairs(run)))}
+    ),
+    work=lambda p: _steps(p, "revisor"),
+)
+def revisor(run: Run, draft: Draft) -> None:
+    """SFT from the unaligned base on (prompt, weak sample) -> revision (Eq. 3)."""
+    base, settings = run.profile.models.generator, run.profile.revisor
+    draft.info |= _computed(run, settings)
+    sft.train(base, _revision_pairs(run), settings, seed=run.profile.seed, output=draft.path, label="revisor")
+
+
+def revision_of(raw: Artifact, planned: Sequence[Prompt]) -> Ask:
+    """One revision of every valid record of `raw` (one pass, as in the paper)."""
+    good = with_prompts([e for e in raw.rows() if e["status"] == "ok"], planned)
+    return Ask([q for _, q in good], text={q.id: prompts.revise(q.text, generate.text_of(e)) for e, q in good})
+
+
+@generated("revised-eval", "05", "revisor", inputs=["eval-junior"], work=lambda p: p.synthesis.evaluation_prompts)
+def revised_evaluation(run: Run, raw: Artifact) -> Ask:
+    """The junior's answers to the unseen prompts, revised."""
+    return revision_of(raw, unseen(run))
+
+
+@generated("revised-twice", "05", "revisor", inputs=["revised-eval"], work=lambda p: p.synthesis.evaluation_prompts)
+def revised_twice(run: Run, raw: Artifact) -> Ask:
+    """The same, revised once more."""
+    return revision_of(raw, unseen(run))
+
+
+# --- 06: synthesis --------------------------------------------------------------------------------
+
+
+def synthesis_prompts(run: Run) -> list[Prompt]:
+    """Prompts of the large-scale synthesis."""
+    return plan(run, "synthesis", run.profile.synthesis.count)
+
+
+@generated("raw", "06", "senior", work=lambda p: p.synthesis.count)
+def raw(run: Run) -> Ask:
+    """One sample of the senior for each synthesis prompt."""
+    return Ask(synthesis_prompts(run))
+
+
+@generated("revised", "06", "revisor", inputs=["raw"], work=lambda p: p.synthesis.count)
+def revised(run: Run, raw: Artifact) -> Ask:
+    """One revision of each valid sample."""
+    return revision_of(raw, synthesis_prompts(run))
+
+
+def with_prompts(entries: Sequence[dict[str, Any]], planned: Sequence[Prompt]) -> list[tuple[dict[str, Any], Prompt]]:
+    """Each outcome with the prompt that it answers. Raises OtherPrompts where this run has no such prompt."""
+    by_id = {q.id: q for q in planned}
+    try:
+        return [(e, by_id[e["record"]]) for e in entries]
+    except KeyError as error:
+        raise OtherPrompts(
+            f"record {error}: answers a prompt that this run does not have; run the notebooks before again"
+        ) from None
+
+
+def to_records(run: Run, entries: Sequence[dict[str, Any]], planned: Sequence[Prompt], source: str) -> list[dict[str, Any]]:
+    """Records of the valid outcomes."""
+    out = []
+    for e, q in with_prompts(entries, planned):
+        if found := generate.outcome_of(e).record:
+            parent = e["id"] if source == "revised" else None
+            out.append(curate.make_record(q, found, source=source, parent=parent, seed=e["seed"]))
+    return out
+
+
+def revised_records(run: Run, raw: Artifact, revised: Artifact, planned: Sequence[Prompt], source: str) -> list[dict[str, Any]]:
+    """Revised records; where the revision is no valid record the raw one stays, so nothing is lost to revision."""
+    better = {r["id"]: r for r in to_records(run, revised.rows(), planned, "revised")}
+    return [better.get(r["id"], r) for r in to_records(run, raw.rows(), planned, source)]
+
+
+def teacher_records(run: Run) -> list[dict[str, Any]]:
+    """The teacher's examples as records, in the order of their ids, which mixes the kinds."""
+    by_id = {q.id: q for q in seed_plan(run)}
+    found = [(e, generate.outcome_of(e).record) for e in run.store.need("seeds").rows()]
+    return [curate.make_record(by_id[e["record"]], r, source="teacher", parent=None, seed=0) for e, r in found if r]
+
+
+def curated(run: Run, *read: Artifact, **keys: Any) -> dict[str, Any]:
+    """Parameters of a data set."""
+    return {"curate": dotted(run.profile.curate), "size": run.profile.evaluation.size}
+
+
+def write_dataset(run: Run, draft: Draft, name: str, rows: Sequence[dict[str, Any]], how: str) -> None:
+    """Fill a draft with curated records as a folder that `datasets.load_dataset` opens, plus what was dropped."""
+    from speed_core.evaluation.offline_tasks import offline_texts
+
+    texts = offline_texts(run.profile.evaluation.size) if "offline" in run.profile.evaluation.tasks else {}
+    kept, dropped = curate.curate(rows, run.profile.curate, texts)
+    curate.write_dataset(draft.path, kept, title=f"Synthetic embedding data, {name} ({run.profile.name})", how=how)
+    write_jsonl(draft.file("dropped.jsonl"), dropped)
+    draft.info |= {"kept": len(kept), "dropped": len(dropped)}
+
+
+@stage("synthetic", Kind.DATA, "06", inputs=["raw", "revised"], parameters=curated)
+def synthetic(run: Run, draft: Draft, raw: Artifact, revised: Artifact) -> None:
+    """The data set of the paper's recipe: samples of the senior, revised, curated."""
+    how = "Written by the senior generator and revised once, as in SPEED; see notebook 06."
+    write_dataset(run, draft, "synthetic", revised_records(run, raw, revised, synthesis_prompts(run), "senior"), how)
+
+
+# --- Table 5 -----------------------------------------------------------------------------------------
 
 
 def teacher_use(run: Run) -> dict[str, dict[str, int]]:
@@ -370,76 +591,3 @@ def teacher_use(run: Run) -> dict[str, dict[str, int]]:
         p: {"calls": len(texts[p])} | {k: tokens([pair[i] for pair in texts[p]]) for i, k in enumerate(("input", "output"))}
         for p in asked
     }
-
-
-def revisor(run: Run) -> Artifact:
-    """Artifact `revisor`: SFT from the unaligned base on (prompt, weak sample) -> revision (Eq. 3)."""
-    rows = revision_rows(run)
-    if not rows:
-        raise UserError(
-            "revisions: none; restore assets/recorded/revisions.jsonl, or let notebook 04 write root data for the endpoint"
-        )
-    pairs = [(prompts.revise(r["prompt"], r["weak"]), r["answer"]) for r in rows]
-    parameters = _training(run, run.profile.revisor) | {"data": prompts.text_digest("".join(a + b for a, b in pairs))}
-    with run.store.stage("revisor", parameters) as draft:
-        if draft:
-            draft.info |= _computed(run, run.profile.revisor)
-            sft.train(
-                run.profile.models.generator,
-                pairs,
-                run.profile.revisor,
-                seed=run.profile.seed,
-                output=draft.path,
-                label="revisor",
-            )
-    return run.store.need("revisor")
-
-
-# --- 06: synthesis --------------------------------------------------------------------------------
-
-
-def revise(run: Run, name: str, raw: Artifact, planned: Sequence[Prompt]) -> Artifact:
-    """Artifact `name`: one revision of every valid record of `raw` (one pass, as in the paper)."""
-    by_id = {q.id: q for q in planned}
-    good = [e for e in raw.rows() if e["status"] == "ok"]
-    text = {e["record"]: prompts.revise(by_id[e["record"]].text, generate.text_of(e)) for e in good}
-    return sample(run, name, [by_id[e["record"]] for e in good], "revisor", text=text, parents=[raw])
-
-
-def to_records(run: Run, entries: Sequence[dict[str, Any]], planned: Sequence[Prompt], source: str) -> list[dict[str, Any]]:
-    """Records of the valid outcomes."""
-    by_id = {q.id: q for q in planned}
-    out = []
-    for e in entries:
-        found = generate.outcome_of(e).record
-        if found:
-            parent = e["id"] if source == "revised" else None
-            out.append(curate.make_record(by_id[e["record"]], found, source=source, parent=parent, seed=e["seed"]))
-    return out
-
-
-def revised_records(run: Run, raw: Artifact, revised: Artifact, planned: Sequence[Prompt], source: str) -> list[dict[str, Any]]:
-    """Revised records; where the revision is no valid record the raw one stays, so nothing is lost to revision."""
-    better = {r["id"]: r for r in to_records(run, revised.rows(), planned, "revised")}
-    return [better.get(r["id"], r) for r in to_records(run, raw.rows(), planned, source)]
-
-
-def teacher_records(run: Run) -> list[dict[str, Any]]:
-    """The teacher's examples as records, in the order of their ids, which mixes the kinds."""
-    by_id = {q.id: q for q in seed_plan(run)}
-    found = [(e, generate.outcome_of(e).record) for e in run.store.need("seeds").rows()]
-    return [curate.make_record(by_id[e["record"]], r, source="teacher", parent=None, seed=0) for e, r in found if r]
-
-
-def dataset(run: Run, name: str, rows: Sequence[dict[str, Any]], parents: Sequence[Artifact], how: str) -> Artifact:
-    """Artifact `name`: curated records as a folder that `datasets.load_dataset` opens, plus what was dropped."""
-    from speed_core.evaluation.offline_tasks import offline_texts
-
-    with run.store.stage(name, {"curate": dotted(run.profile.curate), "size": run.profile.evaluation.size}, parents) as draft:
-        if draft:
-            texts = offline_texts(run.profile.evaluation.size) if "offline" in run.profile.evaluation.tasks else {}
-            kept, dropped = curate.curate(rows, run.profile.curate, texts)
-            curate.write_dataset(draft.path, kept, title=f"Synthetic embedding data, {name} ({run.profile.name})", how=how)
-            write_jsonl(draft.file("dropped.jsonl"), dropped)
-            draft.info |= {"kept": len(kept), "dropped": len(dropped)}
-    return run.store.need(name)

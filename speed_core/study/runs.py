@@ -1,4 +1,4 @@
-"""What every notebook opens first: the run of a profile, whose store asks the plan which artifacts are out of date."""
+"""What every notebook opens first: the run of a profile."""
 
 from __future__ import annotations
 
@@ -7,9 +7,9 @@ from typing import Any
 
 from speed_core import profile as profiles
 from speed_core.store import run_context
-from speed_core.store.artifacts import Artifact, Store
+from speed_core.store.artifacts import Artifact, Catalog, Difference, Store
 from speed_core.store.run_context import Run
-from speed_core.study import planning
+from speed_core.study import planning, stage
 
 
 def open_run(
@@ -36,24 +36,25 @@ def reopen(profile: str, variant: str) -> Run:
 
 
 def _opened(p: profiles.Profile, variant: str, alone: bool = True) -> Run:
-    folder = run_context.runs_folder() / p.name
+    folder, base = run_context.runs_folder() / p.name, None
     replay = os.environ.get("SPEED_REPLAY", "") not in ("", "0")
     # A replay is rebuilt from its logs alone, so nothing shipped may slip in.
-    store = Store(folder / "artifacts", None if replay else run_context.shipped_folder(p.name), p.teacher.accept_partial, replay)
+    shipped = None if replay else run_context.shipped_folder(p.name)
     if variant:
-        folder = folder / "variants" / variant
-        store = Store(folder / "artifacts", store.shipped, p.teacher.accept_partial, replay, store)
+        folder, base = folder / "variants" / variant, folder / "artifacts"
+    official = p.name == run_context.OFFICIAL and not os.environ.get("SPEED_RUNS") and not variant
+    figures = run_context.ROOT / "figures" if official else folder / "figures"
+
+    def notebook(name: str) -> str:
+        return stage.notebook_of(run, name)
+
+    def differences(artifact: Artifact) -> list[Difference]:
+        return planning.differences(run, artifact)
+
+    catalog = Catalog(notebook, differences)
+    store = Store(folder / "artifacts", shipped, p.teacher.accept_partial, replay, base, catalog)
     store.root.mkdir(parents=True, exist_ok=True)
     if alone:  # else another process may be between the two renames that this would undo
         store.recover()
-    official = p.name == run_context.OFFICIAL and not os.environ.get("SPEED_RUNS") and not variant
-    run = Run(p, folder, store, run_context.ROOT / "figures" if official else folder / "figures", replay)
-
-    def differs(artifact: Artifact) -> list[str]:
-        return planning.differences(run, artifact)
-
-    def upstream(name: str) -> bool:
-        return "" < planning.notebook_of(run, name) < run_context.open_notebook()
-
-    store.differs, store.upstream = differs, upstream
+    run = Run(p, folder, store, figures, replay)
     return run

@@ -645,7 +645,8 @@ def test_table_5_counts_what_an_endpoint_was_asked_the_judge_included(endpoint, 
     ]
     with run.store.stage("root", {}) as draft:
         write_jsonl(draft.file("data.jsonl"), [e | {"id": e["record"], "status": "ok", "reason": ""} for e in candidates])
-    generation_stages.preferences(run, run.store.need("root"), planned)
+    monkeypatch.setattr(generation_stages, "root_prompts", lambda run: planned)
+    generation_stages.preferences(run)
     nothing = {"calls": 0, "input": 0, "output": 0}
     each = {"calls": 4, "input": 40, "output": 20}  # two prompts in both orders, at the endpoint's 10 and 5 tokens
     assert generation_stages.teacher_use(run) == {"brainstorm": nothing, "seed": nothing, "preference": each, "revision": nothing}

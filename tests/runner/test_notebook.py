@@ -397,14 +397,19 @@ def test_a_number_without_its_zero_is_that_notebook(tmp_path):
 def test_past_predictions_are_compared_with_what_the_stages_took(tmp_path, monkeypatch):
     from speed_core.study import forecast, planning
     from speed_core.study.runs import open_run
+    from speed_core.study.stage import find
 
     monkeypatch.setenv("SPEED_RUNS", str(tmp_path))
-    rows = {"first": [10.0, 1, 1, None, []], "same": [3.0, 1, 1, None, []]}
+    junior = find(open_run("smoke"), "junior")
+    rows = {
+        "junior": [10.0, 1, 1, None, "junior", junior.work(open_run("smoke").profile)],
+        "seeds": [3.0, 1, 1, None, "seeds", 1],
+    }
     (tmp_path / "times.json").write_text(json.dumps({"smoke": {"device": "cpu", "artifacts": rows}}))
     monkeypatch.setattr(forecast, "RECORDED", tmp_path / "times.json")
     here = open_run("smoke")
     assert planning.past_error(here) == ""
-    took = {"again": (5.0, 4.0), "first": (8.0, None), "same": (3.0, None), "unknown": (7.0, None), "short": (0.5, 9.0)}
+    took = {"senior": (5.0, 4.0), "junior": (8.0, None), "seeds": (3.0, None), "unknown": (7.0, None), "pairs": (0.5, 9.0)}
     for name, (seconds, said) in took.items():
         (here.store.root / name).mkdir(parents=True)
         manifest = {"name": name, "seconds": seconds, "files": {}, "parameters": {}, "parents": {}} | (

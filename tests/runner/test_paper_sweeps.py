@@ -92,8 +92,8 @@ def test_a_data_set_beside_table_2_takes_part_from_half_of_the_compared_records_
 
 
 def test_students_of_two_mixtures_learn_equally_many_synthetic_records(run):
-    assert {arm for *_, arm in embedding_stages.mixed_arms(run)} == set(embedding_stages.MIXED)
-    assert embedding_stages.mixed_arms(open_run("tiny", {"study.arms": ["sr_re"]})) == [], "a point of a sweep makes one arm"
+    assert {s.arm for s in embedding_stages.mixed_students(run)} == set(embedding_stages.MIXED)
+    assert embedding_stages.mixed_students(open_run("tiny", {"study.arms": ["sr_re"]})) == [], "a point of a sweep makes one arm"
     for arm, kept in {"jr": 60, "jr_re": 60, "sr": 48, "sr_re": 48, "teacher": 23}.items():
         with run.store.stage(f"synthetic-{arm}", {}) as draft:
             draft.file("train.jsonl").write_text(arm)

@@ -10,7 +10,8 @@ from speed_core.study import forecast, planning
 from speed_core.study.runs import open_run
 
 ENTRY = {"device": "cpu", "cpu": "some processor", "cores": 2, "date": "2026-01-01", "compute_type": "float32"}
-ENTRY |= {"layer_seconds": 0.1, "other": {"00": 40.0, "03": 60.0}, "artifacts": {"junior": [600.0, 1, 1, None, []]}}
+WORK = 160  # records times epochs of the junior at tiny
+ENTRY |= {"layer_seconds": 0.1, "other": {"00": 40.0, "03": 60.0}, "artifacts": {"junior": [600.0, 1, 1, None, "junior", WORK]}}
 
 
 @pytest.fixture
@@ -46,7 +47,7 @@ def test_recorded_seconds_are_those_of_this_machine_in_the_plan_and_in_the_check
 
 
 def test_a_long_run_names_the_profile_that_fits(slow, monkeypatch):
-    long, short = ({**ENTRY, "artifacts": {"junior": [s, 1, 1, None, []]}} for s in (9000.0, 300.0))
+    long, short = ({**ENTRY, "artifacts": {"junior": [s, 1, 1, None, "junior", WORK]}} for s in (9000.0, 300.0))
     monkeypatch.setattr(forecast, "_all", lambda: {"tiny": long, "smoke": short})
     run = open_run("tiny")
     said = preflight._time_text(run, [s for s in planning.steps(run) if s.name == "junior"])

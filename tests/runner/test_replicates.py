@@ -174,7 +174,7 @@ def test_repetitions_that_are_there_and_current_are_read_and_joined_by_arm(run, 
         (at.folder / "times.jsonl").write_text("")
     stale = {"seed=20"}
     monkeypatch.setattr(planning, "stale", lambda at, names: names[:1] if at.folder.name in stale else [])
-    monkeypatch.setattr(embedding_stages, "mixed_arms", lambda at: [])
+    monkeypatch.setattr(embedding_stages, "mixed_students", lambda at: [])
     capsys.readouterr()
     assert [r.folder.name for r in replicates.collect(run).runs] == ["seed=10"]
     assert capsys.readouterr().out == "seed=20 is left out: scores-jr-20\n"

@@ -65,7 +65,7 @@ def test_a_store_over_a_base_takes_what_is_current_there_and_makes_only_what_dif
     for name, value in (("a", 1), ("b", 1)):
         with base.stage(name, {"x": value}) as draft:
             draft.file("f").write_text(f"base {name}")
-    point = Store(tmp_path / "point", base=base)
+    point = Store(tmp_path / "point", base=base.root)
     with point.stage("a", {"x": 1}) as draft:
         assert draft is None, "what the base has was made again"
     with point.stage("b", {"x": 2}, [point.need("a")]) as draft:

@@ -5,7 +5,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from speed_core.files import AppendLog, UserError, read_jsonl
-from speed_core.store.artifacts import Store, difference
+from speed_core.store.artifacts import Catalog, Store, differences
 
 
 @given(st.integers(0, 400))
@@ -151,7 +151,7 @@ def test_a_changed_parent_makes_the_child_stale(tmp_path):
 
 def test_a_missing_artifact_names_the_notebook_that_writes_it(tmp_path):
     with pytest.raises(UserError, match="--only 03"):
-        Store(tmp_path).need("junior")
+        Store(tmp_path, catalog=Catalog(notebook={"junior": "03"}.get)).need("junior")
 
 
 def test_a_kill_between_the_two_renames_is_repaired(tmp_path):
@@ -174,7 +174,8 @@ def test_manifests_carry_lineage_and_row_counts(tmp_path):
 
 
 def test_differences_are_named_by_path():
-    assert difference({"a": {"b": 1}, "c": 2}, {"a": {"b": 2}, "c": 2}) == ["a.b 1 -> 2"]
+    (one,) = differences({"a": {"b": 1}, "c": 2}, {"a": {"b": 2}, "c": 2})
+    assert (one.where, one.then, one.now, str(one)) == ("a.b", 1, 2, "a.b 1 -> 2")
 
 
 FULL = """
@@ -226,9 +227,10 @@ def test_a_full_disk_ends_in_one_line_and_keeps_every_finished_outcome(tmp_path,
 
 def test_a_long_value_is_cut_in_what_is_said_and_not_in_what_is_compared():
     one, other = {"a": {"x": [0.1] * 50}}, {"a": {"x": [0.1] * 49 + [0.2]}}
-    (said,) = difference(one, other)
+    (said,) = map(str, differences(one, other))
     assert said.startswith("a.x [0.1, 0.1") and said.count("...") == 2 and len(said) < 180
-    assert difference(one, one) == [] and difference({"d": "f" * 64}, {"d": None}) == [f"d {'f' * 64} -> None"]
+    assert differences(one, one) == []
+    assert list(map(str, differences({"d": "f" * 64}, {"d": None}))) == [f"d {'f' * 64} -> None"]
 
 
 @pytest.mark.parametrize("change", ["emptied", "cut", "a flipped byte"])

@@ -1,16 +1,18 @@
 """Upstream that somebody else made: when it is used, what is said, and that it is only read."""
 
 import re
+import shutil
 
 import pytest
 
 from speed_core.files import UserError
 from speed_core.runner import notebook
 from speed_core.store import run_context
-from speed_core.store.artifacts import Store
+from speed_core.store.artifacts import Catalog, Store, open_notebook
 from speed_core.store.run_context import ROOT
-from speed_core.study import generation_stages, planning
+from speed_core.study import planning
 from speed_core.study.runs import open_run
+from speed_core.study.stage import find, notebook_of
 
 
 def put(store, name, value, parents=()):
@@ -51,11 +53,12 @@ def test_a_stage_of_the_open_notebook_is_made_although_one_of_its_name_is_shippe
     assert "a: making it (not made yet)" in capsys.readouterr().out
 
 
-def test_a_stage_of_an_earlier_notebook_is_taken_as_shipped_only_when_it_would_be_made_from_the_same(two):
+def test_a_stage_of_an_earlier_notebook_is_taken_as_shipped_only_when_it_would_be_made_from_the_same(two, monkeypatch):
     mine, theirs = two
     parent = put(theirs, "parent", 1)
     put(theirs, "a", 1, [parent])
-    mine.upstream = lambda name: name == "a"
+    mine.catalog = Catalog(notebook=lambda name: "03" if name == "a" else "")
+    monkeypatch.setenv("SPEED_NOTEBOOK", "04_senior_generator.ipynb")
     with mine.stage("a", {"x": 1}, [mine.need("parent")]) as draft:
         assert draft is None
     assert mine.need("a").shipped
@@ -64,13 +67,14 @@ def test_a_stage_of_an_earlier_notebook_is_taken_as_shipped_only_when_it_would_b
     assert put(mine, "parent", 3).digest != parent.digest and mine.why_stale("a", {"x": 2}, [mine.need("parent")])
 
 
-def test_the_open_notebook_decides_which_stages_are_upstream(fresh, monkeypatch):
+def test_the_open_notebook_is_told_by_its_path_and_each_stage_has_its_own(fresh, monkeypatch):
     run = open_run("tiny")
     for path, number in (("11_scaling_law.ipynb", "11"), ("classroom/05_data_revisor.ipynb", "05"), ("mine.ipynb", ""), ("", "")):
         monkeypatch.setenv("JPY_SESSION_NAME", path)
-        assert run_context.open_notebook() == number
-        assert run.store.upstream("eval-junior") == (number != "") and run.store.upstream("seeds") == (number != "")
-        assert run.store.upstream("embedder-guided-0") == (number == "11") and not run.store.upstream("scaling")
+        assert open_notebook() == number
+    numbers = {"seeds": "02", "eval-junior": "03", "eval-senior": "04", "embedder-guided-0": "08", "scores-guided-0": "09"}
+    numbers |= {"embedder-jr-0": "10", "scaling": "11", "embedder-of-nothing": ""}
+    assert {name: notebook_of(run, name) for name in numbers} == numbers
 
 
 def test_a_result_of_shipped_upstream_is_current_until_upstream_has_other_contents(two):
@@ -85,7 +89,7 @@ def test_a_result_of_shipped_upstream_is_current_until_upstream_has_other_conten
 def test_a_point_of_a_sweep_reads_its_base_first_and_shipped_upstream_last(two, tmp_path):
     base, theirs = two
     put(theirs, "a", 1)
-    point = Store(tmp_path / "point", theirs.root, base=base)
+    point = Store(tmp_path / "point", theirs.root, base=base.root)
     assert point.need("a").shipped
     put(base, "a", 2)
     assert point.need("a").file("f").read_text() == "mine a 2"
@@ -101,6 +105,7 @@ def test_a_damaged_shipped_file_is_refused_by_name(two):
 
 
 def test_without_shipped_upstream_the_error_names_both_ways_out(two):
+    two[0].catalog = Catalog(notebook=lambda name: "03")
     with pytest.raises(UserError, match="--only 03, or unpack an offline bundle and set SPEED_SHIPPED") as error:
         two[0].need("junior")
     assert "\n" not in str(error.value)
@@ -163,16 +168,11 @@ def test_a_replay_takes_nothing_shipped(fresh, monkeypatch):
         open_run("tiny").store.need("tasks")
 
 
-def test_sampling_knows_a_shipped_generator_as_its_parent(two, tmp_path, monkeypatch):
-    import dataclasses
-
-    mine, theirs = two
-    junior = put(theirs, "junior", 1)
-    work = dataclasses.replace(open_run("smoke"), store=planning.DryStore(mine))
-    seen = {}
-    monkeypatch.setattr(
-        planning.DryStore, "why_stale", lambda self, name, parameters, parents: seen.update({name: parents}) or ""
-    )
-    with pytest.raises(UserError, match="'made'"):  # the dry store makes nothing
-        generation_stages.sample(work, "made", [], "junior")
-    assert [a.digest for a in seen["made"]] == [junior.digest]
+def test_a_shipped_generator_is_an_input_of_what_it_writes(fresh, tmp_path, monkeypatch):
+    junior = put(Store(tmp_path / "theirs" / "tiny" / "artifacts"), "junior", 1)
+    for name in ("tasks", "seeds"):
+        shutil.copytree(run_context.CARRIED / "tiny" / name, tmp_path / "theirs" / "tiny" / "artifacts" / name)
+    monkeypatch.setenv("SPEED_SHIPPED", str(tmp_path / "theirs"))
+    run = open_run("tiny")
+    _, used, read = find(run, "eval-junior").decided_by(run)
+    assert [a.digest for a in used] == [junior.digest] and not read

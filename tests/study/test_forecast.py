@@ -4,34 +4,38 @@ import pytest
 
 from speed_core import profile as profiles
 from speed_core.study import forecast, planning
-from speed_core.study.forecast import Forecast, Row, start_seconds, work
+from speed_core.study.forecast import Forecast, Row, start_seconds
 from speed_core.study.runs import open_run
+from speed_core.study.stage import find, planned
 
 
 @pytest.fixture
-def tiny():
-    return Forecast.of(profiles.load("tiny"))
+def run(tmp_path, monkeypatch):
+    """The tiny run before anything is made."""
+    monkeypatch.setenv("SPEED_RUNS", str(tmp_path))
+    return open_run("tiny")
 
 
-def test_at_the_recorded_size_the_forecast_is_the_recording(tiny):
-    assert tiny.scaled == "" and len(tiny.rows) > 100
-    for name, row in tiny.rows.items():
-        assert tiny.expected(name).seconds == pytest.approx(row.seconds), name
-        assert tiny.expected(name).inputs == row.inputs, name
+def test_at_the_recorded_size_the_forecast_is_the_recording(run):
+    tiny, known = Forecast.of(run.profile), planned(run)
+    assert tiny.scaled == "" and len(tiny.rows) > 100 and {p.name for p in known} == set(tiny.rows)
+    for one in known:
+        row = tiny.rows[one.name]
+        assert tiny.expected(one) == pytest.approx(row), one.name
 
 
-def test_twice_the_prompts_take_twice_the_time_after_the_start():
-    p = profiles.load("tiny", {"synthesis.count": 320})
-    ahead, before = Forecast.of(p), Forecast.of(profiles.load("tiny"))
-    one, two = before.expected("raw"), ahead.expected("raw")
+def test_twice_the_prompts_take_twice_the_time_after_the_start(run):
+    ahead, before = Forecast.of(profiles.load("tiny", {"synthesis.count": 320})), Forecast.of(run.profile)
+    raw, junior = find(run, "raw"), find(run, "junior")
+    one, two = before.expected(raw), ahead.expected(raw)
     assert two.seconds - before.start == pytest.approx(2 * (one.seconds - before.start))
-    assert two.tokens == 2 * one.tokens and ahead.expected("junior").seconds == before.expected("junior").seconds
+    assert two.tokens == 2 * one.tokens and ahead.expected(junior).seconds == before.expected(junior).seconds
 
 
 def test_the_start_is_the_intercept_of_seconds_over_tokens():
-    rows = {str(n): Row(30 + n / 100, None, 0.0, n, []) for n in (1000, 4000, 9000)}
+    rows = [Row(30 + n / 100, None, 0.0, n, "raw", n) for n in (1000, 4000, 9000)]
     assert start_seconds(rows) == pytest.approx(30)
-    assert start_seconds({"a": rows["1000"]}) == 0 and start_seconds({"t": Row(5, None, 0.0, None, [])}) == 0
+    assert start_seconds(rows[:1]) == 0 and start_seconds([Row(5, None, 0.0, None, "pairs", 1)]) == 0
 
 
 def test_each_stage_of_the_night_has_a_time_that_says_where_it_comes_from(tmp_path, monkeypatch):
@@ -50,14 +54,13 @@ def test_another_model_or_length_of_text_is_not_scaled():
     assert Forecast.of(profiles.load("tiny", {"generation.max_new_tokens": 145})) is None
 
 
-def test_work_is_counted_in_the_unit_of_the_stage():
-    p = profiles.load("tiny")
-    assert work(p, "root") == ("root", p.senior.prompts * p.senior.candidates)
-    assert work(p, "embedder-scale16-2")[1] * 3 == work(p, "embedder-sr_re-0")[1] == p.study.ablation_examples
-    assert work(p, "student-3-both-1")[1] == 6 * work(p, "student-1-plain-0")[1]
-    asked = {name: work(p, f"scores-student-{name}") for name in ("1-plain-0", "1-covered-0", "whole-uncovered-0")}
-    assert {sort for sort, _ in asked.values()} == {"scores-student"} and work(p, "scores-guide-topic")[0] == "scores-guide"
-    topic = {work(p, "scores-guide-topic")[1], asked["1-covered-0"][1], asked["whole-uncovered-0"][1]}
-    assert len(topic) == 1 and 0 < topic.pop() < asked["1-plain-0"][1], "they answer the questions of one task"
-    assert work(p, "scores-plain-0")[1] > work(profiles.load("smoke"), "scores-plain-0")[1]
+def test_work_is_counted_in_the_unit_of_the_stage(run):
+    p, known = run.profile, {one.name: one for one in planned(run)}
+    work = {name: one.work(p) for name, one in known.items()}
+    assert work["root"] == p.senior.prompts * p.senior.candidates
+    assert work["embedder-sr_re-0"] == p.study.ablation_examples * p.embedding.epochs
+    assert work["student-1-both-0"] == 2 * work["student-1-plain-0"]
+    asked = {work[f"scores-{n}"] for n in ("guide-topic", "student-1-covered-0", "student-whole-uncovered-0")}
+    assert len(asked) == 1 and 0 < asked.pop() < work["scores-student-1-plain-0"], "they answer the questions of one task"
+    assert work["scores-plain-0"] > known["scores-plain-0"].work(profiles.load("smoke"))
     assert forecast.recorded("no such profile") == {}

@@ -1,0 +1,55 @@
+"""The registry: what a run can make, read from the declarations alone."""
+
+import pytest
+
+from speed_core.files import UserError
+from speed_core.study import embedding_stages, generation_stages, planning
+from speed_core.study.runs import open_run
+from speed_core.study.stage import FACTS, STAGES, Kind, find, planned, rebuilt, trained_generators
+
+
+@pytest.fixture
+def run(tmp_path, monkeypatch):
+    monkeypatch.setenv("SPEED_RUNS", str(tmp_path))
+    return open_run("smoke")
+
+
+def test_each_artifact_is_declared_once_and_every_input_is_one(run):
+    names = [one.name for one in planned(run)]
+    assert len(names) == len(set(names)) > 60 and not set(names) & set(FACTS)
+    assert all(set(one.inputs(run)) <= set(names) for one in planned(run))
+    assert all(one.notebook <= two.notebook for one in planned(run) for two in planned(run) if one.name in two.inputs(run))
+
+
+def test_every_declared_stage_is_called_by_the_function_that_is_named_in_its_module():
+    for one in STAGES:
+        assert one in vars(generation_stages).values() or one in vars(embedding_stages).values(), one.name
+
+
+def test_generators_and_what_a_replay_rebuilds_follow_from_the_kinds(run):
+    assert trained_generators() == ["junior", "senior", "revisor"]
+    found = set(rebuilt(run))
+    assert {"tasks", "pairs", "raw", "synthetic-jr"} <= found and not {"junior", "revisions", "embedder-jr-0"} & found
+    assert "revisions" in rebuilt(open_run("smoke", {"teacher.kind": "openai", "teacher.model": "m"}))
+
+
+def test_a_stage_makes_what_is_missing_once_and_the_plan_then_finds_it_current(run, capsys):
+    assert planning.stale(run, ["tasks", "seeds"]) == ["tasks: not made yet", "seeds: not made yet"]
+    generation_stages.brainstorm(run)
+    made = generation_stages.seed_data(run)
+    assert made.name == "seeds" and list(made.manifest["parents"]) == ["tasks"] and find(run, "seeds").kind is Kind.TEACHER
+    assert capsys.readouterr().out.count("making it") == 2
+    assert planning.stale(run, ["tasks", "seeds"]) == [] and generation_stages.seed_data(run).digest == made.digest
+    fewer = open_run("smoke", {"seeds": 4})
+    assert planning.stale(fewer, ["seeds"])[0].startswith("seeds: prompts ")
+    assert "making it" not in capsys.readouterr().out
+
+
+def test_why_tells_what_an_artifact_is_made_from_and_by_whom(run):
+    generation_stages.brainstorm(run)
+    lines = planning.why_text(run, "seeds").splitlines()
+    assert lines[0] == "seeds: answers of the teacher, of notebook 02, declared as 'seeds' in speed_core.study.generation_stages"
+    assert lines[1] == "  not made yet" and lines[2].startswith("  reads tasks: ") and lines[3].startswith("  parameters {")
+    assert "not known yet: artifact 'root'" in planning.why_text(run, "pairs")
+    with pytest.raises(UserError, match="'seed': no stage of profile smoke"):
+        planning.why_text(run, "seed")
