@@ -1,5 +1,12 @@
 """Models of a notebook, several at a time: real students of the smoke size in real processes."""
 
+import os
+import subprocess
+import sys
+import threading
+import time
+
+import psutil
 import pytest
 import torch
 
@@ -102,10 +109,43 @@ def test_when_one_process_fails_the_others_are_stopped_in_the_middle(run, monkey
     assert run.store.made(students[-1]) is None
 
 
-def test_a_process_whose_parent_is_gone_ends_in_the_middle_of_its_stage(run):
-    child = parallel.Child(run, "07", 0, 1)
-    child._say(["student-1-guided-0", "student-1-plain-0"])
-    child.process.stdin.close()
-    assert child.process.wait(120) == 0
-    assert run.store.get("student-1-plain-0") is None
-    child.close()
+ORPHANS = """
+import os, sys
+from speed_core.runner import parallel
+from speed_core.study.runs import open_run
+students = [f"student-1-{arm}-0" for arm in ("guided", "plain", "weak", "margin", "labelled", "both", "uncovered", "covered")]
+parallel.chains = lambda run, notebook: [students[:4], students[4:], [], []]
+parallel.make(open_run("smoke"), "07")
+"""
+
+
+def test_processes_whose_parent_is_gone_end_in_the_middle_of_their_stages(run, monkeypatch):
+    monkeypatch.setenv("SPEED_WORKERS", "2")
+    with subprocess.Popen([sys.executable, "-c", ORPHANS], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL) as parent:
+        logs = [run.folder / "workers" / f"07-{k}.log" for k in (0, 1)]
+        while not all(log.is_file() and "making it" in log.read_text() for log in logs):
+            assert parent.poll() is None
+            time.sleep(0.2)
+        children = psutil.Process(parent.pid).children(recursive=True)
+        parent.kill()
+        _, alive = psutil.wait_procs(children, timeout=60)
+    assert len(children) >= 2 and not alive and run.store.made("student-1-covered-0") is None
+
+
+def test_a_process_that_is_killed_ends_the_others_and_says_what_may_be_the_reason(run, monkeypatch):
+    monkeypatch.setenv("SPEED_WORKERS", "2")
+    students = [f"student-1-{arm}-0" for arm in ("guided", "plain", "weak", "margin")]
+    monkeypatch.setattr(parallel, "chains", lambda run, notebook: [students[:2], students[2:], [], []])
+    log = run.folder / "workers" / "07-0.log"
+
+    def kill():
+        while not (log.is_file() and "making it" in log.read_text()):
+            time.sleep(0.2)
+        open_by = [
+            p for p in psutil.Process().children(recursive=True) if str(log.resolve()) in os.readlink(f"/proc/{p.pid}/fd/1")
+        ]
+        open_by[0].kill()
+
+    threading.Thread(target=kill).start()
+    with pytest.raises(UserError, match="notebook 07: a process ended in the middle .* SPEED_WORKERS=1"):
+        parallel.make(run, "07")
