@@ -77,6 +77,7 @@ def measure(
     from speed_core import console
     from speed_core.models import compute_type, token_logprobs, training
     from speed_core.preference import dpo, prompt_sharing
+    from speed_core.preference.usable_pairs import check_pairs
 
     console.quiet()
     if device != "cpu":
@@ -99,10 +100,10 @@ def measure(
             arguments = TrainingArguments(folder, remove_unused_columns=False, **shared)
             before, start = common.reset_peak(device), time.perf_counter()
             token_logprobs.hidden_states_only(model)
-            groups, aside = dpo.check_pairs(tokenizer, data, 100_000)
+            groups, aside = check_pairs(tokenizer, data, 100_000)
             assert len(groups) == len(data), aside
             assert max(max(g.prompt + sum(g.completions, [])) for g in groups) < model.get_input_embeddings().num_embeddings
-            trainer: Any = dpo.trainer_class()(
+            trainer: Any = dpo.DpoTrainer(
                 model=model,
                 args=arguments,
                 train_dataset=groups,

@@ -132,11 +132,10 @@ def path(kernels: bool, elements: int | None = None) -> Iterator[None]:
 
 def loss_of(student: list[torch.Tensor], guide: list[torch.Tensor], **settings: Any) -> tuple[torch.Tensor, list[torch.Tensor]]:
     """(value, gradients) of the guided loss."""
-    from speed_core.contrastive.guided_loss import guided_contrastive_loss
+    from speed_core.contrastive.guided_loss import LossSettings, guided_contrastive_loss
 
     leaves = [t.detach().requires_grad_() for t in student]
-    named = dict(zip(("guide_anchors", "guide_positives", "guide_negatives"), guide, strict=False))
-    loss = guided_contrastive_loss(*leaves, **named, temperature=TAU, **settings)  # type: ignore[arg-type]
+    loss = guided_contrastive_loss(leaves, guide, LossSettings(TAU, **settings))
     return loss.detach(), list(torch.autograd.grad(loss, leaves))
 
 
@@ -285,7 +284,7 @@ def sft(check: Check) -> None:
 def dpo(check: Check) -> None:
     from speed_core.models.token_logprobs import hidden_states_only
     from speed_core.preference import prompt_sharing
-    from speed_core.preference.dpo import pair_losses, reference_log_probs, to_device
+    from speed_core.preference.dpo import batch_losses, reference_log_probs
 
     if not check.small:
         torch._dynamo.config.recompile_limit = 64  # as `dpo.train` does
@@ -298,7 +297,7 @@ def dpo(check: Check) -> None:
 
         completion = tokens // 6
         groups = [
-            prompt_sharing.Group(ids(tokens - 2 * completion), [ids(completion), ids(completion)], [(0, 1, 1.0)])
+            prompt_sharing.PromptGroup(ids(tokens - 2 * completion), [ids(completion), ids(completion)], [(0, 1, 1.0)])
             for _ in range(count)
         ]
         ways = (("sdpa", True), ("sdpa", False)) if check.small else (("flex_attention", True), ("sdpa", True), ("sdpa", False))
@@ -312,12 +311,11 @@ def dpo(check: Check) -> None:
                 reference_log_probs(model, groups, 0, count, share=share)
                 common.synchronize(check.device)
                 reference_s = time.perf_counter() - start
-                batch = to_device(prompt_sharing.collate(groups, 0, share=share), check.device)
+                batch = prompt_sharing.to_device(prompt_sharing.collate(groups, 0, share=share), check.device)
 
                 def loss() -> torch.Tensor:
                     policy = prompt_sharing.completion_log_probs(model, batch)
-                    each, _ = pair_losses(policy, batch["reference"], batch["pairs"], batch["lengths"], beta=0.1)
-                    return each.mean()
+                    return batch_losses(policy, batch, beta=0.1).mean()
 
                 found = check.timed(stepper(model, loss))
                 return {"reference_s": reference_s} | found | {"first_log_prob": groups[0].reference[0]}
@@ -328,7 +326,7 @@ def dpo(check: Check) -> None:
 def embedding(check: Check) -> None:
     from transformers import MistralConfig, MistralModel
 
-    from speed_core.contrastive.cached_loss import CachedGuidedContrastiveLoss
+    from speed_core.contrastive.sentence_transformers_loss import CachedGuidedContrastiveLoss
 
     shape = dict(hidden_size=4096, intermediate_size=14336, num_attention_heads=32, num_key_value_heads=8)
     layers, batch, tokens, sizes = 4, 1536, 128, (32, 128)

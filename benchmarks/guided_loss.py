@@ -52,7 +52,7 @@ def matmul_loss(student: list[torch.Tensor], guide: list[torch.Tensor]) -> torch
 
 def method(name: str, batch: int, device: str) -> Any:
     """A call that runs one forward and backward."""
-    from speed_core.contrastive.guided_loss import guided_contrastive_loss, unguided_contrastive_loss
+    from speed_core.contrastive.guided_loss import LossSettings, guided_contrastive_loss, unguided_contrastive_loss
 
     student, guide = embeddings(batch, device)
     if name in ("gist", "cached_gist"):
@@ -71,11 +71,9 @@ def method(name: str, batch: int, device: str) -> Any:
         for t in student:
             t.grad = None
         if name == "ours":
-            loss = guided_contrastive_loss(
-                *student, guide_anchors=guide[0], guide_positives=guide[1], guide_negatives=guide[2], temperature=TAU
-            )
+            loss = guided_contrastive_loss(student, guide, LossSettings(TAU))
         elif name == "unguided":
-            loss = unguided_contrastive_loss(*student, temperature=TAU)
+            loss = unguided_contrastive_loss(student, LossSettings(TAU))
         elif name == "matmul":
             loss = matmul_loss(student, guide)
         elif name == "cached_gist":
@@ -164,7 +162,7 @@ def losses(args: Any) -> tuple[list[dict[str, Any]], dict[str, Any]]:
 
 def matmul_rate(batch: int) -> dict[str, float]:
     """Ours in bfloat16 against bare matrix products of the same floating-point work, same run."""
-    from speed_core.contrastive.guided_loss import guided_contrastive_loss
+    from speed_core.contrastive.guided_loss import LossSettings, guided_contrastive_loss
 
     student, guide = embeddings(batch, "cuda")
     student = [t.detach().bfloat16().requires_grad_() for t in student]
@@ -172,9 +170,7 @@ def matmul_rate(batch: int) -> dict[str, float]:
     work = 4 * 2 * batch * batch * DIMENSION * 4  # four blocks; student, guide forward, two gradients
 
     def run() -> None:
-        loss = guided_contrastive_loss(
-            *student, guide_anchors=guide[0], guide_positives=guide[1], guide_negatives=guide[2], temperature=TAU
-        )
+        loss = guided_contrastive_loss(student, guide, LossSettings(TAU))
         loss.backward()
 
     left, right = student[0].detach(), student[1].detach()

@@ -45,7 +45,7 @@ def one(name: str, batch: int, steps: int, device: str) -> dict[str, Any]:
     from sentence_transformers import SentenceTransformerTrainer, SentenceTransformerTrainingArguments
     from sentence_transformers.sentence_transformer.losses import GISTEmbedLoss
 
-    from speed_core.contrastive.guided_loss import GuidedContrastiveLoss
+    from speed_core.contrastive.sentence_transformers_loss import GuidedContrastiveLoss
 
     g = torch.Generator().manual_seed(0)
 

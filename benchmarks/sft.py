@@ -10,7 +10,7 @@ examples, drawn in the same order by every method but `trl_packing`, which canno
     trl_packing    TRL's packing to max_length; micro-batches of one row, about as many examples a step
     ours_padded    `lm_head` on the completion tokens, the batch as one padded rectangle
     ours_packed    the same head, examples packed into rows as even as first fit makes them (`packing`)
-    ours           the same head, three examples of like length at a time (`sft.by_length`; on a GPU: as ours_padded)
+    ours           the same head, three examples of like length at a time (`training.by_length`; on a GPU: as ours_padded)
 
 `step_s` is the median step, `fastest_step_s` the least disturbed one. `epoch_s` is preparing the rows and all steps, not
 loading the model; a step of TRL takes several of ours, so its methods stop after two steps and the rest is scaled by
@@ -79,10 +79,10 @@ def packed_trainer() -> Any:
 
 
 def groups(rows: list[dict[str, Any]]) -> list[Any]:
-    from speed_core.preference.prompt_sharing import Group
+    from speed_core.preference.prompt_sharing import PromptGroup
 
     cut = [r["completion_mask"].index(1) for r in rows]
-    return [Group(r["input_ids"][:k], [r["input_ids"][k:]], []) for r, k in zip(rows, cut, strict=True)]
+    return [PromptGroup(r["input_ids"][:k], [r["input_ids"][k:]], []) for r, k in zip(rows, cut, strict=True)]
 
 
 def even(part: list[Any], longest: int) -> int:

@@ -18,7 +18,7 @@ from typing import Any
 import common
 import torch
 
-from speed_core.contrastive import embedder
+from speed_core.contrastive import train
 from speed_core.data import prompts
 from speed_core.evaluation import evaluate, offline_tasks
 from speed_core.generation import sft
@@ -74,7 +74,7 @@ class Floors:
         if found := re.fullmatch(r"embedder-(.+)-(\d+)", name):
             data = self.run.store.need(next(n for n in a.manifest["parents"]))
             rows = data.rows("train.jsonl")[: a.json("training.json")["rows"]]
-            triplets = embedder.triplets(rows, int(found[2]))
+            triplets = train.triplets(rows, int(found[2]))
             return 4 * self.body * self._tokens([t for r in triplets for t in r.values()]) * p.embedding.epochs / 1e9
         if name.startswith("scores-") and not re.match(r"scores-(student|guide$|guide-)", name):
             texts = {t for some in offline_tasks.distinct_texts(self._tasks()).values() for t in some}

@@ -291,13 +291,14 @@ def adapters(target: Path, profile: ProfileName = "tiny") -> None:
     import shutil
 
     from speed_core.models import loading
+    from speed_core.models.adapters import joined_adapter
     from speed_core.study.runs import open_run
 
     run = open_run(profile)
     for name in ("junior", "revisor"):
         shutil.copytree(run.store.need(name).weights(), target / name, dirs_exist_ok=True)
     # The senior's adapter belongs to base and junior; joined with the junior's it belongs to the base.
-    loading.joined_adapter(run.store.need("junior").weights(), run.store.need("senior").weights(), target / "senior")
+    joined_adapter(run.store.need("junior").weights(), run.store.need("senior").weights(), target / "senior")
     modules = " ".join(f"{name}={target / name}" for name in ("junior", "senior", "revisor"))
     rank = max(json.loads((target / n / "adapter_config.json").read_text())["r"] for n in ("junior", "senior", "revisor"))
     base = run.profile.models.generator

@@ -131,7 +131,9 @@ def stream_digest(stream: IO[bytes]) -> str:
     return h.hexdigest()
 
 
-def _write_atomic(path: Path, data: bytes) -> None:
+def write_atomically(path: Path, data: bytes) -> None:
+    """Write a file so that a reader, or a crash, never meets half of it. Its folder is made where it is missing."""
+    path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         with temporary.open("wb") as f:
@@ -146,15 +148,18 @@ def _write_atomic(path: Path, data: bytes) -> None:
 
 def write_json(path: Path, value: Any) -> None:
     """Write JSON so that a reader never sees half of it."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    _write_atomic(path, (json.dumps(value, indent=1, ensure_ascii=False, default=str) + "\n").encode("utf-8", "backslashreplace"))
+    write_atomically(
+        path, (json.dumps(value, indent=1, ensure_ascii=False, default=str) + "\n").encode("utf-8", "backslashreplace")
+    )
 
 
 def write_jsonl(path: Path, rows: Iterable[Mapping[str, Any]]) -> int:
     """Write rows as JSON lines, atomically; returns the number of rows."""
     path.parent.mkdir(parents=True, exist_ok=True)
     lines = [json.dumps(row, ensure_ascii=False) for row in rows]
-    _write_atomic(path, "".join(line + "\n" for line in lines).encode("utf-8", "backslashreplace"))  # as JSON escapes half a pair
+    write_atomically(
+        path, "".join(line + "\n" for line in lines).encode("utf-8", "backslashreplace")
+    )  # as JSON escapes half a pair
     return len(lines)
 
 
@@ -278,7 +283,7 @@ class AppendLog:
             )
         if (whole := b"".join(good)) != data:
             with disk_errors(self.path):
-                _write_atomic(self.path, whole)
+                write_atomically(self.path, whole)
 
     def append(self, entry: Mapping[str, Any]) -> None:
         """Add one outcome with a single write call; on a full disk nothing of it stays."""

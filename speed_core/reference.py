@@ -53,16 +53,16 @@ def dpo_loss(
     return -torch.nn.functional.logsigmoid(chosen_reward - rejected_reward)
 
 
-def shared_prompt_mask(part: Tensor) -> Tensor:
+def shared_prompt_mask(segment_ids: Tensor) -> Tensor:
     """(T, T): may the token of the row attend to the token of the column?
 
-    The tokens are `[prompt | completion 1 | completion 2]`; `part` (T,) is 0 for the prompt
-    and k for completion k. A completion sees the prompt and itself, and no other completion.
+    The tokens are `[prompt | completion 1 | completion 2]`; `segment_ids` (T,) is 0 for the
+    prompt and k for completion k. A completion sees the prompt and itself, and no other completion.
     """
-    not_later = torch.ones(len(part), len(part), dtype=torch.bool).tril()
-    of_prompt = part[None, :] == 0
-    of_same_part = part[None, :] == part[:, None]
-    return not_later & (of_prompt | of_same_part)
+    not_later = torch.ones(len(segment_ids), len(segment_ids), dtype=torch.bool).tril()
+    of_prompt = segment_ids[None, :] == 0
+    of_same_segment = segment_ids[None, :] == segment_ids[:, None]
+    return not_later & (of_prompt | of_same_segment)
 
 
 def last_token_pooling(hidden: Tensor, attention_mask: Tensor) -> Tensor:

@@ -10,6 +10,7 @@ from sklearn.metrics import ndcg_score
 from speed_core import reference
 from speed_core.contrastive import embedder
 from speed_core.contrastive.guided_loss import false_negative_mask, guided_contrastive_loss, unguided_contrastive_loss
+from speed_core.contrastive.loss_inputs import LossSettings
 from speed_core.data import minhash, prompts
 from speed_core.evaluation import uncertainty
 from speed_core.generation import sft
@@ -46,21 +47,21 @@ def test_the_completion_loss_is_that_of_sft(tiny_model):
 def test_the_dpo_loss_is_that_of_training(seed, beta):
     policy, start = torch.randn(2, 6, generator=torch.Generator().manual_seed(seed)) * 9
     pairs = torch.tensor([[0, 1], [2, 3], [5, 4]])
-    fast, _ = dpo.pair_losses(policy, start, pairs, torch.ones(6), beta=beta)
     chosen, rejected = pairs.T
+    fast = dpo.batch_losses(policy, {"reference": start, "pairs": pairs, "lengths": torch.ones(6)}, beta=beta)
     assert torch.allclose(reference.dpo_loss(policy[chosen], policy[rejected], start[chosen], start[rejected], beta), fast)
 
 
 @given(st.integers(1, 5), st.lists(st.integers(1, 4), min_size=1, max_size=4))
 def test_the_mask_of_a_shared_prompt_is_that_of_training(prompt, completions):
-    group = prompt_sharing.Group([5] * prompt, [[6] * n for n in completions], [(0, len(completions) - 1, 1.0)])
+    group = prompt_sharing.PromptGroup([5] * prompt, [[6] * n for n in completions], [(0, len(completions) - 1, 1.0)])
     batch = prompt_sharing.collate([group], 0)
-    fast = prompt_sharing.dense_mask(batch["group"], batch["part"], batch["position_ids"])[0, 0]
-    assert torch.equal(reference.shared_prompt_mask(batch["part"][0]), fast)
+    fast = prompt_sharing.dense_mask(batch["group"], batch["segment_ids"], batch["position_ids"])[0, 0]
+    assert torch.equal(reference.shared_prompt_mask(batch["segment_ids"][0]), fast)
 
 
 def test_pooling_takes_the_vector_that_the_embedding_model_gives(tiny_model):
-    model, texts = embedder.build(tiny_model("llama"), 64, "float32"), ["a cat", "a cat sleeps on the warm roof", "x"]
+    model, texts = embedder.build_embedder(tiny_model("llama"), 64, "float32"), ["a cat", "a cat sleeps on the warm roof", "x"]
     read = model.tokenizer(texts, padding=True, return_tensors="pt")
     with torch.no_grad():
         hidden = model[0].model(**read).last_hidden_state
@@ -72,7 +73,8 @@ def test_pooling_takes_the_vector_that_the_embedding_model_gives(tiny_model):
 @settings(max_examples=30, deadline=None)
 def test_info_nce_is_the_loss_without_a_guide(seed, size, temperature):
     q, p, n = vectors(seed, (size, 5), (size, 5), (size, 5))
-    fast = unguided_contrastive_loss(q, p, n, temperature=temperature, contrast_anchors=False, contrast_positives=False)
+    settings = LossSettings(temperature, contrast_anchors=False, contrast_positives=False)
+    fast = unguided_contrastive_loss((q, p, n), settings)
     assert torch.allclose(reference.info_nce(q, p, n, temperature), fast)
 
 
@@ -81,8 +83,8 @@ def test_info_nce_is_the_loss_without_a_guide(seed, size, temperature):
 def test_the_guides_mask_and_the_guided_loss_are_those_of_training(seed, size, margin):
     q, p, gq, gp = vectors(seed, (size, 5), (size, 5), (size, 3), (size, 3))
     ours = reference.guide_mask(gq @ gp.T, margin).fill_diagonal_(False)
-    assert torch.equal(ours, false_negative_mask(gq, gp, margin=margin).removed["ap"])
-    fast = guided_contrastive_loss(q, p, guide_anchors=gq, guide_positives=gp, temperature=0.1)
+    assert torch.equal(ours, false_negative_mask((gq, gp), LossSettings(margin=margin)).removed["ap"])
+    fast = guided_contrastive_loss((q, p), (gq, gp), LossSettings(temperature=0.1))
     assert torch.allclose(reference.guided_loss(q, p, gq, gp, 0.1), fast)
 
 

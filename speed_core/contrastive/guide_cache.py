@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import io
 import json
 from collections.abc import Callable, Sequence
 from functools import lru_cache
@@ -14,8 +15,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from speed_core.files import UserError
-from speed_core.models import loading
+from speed_core.files import UserError, write_atomically
+from speed_core.models.weights import OF_FILES
 
 
 class GuideCache:
@@ -30,7 +31,7 @@ class GuideCache:
     have a single one, call `add` with all texts before training.
     """
 
-    def __init__(self, guide: Any, path: Any = None, batch_size: int = 64):
+    def __init__(self, guide: Any, path: Path | str | None = None, batch_size: int = 64):
         self.guide = guide.eval().requires_grad_(False)
         self.batch_size = batch_size
         self._rows: dict[bytes, np.ndarray] = {}
@@ -53,13 +54,10 @@ class GuideCache:
                 f"guide embeddings: not finite for the text {shortened(text)}; load the guide in float32 and check it"
             )
         if self._folder is not None:
-            self._folder.mkdir(parents=True, exist_ok=True)
             keys = np.frombuffer(b"".join(new), np.uint8).reshape(len(new), -1)
-            name = uuid4().hex  # two caches of one process may write at the same time
-            temporary = self._folder / f"{name}.tmp"
-            with temporary.open("wb") as f:
-                np.savez(f, keys=keys, vectors=vectors)
-            temporary.replace(self._folder / f"{name}.npz")
+            np.savez(file := io.BytesIO(), keys=keys, vectors=vectors)
+            # Two caches of one process may write at the same time, so each call has a name of its own.
+            write_atomically(self._folder / f"{uuid4().hex}.npz", file.getvalue())
         self._rows.update(zip(new, vectors.astype(np.float32), strict=True))
 
     def __call__(self, texts: Sequence[str]) -> Tensor:
@@ -72,9 +70,11 @@ def encoder_digest(model: Any) -> str:
     """Short digest (hex) of all that decides the embeddings of a SentenceTransformer: weights and their types, configuration,
     tokenizer, and the structure with pooling, length limit, dimension and prompts."""
     named = ("max_seq_length", "truncate_dim", "prompts", "default_prompt_name")
-    parts = (model, *(getattr(model, name, None) for name in named), *_configurations(model), _sides(model))
+    tokenizer = getattr(model, "tokenizer", None)
+    sides = (getattr(tokenizer, "truncation_side", None), getattr(tokenizer, "padding_side", None))
+    parts = (model, *(getattr(model, name, None) for name in named), *_configurations(model), sides)
     h = hashlib.sha256(repr(parts).encode())
-    h.update(_tokenizer(getattr(model, "tokenizer", None)).encode("utf-8", "surrogatepass"))
+    h.update(_tokenizer(tokenizer).encode("utf-8", "surrogatepass"))
     for name, value in sorted(model.state_dict().items()):
         h.update(f"{name} {value.dtype} {tuple(value.shape)}".encode())
         h.update(value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
@@ -85,13 +85,8 @@ def _configurations(model: Any) -> list[str]:
     """What the models inside say of themselves (heads, windows, positions), without names of files and versions."""
     configs = (getattr(module, "config", None) for module in getattr(model, "modules", list)())
     found = {id(c): c.to_dict() for c in configs if c is not None and hasattr(c, "to_dict")}.values()
-    each = ({k: v for k, v in values.items() if k not in loading.OF_FILES} for values in found)
+    each = ({k: v for k, v in values.items() if k not in OF_FILES} for values in found)
     return sorted({json.dumps(values, sort_keys=True, default=str) for values in each})
-
-
-def _sides(model: Any) -> tuple[Any, ...]:
-    tokenizer = getattr(model, "tokenizer", None)
-    return tuple(getattr(tokenizer, name, None) for name in ("truncation_side", "padding_side"))
 
 
 def _digest(text: str) -> bytes:
@@ -107,9 +102,8 @@ def _tokenizer(tokenizer: Any) -> str:
     return repr((type(tokenizer).__name__, vocabulary, getattr(tokenizer, "do_lower_case", None)))
 
 
-@lru_cache(
-    maxsize=2
-)  # reading the 262,144 words of gemma-3-270m takes 3 s, and a study scores some sixty models of one tokenizer
+# Reading the 262,144 words of gemma-3-270m takes 3 s, and a study scores some sixty models of one tokenizer.
+@lru_cache(maxsize=2)
 def _without_limits(tokenizer: str) -> str:
     return json.dumps(json.loads(tokenizer) | {"truncation": None, "padding": None}, sort_keys=True)
 

@@ -1,6 +1,6 @@
-"""What the guided loss works on, checked: columns of rows of length one, thresholds, identities of texts.
+"""What the guided loss reads, checked: settings, rows of length one, the guide's thresholds, ids of equal texts.
 
-Bad input is named here (`LossInputError`); `guided_loss` has the equation and works on a `Plan`.
+Bad input is named here (`LossInputError`). `guided_loss` has the equation and works on a `ContrastiveBatch`.
 """
 
 from __future__ import annotations
@@ -8,6 +8,8 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from enum import StrEnum
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -16,14 +18,87 @@ from speed_core.files import UserError
 
 TIE = 16  # units in the last place that two ways to compute one dot product may differ by
 
-
-Columns = tuple[Tensor, Tensor, Tensor]  # anchors (B, D), positives (C, D), negatives (M, D), M may be 0
-Negatives = Tensor | Sequence[Tensor] | None
-Ids = tuple[Tensor, Tensor] | tuple[Tensor, Tensor, Negatives]
+Negatives = Tensor | Sequence[Tensor] | None  # (B, D), (B, K, D) or a list of K (B, D); ids have no D
+Given = Sequence[Negatives]  # anchors, positives and, if any, negatives: embeddings of one encoder, or integer ids of texts
 
 
 class LossInputError(UserError, ValueError):
     """Bad input to the loss; also a ValueError, for code outside of this project."""
+
+
+class MarginStrategy(StrEnum):
+    ABSOLUTE = "absolute"
+    RELATIVE = "relative"
+
+
+@dataclass(frozen=True)
+class LossSettings:
+    """tau, the margin of the guide's threshold, and whether candidates q-q (anchors) and p-p (positives) count."""
+
+    temperature: float = 0.01
+    margin: float = 0.0
+    margin_strategy: str = MarginStrategy.ABSOLUTE
+    contrast_anchors: bool = True
+    contrast_positives: bool = True
+
+    def __post_init__(self) -> None:
+        if self.margin_strategy not in [*MarginStrategy]:
+            raise LossInputError(f"margin_strategy {self.margin_strategy!r}: unknown; use {' or '.join(MarginStrategy)}")
+        if not 0 < self.temperature < math.inf or not math.isfinite(self.margin):
+            raise LossInputError(
+                f"temperature {self.temperature}, margin {self.margin}: finite, the first above 0; the paper's: 0.01, 0"
+            )
+
+    def threshold(self, own: Tensor) -> Tensor:
+        """What the guide's similarity of a candidate must not exceed, from that of the own pair."""
+        size = own.abs() if self.margin_strategy == MarginStrategy.RELATIVE else 1
+        return own - size * self.margin
+
+
+class Columns(NamedTuple):
+    """A batch as the loss computes with it: B rows a column of a unit vector each (or an id), M negatives in all."""
+
+    anchors: Tensor
+    positives: Tensor
+    negatives: Tensor
+
+
+@dataclass(frozen=True)
+class ContrastiveBatch:
+    """All that decides the loss of a batch beside the student's embeddings."""
+
+    guide: Columns | None
+    threshold: Tensor  # (B,), empty without a guide
+    ids: Columns | None
+    settings: LossSettings
+    kernel: torch.dtype | None = None  # what the GPU kernel multiplies in; None: matrix products in blocks
+
+    def blocks(self, columns: Columns) -> dict[str, tuple[Tensor, Tensor]]:
+        """Left rows (one per anchor) and candidates of each block in use."""
+        a, p, n = columns
+        used = {"an": len(n) > 0, "aa": self.settings.contrast_anchors, "pp": self.settings.contrast_positives}
+        sides = {"ap": (a, p), "an": (a, n), "aa": (a, a), "pp": (p, p)}
+        return {name: pair for name, pair in sides.items() if used.get(name, True)}
+
+    def removed(self, block: str, rows: slice) -> Tensor | None:
+        """Boolean (rows, candidates) by the guide and the text ids alone: no positive or diagonal considered."""
+        out: Tensor | None = None
+        if self.guide is not None:
+            left, right = self.blocks(self.guide)[block]
+            # An exact tie (a duplicate of the own positive) must not be removed by rounding.
+            out = left[rows] @ right.T > self.threshold[rows, None] + TIE * torch.finfo(left.dtype).eps
+        if self.ids is not None:
+            candidates = self.blocks(self.ids)[block][1][None]
+            same = (candidates == self.ids.anchors[rows, None]) | (candidates == self.ids.positives[rows, None])
+            out = same if out is None else out | same
+        return out
+
+
+def parts(given: Given) -> tuple[Tensor, Tensor, Negatives]:
+    """Anchors, positives, and negatives or None."""
+    anchors, positives, *negatives = given
+    assert isinstance(anchors, Tensor) and isinstance(positives, Tensor)
+    return anchors, positives, negatives[0] if negatives else None
 
 
 def shape_of(t: Tensor, width: int = 1) -> str:
@@ -32,20 +107,22 @@ def shape_of(t: Tensor, width: int = 1) -> str:
     return "none" if count == 0 else str((*t.shape[:1], *t.shape[2:]) if count == 1 else tuple(t.shape))
 
 
-def stacked(columns: Negatives, like: Tensor, rows: Sequence[int], name: str) -> Tensor:
-    """(B, D), (B, K, D), a list of K (B, D), or None -> (B, K, D); ids (`like` has no D) -> (B, K)."""
-    tail, one = tuple(like.shape[1:]), isinstance(columns, Tensor)
-    if columns is None or (not one and not len(columns)):
-        return like.new_empty((len(like), 0, *tail))
-    given = [columns] if isinstance(columns, Tensor) else list(columns)
-    shapes = [tuple(t.shape) for t in given]
-    many = one and given[0].dim() == like.dim() + 1
-    if len(set(shapes)) > 1 or shapes[0][:1] not in [(b,) for b in rows] or shapes[0][1 + many :] != tail:
-        wanted = " or ".join(str((b, *tail)) for b in dict.fromkeys(rows))
-        raise LossInputError(
-            f"{name}: shape {', '.join(map(str, shapes))}, expected {wanted} or K of one of them, a row per anchor"
-        )
-    return given[0] if many else torch.stack(given, dim=1)
+def stack_negatives(given: Negatives, anchors: Tensor, name: str) -> Tensor:
+    """Negatives of `anchors` (B, D) as (B, K, D); of ids (B,) as (B, K)."""
+    if given is None or (not isinstance(given, Tensor) and not len(given)):
+        return anchors.new_empty((len(anchors), 0, *anchors.shape[1:]))
+    columns = [given] if isinstance(given, Tensor) else list(given)
+    stacked = isinstance(given, Tensor) and given.dim() == anchors.dim() + 1
+    shapes = [(*t.shape[:1], *t.shape[2:]) if stacked else tuple(t.shape) for t in columns]
+    if any(shape != tuple(anchors.shape) for shape in shapes):
+        shown = ", ".join(str(tuple(t.shape)) for t in columns)
+        raise LossInputError(f"{name}: shape {shown}, expected {tuple(anchors.shape)} or K of them, a row per anchor")
+    return columns[0] if stacked else torch.stack(columns, dim=1)
+
+
+def flatten_negatives(columns: Columns) -> Columns:
+    """Negatives (B, K, D) -> (B * K, D); ids the same without D."""
+    return columns._replace(negatives=columns.negatives.flatten(0, 1))
 
 
 def unit_rows(t: Tensor, name: str, dtype: torch.dtype) -> Tensor:
@@ -66,95 +143,43 @@ def unit_rows(t: Tensor, name: str, dtype: torch.dtype) -> Tensor:
     return torch.where(length > 0, t / length.clamp_min(1e-12), torch.zeros_like(t))
 
 
-def side(columns: tuple[Tensor, Tensor, Negatives], offset: int, prefix: str, like: Tensor | None = None) -> Columns:
-    """One encoder's columns of length one, negatives (rows, K, D), on the device and in the precision of `like`."""
-    a, p, _ = columns
-    shapes = f"shape {tuple(p.shape)}, but {prefix}anchors {tuple(a.shape)}"
-    if a.dim() != 2 or p.dim() != 2 or a.shape[1] != p.shape[1] or not a.numel():
-        raise LossInputError(f"{prefix}positives: {shapes}; give at least one pair, (rows, D), from one model")
-    if offset < 0 or offset + len(a) > len(p):
-        raise LossInputError(f"{prefix}positives: {shapes} from anchor_offset {offset}; each anchor needs its own positive")
-    n = stacked(columns[2], a, (len(a), len(p)), f"{prefix}negatives")
+def normalize_columns(given: Given, prefix: str = "", like: Tensor | None = None) -> Columns:
+    """One encoder's columns of length one, negatives (B, K, D), on the device and in the precision of `like`."""
+    a, p, n = parts(given)
+    if a.dim() != 2 or p.dim() != 2 or a.shape[1] != p.shape[1] or not a.numel() or (like is None and len(a) != len(p)):
+        shapes = f"shape {tuple(p.shape)}, but {prefix}anchors {tuple(a.shape)}"
+        raise LossInputError(
+            f"{prefix}positives: {shapes}; give at least one pair, (rows, D), from one model: each anchor needs its own positive"
+        )
+    columns = a, p, stack_negatives(n, a, f"{prefix}negatives")
     double = torch.float64 in (a.dtype, p.dtype) if like is None else like.dtype == torch.float64
     dtype, device = torch.float64 if double else torch.float32, (a if like is None else like).device
-    a, p = unit_rows(a.to(device), f"{prefix}anchors", dtype), unit_rows(p.to(device), f"{prefix}positives", dtype)
-    return a, p, unit_rows(n.to(device), f"{prefix}negatives", dtype)
+    named = zip(Columns._fields, columns, strict=True)
+    return Columns(*(unit_rows(t.to(device), f"{prefix}{name}", dtype) for name, t in named))
 
 
-def flat(columns: Columns) -> Columns:
-    """Negatives (rows, K, D) -> (rows * K, D); ids the same without D."""
-    return columns[0], columns[1], columns[2].flatten(0, 1)
+def check_ids(given: Given, student: Columns) -> Columns:
+    """Integer ids of the student's texts, one for each."""
+    if len(given) not in (2, 3):
+        raise LossInputError(f"text_ids: {len(given)} parts; give ids of anchors, positives and, if any, of negatives")
+    a, p, n = parts(given)
+    found = [a, p, *([stack_negatives(n, a, "text_ids[2]")] if a.dim() == 1 else [])]
+    for i, (name, ids, of_student) in enumerate(zip(Columns._fields, found, student, strict=False)):
+        if ids.shape != of_student.shape[:-1] and (ids.numel() or of_student.numel()):
+            shapes = f"shape {shape_of(ids, 0) if i == 2 else tuple(ids.shape)}, but {name} {shape_of(of_student)}"
+            raise LossInputError(f"text_ids[{i}]: {shapes}; give one integer id a text")
+    return Columns(*(ids.to(student.anchors.device) for ids in found))
 
 
-def check_settings(temperature: float, margin: float, strategy: str) -> None:
-    if strategy not in ("absolute", "relative"):
-        raise LossInputError(f"margin_strategy {strategy!r}: unknown; use absolute or relative")
-    if not 0 < temperature < math.inf or not math.isfinite(margin):
-        raise LossInputError(f"temperature {temperature}, margin {margin}: finite, the first above 0; the paper's: 0.01, 0")
-
-
-@dataclass
-class Plan:
-    """Everything but the student's embeddings: guide rows, thresholds, identities, switches."""
-
-    guide: Columns | None
-    threshold: Tensor
-    ids: Columns | None
-    offset: int
-    contrast_anchors: bool
-    contrast_positives: bool
-    kernel: torch.dtype | None = None  # what the GPU kernel multiplies in; None: matrix products in blocks
-
-    def blocks(self, columns: Columns) -> dict[str, tuple[Tensor, Tensor]]:
-        """Left rows (one per anchor) and candidates of each block in use."""
-        a, p, n = columns
-        out = {"ap": (a, p), "an": (a, n), "aa": (a, a), "pp": (p[self.offset : self.offset + len(a)], p)}
-        off = {"an": not len(n), "aa": not self.contrast_anchors, "pp": not self.contrast_positives}
-        return {name: sides for name, sides in out.items() if not off.get(name)}
-
-    def removed(self, block: str, rows: slice) -> Tensor | None:
-        """Boolean (rows, candidates) by the guide and the text ids alone: no positive or diagonal considered."""
-        out: Tensor | None = None
-        if self.guide is not None:
-            left, right = self.blocks(self.guide)[block]
-            # An exact tie (a duplicate of the own positive) must not be removed by rounding.
-            out = left[rows] @ right.T > self.threshold[rows, None] + TIE * torch.finfo(left.dtype).eps
-        if self.ids is not None:
-            a, p, _ = self.ids
-            right = self.blocks(self.ids)[block][1][None]
-            same = (right == a[rows, None]) | (right == p[self.offset :][rows, None])
-            out = same if out is None else out | same
-        return out
-
-
-NAMES = ("anchors", "positives", "negatives")
-
-
-def make_plan(
-    student: Columns, guide: Columns | None, margin: float, strategy: str, contrast: tuple[bool, bool],
-    text_ids: Ids | None, offset: int,
-) -> Plan:  # fmt: skip
-    a, p, _ = student
-    threshold, ids = a[:0], None
+def make_batch(student: Columns, guide: Columns | None, text_ids: Given | None, settings: LossSettings) -> ContrastiveBatch:
+    """The guide's thresholds and the ids of a batch; UserError where guide or ids are not those of the student's texts."""
+    threshold = student.anchors[:0]
     if guide is not None:
-        for name, of_guide, t in zip(NAMES, guide, student, strict=True):
+        for name, of_guide, of_student in zip(Columns._fields, guide, student, strict=True):
             # Rows alone would let (4, D) meet (2, 2, E), which is another order of the same number of texts.
-            if of_guide.shape[:-1] != t.shape[:-1] and (of_guide.numel() or t.numel()):
-                both = f"shape {shape_of(of_guide)}, but {name} {shape_of(t)}"
-                raise LossInputError(f"guide_{name}: {both}; encode the same texts, in the same order, with the guide")
-        own = (guide[0].to(a.dtype) * guide[1][offset : offset + len(a)].to(a.dtype)).sum(1)
-        threshold = own - margin if strategy == "absolute" else own - own.abs() * margin
-        guide = flat(guide)
-    if text_ids is not None:
-        if len(text_ids) not in (2, 3):
-            raise LossInputError(f"text_ids: {len(text_ids)} parts; give ids of anchors, positives and, if any, of negatives")
-        ids_a, ids_p = (t.to(a.device) for t in text_ids[:2])
-        found = [ids_a, ids_p]
-        if ids_a.dim() == 1:
-            found += [stacked(text_ids[2] if len(text_ids) > 2 else None, ids_a, (len(a), len(p)), "text_ids[2]").to(a.device)]
-        for i, (name, these, t) in enumerate(zip(NAMES, found, student, strict=False)):
-            if these.shape != t.shape[:-1] and (these.numel() or t.numel()):
-                shapes = f"shape {shape_of(these, 0) if i == 2 else tuple(these.shape)}, but {name} {shape_of(t)}"
-                raise LossInputError(f"text_ids[{i}]: {shapes}; give one integer id a text")
-        ids = flat((ids_a, ids_p, found[2]))
-    return Plan(guide, threshold, ids, offset, *contrast)
+            if of_guide.shape[:-1] != of_student.shape[:-1] and (of_guide.numel() or of_student.numel()):
+                shapes = f"shape {shape_of(of_guide)}, but {name} {shape_of(of_student)}"
+                raise LossInputError(f"guide_{name}: {shapes}; encode the same texts, in the same order, with the guide")
+        threshold, guide = settings.threshold((guide.anchors * guide.positives).sum(1)), flatten_negatives(guide)
+    ids = None if text_ids is None else flatten_negatives(check_ids(text_ids, student))
+    return ContrastiveBatch(guide, threshold, ids, settings)

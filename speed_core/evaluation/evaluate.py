@@ -22,7 +22,7 @@ from mteb.models.model_meta import ModelMeta
 from mteb.types import PromptType
 
 from speed_core import console
-from speed_core.contrastive.embedder import ADAPTER, build, instruct, load_trained
+from speed_core.contrastive.embedder import ADAPTER, build_embedder, instruct, load_trained
 from speed_core.contrastive.guide_cache import encoder_digest
 from speed_core.evaluation import prefix
 from speed_core.files import UserError, digest
@@ -106,7 +106,7 @@ def load(
     if isinstance(path, str):
         folder = Path(loading.resolve(path))
         bare = folder.is_dir() and not any((folder / part).exists() for part in (ADAPTER, "modules.json"))
-        model = build(path, max_length or 512, dtype) if bare else load_trained(str(folder), dtype)
+        model = build_embedder(path, max_length or 512, dtype) if bare else load_trained(str(folder), dtype)
     encoder = Embedder(model, name, instructed, batch_size, max_length)
     if isinstance(path, str):  # a model that was handed over stays as it is
         loading.prepack(model)

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from speed_core import console, machine
 from speed_core.files import UserError
-from speed_core.models import compute_type, loading, token_logprobs, training
+from speed_core.models import adapters, compute_type, loading, token_logprobs, training
 
 if TYPE_CHECKING:  # a GPU can be checked without pydantic
     from speed_core.profile import Training
@@ -39,13 +39,6 @@ def encode_rows(tokenizer: Any, pairs: Sequence[tuple[str, str]], max_length: in
     return rows, dropped
 
 
-def by_length(batch: dict[str, Any], rows: int) -> list[dict[str, Any]]:
-    """A right-padded batch of tensors (B, T) in parts of at most `rows` rows of like length, each as wide as its longest."""
-    lengths = batch["attention_mask"].sum(1)
-    parts = lengths.argsort(descending=True, stable=True).split(rows)
-    return [{k: v[part, : int(lengths[part[0]])] for k, v in batch.items()} for part in parts]
-
-
 def completion_loss(model: Any, batch: dict[str, Any], count: Any) -> Any:
     """Sum of -log p over the completion tokens of `batch` {input_ids, attention_mask, labels: -100 where not scored} / `count`.
 
@@ -66,7 +59,7 @@ def _trainer_class() -> Any:
 
         def training_step(self, model: Any, inputs: Any, num_items_in_batch: Any = None) -> Any:
             total = 0.0
-            for part in by_length(inputs, self.rows_at_once) if self.rows_at_once else [inputs]:
+            for part in training.by_length(inputs, self.rows_at_once)[1] if self.rows_at_once else [inputs]:
                 total = total + super().training_step(model, part, num_items_in_batch)  # forward, backward
             return total
 
@@ -121,7 +114,7 @@ def train(
     token_logprobs.hidden_states_only(trainer.model)
     trainer.train()
     history = training.check_history(trainer.state.log_history, label)
-    training.save_adapter(trainer.model, output, base)
+    adapters.save_adapter(trainer.model, output, base)
     trainable = sum(p.numel() for p in trainer.model.parameters() if p.requires_grad)
     facts = {"history": history, "rows": len(rows), "dropped_too_long": dropped, "trainable": trainable}
     (output / "training.json").write_text(json.dumps(facts, indent=1))

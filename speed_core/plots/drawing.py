@@ -218,8 +218,8 @@ def packed_mask(run: Run, name: str, batch: Mapping[str, Any], inputs: Sequence[
     """Who may look at whom in the first row of a packed DPO batch (`prompt_sharing.collate`), and the position of each token."""
     from speed_core.preference.prompt_sharing import dense_mask
 
-    allowed = dense_mask(batch["group"], batch["part"], batch["position_ids"])[0, 0].numpy()
-    group, part, position = (batch[k][0].tolist() for k in ("group", "part", "position_ids"))
+    allowed = dense_mask(batch["group"], batch["segment_ids"], batch["position_ids"])[0, 0].numpy()
+    group, part, position = (batch[k][0].tolist() for k in ("group", "segment_ids", "position_ids"))
     owner = np.where(allowed, np.array([2 * g + (1 if p == 0 else 2) for g, p in zip(group, part, strict=True)])[None, :], 0)
     figure, ax = canvas(6.4, 5.2)
     import matplotlib.colors as colors

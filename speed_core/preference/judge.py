@@ -9,8 +9,9 @@ from __future__ import annotations
 
 import dataclasses
 import re
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from dataclasses import dataclass
+from enum import StrEnum
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +32,6 @@ class Judgement:
     worst: int
     scores: tuple[float, ...]
     reason: str
-    details: tuple[dict[str, float], ...] = field(default=())
 
 
 def words(text: str) -> list[str]:
@@ -57,11 +57,8 @@ def length_score(record: dict[str, str | None], prompt: Prompt) -> float:
     fields = [name, "negative"] if name == "positive" else [name]
     if "long_words" in prompt.attributes:
         fields = ["query", "positive"]
-    out = []
-    for f in fields:
-        n = len(words(record[f] or ""))
-        out.append(min(1.0, n / least) if n < least else (most / n if most and n > most else 1.0))
-    return float(np.mean(out))
+    counts = [len(words(record[f] or "")) for f in fields]
+    return float(np.mean([n / least if n < least else most / n if most and n > most else 1.0 for n in counts]))
 
 
 def repetition(text: str) -> float:
@@ -100,7 +97,7 @@ class RubricJudge:
             self._cache.update(zip(batch, np.asarray(vectors), strict=True))
         return np.stack([self._cache[t] for t in texts])
 
-    def warm(self, texts: Sequence[str]) -> None:
+    def precompute_embeddings(self, texts: Sequence[str]) -> None:
         """Embed many texts in one pass (a call per candidate would be slow)."""
         if texts:
             self._embed(list(texts))
@@ -110,27 +107,22 @@ class RubricJudge:
         outcome = records.parse(raw, prompt.kind, finish_reason)
         if outcome.record is None:
             return INVALID_SCORE, {}, f"{outcome.status}: {outcome.reason}"
-        r = outcome.record
-        query, positive, negative = str(r["query"]), str(r["positive"]), r["negative"]
+        record = outcome.record
+        query, positive, negative = str(record["query"]), str(record["positive"]), record["negative"]
         about = prompt.task if prompt.kind != "sts" else prompt.topic
-        vectors = self._embed([query, positive, negative or positive, about])
-        q, p, n, a = vectors
+        q, p, n, a = self._embed([query, positive, negative or positive, about])
         whole = " ".join(t for t in (query, positive, negative) if t)
         parts = {
-            "length": length_score(r, prompt),
+            "length": length_score(record, prompt),
             "gap": float(q @ p - q @ n) if negative else float(q @ p) - 0.5,
             "on_topic": float(max(q @ a, p @ a)),
             "copying": copying(query, positive) if prompt.kind == "retrieval" else float(query.lower() == positive.lower()),
-            "leak": self._leak(prompt.kind, query, positive),
+            "leak": float(prompt.kind == "classification" and f" {positive.lower()} " in f" {query.lower()} "),
             "repetition": repetition(whole),
         }
         total = sum(self.WEIGHTS[k] * v for k, v in parts.items())
         reason = ", ".join(f"{k} {v:.2f}" for k, v in parts.items())
         return total, parts, reason
-
-    @staticmethod
-    def _leak(kind: str, query: str, label: str) -> float:
-        return float(kind == "classification" and f" {label.lower()} " in f" {query.lower()} ")
 
     def judge(self, prompt: Prompt, candidates: Sequence[str], finish_reasons: Sequence[str] | None = None) -> Judgement:
         """Best and worst candidate (ties go to the first; best and worst always differ in index)."""
@@ -140,30 +132,22 @@ class RubricJudge:
         best = int(np.argmax(values))
         worst = min((i for i in range(len(values)) if i != best), key=lambda i: values[i])
         reason = f"best [{best}] scores {values[best]:.2f} ({scored[best][2]}); worst [{worst}] {values[worst]:.2f} ({scored[worst][2]})"
-        return Judgement(best, worst, tuple(values), reason, tuple(s[1] for s in scored))
+        return Judgement(best, worst, tuple(values), reason)
 
 
 class LlmJudge:
     """A language model through an endpoint, at temperature 0 (SPEED appendix B).
 
-    It is asked twice with the order reversed; a pair on which it contradicts itself is set aside
-    (best is then equal to worst, and `make_pairs` counts it as a tie). Every answer is in `log`: a second run
-    pays for nothing that was answered.
+    It is asked twice with the order reversed. Where it contradicts itself, best equals worst, and `make_pairs` counts a tie.
+    Every answer is in `log`: a second run pays for nothing that was answered.
     """
 
     def __init__(self, teacher: Any, log: Path, temperature: float = 0.0, twice: bool = True):
         self.teacher, self.log, self.temperature, self.twice = teacher, log, temperature, twice
         self.label = f"llm judge ({teacher.label})"
         self._answers: dict[str, dict[str, Any]] = {}  # of one question, by its text
-        self.audit = {
-            "judged": 0,
-            "unanswered": 0,
-            "unreadable": 0,
-            "agree": 0,
-            "contradict": 0,
-            "first_place_best": 0,
-            "first_place_expected": 0.0,
-        }
+        counted = ("judged", "unanswered", "unreadable", "agree", "contradict", "first_place_best")
+        self.audit: dict[str, float] = dict.fromkeys(counted, 0) | {"first_place_expected": 0.0}
 
     def questions(self, items: Sequence[tuple[Prompt, Sequence[str]]]) -> list[Prompt]:
         """What is asked about prompts and their candidates: each once in either order (`twice`), else once."""
@@ -182,7 +166,8 @@ class LlmJudge:
         self._answers |= {q.text: e for q, e in zip(questions, entries, strict=True)}
         return teachers.unanswered(entries)
 
-    def _verdict(self, entry: dict[str, Any], count: int) -> tuple[int, int, str] | None:
+    def _choice(self, entry: dict[str, Any], count: int) -> tuple[int, int, str] | None:
+        """(best, worst, reason) of an answer, or None when it names no two of the candidates."""
         record = parse_verdict(entry["raw"], "", entry["finish_reason"]).record
         if record is None:
             return None
@@ -191,101 +176,52 @@ class LlmJudge:
         return (best, worst, str(record["reason"])) if inside else None
 
     def judge(self, prompt: Prompt, candidates: Sequence[str], finish_reasons: Sequence[str] | None = None) -> Judgement:
-        n, a, nothing = len(candidates), self.audit, (0.0,) * len(candidates)
+        n, audit = len(candidates), self.audit
         questions = self.questions([(prompt, candidates)])
         if any(q.text not in self._answers for q in questions):
             self.ask([(prompt, candidates)])
         entries = [self._answers[q.text] for q in questions]
         if any(e["status"] == "error" for e in entries):
-            a["unanswered"] += 1
-            return Judgement(0, 0, nothing, "the judge did not answer")
-        a["judged"] += 1
-        verdicts = [self._verdict(e, n) for e in entries]
+            audit["unanswered"] += 1
+            return self._undecided(n, "the judge did not answer")
+        audit["judged"] += 1
+        choices = [self._choice(e, n) for e in entries]
         # Over both orders each candidate stands first as often as last, so a fair judge names place 0 in 1 of n.
-        a["first_place_best"] += sum(v is not None and v[0] == 0 for v in verdicts)
-        a["first_place_expected"] += sum(v is not None for v in verdicts) / n
-        first, again = verdicts[0], verdicts[-1]
+        audit["first_place_best"] += sum(c is not None and c[0] == 0 for c in choices)
+        audit["first_place_expected"] += sum(c is not None for c in choices) / n
+        first, again = choices[0], choices[-1]
         if first is None or again is None:
-            a["unreadable"] += 1
-            return Judgement(0, 0, nothing, "the judge's answer could not be read")
+            audit["unreadable"] += 1
+            return self._undecided(n, "the judge's answer could not be read")
         best, worst, reason = first
         if self.twice:
             same = (n - 1 - again[0], n - 1 - again[1]) == (best, worst)
-            a["agree" if same else "contradict"] += 1
+            audit["agree" if same else "contradict"] += 1
             if not same:
-                return Judgement(0, 0, nothing, "the judge contradicts itself when the order is reversed")
-        scores = tuple(1.0 if i == best else -1.0 if i == worst else 0.0 for i in range(n))
-        return Judgement(best, worst, scores, reason)
+                return self._undecided(n, "the judge contradicts itself when the order is reversed")
+        return Judgement(best, worst, tuple(1.0 if i == best else -1.0 if i == worst else 0.0 for i in range(n)), reason)
+
+    @staticmethod
+    def _undecided(count: int, reason: str) -> Judgement:
+        return Judgement(0, 0, (0.0,) * count, reason)
+
+
+class NoVerdict(StrEnum):
+    """Why a judge's answer counts for nothing."""
+
+    NO_OBJECT = "no_verdict"
+    NO_INDEX = "no_index"
+    AMBIGUOUS = "ambiguous"
 
 
 def parse_verdict(raw: str, kind: str, finish_reason: str) -> records.Outcome:
     """Outcome of a judge's answer: its JSON object with whole numbers `best` and `worst`; thinking is set aside."""
     if cut := records.unfinished(raw, finish_reason):
         return cut
-    found: list[dict[str, str | None]] = [
-        {k: str(v.get(k, "")) for k in ("best", "worst", "reason")} for v in records.objects(raw)
-    ]
-    if not found:
-        return records.Outcome("invalid", "no_verdict", raw=raw)
-    verdicts = [v for v in found if all(re.fullmatch("[0-9]{1,3}", str(v[k])) for k in ("best", "worst"))]
+    objects = [{k: str(v.get(k, "")) for k in ("best", "worst", "reason")} for v in records.objects(raw)]
+    verdicts = [v for v in objects if all(re.fullmatch("[0-9]{1,3}", v[k]) for k in ("best", "worst"))]
     if not verdicts:
-        return records.Outcome("invalid", "no_index", raw=raw)
+        return records.Outcome("invalid", (NoVerdict.NO_INDEX if objects else NoVerdict.NO_OBJECT).value, raw=raw)
     if len({(v["best"], v["worst"]) for v in verdicts}) > 1:
-        return records.Outcome("invalid", "ambiguous", raw=raw)
-    return records.Outcome("ok", record=verdicts[-1], raw=raw)
-
-
-def make_pairs(
-    judge: Any, items: Sequence[tuple[Prompt, Sequence[dict[str, Any]]]], min_gap: float = 0.05
-) -> tuple[list[dict[str, Any]], dict[str, int]]:
-    """Preference pairs from root data: (prompt, its candidate log entries) -> (chosen, rejected).
-
-    The chosen text must be a valid record; a prompt is set aside, and counted, when no candidate is
-    valid, when best and worst are the same text, or when their scores differ by less than `min_gap`.
-    """
-    pairs: list[dict[str, Any]] = []
-    count = {"pairs": 0, "no_valid_candidate": 0, "same_text": 0, "tie": 0}
-    for prompt, entries in items:
-        texts, ends = [records.own_text(e["raw"], prompt.kind) for e in entries], [e["finish_reason"] for e in entries]
-        verdict = judge.judge(prompt, texts, ends)
-        chosen, rejected = entries[verdict.best], entries[verdict.worst]
-        if chosen["status"] != "ok":
-            count["no_valid_candidate"] += 1
-        elif verdict.best == verdict.worst or verdict.scores[verdict.best] - verdict.scores[verdict.worst] < min_gap:
-            count["tie"] += 1
-        elif chosen["raw"].strip() == rejected["raw"].strip():
-            count["same_text"] += 1
-        else:
-            count["pairs"] += 1
-            pairs.append(
-                {
-                    "id": prompt.id,
-                    "kind": prompt.kind,
-                    "prompt": prompt.text,
-                    "chosen": texts[verdict.best],
-                    "rejected": texts[verdict.worst],
-                    "rejected_status": rejected["status"],
-                    "score_chosen": verdict.scores[verdict.best],
-                    "score_rejected": verdict.scores[verdict.worst],
-                    "reason": verdict.reason,
-                }
-            )
-    return pairs, count
-
-
-def win_rate(judge: RubricJudge, items: Sequence[tuple[Prompt, dict[str, Any], dict[str, Any]]]) -> np.ndarray:
-    """Per prompt: 1 when the first answer scores higher than the second, 0.5 for a tie, 0 otherwise."""
-    out = []
-    for prompt, a, b in items:
-        sa = judge.score(a["raw"], prompt, a["finish_reason"])[0]
-        sb = judge.score(b["raw"], prompt, b["finish_reason"])[0]
-        out.append(0.5 if abs(sa - sb) < 1e-9 else float(sa > sb))
-    return np.array(out)
-
-
-def knows_better(judge: RubricJudge, rows: Sequence[Mapping[str, Any]]) -> np.ndarray:
-    """For rows {kind, task, prompt, weak, answer}: 1 where the judge prefers the revision `answer` to the `weak` sample
-    that it was made from, 0.5 for a tie, 0 otherwise."""
-    items = [prompts.read_back(r["kind"], r["task"], r["prompt"]) for r in rows]
-    pairs = [({"raw": r["answer"], "finish_reason": "stop"}, {"raw": r["weak"], "finish_reason": "stop"}) for r in rows]
-    return win_rate(judge, [(q, *pair) for q, pair in zip(items, pairs, strict=True)])
+        return records.Outcome("invalid", NoVerdict.AMBIGUOUS.value, raw=raw)
+    return records.Outcome("ok", record={**verdicts[-1]}, raw=raw)

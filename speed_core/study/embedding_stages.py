@@ -237,11 +237,11 @@ def _records(p: Profile, arm: str) -> float:
 )
 def embedder(run: Run, draft: Draft, data: Artifact, *, arm: str, seed: int) -> None:
     """A sentence-transformers model trained on the data set of its arm."""
-    from speed_core.contrastive import embedder
+    from speed_core.contrastive.train import train_embedder
 
     settings, base = _learning(run, arm), run.profile.models.embedder
     draft.info |= compute_type.facts(compute_type.choose(settings.dtype, training=True, folder=loading.resolve(base)).name)
-    embedder.train(
+    train_embedder(
         base,
         data.rows("train.jsonl"),
         settings,
@@ -421,7 +421,7 @@ def _student_work(p: Profile, layers: int | str, arm: str, seed: int) -> float:
 @stage(STUDENT, Kind.STUDENT, _students, inputs=_student_reads, parameters=_student_parameters, work=_student_work)
 def student(run: Run, draft: Draft, *read: Artifact, layers: int | str, arm: str, seed: int) -> None:
     """A student (`Student`), trained on the seed data or on what its arm says (`StudentArm`)."""
-    from speed_core.contrastive import embedder
+    from speed_core.contrastive.train import train_embedder
 
     base, guide = _bases(run, layers, arm)
     rows = _labelled(run, arm)
@@ -434,7 +434,7 @@ def student(run: Run, draft: Draft, *read: Artifact, layers: int | str, arm: str
     settings = _student_training(run, arm).model_copy(update={"examples": len(rows)})
     draft.info |= compute_type.facts(settings.dtype)
     label = STUDENT.format(layers=layers, arm=arm, seed=seed)
-    embedder.train(base, rows, settings, guide=guide, guide_cache=run.folder / "guide", seed=seed, output=draft.path, label=label)
+    train_embedder(base, rows, settings, guide=guide, guide_cache=run.folder / "guide", seed=seed, output=draft.path, label=label)
 
 
 def topic_records(run: Run, *, covered: bool) -> list[dict[str, Any]]:

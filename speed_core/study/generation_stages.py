@@ -19,6 +19,7 @@ from speed_core.files import UserError, write_json, write_jsonl
 from speed_core.generation import generate, sft
 from speed_core.models import compute_type, loading, training
 from speed_core.preference import judge
+from speed_core.preference import pairs as preference_pairs
 from speed_core.profile import Profile, Training, dotted
 from speed_core.store.artifacts import Artifact, Draft, OtherPrompts
 from speed_core.store.run_context import Run
@@ -251,7 +252,7 @@ def generator_weights(run: Run, generator: str) -> tuple[str, Any]:
     if generator == "senior":
         from speed_core.preference import dpo
 
-        return dpo.starting_point(base, run.store.need("junior").weights()), adapter
+        return dpo.reference_model_path(base, run.store.need("junior").weights()), adapter
     return base, adapter
 
 
@@ -265,7 +266,9 @@ def rubric(run: Run, entries: Sequence[dict[str, Any]] = (), planned: Sequence[P
     """The rubric judge, with the texts of `entries` embedded in one pass."""
     j = judge.RubricJudge(guide(run))
     found = [generate.outcome_of(e).record for e in entries]
-    j.warm([t for r in found if r for t in r.values() if t] + [q.task if q.kind != "sts" else q.topic for q in planned])
+    j.precompute_embeddings(
+        [t for r in found if r for t in r.values() if t] + [q.task if q.kind != "sts" else q.topic for q in planned]
+    )
     return j
 
 
@@ -358,7 +361,7 @@ def preferences(run: Run, draft: Draft, root: Artifact) -> None:
         write_json(draft.file("ledger.json"), teacher.spent(run.log("judge"), decide.questions(questions), "judge", who))
     else:
         decide = rubric(run, entries, planned)
-    pairs, count = judge.make_pairs(decide, items)
+    pairs, count = preference_pairs.make_pairs(decide, items)
     write_jsonl(draft.file("data.jsonl"), pairs)
     write_json(draft.file("counts.json"), count)
     draft.info |= {"judge": decide.label, "counts": count, "audit": getattr(decide, "audit", {})}

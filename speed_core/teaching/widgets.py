@@ -81,9 +81,9 @@ def _text(title: str, body: str) -> str:
 
 
 def _mask(columns: Sequence[Any], margin: float) -> tuple[Any, dict[str, int]]:
-    from speed_core.contrastive.guided_loss import false_negative_mask
+    from speed_core.contrastive.guided_loss import LossSettings, false_negative_mask
 
-    view = false_negative_mask(*columns, margin=margin)
+    view = false_negative_mask(tuple(columns), LossSettings(margin=margin))
     return view, {name: int(view.removed[b].sum()) for b, name in BLOCKS.items() if b in view.removed}
 
 

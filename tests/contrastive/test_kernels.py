@@ -10,10 +10,11 @@ import triton  # noqa: F401  without it both sides would be the same path
 
 from speed_core.contrastive import guided_loss
 from speed_core.contrastive.guided_loss import guided_contrastive_loss, unguided_contrastive_loss
+from speed_core.contrastive.loss_inputs import LossSettings
 from speed_core.contrastive.triton_kernels import part_width
 
 
-def both(monkeypatch, columns, guide, dtype=torch.float32, **settings):
+def both(monkeypatch, columns, guide, dtype=torch.float32, text_ids=None, rows=None, **settings):
     """(value, gradients) by the kernels and by matrix products."""
     out = []
     for kernels in (True, False):
@@ -22,11 +23,9 @@ def both(monkeypatch, columns, guide, dtype=torch.float32, **settings):
                 patch.setattr(guided_loss, "_kernel_dtype", lambda given, unit: None)
             assert (guided_loss._kernel_dtype([torch.zeros(1, dtype=dtype)], torch.zeros(1)) is not None) == kernels
             leaves = [c.to(dtype).requires_grad_() for c in columns]
-            more = dict(settings)
-            if guide:
-                more |= dict(guide_anchors=guide[0], guide_positives=guide[1])
-                more |= dict(guide_negatives=guide[2]) if len(guide) > 2 else {}
-            loss = (guided_contrastive_loss if guide else unguided_contrastive_loss)(*leaves, temperature=0.05, **more)
+            given = (leaves, guide) if guide else (leaves,)
+            how = LossSettings(temperature=0.05, **settings)
+            loss = (guided_contrastive_loss if guide else unguided_contrastive_loss)(*given, how, text_ids=text_ids, rows=rows)
             loss.backward()
             out.append((loss.detach(), [c.grad.float() for c in leaves]))
     return out
@@ -66,9 +65,9 @@ def test_value_and_gradients_equal_the_matrix_products(monkeypatch, settings, ne
     close(both(monkeypatch, columns, guide, **settings), 2e-5)
 
 
-def test_gathered_candidates_with_an_offset_and_rows(monkeypatch):
-    columns, guide = draw(2, (20, 40), (80, 40), (20, 40)), draw(3, (20, 24), (80, 24), (20, 24))
-    close(both(monkeypatch, columns, guide, anchor_offset=40, rows=(5, 18)), 2e-5)
+def test_some_rows_of_gathered_columns(monkeypatch):
+    columns, guide = draw(2, (80, 40), (80, 40), (80, 40)), draw(3, (80, 24), (80, 24), (80, 24))
+    close(both(monkeypatch, columns, guide, rows=(45, 78)), 2e-5)
 
 
 def test_equal_texts_never_act_as_negatives(monkeypatch):
@@ -124,8 +123,7 @@ def test_half_precision_needs_all_operands_so_mixed_ones_lose_nothing(monkeypatc
         with monkeypatch.context() as patch:
             if not kernels:
                 patch.setattr(guided_loss, "_kernel_dtype", lambda given, unit: None)
-            more = dict(guide_anchors=guide[0], guide_positives=guide[1], temperature=0.05)
-            values.append(guided_contrastive_loss(*columns, **more))
+            values.append(guided_contrastive_loss(columns, guide, LossSettings(temperature=0.05)))
     assert torch.allclose(*values, rtol=1e-6, atol=1e-6) and values[0] > 0.01
 
 

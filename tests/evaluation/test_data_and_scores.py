@@ -318,7 +318,7 @@ def test_seeds_widen_the_interval(results):
 
 @pytest.mark.parametrize("family", ("gemma3", "mistral"))
 def test_a_shared_beginning_read_once_gives_the_vectors_of_whole_texts(family, tiny_model):
-    model = embedder.build(tiny_model(family), 64, "float32").float()
+    model = embedder.build_embedder(tiny_model(family), 64, "float32").float()
     texts = [embedder.instruct("Find the text that answers the question", t) for t in ("a", "b c d e", "a longer one " * 3, "a")]
     assert prefix.can_share(model) and prefix.shared_length(model.tokenizer(texts)["input_ids"]) >= prefix.SHORTEST
     for batch in (2, 8):
@@ -332,7 +332,7 @@ def test_texts_without_a_shared_beginning_and_encoders_are_read_as_ever(tiny_mod
     from sentence_transformers import SentenceTransformer
 
     assert prefix.shared_length([[1, 2, 3], [1, 2], [1, 2, 4]]) == 1 and prefix.shared_length([[1, 2], [2, 2]]) == 0
-    model = embedder.build(tiny_model("gemma3"), 64, "float32").float()
+    model = embedder.build_embedder(tiny_model("gemma3"), 64, "float32").float()
     texts = ["one", "two and three"]
     assert (prefix.encode(model, texts, 2) == model.encode(texts, batch_size=2, normalize_embeddings=True)).all()
     assert not prefix.can_share(SentenceTransformer(loading.resolve("package:all-MiniLM-L6-v2"), device="cpu"))

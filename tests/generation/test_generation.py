@@ -9,7 +9,7 @@ from speed_core.data import prompts, records
 from speed_core.files import UserError, read_jsonl
 from speed_core.generation import engines, generate
 from speed_core.models import loading, training
-from speed_core.preference import judge
+from speed_core.preference import judge, pairs
 
 BASE = "package:gemma-3-270m"
 
@@ -260,14 +260,12 @@ def test_the_judge_is_asked_about_pairs_whose_order_is_known():
     bad = '{"S1":"rain rain rain rain rain","S2":"a cat","S3":"rain rain rain rain"}'
     row = {"kind": "sts", "task": "", "prompt": p.text}
     rows = [row | {"weak": bad, "answer": good}, row | {"weak": good, "answer": bad}, row | {"weak": good, "answer": good}]
-    assert judge.knows_better(judge.RubricJudge(Guide()), rows).tolist() == [1, 0, 0.5]
+    assert pairs.prefers_revision(judge.RubricJudge(Guide()), rows).tolist() == [1, 0, 0.5]
 
 
 def test_preference_counts_add_up():
     p = prompts.synthesis("sts", "Home", "", table="short")
     valid = {"raw": '{"S1":"a cat sat","S2":"a cat sat down","S3":"rain"}', "finish_reason": "stop", "status": "ok"}
     broken = {"raw": "{", "finish_reason": "stop", "status": "invalid"}
-    pairs, count = judge.make_pairs(
-        judge.RubricJudge(Guide()), [(p, [valid, broken]), (p, [broken, broken]), (p, [valid, valid])]
-    )
-    assert count == {"pairs": 1, "no_valid_candidate": 1, "same_text": 0, "tie": 1} and pairs[0]["chosen"] == valid["raw"]
+    made, count = pairs.make_pairs(judge.RubricJudge(Guide()), [(p, [valid, broken]), (p, [broken, broken]), (p, [valid, valid])])
+    assert count == {"pairs": 1, "no_valid_candidate": 1, "same_text": 0, "tie": 1} and made[0]["chosen"] == valid["raw"]

@@ -14,9 +14,10 @@ from transformers import AutoModelForCausalLM
 
 from speed_core import profile
 from speed_core.contrastive import embedder
+from speed_core.contrastive.train import embed_by_length, train_embedder
 from speed_core.files import UserError
 from speed_core.generation import sft
-from speed_core.models import loading, token_logprobs, training
+from speed_core.models import adapters, loading, token_logprobs, training
 from speed_core.profile import Lora
 
 FAMILIES = ("gemma3", "llama", "mistral", "qwen2")
@@ -142,7 +143,7 @@ def test_loss_and_gradients_equal_trls_however_many_rows_are_read_at_once(family
     token_logprobs.hidden_states_only(model)
     for rows in (1, 3, 4):
         model.zero_grad()
-        parts = sft.by_length(batch, rows)
+        parts = training.by_length(batch, rows)[1]
         assert [len(p["labels"]) for p in parts] == {1: [1, 1, 1, 1], 3: [3, 1], 4: [4]}[rows]
         losses = [sft.completion_loss(model, p, (batch["labels"] != -100).sum()) for p in parts]
         sum(losses).backward()
@@ -215,7 +216,7 @@ def test_an_embedder_trains_saves_and_loads_alone(family, guided, tiny_model, tm
     base = "package:all-MiniLM-L6-v2" if family == "bert" else tiny_model(family)
     targets = ("query", "value") if family == "bert" else ("q_proj", "v_proj")
     s = settings("embedding", batch=4, micro_batch=4, examples=8, guided=guided, lora=Lora(rank=2, alpha=4, targets=targets))
-    facts = embedder.train(
+    facts = train_embedder(
         base, records(8), s, guide="package:all-MiniLM-L6-v2", guide_cache=tmp_path / "g", seed=0, output=tmp_path / "m"
     )
     assert facts["rows"] == 8 and len(facts["history"]) == 2
@@ -223,7 +224,7 @@ def test_an_embedder_trains_saves_and_loads_alone(family, guided, tiny_model, tm
     model = embedder.load_trained(tmp_path / "m")
     whole = SentenceTransformer(str(embedder.merged(tmp_path / "m", tmp_path / "whole")), device="cpu")
     assert (model.encode(["a b"]) == whole.encode(["a b"])).all()
-    untrained = embedder.build(base, s.max_length)
+    untrained = embedder.build_embedder(base, s.max_length)
     assert not (model.encode(["a b"]) == untrained.encode(["a b"])).all()
     short, long = model.encode(["a b"]), model.encode(["a b", "a much longer text that forces padding on the first"])[:1]
     assert abs(short - long).max() < 1e-2, "padding changes the vector"
@@ -234,11 +235,15 @@ def test_an_embedder_trains_saves_and_loads_alone(family, guided, tiny_model, tm
 
 @pytest.mark.parametrize("family", ("gemma3", "bert"))
 def test_a_batch_in_parts_of_like_length_has_the_embeddings_and_gradients_of_the_whole(family, tiny_model):
-    model = embedder.build("package:all-MiniLM-L6-v2" if family == "bert" else tiny_model(family), 64, "float32").eval().float()
+    model = (
+        embedder.build_embedder("package:all-MiniLM-L6-v2" if family == "bert" else tiny_model(family), 64, "float32")
+        .eval()
+        .float()
+    )
     texts = [["a", "b c d e f g h i j", "k l"], ["m n o", "p", "q r s t u v w x y z " * 3]]
     columns = [model.preprocess(t) if hasattr(model, "preprocess") else model.tokenize(t) for t in texts]
     found, grads = [], []
-    for embedded in (embedder.by_length(model, columns, 2), [model(dict(c))["sentence_embedding"] for c in columns]):
+    for embedded in (embed_by_length(model, columns, 2), [model(dict(c))["sentence_embedding"] for c in columns]):
         model.zero_grad()
         sum((k + 1) * e.pow(3).sum() for k, e in enumerate(embedded)).backward()
         found.append(torch.cat(embedded).detach())
@@ -253,7 +258,7 @@ def test_pooling_is_kept_with_the_adapter(tiny_model, tmp_path):
             "embedding", batch=4, micro_batch=4, examples=4, pooling=pooling, lora=Lora(rank=2, alpha=4, targets=("q_proj",))
         )
         out = tmp_path / pooling
-        embedder.train(
+        train_embedder(
             tiny_model("gemma3"), records(4), s, guide="package:all-MiniLM-L6-v2", guide_cache=tmp_path / "g", seed=0, output=out
         )
         model = embedder.load_trained(out)
@@ -263,20 +268,20 @@ def test_pooling_is_kept_with_the_adapter(tiny_model, tmp_path):
 
 
 def test_models_built_one_after_the_other_share_neither_weights_nor_length_limit(tiny_model):
-    one, two = embedder.build(tiny_model("gemma3"), 32), embedder.build(tiny_model("gemma3"), 8)
+    one, two = embedder.build_embedder(tiny_model("gemma3"), 32), embedder.build_embedder(tiny_model("gemma3"), 8)
     assert (one.max_seq_length, two.max_seq_length) == (32, 8)
     before = two.encode(["a b"])
     with torch.no_grad():
         next(one.parameters()).add_(1.0)
     assert (two.encode(["a b"]) == before).all()
-    assert (embedder.build(tiny_model("gemma3"), 8).encode(["a b"]) == before).all()
+    assert (embedder.build_embedder(tiny_model("gemma3"), 8).encode(["a b"]) == before).all()
     assert (one.tokenizer.padding_side, two.tokenizer.padding_side) == ("right", "right")
 
 
 def test_an_adapter_on_other_weights_is_refused(tiny_model, tmp_path):
     one, other = tiny_model("llama"), tiny_model("gemma3")
     s = settings("embedding", batch=4, micro_batch=4, examples=4, lora=Lora(rank=2, alpha=4, targets=("q_proj",)))
-    embedder.train(
+    train_embedder(
         one, records(4), s, guide="package:all-MiniLM-L6-v2", guide_cache=tmp_path / "g", seed=0, output=tmp_path / "m"
     )
     body = tmp_path / "m" / embedder.ADAPTER / "body.json"
@@ -286,8 +291,8 @@ def test_an_adapter_on_other_weights_is_refused(tiny_model, tmp_path):
 
 
 def test_the_guide_reads_the_bare_text():
-    assert embedder.bare(embedder.instruct("Find it", "what\nis this")) == "what\nis this"
-    assert embedder.bare("plain") == "plain"
+    assert embedder.strip_instruction(embedder.instruct("Find it", "what\nis this")) == "what\nis this"
+    assert embedder.strip_instruction("plain") == "plain"
 
 
 def test_two_adapters_joined_do_what_one_on_top_of_the_other_does(tiny_model, tmp_path):
@@ -298,7 +303,7 @@ def test_two_adapters_joined_do_what_one_on_top_of_the_other_does(tiny_model, tm
     merged = loading.merged_folder(base, tmp_path / "junior")
     wider = settings("revisor", lr=1e-2, epochs=2, lora=Lora(rank=3, alpha=12))
     sft.train(str(merged), PAIRS, wider, seed=1, output=tmp_path / "senior")
-    joined = loading.joined_adapter(tmp_path / "junior", tmp_path / "senior", tmp_path / "joined")
+    joined = adapters.joined_adapter(tmp_path / "junior", tmp_path / "senior", tmp_path / "joined")
     ids = torch.randint(5, 1000, (2, 9), generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
         # In float32 all the way: the merged folder itself is rounded to bfloat16.

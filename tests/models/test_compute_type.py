@@ -128,7 +128,7 @@ def test_an_explicit_type_reaches_every_model_that_is_loaded(tiny_model, asked):
     wanted, folder = getattr(torch, asked), tiny_model("llama")
     loaded = [
         loading.load_causal_lm(folder, dtype=asked),
-        embedder.build(folder, 32, asked),
+        embedder.build_embedder(folder, 32, asked),
         evaluate.load(folder, "untrained", instructed=False, dtype=asked).model,
         evaluate.load("package:all-MiniLM-L6-v2", "untrained", instructed=False, dtype=asked).model,
     ]

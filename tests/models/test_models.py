@@ -6,14 +6,14 @@ import pytest
 import torch
 
 from speed_core.files import UserError
-from speed_core.models import loading
+from speed_core.models import loading, packages
 
 
 def test_a_package_with_other_bytes_is_refused_by_its_digest(tmp_path, monkeypatch):
     chunk = tmp_path / "package" / "data" / "chunk"
     chunk.parent.mkdir(parents=True)
     chunk.write_bytes(b"x" * (2 << 20))
-    monkeypatch.setattr(loading, "package_folder", lambda name: tmp_path / "package")
+    monkeypatch.setattr(packages, "package_folder", lambda name: tmp_path / "package")
     monkeypatch.setenv("SPEED_CACHE", str(tmp_path / "cache"))
     with pytest.raises(UserError, match="reinstall the packages") as error:
         loading.resolve("package:gemma-3-270m")

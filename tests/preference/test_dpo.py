@@ -21,7 +21,8 @@ from speed_core.files import UserError
 from speed_core.generation import sft
 from speed_core.models import loading, token_logprobs, training
 from speed_core.preference import dpo, prompt_sharing
-from speed_core.preference.prompt_sharing import Group
+from speed_core.preference.prompt_sharing import PromptGroup
+from speed_core.preference.usable_pairs import check_pairs
 from speed_core.profile import Lora
 
 FAMILIES = ("gemma3", "llama", "qwen2", "mistral")
@@ -60,8 +61,8 @@ def grads(model):
 def prepared(base, pairs=PAIRS):
     """A policy that has moved away from its reference, and the groups of `pairs` with that reference."""
     tokenizer = loading.load_tokenizer(base)
-    groups, aside = dpo.check_pairs(tokenizer, pairs, 256)
-    assert len(groups) == len(pairs) and not any(aside.values())
+    groups, skipped = check_pairs(tokenizer, pairs, 256)
+    assert len(groups) == len(pairs) and not any(skipped.values())
     assert max(map(len, groups)) > 2 * 16, "no row is longer than the windows of tiny_config"
     model = policy(base)
     token_logprobs.hidden_states_only(model)
@@ -73,7 +74,8 @@ def loss_of(model, groups, capacity=None, share=True, **more):
     model.zero_grad()
     batch = prompt_sharing.collate(groups, 0, capacity, share=share)
     policy_logp = prompt_sharing.completion_log_probs(model, batch)
-    each, rewards = dpo.pair_losses(policy_logp, batch["reference"], batch["pairs"], batch["lengths"], beta=0.1, **more)
+    each = dpo.batch_losses(policy_logp, batch, beta=0.1, **more)
+    rewards = (0.1 * (policy_logp - batch["reference"])).detach()[batch["pairs"].T]
     loss = (each * batch["weights"]).sum() / batch["weights"].sum()
     loss.backward()
     return loss.detach(), rewards, grads(model)
@@ -108,7 +110,7 @@ def trl_trainer(base, folder, **more):
 @pytest.mark.parametrize(("family", "kind"), [*((f, "sigmoid") for f in FAMILIES), ("gemma3", "ipo")])
 def test_loss_rewards_and_gradients_equal_trls(family, kind, tiny_model, tmp_path):
     base = tiny_model(family)
-    ours = loss_of(*prepared(base), kind=kind)
+    ours = loss_of(*prepared(base), loss=kind)
     theirs = trl_trainer(base, tmp_path, loss_type=kind)
     shake(theirs.model)
     wanted = theirs.compute_loss(theirs.model, theirs.data_collator(list(theirs.train_dataset)))
@@ -134,7 +136,7 @@ def ours_trainer(base, folder, batch=4, micro=4, steps=20, weights=None, pairs=P
         update=dict(examples=8, batch=batch, micro_batch=micro, lr=1e-3, dtype="float32")
     )
     arguments = training.trainer_arguments(values, 0, folder, remove_unused_columns=False, max_steps=steps, **more)
-    trainer = dpo.trainer_class()(
+    trainer = dpo.DpoTrainer(
         model=model, args=TrainingArguments(**arguments), train_dataset=made, data_collator=lambda part: prompt_sharing.collate(part, 0),
         beta=0.1, callbacks=[training.bar_callback("dpo", lambda: trainer.step_rows)],
     )  # fmt: skip
@@ -190,8 +192,8 @@ def test_several_pairs_of_one_prompt_cost_one_pass_and_weigh_what_they_should(ti
         {"prompt": "same", "chosen": texts[a], "rejected": texts[b], "weight": x}
         for a, b, x in ((0, 1, 1.0), (0, 2, 0.5), (2, 1, 2.0))
     ]
-    together, _ = dpo.check_pairs(tokenizer, rows, 256)
-    apart, _ = dpo.check_pairs(tokenizer, rows, 256, share=False)
+    together, _ = check_pairs(tokenizer, rows, 256)
+    apart, _ = check_pairs(tokenizer, rows, 256, share=False)
     assert len(together) == 1 and len(together[0].completions) == 3 and len(apart) == 3
     assert len(together[0]) < sum(map(len, apart)) / 2
     model = policy(base)
@@ -199,18 +201,18 @@ def test_several_pairs_of_one_prompt_cost_one_pass_and_weigh_what_they_should(ti
     for groups in (together, apart):
         dpo.reference_log_probs(model, groups, 0, 4)
     shake(model)
-    one, other = loss_of(model, together, smoothing=0.1), loss_of(model, apart, smoothing=0.1)
+    one, other = loss_of(model, together, label_smoothing=0.1), loss_of(model, apart, label_smoothing=0.1)
     assert torch.allclose(one[0], other[0], atol=1e-5)
     assert all(torch.allclose(g, other[2][n], atol=1e-5, rtol=1e-3) for n, g in one[2].items())
 
 
 def test_smoothing_and_ipo_have_their_textbook_values():
-    log_probs, pair, lengths = torch.tensor([3.0, 0.0]), torch.tensor([[0, 1]]), torch.tensor([2.0, 4.0])
-    each, rewards = dpo.pair_losses(log_probs, torch.zeros(2), pair, lengths, beta=1.0, smoothing=0.1)
-    assert float(each) == pytest.approx(0.9 * math.log1p(math.exp(-3)) + 0.1 * math.log1p(math.exp(3)))
-    assert rewards.tolist() == [[3.0], [0.0]]
-    each, _ = dpo.pair_losses(log_probs, torch.zeros(2), pair, lengths, beta=0.5, kind="ipo")
-    assert float(each) == pytest.approx((3 / 2 - 1.0) ** 2)
+    log_probs, zero = torch.tensor([3.0, 0.0]), torch.zeros(1)
+    batch = {"reference": torch.zeros(2), "pairs": torch.tensor([[0, 1]]), "lengths": torch.tensor([2.0, 4.0])}
+    wanted = 0.9 * math.log1p(math.exp(-3)) + 0.1 * math.log1p(math.exp(3))
+    assert float(dpo.dpo_loss(zero + 3, zero, zero, zero, beta=1.0, label_smoothing=0.1)) == pytest.approx(wanted)
+    assert float(dpo.batch_losses(log_probs, batch, beta=1.0, label_smoothing=0.1)) == pytest.approx(wanted)
+    assert float(dpo.batch_losses(log_probs, batch, beta=0.5, loss="ipo")) == pytest.approx((3 / 2 - 1.0) ** 2)
 
 
 @given(st.lists(st.integers(1, 50), min_size=1, max_size=30), st.integers(1, 120))
@@ -308,7 +310,7 @@ if rank == 0:
 def test_two_processes_train_the_senior_that_one_would_and_share_the_reference(tiny_model, tmp_path):
     base = tiny_model("llama")
     senior = junior_and_senior(base, tmp_path, batch=4, micro_batch=1, epochs=2, save_steps=1)
-    dpo.starting_point(base, tmp_path / "junior")  # merged once, before two processes ask for it
+    dpo.reference_model_path(base, tmp_path / "junior")  # merged once, before two processes ask for it
     in_two_processes(
         tmp_path,
         f"""
@@ -473,7 +475,7 @@ def test_dpo_widens_the_margin_from_the_junior_as_reference(family, tiny_model, 
     assert abs(facts["history"][0]["loss"] - 0.6931) < 1e-3, "the policy does not start at the reference"
     assert facts["history"][-1]["margin"] > facts["history"][0]["margin"]
     noted = json.loads((tmp_path / "senior" / "base.json").read_text())
-    assert noted["weights"] == loading.weights_id(dpo.starting_point(base, tmp_path / "junior"))
+    assert noted["weights"] == loading.weights_id(dpo.reference_model_path(base, tmp_path / "junior"))
 
 
 def test_the_settings_of_a_senior_reach_its_training_and_an_interrupted_one_goes_on(tiny_model, tmp_path, monkeypatch):
@@ -536,7 +538,7 @@ def test_an_impossible_split_and_too_few_pairs_are_refused_before_anything_is_co
 )
 def test_a_row_of_another_form_is_named(row, complaint, tiny_model):
     with pytest.raises(UserError, match=complaint):
-        dpo.check_pairs(loading.load_tokenizer(tiny_model("llama")), [PAIRS[0], row], 256)
+        check_pairs(loading.load_tokenizer(tiny_model("llama")), [PAIRS[0], row], 256)
 
 
 def test_unusable_pairs_are_set_aside_by_rule_and_row(tiny_model):
@@ -544,9 +546,9 @@ def test_unusable_pairs_are_set_aside_by_rule_and_row(tiny_model):
     bad = [("a", "x", "x"), ("a", "", "x"), ("a", "x " * 300, "y"), ("a", "x", "y")]
     rows = [dict(zip(("prompt", "chosen", "rejected"), b, strict=True)) for b in bad]
     cut = [rows[3] | {"truncated": True}, rows[3] | {"rejected_status": "truncated"}]  # as a user marks it, as `judge` does
-    groups, aside = dpo.check_pairs(tokenizer, [*rows, *cut, {**rows[0], "rejected": "x "}], 64)
-    assert len(groups) == 1 and aside == {"same": [0, 6], "empty": [1], "truncated": [4, 5], "too_long": [2], "joins": []}
-    first, none = dpo.check_pairs(tokenizer, [rows[3], rows[0]], 64, most=1)
+    groups, skipped = check_pairs(tokenizer, [*rows, *cut, {**rows[0], "rejected": "x "}], 64)
+    assert len(groups) == 1 and skipped == {"same": [0, 6], "empty": [1], "truncated": [4, 5], "too_long": [2], "joins": []}
+    first, none = check_pairs(tokenizer, [rows[3], rows[0]], 64, most=1)
     assert len(first) == 1 and not any(none.values()), "rows behind the last one that is needed were looked at"
 
 
@@ -554,12 +556,12 @@ def test_a_prompt_that_is_tokenised_differently_when_joined_is_set_aside(tiny_mo
     tokenizer = loading.load_tokenizer(tiny_model("llama"))
     monkeypatch.setattr(training, "prompt_text", lambda text: text)  # without the line break the words run together
     pair = {"prompt": "there is some", "chosen": "thing new", "rejected": "is hot"}
-    groups, aside = dpo.check_pairs(tokenizer, [pair], 64)
-    assert groups == [] and aside["joins"] == [0]
+    groups, skipped = check_pairs(tokenizer, [pair], 64)
+    assert groups == [] and skipped["joins"] == [0]
 
 
 def test_groups_know_their_length():
-    assert len(Group([1, 2], [[3], [4, 5]], [(0, 1, 1.0)])) == 5
+    assert len(PromptGroup([1, 2], [[3], [4, 5]], [(0, 1, 1.0)])) == 5
 
 
 def test_share_false_trains_where_the_mask_is_ignored(tiny_model, tmp_path, monkeypatch):

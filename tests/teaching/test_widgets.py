@@ -72,7 +72,7 @@ def test_the_margin_table_counts_what_the_mask_removes_and_a_larger_margin_remov
     assert [float(line[0]) for line in lines] == list(widgets.MARGINS)
     totals = [int(line[-1]) for line in lines]
     assert totals == sorted(totals) and totals[0] < totals[-1]
-    assert totals[3] == sum(int(gone.sum()) for gone in false_negative_mask(*columns).removed.values())
+    assert totals[3] == sum(int(gone.sum()) for gone in false_negative_mask(columns).removed.values())
 
 
 def test_the_still_figures_draw_the_numbers_of_the_text():

@@ -1,0 +1,128 @@
+"""Embedding fine-tuning (SPEED section 3.3): LoRA on a decoder, the guided loss over synthetic triplets."""
+
+from __future__ import annotations
+
+import json
+import random
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from datasets import Dataset
+from peft import get_peft_model
+from sentence_transformers import SentenceTransformer, SentenceTransformerTrainer, SentenceTransformerTrainingArguments
+from sentence_transformers.base.sampler import BatchSamplers
+from torch import Tensor
+
+from speed_core import console, machine
+from speed_core.contrastive.embedder import ADAPTER, build_embedder, instruct, strip_instruction
+from speed_core.contrastive.guide_cache import GuideCache, GuidedCollator
+from speed_core.contrastive.sentence_transformers_loss import GuidedContrastiveLoss
+from speed_core.files import UserError, write_json
+from speed_core.models import adapters, compute_type, loading, training
+
+if TYPE_CHECKING:  # a GPU can be checked without pydantic
+    from speed_core.profile import Embedding
+
+CPU_ROWS = 4  # texts in one forward pass on a CPU
+# ... where word vectors are trained too: each pass then fills a gradient as large as the vocabulary (a student of notebook 07
+# on one core: 7.2 s, with 4 texts at a time 12.2 s).
+CPU_ROWS_WHOLE = 64
+
+
+def triplets(rows: Sequence[dict[str, Any]], seed: int) -> list[dict[str, str]]:
+    """Training rows {anchor, positive, negative}, shuffled by `seed`.
+
+    The two matching kinds have no negative, in the paper and here. A batch needs one shape, so such a
+    row takes the positive of the next matching row as its negative: an in-batch negative, written out.
+    """
+    out, ordered = [], list(rows)
+    random.Random(seed).shuffle(ordered)
+    positives = [r["positive"] for r in ordered if r["negative"] is None]
+    at = 0
+    for row in ordered:
+        negative = row["negative"]
+        if negative is None:
+            at += 1
+            negative = positives[at % len(positives)] if len(positives) > 1 else ordered[0]["positive"]
+        out.append({"anchor": instruct(row["instruction"], row["query"]), "positive": row["positive"], "negative": negative})
+    return out
+
+
+def embed_by_length(model: SentenceTransformer, columns: Sequence[dict[str, Tensor]], rows: int) -> list[Tensor]:
+    """Embeddings [(B, D)] of right-padded columns {input_ids, attention_mask, ...} (B, T), `rows` texts of like length at a time.
+
+    Queries are short and documents long, in a column too: padded together, half of the work would be on padding.
+    """
+    shape, width = columns[0]["attention_mask"].shape, max(c["attention_mask"].shape[1] for c in columns)
+    keys = [k for k, v in columns[0].items() if getattr(v, "shape", None) == shape]
+    pad = torch.nn.functional.pad  # with zeros, since nothing past the mask is read
+    together = {k: torch.cat([pad(c[k], (0, width - c[k].shape[1])) for c in columns]) for k in keys}
+    order, parts = training.by_length(together, rows)
+    embedded = torch.cat([model(part)["sentence_embedding"] for part in parts])[order.argsort()]
+    return list(embedded.split([len(c["attention_mask"]) for c in columns]))
+
+
+class _Loss(GuidedContrastiveLoss):
+    """The guided loss; on a CPU it embeds a batch in parts of like length."""
+
+    def forward(self, sentence_features: Any, labels: Any = None) -> Tensor:
+        columns, guide, ids = self.split(sentence_features)
+        # `embed_by_length` cuts on the right: what is padded on the left is embedded whole.
+        if machine.device().type == "cuda" or not all(c["attention_mask"][:, 0].all() for c in columns):
+            return super().forward(sentence_features, labels)
+        whole = self.model[0].model.get_input_embeddings().weight.requires_grad
+        return self.loss_of(embed_by_length(self.model, columns, CPU_ROWS_WHOLE if whole else CPU_ROWS), guide, ids)
+
+
+def train_embedder(
+    base: str, rows: Sequence[dict[str, Any]], settings: Embedding,
+    *, guide: str, guide_cache: Path, seed: int, output: Path, label: str = "embed",
+) -> dict[str, Any]:  # fmt: skip
+    """Fine-tune `base` on synthetic records ({instruction, query, positive, negative|null}).
+
+    Saves an adapter that `load_trained` reads (without `settings.lora`: a sentence-transformers model) in `output` and
+    returns {"history", "rows", "guided"}. `settings.guided` decides between the guided loss and InfoNCE over the same candidates.
+    """
+    console.quiet()
+    machine.end_idle()
+    if len(rows) < settings.batch:
+        raise UserError(
+            f"{label}: {len(rows)} records, one batch needs {settings.batch}; synthesise more or lower embedding.batch"
+        )
+    if settings.micro_batch != settings.batch:
+        raise UserError(
+            f"{label}: micro_batch {settings.micro_batch} is not batch {settings.batch}; in-batch negatives need the whole batch at once"
+        )
+    torch.manual_seed(seed)
+    how: dict[str, Any] = {"max_length": settings.max_length, "dtype": settings.dtype, "pooling": settings.pooling}
+    weights = compute_type.choose(settings.dtype, training=True, folder=loading.resolve(base)).weights
+    model = build_embedder(base, **how | {"dtype": weights})
+    body: Any = model[0]
+    if settings.lora is not None:
+        body.model = get_peft_model(body.model, training.lora_config(settings.lora, "FEATURE_EXTRACTION"))
+    cache = GuideCache(loading.sentence_transformer(guide, "float32"), guide_cache)
+    arguments = training.trainer_arguments(
+        settings, seed, output / "trainer", loading.resolve(base), batch_sampler=BatchSamplers.NO_DUPLICATES
+    )
+    trainer: Any = SentenceTransformerTrainer(
+        model=model,
+        args=SentenceTransformerTrainingArguments(**arguments),
+        train_dataset=Dataset.from_list(triplets(rows[: settings.examples], seed)),
+        loss=_Loss(model, guided=settings.guided, temperature=settings.temperature, margin=settings.margin),
+        callbacks=[training.bar_callback(label)],
+    )
+    trainer.data_collator = GuidedCollator(trainer.data_collator, cache if settings.guided else None, strip_instruction)
+    training.remove_printer(trainer)
+    trainer.train()
+    history = training.check_history(trainer.state.log_history, label)
+    if settings.lora is not None:
+        adapters.save_adapter(body.model, output / ADAPTER, base)
+        write_json(output / ADAPTER / "body.json", {"base": base, **how})
+    else:
+        body.model.to(compute_type.torch_type(weights))
+        model.save_pretrained(str(output), create_model_card=False)
+    facts = {"history": history, "rows": min(len(rows), settings.examples), "guided": settings.guided}
+    (output / "training.json").write_text(json.dumps(facts, indent=1))
+    return facts
