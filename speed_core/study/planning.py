@@ -57,7 +57,7 @@ class Reasons:
     """Why each stage of a run would be made: the reason (empty where it is current), and whether it only follows its input."""
 
     def __init__(self, run: Run):
-        self.run = dataclasses.replace(run, store=run.store.silent())
+        self.run, self._store = dataclasses.replace(run, store=run.store.silent()), run.store
         self.known = {p.name: p for p in planned(self.run)}
         self._found: dict[str, tuple[str, bool]] = {}
 
@@ -78,7 +78,7 @@ class Reasons:
             return f"input.{again[0]} will answer other prompts" if again else str(error), False
         except UserError as error:
             return str(error), False
-        reason = self.run.store.why_stale(one.name, parameters, [*used, *read])
+        reason = self._store.why_stale(one.name, parameters, [*used, *read])
         return (reason, False) if reason or not again else (f"if input.{again[0]} changes", True)
 
 

@@ -1,5 +1,7 @@
 """The registry: what a run can make, read from the declarations alone."""
 
+import json
+
 import pytest
 
 from speed_core.files import UserError
@@ -53,3 +55,11 @@ def test_why_tells_what_an_artifact_is_made_from_and_by_whom(run):
     assert "not known yet: artifact 'root'" in planning.why_text(run, "pairs")
     with pytest.raises(UserError, match="'seed': no stage of profile smoke"):
         planning.why_text(run, "seed")
+
+
+def test_the_plan_goes_on_with_an_artifact_that_a_budget_left_partial(run):
+    made = generation_stages.brainstorm(run)
+    manifest = made.path / "manifest.json"
+    manifest.write_text(json.dumps(made.manifest | {"partial": "3 of 12 prompts have no answer"}))
+    assert planning.stale(run, ["tasks"]) == ["tasks: partial, 3 of 12 prompts have no answer"]
+    assert planning.stale(open_run("smoke", {"teacher.accept_partial": True}), ["tasks"]) == []
