@@ -4,7 +4,7 @@
 
 The junior generator of `make reproduce` (run that first) answers synthesis prompts at the tiny profile's decoding:
 raw `vllm.LLM.generate` (graph mode and settings as ours), ours on vLLM, ours with the adapter unmerged, ours on
-Transformers, Transformers' continuous batching with the same sampling, a padded `generate` loop without a grammar, like
+Transformers, a padded `generate` loop without a grammar, like
 the script that SPEED released, and distilabel's vLLM class, run by an interpreter that has it. Start-up is reported
 apart from the rates. Raw vLLM and ours run in alternation, a fresh process each; their ratio compares medians. Of
 distilabel's two rows, without and with a grammar, the one with more valid records a second is compared.
@@ -64,7 +64,7 @@ def ours(engine: str, count: int) -> dict[str, Any]:
 
     base, junior, decoding, requests = setting(count)
     begun = time.perf_counter()
-    started = engines.open_engine(engine, base, junior)
+    started = engines.open_engine(engines.EngineOptions(engine), base, junior)
     list(started.generate(requests[:1], decoding))  # grammars compile on first use
     ready = time.perf_counter()
     done = list(started.generate(requests, decoding))
@@ -230,13 +230,12 @@ def main() -> None:
     plan += [
         ("ours_vllm_lora", raw_vllm, (count, True)),
         ("ours_transformers", ours, ("transformers", count)),
-        ("transformers_continuous", ours, ("continuous", count)),
         ("padded_loop", padded_loop, (count,)),
         ("distilabel_vllm", distilabel, (count, args.distilabel, False)),
         ("distilabel_vllm_grammar", distilabel, (count, args.distilabel, True)),
     ]
     if args.quick:  # five minutes on two cores
-        plan = [p for p in plan if p[0] not in ("ours_vllm_lora", "transformers_continuous", "distilabel_vllm")]
+        plan = [p for p in plan if p[0] not in ("ours_vllm_lora", "distilabel_vllm")]
     rows: list[dict[str, Any]] = []
     for name, function, given in plan:
         rows.append({"engine": name} | common.in_process(function, *given, limit_s=900))

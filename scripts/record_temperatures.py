@@ -36,13 +36,14 @@ def main() -> None:
             requests.append(generate.Request(f"{q.id}#{k}", training.prompt_text(q.text), q.kind, seed))
     base, adapter = generation_stages.generator_weights(run, "junior")
     name = engines.choose_engine("auto", len(requests) * len(widgets.TEMPERATURES), g.max_new_tokens)
-    engine = engines.open_engine(name, base, adapter, dtype=g.dtype, max_length=g.max_length)
+    options = engines.EngineOptions(name, dtype=g.dtype, max_length=g.max_length)
+    engine = engines.open_engine(options, base, adapter)
     rows = []
     try:
         for t in widgets.TEMPERATURES:
             decoding = generate.Decoding(t, g.top_p, g.max_new_tokens, constrained=False)
             log = run.folder / "temperatures" / f"{t}.jsonl"  # beside the stages' logs, which `export` packs
-            found = generate.run(
+            found = generate.generate_all(
                 requests, model=base, adapter=adapter, log=log, decoding=decoding, engine=engine, label=f"temperature {t}"
             )
             rows += [

@@ -127,7 +127,7 @@ class Prompts(Part):
 class Generation(Part):
     """How texts are sampled, and where: in one process, or by `workers` engines over Ray (`speed_core.generation.ray_engine`)."""
 
-    engine: Literal["auto", "vllm", "transformers", "continuous", "server"] = "auto"
+    engine: Literal["auto", "vllm", "transformers", "server"] = "auto"
     executor: Literal["process", "ray"] = "process"
     workers: int = Field(1, ge=1)  # with executor=ray: engines, one a GPU where there are GPUs
     ray_address: str = ""  # HOST:PORT; empty: $RAY_ADDRESS, the Ray of this machine, or one started for the run

@@ -1,6 +1,6 @@
 """Generation that loses nothing: one request, one logged outcome, whatever happens.
 
-An engine (`speed_core.generation.engines`) turns requests into completions; `run` keeps the log. Text cut at the token limit is
+An engine (`speed_core.generation.engines`) turns requests into completions; `generate_all` keeps the log. Text cut at the token limit is
 `truncated`, never repaired, and nothing is asked twice that was answered.
 """
 
@@ -8,16 +8,19 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import asdict
+from contextlib import closing
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 from speed_core.console import progress
 from speed_core.data import records
 from speed_core.files import AppendLog, UserError, digest
-from speed_core.generation.engines import Completion, Decoding, Engine, Request, VllmEngine, choose_engine, open_engine
+from speed_core.generation.engines import Completion, Decoding, Engine, EngineOptions, Request, choose_engine, open_engine
 from speed_core.models import loading
 
+Parser = Callable[[str, str, str], records.Outcome]  # of raw text, kind and finish reason
+DEFAULT_ENGINE = EngineOptions()
 LOGGED = ("record", "kind", "status", "raw", "reason", "finish_reason", "model")  # what every entry of a log has
 
 
@@ -35,23 +38,18 @@ def request_id(request: Request, model_id: str, decoding: Decoding, dtype: str =
     return digest(decides | ({"dtype": dtype} if dtype != "auto" else {}))[:24]
 
 
-def run(
+def generate_all(
     requests: Sequence[Request],
     *,
     model: str,
     log: Path,
     decoding: Decoding,
     adapter: Path | None = None,
-    engine: str | Engine = "auto",
+    engine: Engine | EngineOptions = DEFAULT_ENGINE,
     label: str = "generate",
-    dtype: str = "auto",
-    max_length: int = 1024,
-    batch_size: int = 32,
     attempts: int = 1,
     model_id: str = "",
-    workers: int = 0,
-    ray_address: str = "",
-    parse: Callable[[str, str, str], records.Outcome] = records.parse,
+    parse: Parser = records.parse,
 ) -> list[dict[str, Any]]:
     """Answer every request and return one log entry each, in the order of `requests`.
 
@@ -59,6 +57,7 @@ def run(
     again. Each finished text is parsed by `parse(raw, kind, finish_reason)` and appended at once.
     The number of entries equals the number of requests, always. A text that is not ok is asked for again, with a
     seed of its own, up to `attempts` times in all; every attempt stays in the log, the last one is returned.
+    `engine`: one that is open and stays open, or options to open one with when a request has to be issued.
     `model_id` names weights that are not on this machine (a server's); else it is their digest.
     """
     if not model_id:
@@ -66,8 +65,9 @@ def run(
         model_id = f"{base}+{loading.weights_id(adapter)}" if adapter else base
     if len({r.id for r in requests}) != len(requests):
         raise ValueError("requests: two of them share an id; ids must differ")
+    opened, options = (None, engine) if isinstance(engine, EngineOptions) else (engine, None)
+    dtype = options.dtype if options else "auto"
     latest = {r.id: r for r in requests}
-    started: Engine | None = None if isinstance(engine, str) else engine
     with AppendLog(log, LOGGED) as entries:
 
         def entry(r: Request) -> dict[str, Any] | None:
@@ -81,32 +81,26 @@ def run(
         try:
             for attempt in range(1, attempts + 1):
                 todo = [r for r in latest.values() if r.attempt == attempt and entry(r) is None]
-                if todo and started is None:
-                    assert isinstance(engine, str)
+                if todo and opened is None and options:
                     # By all requests: what is left of a stopped run is answered by the engine that began it.
-                    name = choose_engine(engine, len(requests), decoding.max_new_tokens)
-                    sizes: dict[str, Any] = {"dtype": dtype, "max_length": max_length, "batch_size": batch_size}
-                    started = open_engine(name, model, adapter, workers=workers, ray_address=ray_address, **sizes)
-                if todo and started is not None:
+                    name = choose_engine(options.name, len(requests), decoding.max_new_tokens)
+                    opened = open_engine(replace(options, name=name), model, adapter)
+                if todo and opened:
                     named = label if attempt == 1 else f"{label}, attempt {attempt}"
-                    bar = progress(len(requests), f"{named} [{started.name}]", "rec", len(requests) - len(todo))
-                    try:
-                        for c in started.generate(prefix_order(todo), decoding):
+                    bar = progress(len(requests), f"{named} [{opened.name}]", "rec", len(requests) - len(todo))
+                    with closing(bar), closing(opened.generate(prefix_order(todo), decoding)) as completions:
+                        for c in completions:
                             key = request_id(latest[c.id], model_id, decoding, dtype)
-                            entries.append(_entry(c, latest[c.id], key, model_id, started.name, parse))
+                            entries.append(_entry(c, latest[c.id], key, model_id, opened.name, parse))
                             bar.update()
-                    finally:
-                        bar.close()
                 if attempt < attempts:
-                    failed = [r for r in latest.values() if r.attempt == attempt and _weak(entry(r))]
-                    latest |= {r.id: r.again() for r in failed}
+                    latest |= {r.id: r.again() for r in latest.values() if r.attempt == attempt and _weak(entry(r))}
         except BaseException:
-            if started is not None and isinstance(engine, str):
-                started.close()
+            if opened and options:
+                opened.close()
             raise
-        if started is not None and isinstance(engine, str):
-            # The next stage often opens the same engine on other weights.
-            started.rest() if isinstance(started, VllmEngine) else started.close()
+        if opened and options:
+            opened.rest()  # the next stage often opens the same engine on other weights
         return [e for r in requests if (e := entry(latest[r.id])) is not None]
 
 
@@ -125,7 +119,7 @@ def _entry(
     key: str,
     model_id: str,
     engine: str,
-    parse: Callable[[str, str, str], records.Outcome],
+    parse: Parser,
 ) -> dict[str, Any]:
     """The line of the log for one completion."""
     if c.finish_reason == "error":
@@ -152,7 +146,7 @@ def _entry(
 def replay(
     requests: Sequence[Request], log: Path, decoding: Decoding, attempts: int = 1, dtype: str = "auto"
 ) -> list[dict[str, Any]]:
-    """The log entries of `requests` in their order, without model or engine: the last attempt of each, as `run` returns it.
+    """The log entries of `requests` in their order, without model or engine: the last attempt of each, as `generate_all` returns it.
 
     An entry counts only when its id is the digest of this very prompt, decoding and seed with the model it names.
     """

@@ -1,7 +1,7 @@
 """The same generation stage on several processes or machines: Ray actors around the engines of `generate`.
 
 Each actor holds one engine; chunks of requests go to whichever actor is free, so a fast machine takes more.
-The request log is written by the caller alone (`generate.run`), so ids, log and resume are those of one
+The request log is written by the caller alone (`generate.generate_all`), so ids, log and resume are those of one
 process. With Transformers the chunks are the very batches of one process: where the machines compute alike,
 the texts are the same too.
 
@@ -12,17 +12,17 @@ adapters lie under $SPEED_RUNS). A worker that would load other weights than the
 
 from __future__ import annotations
 
-import dataclasses
 import logging
 import os
 import socket
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from speed_core.files import UserError
-from speed_core.generation.engines import Completion, Decoding, Engine, Request, open_engine
+from speed_core.generation.engines import Completion, Decoding, Engine, EngineName, EngineOptions, Request, open_engine
 from speed_core.models import loading
 
 RESTARTS = 3  # fresh actors a worker may cost, over the life of the engine
@@ -90,14 +90,13 @@ def _first_line(error: BaseException) -> str:
     return next((s.strip() for s in str(error).splitlines() if s.strip()), type(error).__name__)[:200]
 
 
-@dataclasses.dataclass(frozen=True)
-class EngineSpec:
+@dataclass(frozen=True)
+class WorkerSpec:
     """What an actor opens: the arguments of `engines.open_engine`, and the digests that its weights must have."""
 
-    inner: str
+    options: EngineOptions
     model: str
     adapter: Path | None
-    options: dict[str, Any]
     weights: tuple[str, ...]
     environment: dict[str, str]
     opener: Callable[..., Engine]
@@ -112,7 +111,7 @@ class _Worker:
     """The actor: one engine, one chunk at a time. `__init__` does nothing, so that a start that fails is an
     error with its own message and not a dead actor."""
 
-    def start(self, spec: EngineSpec) -> tuple[str, int]:
+    def start(self, spec: WorkerSpec) -> tuple[str, int]:
         """Open the engine; (host, process id) of this worker."""
         os.environ.update(spec.environment)
         if "OMP_NUM_THREADS" in spec.environment:
@@ -125,7 +124,7 @@ class _Worker:
                 f"worker on {socket.gethostname()}: weights {'+'.join(found)} of {spec.model!r}, the caller has "
                 f"{'+'.join(spec.weights)}; give all machines the same folder or package"
             )
-        self._engine = spec.opener(spec.inner, spec.model, spec.adapter, **spec.options)
+        self._engine = spec.opener(spec.options, spec.model, spec.adapter)
         return socket.gethostname(), os.getpid()
 
     def generate(self, requests: Sequence[Request], decoding: Decoding) -> list[Completion]:
@@ -135,12 +134,12 @@ class _Worker:
         self._engine.close()
 
 
-class RayEngine:
-    """`workers` engines `inner` ("vllm" or "transformers") on the machines of a Ray, as one engine.
+class RayEngine(Engine):
+    """`options.workers` engines `options.name` on the machines of a Ray, as one engine.
 
     Workers start with the first requests. One that dies (killed, out of memory, machine gone) is replaced
     up to `restarts` times a worker, and its chunk is done again; an exception of an engine ends the
-    generation, because it would come again. `pids` holds host and process id of each worker that is up.
+    generation, because it would come again.
 
     Where the machines have GPUs a worker takes one; else a worker gets an equal share of the cores.
     `opener` opens the engine on a worker, by default as in one process.
@@ -148,24 +147,17 @@ class RayEngine:
 
     def __init__(
         self,
-        inner: str,
+        options: EngineOptions,
         model: str,
         adapter: Path | None = None,
         *,
-        workers: int = 1,
-        dtype: str = "auto",
-        max_length: int = 1024,
-        batch_size: int = 32,
-        address: str = "",
         restarts: int = RESTARTS,
         opener: Callable[..., Engine] | None = None,
     ):
-        if inner not in ("vllm", "transformers", "continuous"):
-            raise UserError(f"generation.engine {inner!r}: does not run over Ray; use vllm or transformers, or executor=process")
         if adapter is not None:
             loading.check_adapter(adapter, model)
-        self.name = inner  # who wrote a text, as in one process: artifacts do not depend on the executor
-        self.workers, self.batch_size = workers, batch_size
+        self.name = options.name  # who wrote a text, as in one process: artifacts do not depend on the executor
+        self.workers, self.batch_size = options.workers, options.batch_size
         self.pids: dict[Any, tuple[str, int]] = {}
         self.running: dict[Any, tuple[Any, list[Request]]] = {}  # pending chunk -> (worker, chunk)
         self._actors: set[Any] = set()
@@ -173,20 +165,19 @@ class RayEngine:
         self._model = str(Path(model).expanduser().resolve()) if Path(model).expanduser().is_dir() else model
         folder = adapter.resolve() if adapter else None
         names = ("HF_HUB_OFFLINE", "TOKENIZERS_PARALLELISM")
-        self._restarts_left = restarts * workers
+        self._restarts_left = restarts * options.workers
         self._ray = _ray()
-        self._owned = connect(address)
+        self._owned = connect(options.ray_address)
         try:
             share, threads = self._share()
         except UserError:
             self.close()
             raise
         self._actor = self._ray.remote(**share)(_Worker)
-        self._spec = EngineSpec(
-            inner,
+        self._spec = WorkerSpec(
+            replace(options, workers=0),
             self._model,
             folder,
-            {"dtype": dtype, "max_length": max_length, "batch_size": batch_size},
             weights_of(self._model, folder),
             {n: os.environ[n] for n in names if n in os.environ} | threads,
             opener or open_engine,
@@ -213,7 +204,7 @@ class RayEngine:
 
     def _chunks(self, requests: Sequence[Request]) -> list[list[Request]]:
         """Requests in the order and size in which workers take them."""
-        if self.name == "transformers":
+        if self.name == EngineName.TRANSFORMERS:
             # The batches of TransformersEngine: the padding, and with it the texts, are those of one process.
             self._tokenizer = self._tokenizer or loading.load_tokenizer(self._model)
             requests = sorted(requests, key=lambda r: len(loading.encode_prompt(self._tokenizer, r.text)))
@@ -223,7 +214,7 @@ class RayEngine:
             size = max(self.batch_size, min(VLLM_CHUNK, fair))
         return [list(requests[i : i + size]) for i in range(0, len(requests), size)]
 
-    def generate(self, requests: Sequence[Request], decoding: Decoding) -> Iterator[Completion]:
+    def generate(self, requests: Sequence[Request], decoding: Decoding) -> Generator[Completion, None, None]:
         """One completion per request, a chunk at a time, in the order in which chunks finish.
 
         Raises UserError in one line when an engine fails or too many workers died.

@@ -10,17 +10,17 @@ of them valid.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Sequence
 from concurrent.futures import as_completed
 from typing import Any
 
 from speed_core.data.endpoint import PROBE, Endpoint, Refusals, answers, of_request, read, sentence
 from speed_core.files import UserError
-from speed_core.generation.engines import Completion, Decoding, Request, grammar_schema
+from speed_core.generation.engines import Completion, Decoding, Engine, Request, grammar_schema
 from speed_core.models import loading
 
 
-class ServerEngine:
+class ServerEngine(Engine):
     """Asks the served model `name` at `base_url`; `tokenizer` is the name or folder that its prompts are encoded with."""
 
     name = "server"
@@ -37,8 +37,8 @@ class ServerEngine:
             raise
         self._tokenizer = loading.load_tokenizer(tokenizer)
 
-    def generate(self, requests: Sequence[Request], decoding: Decoding) -> Iterator[Completion]:
-        futures = [self._endpoint.submit(self._one(r, decoding)) for r in requests]
+    def generate(self, requests: Sequence[Request], decoding: Decoding) -> Generator[Completion, None, None]:
+        futures = [self._endpoint.submit(self._complete(r, decoding)) for r in requests]
         refusals, waiting = Refusals(), set(futures)
         try:
             for future in as_completed(futures):
@@ -51,7 +51,7 @@ class ServerEngine:
                     start = f"; start it with --lora-modules {name}=FOLDER, or --served-model-name {name}" if lists else ""
                     raise UserError(
                         f"generation.base_url: the server failed for model {name!r} ({sentence(error)}){lists}{start}; finished "
-                        "requests are logged, mend it and run again to go on"
+                        "requests are logged, correct it and run again to go on"
                     ) from None
                 if done.finish_reason != "error":
                     yield done
@@ -90,7 +90,7 @@ class ServerEngine:
             extra_body=extra,
         )
 
-    async def _one(self, r: Request, decoding: Decoding) -> Completion:
+    async def _complete(self, r: Request, decoding: Decoding) -> Completion:
         ids = loading.encode_prompt(self._tokenizer, r.text)
 
         async def send() -> Any:
@@ -102,8 +102,8 @@ class ServerEngine:
             if of_request(error):
                 return Completion(r.id, f"refused by the server ({sentence(error)})", "error", len(ids), 0)
             raise
-        said = read(reply, len(ids))
-        return Completion(r.id, said.text, said.finish_reason, said.input_tokens, said.output_tokens)
+        answer = read(reply, len(ids))
+        return Completion(r.id, answer.text, answer.finish_reason, answer.input_tokens, answer.output_tokens)
 
     def close(self) -> None:
         self._endpoint.close()

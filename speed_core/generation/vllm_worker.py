@@ -1,20 +1,23 @@
-"""The child process of `engines.VllmEngine`: jobs come in on stdin, completions leave on a pipe.
+"""The child process of `vllm_engine.VllmEngine`, run as `python -m speed_core.generation.vllm_worker FD`.
 
-Run as `python -m speed_core.generation.vllm_worker FD`. The first JSON line in says which model; then one JSON line a job in,
-one JSON line a completion out, as soon as it is finished. A line that names another model of the same architecture puts its
-weights in the place of the first one's. The process ends when stdin closes.
+FD is its end of the parent's pipe. The first message names the weights. Then each completion of a job leaves as soon as it is
+finished. A later message that names other weights of the same architecture puts them in the place of the first ones. The process
+ends when the parent closes the pipe, or sends nothing for as long as a `Rest` allows.
 """
 
 from __future__ import annotations
 
-import json
 import math
 import os
 import sys
+from collections.abc import Iterator
+from multiprocessing.connection import Connection
 from typing import Any
 
 from speed_core import machine
 from speed_core.files import UserError
+from speed_core.generation.engines import Completion
+from speed_core.generation.vllm_engine import Job, LoadWeights, Ready, Rest
 
 
 def cpu_requests() -> int:
@@ -35,97 +38,115 @@ def cache_gigabytes(config: Any, max_length: int, requests: int, dtype: str = "b
     return math.ceil(2 * each * text.num_hidden_layers * heads * size * max_length * requests / 2**30)
 
 
-def main() -> None:
-    out = os.fdopen(int(sys.argv[1]), "w", encoding="utf-8", buffering=1)
+def messages(pipe: Connection) -> Iterator[LoadWeights | Job]:
+    """What the parent sends, until it closes the pipe or leaves it silent for longer than a `Rest` allows."""
+    while True:
+        try:
+            message = pipe.recv()
+            if not isinstance(message, Rest):
+                yield message
+            elif not pipe.poll(message.seconds):
+                return
+        except EOFError:
+            return
+
+
+def import_vllm() -> Any:
+    """vLLM's engine class, imported with the settings that it reads from the environment. The longest part of the start."""
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
     os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
     # The engine runs in this very process: one process to end, nothing left behind.
     os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
-
-    # The longest part of the start, so it comes before the model's name, which the parent may still be merging.
-    import torch
     import vllm.renderers.hf as renderer
-    from transformers import AutoConfig
-    from vllm import EngineArgs, LLMEngine, SamplingParams
-    from vllm.config import StructuredOutputsConfig
-    from vllm.sampling_params import RequestOutputKind, StructuredOutputsParams
-
-    from speed_core.generation.top_p import vllm_processor
+    from vllm import LLMEngine
 
     # Copies for threads that tokenise; prompts come here as ids, and a copy of 262,144 words takes 3 s.
     renderer.maybe_make_thread_pool = lambda tokenizer, copies=1: tokenizer
+    # Not `LLM`: it prepares chats, and reads the tokenizer again for that.
+    return LLMEngine
 
-    if not (line := sys.stdin.readline()):
-        return
-    config = json.loads(line)
-    cpu = not torch.cuda.is_available()
+
+def start(engine_class: Any, weights: LoadWeights, cpu: bool, top_p: Any) -> Any:
+    """The engine on its first weights; `top_p`: the class of `top_p.vllm_processor`."""
+    from transformers import AutoConfig
+    from vllm import EngineArgs
+    from vllm.config import StructuredOutputsConfig
+
     requests = cpu_requests() if cpu else 256
     if cpu:  # the engine would take half the memory, and fill with zeros what it takes
-        model = AutoConfig.from_pretrained(config["model"])
-        gigabytes = cache_gigabytes(model, config["max_length"], requests, config["dtype"])
+        config = AutoConfig.from_pretrained(weights.folder)
+        gigabytes = cache_gigabytes(config, weights.max_length, requests, weights.dtype)
         os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", str(gigabytes))
-    nucleus = vllm_processor()
-    # Not `LLM`: it prepares chats, and reads the tokenizer again for that.
+    dtype: Any = weights.dtype
     arguments = EngineArgs(
-        model=config["model"],
-        dtype=config["dtype"],
-        max_model_len=config["max_length"],
+        model=weights.folder,
+        dtype=dtype,
+        max_model_len=weights.max_length,
         # Graph compilation costs 36 s more at the start and gains 10% (2 cores, gemma-3-270m).
         enforce_eager=cpu,
         # On the CPU a seeded request whose prompt is prefilled in pieces raises
         # "CPU Generator does not use offset" (vllm 0.32.0), so prompts are prefilled whole.
         enable_chunked_prefill=not cpu,
-        max_num_batched_tokens=max(4096, config["max_length"]),
+        max_num_batched_tokens=max(4096, weights.max_length),
         max_num_seqs=requests,
         # Top-p without a sort; on a GPU sorting is cheap, and vLLM's own stays.
-        logits_processors=[nucleus] if cpu else None,
+        logits_processors=[top_p] if cpu else None,
         enable_prefix_caching=True,
         disable_log_stats=True,
         # Without this the JSON grammar admits endless whitespace between tokens.
         structured_outputs_config=StructuredOutputsConfig(backend="xgrammar", disable_any_whitespace=True),
     )
-    engine = LLMEngine.from_engine_args(arguments)
-    out.write(json.dumps({"ready": True}) + "\n")
-    for line in sys.stdin:
-        job = json.loads(line)
-        if "model" in job:
-            engine.collective_rpc("reload_weights", kwargs={"weights_path": job["model"]})
+    return engine_class.from_engine_args(arguments)
+
+
+def complete(engine: Any, job: Job, max_length: int, top_p: float) -> Iterator[Completion]:
+    """The completions of a job, each as soon as it is finished. A prompt that is too long is an error of its own."""
+    from vllm import SamplingParams
+    from vllm.sampling_params import RequestOutputKind, StructuredOutputsParams
+
+    grammars = {k: StructuredOutputsParams(json=s) for k, s in job.schemas.items()}
+    for request, ids in job.prompts:
+        if len(ids) >= max_length:
+            yield Completion(request.id, f"prompt of {len(ids)} tokens, limit {max_length}", "error", len(ids), 0)
+            continue
+        params = SamplingParams(
+            temperature=job.decoding.temperature,
+            top_p=top_p,
+            max_tokens=job.decoding.max_new_tokens,
+            seed=request.seed,
+            structured_outputs=grammars.get(request.kind),
+            output_kind=RequestOutputKind.FINAL_ONLY,
+        )
+        engine.add_request(request.id, {"prompt_token_ids": ids}, params)
+    while engine.has_unfinished_requests():
+        for done in engine.step():
+            if done.finished:
+                text = done.outputs[0]
+                prompt, new = len(done.prompt_token_ids), len(text.token_ids)
+                yield Completion(done.request_id, text.text, str(text.finish_reason), prompt, new)
+
+
+def main() -> None:
+    pipe = Connection(int(sys.argv[1]))
+    engine_class, engine = import_vllm(), None
+    import torch
+
+    from speed_core.generation.top_p import vllm_processor
+
+    cpu, top_p, max_length = not torch.cuda.is_available(), vllm_processor(), 0
+    for message in messages(pipe):
+        if isinstance(message, Job):
+            top_p.p = message.decoding.top_p
+            for completion in complete(engine, message, max_length, 1.0 if cpu else message.decoding.top_p):
+                pipe.send(completion)
+            continue
+        if engine is None:
+            engine, max_length = start(engine_class, message, cpu, top_p), message.max_length
+        else:
+            engine.collective_rpc("reload_weights", kwargs={"weights_path": message.folder})
             if not engine.reset_prefix_cache():  # keys and values of the weights before
                 raise RuntimeError("the prefix cache could not be emptied")
-            out.write(json.dumps({"ready": True}) + "\n")
-            continue
-        d = job["decoding"]
-        nucleus.p = d["top_p"]
-        grammars = {k: StructuredOutputsParams(json=s) for k, s in job["schemas"].items()}
-        for r in job["requests"]:
-            if len(r["ids"]) >= config["max_length"]:
-                why = f"prompt of {len(r['ids'])} tokens, limit {config['max_length']}"
-                refused = {"id": r["id"], "text": why, "finish_reason": "error", "prompt_tokens": len(r["ids"]), "new_tokens": 0}
-                out.write(json.dumps(refused) + "\n")
-                continue
-            params = SamplingParams(
-                temperature=d["temperature"],
-                top_p=1.0 if cpu else d["top_p"],
-                max_tokens=d["max_new_tokens"],
-                seed=r["seed"],
-                structured_outputs=grammars.get(r["kind"]),
-                output_kind=RequestOutputKind.FINAL_ONLY,
-            )
-            engine.add_request(r["id"], {"prompt_token_ids": r["ids"]}, params)
-        while engine.has_unfinished_requests():
-            finished: list[Any] = list(engine.step())
-            for done in finished:
-                if not done.finished:
-                    continue
-                text = done.outputs[0]
-                completion = {
-                    "id": done.request_id,
-                    "text": text.text,
-                    "finish_reason": str(text.finish_reason),
-                    "prompt_tokens": len(done.prompt_token_ids),
-                    "new_tokens": len(text.token_ids),
-                }
-                out.write(json.dumps(completion) + "\n")
+        pipe.send(Ready())
 
 
 if __name__ == "__main__":

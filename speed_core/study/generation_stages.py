@@ -234,13 +234,13 @@ def _generate(
         model_id = f"server:{base}{loading.settings_id(base)}+{loading.weights_id(made.weights()) if made else generator}"
         served = ServerEngine(g.base_url, base if generator == "base" else generator, base, concurrency=g.concurrency)
         try:
-            return generate.run(requests, model=base, model_id=model_id, engine=served, **common)
+            return generate.generate_all(requests, model=base, model_id=model_id, engine=served, **common)
         finally:
             served.close()
     base, adapter = generator_weights(run, generator)
-    common |= {"dtype": g.dtype, "max_length": g.max_length, "batch_size": g.batch_size}
-    common |= {"workers": g.workers if g.executor == "ray" else 0, "ray_address": g.ray_address}
-    return generate.run(requests, model=base, adapter=adapter, engine=g.engine, **common)
+    workers = g.workers if g.executor == "ray" else 0
+    options = generate.EngineOptions(g.engine, g.dtype, g.max_length, g.batch_size, workers, g.ray_address)
+    return generate.generate_all(requests, model=base, adapter=adapter, engine=options, **common)
 
 
 def generator_weights(run: Run, generator: str) -> tuple[str, Any]:

@@ -7,7 +7,8 @@ import pytest
 
 from speed_core.data import prompts, records
 from speed_core.files import UserError, read_jsonl
-from speed_core.generation import engines, generate
+from speed_core.generation import engines, generate, vllm_engine, vllm_worker
+from speed_core.generation.transformers_engine import TransformersEngine
 from speed_core.models import loading, training
 from speed_core.preference import judge, pairs
 
@@ -25,7 +26,9 @@ def requests(n):
 
 def test_transformers_answers_every_request_once_and_resumes_from_the_log(tmp_path, tiny_model):
     base, decoding = tiny_model("gemma3"), generate.Decoding(max_new_tokens=48)
-    entries = generate.run(requests(4), model=base, log=tmp_path / "log", decoding=decoding, engine="transformers")
+    entries = generate.generate_all(
+        requests(4), model=base, log=tmp_path / "log", decoding=decoding, engine=generate.EngineOptions("transformers")
+    )
     assert sum(generate.counts(entries).values()) == 4
     assert all(generate.outcome_of(e).status == e["status"] for e in entries)
     assert all(e["raw"].startswith("{") for e in entries), "the grammar holds from the first character"
@@ -39,12 +42,12 @@ def test_transformers_answers_every_request_once_and_resumes_from_the_log(tmp_pa
         def close(self):
             pass
 
-    again = generate.run(requests(4), model=base, log=tmp_path / "log", decoding=decoding, engine=Refuses())
+    again = generate.generate_all(requests(4), model=base, log=tmp_path / "log", decoding=decoding, engine=Refuses())
     assert again == entries
 
 
 def test_a_text_of_transformers_does_not_depend_on_its_batch(tiny_model):
-    engine = engines.TransformersEngine(tiny_model("gemma3"), dtype="float32")
+    engine = TransformersEngine(tiny_model("gemma3"), dtype="float32")
     decoding, told = generate.Decoding(0.9, 0.95, 8, constrained=False), []
     for size, items in ((5, requests(5)), (2, requests(5)[::-1])):
         engine.batch_size = size
@@ -54,14 +57,14 @@ def test_a_text_of_transformers_does_not_depend_on_its_batch(tiny_model):
 
 @pytest.mark.skipif(importlib.util.find_spec("vllm") is None, reason="vLLM is not installed")
 def test_vllm_runs_in_a_process_of_its_own_and_ends_with_it(tmp_path):
-    engine = engines.VllmEngine(BASE, max_length=512)
+    engine = vllm_engine.VllmEngine(BASE, max_length=512)
     try:
         items = [*requests(6), generate.Request("free", training.prompt_text("Water boils at"), "", 1)]
-        entries = generate.run(
+        entries = generate.generate_all(
             items[:6], model=BASE, log=tmp_path / "log", decoding=generate.Decoding(max_new_tokens=96), engine=engine
         )
         long = generate.Request("long", "word " * 600, "sts", 1)
-        refused = generate.run([long], model=BASE, log=tmp_path / "log2", decoding=generate.Decoding(), engine=engine)
+        refused = generate.generate_all([long], model=BASE, log=tmp_path / "log2", decoding=generate.Decoding(), engine=engine)
         text = list(engine.generate(items[6:], generate.Decoding(max_new_tokens=12, temperature=0.0, constrained=False)))[0].text
     finally:
         engine.close()
@@ -80,7 +83,7 @@ def test_a_vllm_that_rests_takes_other_weights_and_writes_what_a_new_one_writes(
 
     workers = []
 
-    class Counted(engines._Worker):
+    class Counted(vllm_engine.Worker):
         def __init__(self):
             super().__init__()
             workers.append(self)
@@ -90,18 +93,19 @@ def test_a_vllm_that_rests_takes_other_weights_and_writes_what_a_new_one_writes(
     get_peft_model(loading.load_causal_lm(BASE), other).save_pretrained(tmp_path / "other")
     base = loading.resolve(BASE)
     monkeypatch.setattr(loading, "cache_dir", lambda: tmp_path / "cache")  # of the merged weights
-    monkeypatch.setattr(engines, "_Worker", Counted)
-    engines.end_resting()
+    monkeypatch.setattr(vllm_engine, "Worker", Counted)
+    vllm_engine.end_resting()
     # float32: a fresh engine compiles its grammars while it writes, so its batches, and the last bits in bfloat16, are others.
-    how = {"decoding": generate.Decoding(temperature=0.7, max_new_tokens=24), "max_length": 512, "dtype": "float32"}
+    decoding = generate.Decoding(temperature=0.7, max_new_tokens=24)
+    how = {"decoding": decoding, "engine": generate.EngineOptions("vllm", max_length=512, dtype="float32")}
     told = {}
     for name, adapter in (("base", None), ("other", tmp_path / "other"), ("base again", None), ("new", tmp_path / "other")):
         if name == "new":
             assert len(workers) == 1 and workers[0].child.poll() is None
-            engines.end_resting()
+            vllm_engine.end_resting()
             assert workers[0].child.poll() is not None
-            monkeypatch.setattr(engines, "REST_SECONDS", 0.1)
-        entries = generate.run(requests(6), model=base, adapter=adapter, log=tmp_path / f"{name}.log", engine="vllm", **how)
+            monkeypatch.setattr(vllm_engine, "REST_SECONDS", 0.1)
+        entries = generate.generate_all(requests(6), model=base, adapter=adapter, log=tmp_path / f"{name}.log", **how)
         told[name] = [e["raw"] for e in entries]
     assert told["other"] == told["new"] != told["base"] == told["base again"] and len(workers) == 2
     workers[1].child.wait(timeout=30)  # nobody came
@@ -110,18 +114,18 @@ def test_a_vllm_that_rests_takes_other_weights_and_writes_what_a_new_one_writes(
 def test_the_cache_of_vllm_on_a_cpu_holds_all_requests_of_full_length():
     from transformers import AutoConfig
 
-    from speed_core.generation.vllm_worker import cache_gigabytes
-
     config = AutoConfig.from_pretrained(loading.resolve(BASE)).get_text_config()
     a_token = 2 * 2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim  # keys and values, 16 bits
-    assert (cache_gigabytes(config, 640, 64) - 1) * 2**30 < a_token * 640 * 64 <= cache_gigabytes(config, 640, 64) * 2**30
-    assert cache_gigabytes(config, 6400, 64, dtype="float32") >= 2 * cache_gigabytes(config, 6400, 64) - 1
-    assert cache_gigabytes(config, 6400, 64) > 5 * cache_gigabytes(config, 640, 64)
+    assert (
+        (vllm_worker.cache_gigabytes(config, 640, 64) - 1) * 2**30
+        < a_token * 640 * 64
+        <= vllm_worker.cache_gigabytes(config, 640, 64) * 2**30
+    )
+    assert vllm_worker.cache_gigabytes(config, 6400, 64, dtype="float32") >= 2 * vllm_worker.cache_gigabytes(config, 6400, 64) - 1
+    assert vllm_worker.cache_gigabytes(config, 6400, 64) > 5 * vllm_worker.cache_gigabytes(config, 640, 64)
 
 
 def test_fewer_texts_are_written_at_a_time_where_memory_is_short(monkeypatch):
-    from speed_core.generation import vllm_worker
-
     monkeypatch.delenv("SPEED_CPU_REQUESTS", raising=False)
     for free, wanted in ((8, 64), (24, 128)):
         monkeypatch.setattr(vllm_worker.machine, "memory_gb", lambda free=free: free)
@@ -134,17 +138,14 @@ def test_fewer_texts_are_written_at_a_time_where_memory_is_short(monkeypatch):
             vllm_worker.cpu_requests()
 
 
-def test_continuous_batching_holds_each_request_to_its_own_grammar_and_free_text_to_none(tmp_path):
-    from speed_core.generation.continuous_engine import ContinuousEngine
-
-    engine = ContinuousEngine(BASE)
-    items = requests(6)
-    decoding = generate.Decoding(temperature=0.7, top_p=0.95, max_new_tokens=40)
-    entries = generate.run(items, model=BASE, log=tmp_path / "log", decoding=decoding, engine=engine)
+def test_transformers_holds_each_request_to_its_own_grammar_and_free_text_to_none(tmp_path):
+    engine = TransformersEngine(BASE)
+    decoding = generate.Decoding(temperature=0.7, top_p=0.95, max_new_tokens=24)
+    entries = generate.generate_all(requests(4), model=BASE, log=tmp_path / "log", decoding=decoding, engine=engine)
     free = generate.Request("free", training.prompt_text("Water boils at"), "", 1)
     text = list(engine.generate([free], generate.Decoding(max_new_tokens=12, temperature=0.0, constrained=False)))[0].text
     engine.close()
-    assert sum(generate.counts(entries).values()) == 6 and {e["engine"] for e in entries} == {"continuous"}
+    assert sum(generate.counts(entries).values()) == 4 and {e["engine"] for e in entries} == {"transformers"}
     firsts = {e["kind"]: e["raw"].split(":")[0] for e in entries}
     assert firsts == {"sts": '{"S1"', "classification": '{"input_text"'}, "each kind has its own first key"
     assert "100" in text and not text.startswith("{")
@@ -186,12 +187,12 @@ def test_an_invalid_text_is_asked_for_again_with_its_own_seed_and_not_for_ever(t
     items = [generate.Request(i, f"prompt {i}", "sts", 7) for i in ("a", "b", "never")]
     given = dict(model=tiny_model("llama"), log=tmp_path / "log", decoding=generate.Decoding(), attempts=3)
     engine = Second()
-    entries = generate.run(items, engine=engine, **given)
+    entries = generate.generate_all(items, engine=engine, **given)
     assert [e["status"] for e in entries] == ["ok", "ok", "invalid"] and [e["attempt"] for e in entries] == [2, 2, 3]
     assert len(engine.issued) == 3 + 3 + 1 == len(read_jsonl(tmp_path / "log"))
     assert len({(r.id, r.seed) for r in engine.issued}) == 7, "an attempt repeated a seed"
     again = Second()
-    assert generate.run(items, engine=again, **given) == entries and again.issued == []
+    assert generate.generate_all(items, engine=again, **given) == entries and again.issued == []
     assert generate.replay(items, tmp_path / "log", generate.Decoding(), attempts=3) == entries
     first = generate.replay(items, tmp_path / "log", generate.Decoding())
     assert [e["status"] for e in first] == ["invalid"] * 3, "one attempt means the first one"
@@ -200,9 +201,9 @@ def test_an_invalid_text_is_asked_for_again_with_its_own_seed_and_not_for_ever(t
 def test_a_log_of_other_settings_is_kept_and_named_and_not_used(tmp_path, tiny_model, capsys):
     items = [generate.Request("a", "prompt", "sts", 7)]
     given = dict(model=tiny_model("llama"), log=tmp_path / "log")
-    generate.run(items, engine=Second(), decoding=generate.Decoding(), **given)
+    generate.generate_all(items, engine=Second(), decoding=generate.Decoding(), **given)
     engine = Second()
-    generate.run(items, engine=engine, decoding=generate.Decoding(temperature=0.5), **given)
+    generate.generate_all(items, engine=engine, decoding=generate.Decoding(temperature=0.5), **given)
     assert len(engine.issued) == 1 and len(read_jsonl(tmp_path / "log")) == 2
     assert "log: holds 1 of these records with another prompt, model, decoding or seed; kept, not used" in capsys.readouterr().out
 
@@ -214,7 +215,7 @@ def test_prompts_with_a_common_beginning_follow_each_other():
 
 
 def test_an_unknown_engine_is_refused():
-    with pytest.raises(UserError, match="auto, vllm, transformers, continuous or server"):
+    with pytest.raises(UserError, match="auto, vllm, transformers or server"):
         engines.choose_engine("magic", 1, 1)
 
 

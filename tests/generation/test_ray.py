@@ -13,6 +13,7 @@ from speed_core import profile
 from speed_core.data import prompts
 from speed_core.files import UserError, read_jsonl
 from speed_core.generation import engines, generate, ray_engine
+from speed_core.generation.engines import EngineOptions
 from speed_core.generation.ray_engine import RayEngine
 from speed_core.study import generation_stages
 from speed_core.study.runs import open_run
@@ -25,10 +26,14 @@ def base(tiny_model):
     return tiny_model("gemma3")
 
 
+def over_ray(base, workers=1, address="", **more):
+    return RayEngine(EngineOptions("transformers", workers=workers, ray_address=address), base, **more)
+
+
 @pytest.fixture(scope="module")
 def a_ray(base):
     """A Ray of this machine. Engines that come later use it and leave it; it ends with the one that started it."""
-    first = RayEngine("transformers", base, workers=2, address="local")
+    first = over_ray(base, workers=2, address="local")
     assert ray.is_initialized()
     yield
     assert ray.is_initialized()
@@ -39,7 +44,7 @@ def a_ray(base):
 @pytest.mark.parametrize(("address", "says"), [("127.0.0.1:1", "nothing answers there"), ("ray://127.0.0.1:1", "no HOST:PORT")])
 def test_an_address_without_a_ray_is_refused_at_once(base, address, says):
     with pytest.raises(UserError, match=says):
-        RayEngine("transformers", base, address=address)
+        over_ray(base, address=address)
 
 
 def killed_once(bill, victim):
@@ -111,22 +116,22 @@ def failing():
 
 
 def test_an_engine_that_always_fails_ends_in_one_line(tmp_path, base, a_ray):
-    engine = RayEngine("transformers", base, workers=1, restarts=0, opener=failing())
+    engine = over_ray(base, restarts=0, opener=failing())
     for text, says in (("raise", "RuntimeError: no room"), ("die", "workers died too often")):
         requests = [generate.Request("r", text, "sts", 0)]
         with pytest.raises(UserError, match=f"{says}.*run again to go on") as error:
-            generate.run(requests, model=base, log=tmp_path / text, decoding=generate.Decoding(), engine=engine)
+            generate.generate_all(requests, model=base, log=tmp_path / text, decoding=generate.Decoding(), engine=engine)
         assert "\n" not in str(error.value)
     engine.close()
 
 
 def test_more_workers_than_the_machines_hold_are_refused(base, a_ray):
     with pytest.raises(UserError, match=r"generation.workers 999: Ray has \d+ cores on 1 machines; lower it to"):
-        RayEngine("transformers", base, workers=999)
+        over_ray(base, workers=999)
 
 
 def test_a_worker_with_other_weights_is_refused(base, a_ray):
-    spec = dataclasses.replace(RayEngine("transformers", base)._spec, weights=("other",))
+    spec = dataclasses.replace(over_ray(base)._spec, weights=("other",))
     with pytest.raises(UserError, match="give all machines the same folder or package"):
         ray_engine._Worker().start(spec)
 
@@ -134,7 +139,7 @@ def test_a_worker_with_other_weights_is_refused(base, a_ray):
 def test_without_ray_the_user_is_told_what_to_install(base, monkeypatch):
     monkeypatch.setitem(sys.modules, "ray", None)
     with pytest.raises(UserError, match="pip install ray"):
-        RayEngine("transformers", base)
+        over_ray(base)
 
 
 def test_a_profile_without_workers_is_refused():

@@ -78,7 +78,7 @@ def test_generation_through_a_server_ends_each_request_in_one_outcome_held_to_it
     decoding, engine = generate.Decoding(max_new_tokens=64), ServerEngine(server, "tiny", BASE, concurrency=4)
     given = dict(model=BASE, model_id="server:tiny", log=tmp_path / "log", decoding=decoding)
     try:
-        entries = generate.run(items, engine=engine, **given)
+        entries = generate.generate_all(items, engine=engine, **given)
     finally:
         engine.close()
     assert sum(generate.counts(entries).values()) == 7 and {e["engine"] for e in entries} == {"server"}
@@ -101,7 +101,7 @@ def test_a_request_that_the_server_refuses_is_an_outcome_and_the_others_go_on(se
     short, long = [generate.Request(i, t, "sts", 1) for i, t in (("short", "Write."), ("long", "word " * 900))]
     engine = ServerEngine(server, "tiny", BASE)
     given = dict(model=BASE, model_id="server:tiny", log=tmp_path / "log", decoding=generate.Decoding(max_new_tokens=24))
-    entries = generate.run([long, short], engine=engine, **given)
+    entries = generate.generate_all([long, short], engine=engine, **given)
     engine.close()
     assert [e["status"] for e in entries][0] == "error" and "refused by the server (BadRequestError 400: " in entries[0]["reason"]
     assert entries[1]["status"] != "error" and sum(generate.counts(entries).values()) == 2
@@ -111,7 +111,7 @@ def test_a_model_that_the_server_lacks_is_named_with_the_remedy_and_held_against
     given = dict(model=BASE, model_id="server:senior", log=tmp_path / "log", decoding=generate.Decoding(max_new_tokens=24))
     engine = ServerEngine(server, "senior", BASE)
     with pytest.raises(UserError, match="model 'senior' .*404.*; it lists tiny; .*--lora-modules senior=FOLDER"):
-        generate.run([generate.Request("a", "Write.", "sts", 1)], engine=engine, **given)
+        generate.generate_all([generate.Request("a", "Write.", "sts", 1)], engine=engine, **given)
     engine.close()
     assert (tmp_path / "log").read_bytes() == b""
 
@@ -144,6 +144,6 @@ def test_a_server_that_dies_in_the_middle_loses_no_finished_request(server, tmp_
     items = [generate.Request(p.id, training.prompt_text(p.text), p.kind, i) for i, p in enumerate(some_prompts(6))]
     given = dict(model=BASE, model_id="server:tiny", log=tmp_path / "log", decoding=generate.Decoding(max_new_tokens=24))
     with pytest.raises(UserError, match="finished requests are logged"):
-        generate.run(items, engine=Dies(server, "tiny", BASE), **given)
+        generate.generate_all(items, engine=Dies(server, "tiny", BASE), **given)
     assert len((tmp_path / "log").read_text().splitlines()) == 3
-    assert len(generate.run(items, engine=ServerEngine(server, "tiny", BASE), **given)) == 6
+    assert len(generate.generate_all(items, engine=ServerEngine(server, "tiny", BASE), **given)) == 6

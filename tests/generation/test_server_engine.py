@@ -45,7 +45,7 @@ def test_a_server_that_refuses_every_request_stops_the_stage_and_a_rerun_goes_on
     def ask():
         engine = ServerEngine(f"http://127.0.0.1:{http.server_address[1]}/v1", "tiny", "package:gemma-3-270m", concurrency=1)
         try:
-            return generate.run(items, model="m", model_id="m", engine=engine, log=tmp_path / "l", decoding=generate.Decoding(), parse=lambda *_: records.Outcome("ok"))  # fmt: skip
+            return generate.generate_all(items, model="m", model_id="m", engine=engine, log=tmp_path / "l", decoding=generate.Decoding(), parse=lambda *_: records.Outcome("ok"))  # fmt: skip
         finally:
             engine.close()
 

@@ -26,7 +26,7 @@ def by_definition(logits, p):
 def test_it_equals_the_definition_for_flat_and_for_peaked_rows(seed, p, spread):
     logits = spread * torch.randn(4, 600, generator=torch.Generator().manual_seed(seed))
     logits[0, 100:] = -torch.inf  # a grammar's mask
-    kept, wanted = top_p.nucleus(logits, p), by_definition(logits, p)
+    kept, wanted = top_p.top_p_filter(logits, p), by_definition(logits, p)
     edge = (kept.isfinite() != wanted.isfinite()).sum(-1)
     assert edge.max() <= 1, "more than the token at the edge, where rounding decides, differs"
     both = kept.isfinite() & wanted.isfinite()
@@ -34,9 +34,9 @@ def test_it_equals_the_definition_for_flat_and_for_peaked_rows(seed, p, spread):
 
 
 def test_a_row_whose_nucleus_is_wider_than_the_candidates_is_looked_at_whole():
-    flat = torch.zeros(2, 3 * top_p.SECOND)
+    flat = torch.zeros(2, 3 * top_p.CANDIDATES[-1])
     flat[1, 7] = 50.0
-    kept = top_p.nucleus(flat, 0.9).isfinite().sum(-1)
+    kept = top_p.top_p_filter(flat, 0.9).isfinite().sum(-1)
     assert kept[1] == 1 and abs(int(kept[0]) - 0.9 * flat.shape[-1]) <= 2
 
 
@@ -45,7 +45,7 @@ def test_it_agrees_with_the_filters_of_transformers_and_vllm():
     from transformers import TopPLogitsWarper
 
     logits = 3 * torch.randn(8, 50_000, generator=torch.Generator().manual_seed(0))
-    ours = top_p.nucleus(logits, 0.95)
+    ours = top_p.top_p_filter(logits, 0.95)
     for theirs in (
         TopPLogitsWarper(0.95)(None, logits.clone()),
         vllm.apply_top_k_top_p_pytorch(logits.clone(), None, torch.full((8,), 0.95)),
@@ -57,7 +57,7 @@ def test_it_agrees_with_the_filters_of_transformers_and_vllm():
 
 def test_p_of_one_changes_nothing():
     logits = torch.randn(2, 10)
-    assert top_p.nucleus(logits, 1.0) is logits
+    assert top_p.top_p_filter(logits, 1.0) is logits
 
 
 def test_the_mass_of_a_row_has_the_same_bits_with_one_thread_and_with_two():
@@ -74,10 +74,10 @@ def test_the_mass_of_a_row_has_the_same_bits_with_one_thread_and_with_two():
 
 def test_noise_draws_each_token_as_often_as_its_probability_and_a_row_does_not_depend_on_the_others():
     logits = torch.tensor([0.5, 0.3, 0.2, 0.0]).log()
-    draws = top_p.hf_noise(range(20_000))(None, logits.repeat(20_000, 1)).argmax(-1)
+    draws = top_p.SeededNoise(range(20_000))(None, logits.repeat(20_000, 1)).argmax(-1)
     assert torch.allclose(draws.bincount(minlength=4) / 20_000, logits.exp(), atol=0.012)
     some = [7, 19_999, 3]
-    assert torch.equal(top_p.hf_noise(some)(None, logits.repeat(3, 1)).argmax(-1), draws[some])
+    assert torch.equal(top_p.SeededNoise(some)(None, logits.repeat(3, 1)).argmax(-1), draws[some])
 
 
 @given(st.integers(0, 2**31 - 1), st.integers(1, 5000), st.data())

@@ -52,7 +52,7 @@ def work(folder, slow):
     store.recover()
     with store.stage("raw", {"prompts": "x"}) as draft:
         if draft:
-            entries = generate.run(
+            entries = generate.generate_all(
                 REQUESTS, model=str(folder.parent / "model"), log=folder / "log.jsonl", decoding=DECODING, engine=Paid(folder / "bill")
             )  # fmt: skip
             write_jsonl(draft.file("data.jsonl"), entries)
