@@ -1,5 +1,6 @@
 """Run notebooks headlessly, many of them, on this machine and the next.
 
+arguments     values of the command line
 notebook      execute one notebook, or all, with a true status
 sweep         grids of values and seeds
 paper_sweeps  the sweeps of SPEED's Fig. 3 and Table 3
