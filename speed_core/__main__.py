@@ -39,8 +39,6 @@ def run(
     cell_timeout: CellTimeout = None,
 ) -> None:
     """Run the notebooks, once or for every point of a sweep; exit code 0 only when all of them truly ran."""
-    from speed_core.runner.notebook import run_all
-
     numbers, grid, seeds = arguments.words(only), arguments.grid(set_), arguments.seeds(seed)
     if len(seeds) > 1 or any(len(v) > 1 for v in grid.values()):
         from speed_core.runner.sweep import points, run_points
@@ -51,6 +49,8 @@ def run(
         raise typer.Exit(int(any(code for _, code in done)))
     if executor != "process" or jobs > 1:
         raise UserError("--executor and --jobs are for a sweep, and this is one run; give --seed 0,1 or --set NAME=V1,V2")
+    from speed_core.runner.batch import run_all
+
     overrides = {name: values[0] for name, values in grid.items()}
     one = seeds[0] if seeds else None
     reports = run_all(profile, overrides=overrides, seed=one, only=numbers, start=start, cell_timeout=cell_timeout)
@@ -73,7 +73,7 @@ def study(
     """Run the sweeps of Fig. 3 and Tables 3 and 4, and further trainings of the generators, over a finished run, then draw notebooks
     10 and 12 again."""
     from speed_core.runner import parallel
-    from speed_core.runner.notebook import run_all
+    from speed_core.runner.batch import run_all
     from speed_core.runner.paper_sweeps import run_study
 
     failed = [p.name for p, code in run_study(profile, arguments.words(only), jobs=jobs or parallel.workers()) if code]
@@ -253,7 +253,8 @@ def import_(
     An archive of `export --whole` is only taken in: `run` goes on where it stopped.
     """
     from speed_core.runner import replay
-    from speed_core.runner.notebook import environment, run_all
+    from speed_core.runner.batch import run_all
+    from speed_core.runner.notebook import environment
     from speed_core.study import embedding_stages
     from speed_core.study.runs import open_run
 

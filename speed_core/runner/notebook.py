@@ -1,4 +1,4 @@
-"""Run notebooks headlessly, and report a success only where every cell ran.
+"""Execute one notebook headlessly, and report a success only where every cell ran.
 
 papermill 2.7 writes "completed" over cells of a killed kernel, accepts parameters that do not exist and
 empties the last good output before it starts. So parameters are checked first, and the notebook runs in a
@@ -11,7 +11,6 @@ from __future__ import annotations
 import ast
 import difflib
 import itertools
-import json
 import os
 import re
 import sys
@@ -28,13 +27,8 @@ import nbformat
 import papermill
 import papermill.execute
 from papermill.exceptions import PapermillExecutionError
-from rich.console import Console
-from rich.table import Table
 
 from speed_core.files import UserError, digest, disk_errors, read_text, without_users
-from speed_core.runner import recorded
-from speed_core.store.run_context import ROOT, Run
-from speed_core.study.runs import open_run
 
 PROGRESS = re.compile(r": making it \(|(?<!\d)\d{1,3}%\|[ #]*\|")
 LONGEST_PROGRESS = 1000  # characters of a line that shows progress; a longer line is a result
@@ -211,13 +205,13 @@ def execute(
             )
     except PapermillExecutionError as error:
         bad_input = error.ename == UserError.__name__
-        problem = f"cell {error.exec_count}{_line(error.traceback)}: {error.ename}: {_plain(error.evalue)}"
+        problem = f"cell {error.exec_count}{_line(error.traceback)}: {error.ename}: {plain(error.evalue)}"
         if error.ename == "KeyboardInterrupt" and cell_timeout:
             problem += f"the cell took longer than {cell_timeout} s (--cell-timeout)"
     except UserError:  # no room for what would be executed
         raise
     except Exception as error:  # a dead kernel, a timeout: papermill raises many types; each is a failed notebook
-        problem = f"{_last_started(work)}{type(error).__name__}: {_plain(str(error))}"
+        problem = f"{_last_started(work)}{type(error).__name__}: {plain(str(error))}"
     except BaseException:  # Ctrl-C or SIGTERM: what ran so far is kept as a failure, and the signal goes on
         _keep(work, target)
         raise
@@ -339,7 +333,8 @@ def _keep(work: Path, target: Path) -> None:
         os.replace(work, target.with_name(f"{target.stem}.failed.ipynb"))
 
 
-def _plain(text: str) -> str:
+def plain(text: str) -> str:
+    """The last line of a message, without colours, cut to a length that a table can show."""
     return _uncoloured(text.strip().rpartition("\n")[2][:2000])[:400]
 
 
@@ -386,63 +381,3 @@ def choose(folder: Path, only: Sequence[str] = (), start: str = "") -> list[Path
     if not chosen:
         raise UserError(f"--only {','.join(only)} --from {start}: leaves no notebook; give one of the two")
     return chosen
-
-
-def run_all(
-    profile: str,
-    *,
-    overrides: Mapping[str, Any] | None = None,
-    seed: int | None = None,
-    only: Sequence[str] = (),
-    start: str = "",
-    folder: Path | None = None,
-    cell_timeout: int | None = None,
-) -> list[Report]:
-    """Run the numbered notebooks at a profile, in order, stopping at the first failure; prints one table at the end."""
-    run = open_run(profile, dict(overrides or {}), seed)  # a bad profile or parameter is refused here
-    folder = folder or ROOT / "notebooks"
-    chosen = choose(folder, only, start)
-    given = {"profile": profile, "overrides": dict(overrides or {})} | ({"seed": seed} if seed is not None else {})
-    for path in chosen:
-        check_parameters(path, given)
-    reports: list[Report] = []
-    for number, path in enumerate(chosen, 1):
-        print(f"\n[{number}/{len(chosen)}] {path.stem}", flush=True)
-        report = execute(path, run.folder / "notebooks" / path.name, given, cell_timeout=cell_timeout)
-        reports.append(report)
-        line = {"notebook": path.stem, "status": report.status, "seconds": round(report.seconds, 1), "detail": report.detail}
-        with (run.folder / "times.jsonl").open("a") as f:
-            f.write(json.dumps(line | {"written": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())}) + "\n")
-        if not report.ok:
-            break
-    table(reports, [p.stem for p in chosen], run.figures)
-    if not only and not start and all(r.ok for r in reports):
-        _compare(run)
-    return reports
-
-
-def _compare(run: Run) -> None:
-    """Print how a whole run compares with the recorded one. The run has succeeded by now, whatever happens here."""
-    try:
-        report = recorded.report(run)
-    except Exception as error:  # an archive that is damaged, a full disk, a manifest of another version
-        report = f"not compared with the recorded run: {type(error).__name__}: {_plain(str(error))}"
-    if report:
-        print(report, flush=True)
-
-
-def table(reports: Sequence[Report], wanted: Sequence[str], figures: Path) -> None:
-    """One table of notebooks and the list of figures."""
-    t = Table(title="notebooks")
-    for column in ("notebook", "status", "time", "detail"):
-        t.add_column(column)
-    by_name = {r.name: r for r in reports}
-    for name in wanted:
-        r = by_name.get(name, Report(name, Status.NOT_RUN))
-        t.add_row(name, r.status, f"{r.seconds / 60:.1f} min" if r.seconds else "", r.detail)
-    t.add_row("all", "", f"{sum(r.seconds for r in reports) / 60:.1f} min", "")
-    console = Console(width=110)
-    console.print(t)
-    console.print(
-        f"figures in {os.path.relpath(figures)}: " + ", ".join(sorted(p.name for p in figures.glob("*.svg"))), soft_wrap=True
-    )

@@ -229,7 +229,7 @@ def test_a_notebook_with_a_byte_order_mark_runs(tmp_path):
 def test_a_printed_line_of_any_length_is_left_as_it_is():
     # Each was quadratic: minutes instead of a moment.
     for line in ("7" * 2_000_000, "\x1b[" * 1_000_000, "5%|" * 700_000):
-        assert notebook.fold(line) == line and notebook._plain(f"first\n{line}") == line[:400]
+        assert notebook.fold(line) == line and notebook.plain(f"first\n{line}") == line[:400]
 
 
 def test_a_lost_tag_and_a_computed_parameter_are_refused(tmp_path):
