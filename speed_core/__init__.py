@@ -13,18 +13,10 @@
     teaching     exercises, widgets, the classroom
     store        artifacts and runs on disk
     reference    the papers' equations, each as short as it can be read
-    files, machine, console   the ground floor
+    files, machine, console, settings   the ground floor
 
 Imports run one way, from `__main__` through runner, plots, study, evaluation to the three folders of the papers, data and models, store,
 profile (`pyproject.toml`, import-linter). Each folder's `__init__.py` says what its files hold.
 """
 
-import os
-from pathlib import Path
-
 __version__ = "0.1.0"
-
-# Hub models of an unpacked bundle. The hub's library reads the variable when it is imported, so it is set before anything is.
-_hub = Path(__file__).resolve().parent.parent / "cache" / "hub"
-if _hub.is_dir():
-    os.environ.setdefault("HF_HUB_CACHE", str(_hub))

@@ -3,142 +3,60 @@
 from __future__ import annotations
 
 import json
-import math
-import re
 import signal
 import sys
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
-from speed_core.files import UserError, disk_errors, read_text
+from speed_core.files import UserError, disk_errors
+from speed_core.runner import arguments
+from speed_core.settings import prepare_hub
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, help="SPEED, step by step: run, plan and check the notebooks.")
+
 ProfileName = Annotated[str, typer.Option(help="smoke, tiny, overnight, workshop, paper, or a .json file")]
+Values = Annotated[list[str] | None, typer.Option("--set", help="NAME=VALUE of the profile")]
+Numbers = Annotated[str, typer.Option(help="notebook numbers, for instance 03,04")]
+FirstNumber = Annotated[str, typer.Option("--from", help="first notebook")]
+CellTimeout = Annotated[int | None, typer.Option(min=1, help="seconds that one cell may take; no limit without")]
 
-
-def _finite(value: Any, option: str) -> Any:
-    """`value`, when every number in it is one: JSON and YAML read 1e999 as infinity."""
-    if isinstance(value, float) and not math.isfinite(value):
-        raise UserError(f"{option}: {value} is no number that can be used; write a finite one")
-    for part in value.values() if isinstance(value, dict) else value if isinstance(value, list) else ():
-        _finite(part, option)
-    return value
-
-
-def _overrides(items: list[str] | None) -> dict[str, Any]:
-    """NAME=VALUE pairs; VALUE is JSON, and text that is no JSON stays text."""
-    out: dict[str, Any] = {}
-    for item in items or []:
-        name, equals, value = item.partition("=")
-        if not equals:
-            raise UserError(f"--set {item!r}: no '='; write NAME=VALUE, for instance junior.epochs=2")
-        try:
-            out[name] = json.loads(value)
-        except (ValueError, RecursionError):
-            out[name] = {"True": True, "False": False, "None": None}.get(value, value)
-        _finite(out[name], name)
-    return out
-
-
-def _yaml(text: str, option: str) -> dict[str, Any]:
-    """Parameters written as YAML or JSON. What is quoted is text, `on` and `7e10` are text too; true, 1 and 1e-5 are not."""
-    import yaml
-
-    try:
-        found = json.loads(text)
-    except (ValueError, RecursionError):
-        found = None
-    if isinstance(found, dict):
-        return _finite(found, option)
-
-    class Loader(yaml.SafeLoader):
-        yaml_implicit_resolvers: dict[str, Any] = {}
-
-    for tag, pattern in (
-        ("bool", "true|false|True|False"),
-        ("null", "null|~|"),
-        ("int", "[-+]?(0|[1-9][0-9]*)"),
-        ("float", r"[-+]?([0-9]+\.[0-9]*|\.[0-9]+)([eE][-+]?[0-9]+)?|[-+]?[0-9]+[eE][-+][0-9]+"),
-    ):
-        Loader.add_implicit_resolver(f"tag:yaml.org,2002:{tag}", re.compile(f"^(?:{pattern})$"), None)
-    try:
-        found = yaml.load(text, Loader)
-    except Exception as error:  # yaml's constructors raise many types
-        raise UserError(f"{option}: {type(error).__name__}; give JSON or YAML, name: value") from None
-    if not isinstance(found, dict):
-        raise UserError(f"{option}: holds no name: value pairs; write one a line")
-    if odd := [k for k in found if not isinstance(k, str)]:
-        raise UserError(f"{option}: {odd[0]!r} is no name; write name: value")
-    return _finite(found, option)
-
-
-def _file(path: Path) -> dict[str, Any]:
-    """Parameters of a JSON or YAML file."""
-    if not path.is_file():
-        raise UserError(f"-f {path}: No such file or directory; give a JSON or YAML file of name: value")
-    return _yaml(read_text(path), f"-f {path}")
-
-
-def _grid(items: list[str] | None) -> dict[str, list[Any]]:
-    """NAME=VALUE or NAME=VALUE,VALUE,...: the values of each name. A JSON list or a quoted text is one value."""
-    out: dict[str, list[Any]] = {}
-    for item in items or []:
-        ((name, value),) = _overrides([item]).items()
-        written = item.partition("=")[2]
-        many = isinstance(value, str) and value == written and "," in value  # text that is no JSON
-        out[name] = [_overrides([f"{name}={v.strip()}"])[name] for v in written.split(",")] if many else [value]
-    return out
-
-
-def _words(text: str) -> list[str]:
-    """The parts of a list with commas: "03, 04" gives ["03", "04"]."""
-    return [t.strip() for t in text.split(",") if t.strip()]
-
-
-def _seeds(text: str) -> list[int]:
-    try:
-        return [int(t) for t in _words(text)]
-    except ValueError:
-        raise UserError(f"--seed {text!r}: not whole numbers; write 0 or 0,1,2") from None
+# Each command imports what it needs: PyTorch and mteb take seconds, and `--help` needs neither.
 
 
 @app.command()
 def run(
     profile: ProfileName = "tiny",
-    only: Annotated[str, typer.Option(help="notebook numbers, for instance 03,04")] = "",
-    start: Annotated[str, typer.Option("--from", help="first notebook to run")] = "",
+    only: Numbers = "",
+    start: FirstNumber = "",
     seed: Annotated[str, typer.Option(help="training and sampling seed, or several: 0,1,2")] = "",
     set_: Annotated[
         list[str] | None, typer.Option("--set", help="NAME=VALUE of the profile, or NAME=V1,V2,... for a grid")
     ] = None,
     jobs: Annotated[int, typer.Option(min=1, help="runs of a sweep at a time")] = 1,
     executor: Annotated[str, typer.Option(help="process, or ray: machines that share this folder")] = "process",
-    cell_timeout: Annotated[int | None, typer.Option(min=1, help="seconds that one cell may take; no limit without")] = None,
+    cell_timeout: CellTimeout = None,
 ) -> None:
     """Run the notebooks, once or for every point of a sweep; exit code 0 only when all of them truly ran."""
-    from speed_core.runner.notebook import run_all
-
-    numbers = _words(only)
-    grid, seeds = _grid(set_), _seeds(seed)
+    numbers, grid, seeds = arguments.words(only), arguments.grid(set_), arguments.seeds(seed)
     if len(seeds) > 1 or any(len(v) > 1 for v in grid.values()):
         from speed_core.runner.sweep import points, run_points
 
-        more: dict[str, Any] = {"only": numbers, "start": start, "jobs": jobs, "executor": executor, "cell_timeout": cell_timeout}
-        if any(code for _, code in run_points(profile, points(grid, seeds), **more)):
-            raise typer.Exit(1)
-        return
+        done = run_points(
+            profile, points(grid, seeds), only=numbers, start=start, jobs=jobs, executor=executor, cell_timeout=cell_timeout
+        )
+        raise typer.Exit(int(any(code for _, code in done)))
     if executor != "process" or jobs > 1:
         raise UserError("--executor and --jobs are for a sweep, and this is one run; give --seed 0,1 or --set NAME=V1,V2")
+    from speed_core.runner.batch import run_all
+
     overrides = {name: values[0] for name, values in grid.items()}
     one = seeds[0] if seeds else None
     reports = run_all(profile, overrides=overrides, seed=one, only=numbers, start=start, cell_timeout=cell_timeout)
-    for r in reports:
-        if r.status != "ok":
-            print(f"{r.name}: {r.detail}", file=sys.stderr)
-            # A notebook that was refused its input is the reader's to mend, like a bad argument here.
-            raise typer.Exit(2 if "UserError" in r.detail else 1)
+    if not reports[-1].ok:
+        print(f"{reports[-1].name}: {reports[-1].detail}", file=sys.stderr)
+        raise typer.Exit(2 if reports[-1].bad_input else 1)
 
 
 @app.command()
@@ -155,11 +73,11 @@ def study(
     """Run the sweeps of Fig. 3 and Tables 3 and 4, and further trainings of the generators, over a finished run, then draw notebooks
     10 and 12 again."""
     from speed_core.runner import parallel
-    from speed_core.runner.notebook import run_all
+    from speed_core.runner.batch import run_all
     from speed_core.runner.paper_sweeps import run_study
 
-    failed = [p.name for p, code in run_study(profile, _words(only), jobs=jobs or parallel.workers()) if code]
-    if failed or any(r.status != "ok" for r in run_all(profile, only=["10", "12"])):
+    failed = [p.name for p, code in run_study(profile, arguments.words(only), jobs=jobs or parallel.workers()) if code]
+    if failed or not all(report.ok for report in run_all(profile, only=["10", "12"])):
         print(f"failed: {', '.join(failed) or 'a notebook'}", file=sys.stderr)
         raise typer.Exit(1)
 
@@ -167,10 +85,10 @@ def study(
 @app.command()
 def plan(
     profile: ProfileName = "tiny",
-    set_: Annotated[list[str] | None, typer.Option("--set")] = None,
+    set_: Values = None,
     tokens_per_second: Annotated[float, typer.Option(min=0, help="of your GPU, from benchmarks/generation.py")] = 0.0,
-    only: Annotated[str, typer.Option(help="notebook numbers, for instance 03,04")] = "",
-    start: Annotated[str, typer.Option("--from", help="first notebook")] = "",
+    only: Numbers = "",
+    start: FirstNumber = "",
     seed: Annotated[int | None, typer.Option(help="training and sampling seed")] = None,
     why: Annotated[str, typer.Option(metavar="ARTIFACT", help="only what this artifact is made from, and how")] = "",
 ) -> None:
@@ -179,23 +97,22 @@ def plan(
     from speed_core.study import planning
     from speed_core.study.runs import open_run
 
+    numbers, overrides = arguments.words(only), arguments.overrides(set_)
     if why:
-        print(planning.why_text(open_run(profile, _overrides(set_), seed), why))
+        print(planning.why_text(open_run(profile, overrides, seed), why))
         return
-    numbers = _words(only)
-    print(preflight.plan_text(profile, _overrides(set_), tokens_per_second, seed=seed, only=numbers, start=start))
+    print(preflight.plan_text(profile, overrides, tokens_per_second, seed=seed, only=numbers, start=start))
 
 
 @app.command()
 def preflight(
     profile: ProfileName = "tiny",
-    set_: Annotated[list[str] | None, typer.Option("--set", help="NAME=VALUE of the profile")] = None,
+    set_: Values = None,
 ) -> None:
     """Check this machine for a profile; ends in "ready" or in numbered remedies."""
     from speed_core.runner import preflight as checks
 
-    problems = checks.report(profile, _overrides(set_))
-    if problems:
+    if checks.report(profile, arguments.overrides(set_)):
         raise typer.Exit(2)
 
 
@@ -268,20 +185,20 @@ def execute(
     written: Annotated[list[str] | None, typer.Option("-y", help="parameters as YAML")] = None,
     kernel: Annotated[str, typer.Option("-k", help="kernel; the notebook's own without")] = "",
     cwd: Annotated[Path | None, typer.Option(help="folder to run in; the notebook's own without")] = None,
-    cell_timeout: Annotated[int | None, typer.Option(min=1, help="seconds that one cell may take; no limit without")] = None,
+    cell_timeout: CellTimeout = None,
 ) -> None:
     """Execute any notebook with the same honesty: typed parameters, true failure, no half-written output."""
     from speed_core.runner.notebook import execute as execute_one
 
     if not source.is_file():
         raise UserError(f"notebook {source}: no such file; give a path to an .ipynb")
-    given: dict[str, Any] = _file(file) if file else {}
+    given = arguments.yaml_file(file) if file else {}
     for text in written or []:
-        given |= _yaml(text, "-y")
-    given |= _overrides(parameter) | dict(text.partition("=")[::2] for text in raw or [])
+        given |= arguments.yaml_values(text, "-y")
+    given |= arguments.overrides(parameter) | dict(text.partition("=")[::2] for text in raw or [])
     report = execute_one(source, target, given, cell_timeout=cell_timeout, kernel=kernel, cwd=cwd)
     print(f"{report.name}: {report.status} in {report.seconds:.0f} s {report.detail}")
-    if report.status != "ok":
+    if not report.ok:
         raise typer.Exit(1)
 
 
@@ -311,7 +228,7 @@ def adapters(target: Path, profile: ProfileName = "tiny") -> None:
 def export_(
     target: Path,
     profile: ProfileName = "tiny",
-    set_: Annotated[list[str] | None, typer.Option("--set")] = None,
+    set_: Values = None,
     whole: Annotated[bool, typer.Option("--whole", help="all that it takes to go on with the run on another machine")] = False,
     weights: Annotated[bool, typer.Option(help="with --whole: the generators' weights too")] = True,
 ) -> None:
@@ -319,7 +236,7 @@ def export_(
     from speed_core.runner import replay, run_archive
     from speed_core.study.runs import open_run
 
-    run = open_run(profile, _overrides(set_))
+    run = open_run(profile, arguments.overrides(set_))
     digest = run_archive.export(run, target, weights=weights) if whole else replay.export_logs(run, target)
     print(f"{target}: sha256 {digest}")
 
@@ -335,10 +252,9 @@ def import_(
 
     An archive of `export --whole` is only taken in: `run` goes on where it stopped.
     """
-    import os
-
     from speed_core.runner import replay
-    from speed_core.runner.notebook import run_all
+    from speed_core.runner.batch import run_all
+    from speed_core.runner.notebook import environment
     from speed_core.study import embedding_stages
     from speed_core.study.runs import open_run
 
@@ -348,15 +264,15 @@ def import_(
     print(f"imported into {run.folder.parent.name}/{run.folder.name}{on}")
     if whole or not rebuild:
         return
-    os.environ["SPEED_REPLAY"] = "1"
-    reports = run_all(run.profile.name, only=replay.NOTEBOOKS)
-    run = open_run(run.profile.name)
-    if run.log("raw-junior").is_file():
-        embedding_stages.ablation_data(run)
+    with environment(SPEED_REPLAY="1"):  # the notebooks' kernels inherit it
+        reports = run_all(run.profile.name, only=replay.NOTEBOOKS)
+        run = open_run(run.profile.name)
+        if run.log("raw-junior").is_file():
+            embedding_stages.ablation_data(run)
     rows = replay.compare(run, source)
     for name, wanted, here in rows:
         print(f"{name:26} {wanted} {'same' if here == wanted else f'DIFFERENT: {here}'}")
-    if any(r.status != "ok" for r in reports) or any(a != b for _, a, b in rows):
+    if not all(report.ok for report in reports) or any(wanted != here for _, wanted, here in rows):
         raise typer.Exit(1)
 
 
@@ -451,6 +367,7 @@ def main() -> None:
     except ValueError:
         pass  # not the main thread: somebody else's process, whose signals are not ours
     try:
+        prepare_hub()
         with disk_errors():
             app()
     except UserError as error:

@@ -18,9 +18,9 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any
 
-PACKAGE = Path(__file__).resolve().parent
+from speed_core.settings import BUNDLED, PACKAGE, Settings
+
 ASSETS = PACKAGE / "assets"
-BUNDLED = PACKAGE.parent / "cache"  # where an offline bundle unpacks weights
 HEADER = 2**20  # bytes of a tar member's name and records
 
 
@@ -53,37 +53,30 @@ def disk_errors(where: Path | None = None) -> Iterator[None]:
 
 
 @contextmanager
-def alone(lock: Path, name: str) -> Iterator[None]:
-    """Refuse to make `name` while another process does; a lock that a killed process left counts for nothing."""
-    lock.parent.mkdir(parents=True, exist_ok=True)
-    with lock.open("w") as f:
+def file_lock(path: Path, busy: str = "") -> Iterator[None]:
+    """Let one process in at a time. Another one waits or, where `busy` is given, is refused with that message (UserError).
+
+    A lock that a killed process left does not count, and a file system without locks locks nothing.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("w") as f:
         try:
-            fcntl.flock(f, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.flock(f, fcntl.LOCK_EX | (fcntl.LOCK_NB if busy else 0))
         except BlockingIOError:
-            raise UserError(
-                f"{name}: another process is making it in this folder; wait until it has, or set SPEED_RUNS to a new folder"
-            ) from None
+            raise UserError(busy) from None
         except OSError:
-            pass  # a file system without locks
+            pass
         try:
             yield
         finally:
-            lock.unlink(missing_ok=True)
-
-
-@contextmanager
-def file_lock(path: Path) -> Iterator[None]:
-    """One process at a time (two notebooks may ask for the same conversion)."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("w") as f:
-        fcntl.flock(f, fcntl.LOCK_EX)
-        yield
+            if busy:  # nobody waits for this file, so it can go
+                path.unlink(missing_ok=True)
 
 
 def cache_dir() -> Path:
     """Folder for converted weights: $SPEED_CACHE, else cache/ of an unpacked bundle, else the user's cache folder."""
-    if os.environ.get("SPEED_CACHE"):
-        return Path(os.environ["SPEED_CACHE"]).expanduser()
+    if folder := Settings().cache:
+        return folder
     if BUNDLED.is_dir():
         return BUNDLED
     return Path(os.environ.get("XDG_CACHE_HOME", "~/.cache")).expanduser() / "speed-step-by-step"
@@ -155,7 +148,6 @@ def write_json(path: Path, value: Any) -> None:
 
 def write_jsonl(path: Path, rows: Iterable[Mapping[str, Any]]) -> int:
     """Write rows as JSON lines, atomically; returns the number of rows."""
-    path.parent.mkdir(parents=True, exist_ok=True)
     lines = [json.dumps(row, ensure_ascii=False) for row in rows]
     write_atomically(
         path, "".join(line + "\n" for line in lines).encode("utf-8", "backslashreplace")
@@ -263,10 +255,7 @@ class AppendLog:
             try:
                 entry = _checked(line, self.needs)
             except (ValueError, RecursionError) as error:
-                torn = number > len(lines) and line.startswith(b"{") and line.isascii() and not line.rstrip().endswith(b"}")
-                if (
-                    not torn or isinstance(error, _NoEntry) or "Extra data" in str(error)
-                ):  # a line that was being written when the process ended is cut
+                if number <= len(lines) or not _is_torn(line, error):
                     damaged.append((number, line, error))
                 continue
             self.entries[entry["id"]] = entry
@@ -316,6 +305,12 @@ def _check(entry: Mapping[str, Any]) -> str:
 
 class _NoEntry(ValueError):
     """A line that is JSON and no entry of the log."""
+
+
+def _is_torn(line: bytes, error: Exception) -> bool:
+    """Is the last line of a log the beginning of an entry, which was being written when the process ended?"""
+    whole = isinstance(error, _NoEntry) or getattr(error, "msg", "") == "Extra data"
+    return not whole and line.startswith(b"{") and line.isascii() and not line.rstrip().endswith(b"}")
 
 
 def _checked(line: bytes, needs: Sequence[str]) -> dict[str, Any]:

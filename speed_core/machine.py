@@ -30,12 +30,12 @@ CGROUP, CPUINFO = Path("/sys/fs/cgroup"), Path("/proc/cpuinfo")
 def cpu() -> str:
     """Name of the processor, else its architecture."""
     found = re.search(r"^model name\s*: *(.*)", _cpuinfo(), re.MULTILINE)
-    said = found[1] if found else "" if _cpuinfo() else _said_by("sysctl", "-n", "machdep.cpu.brand_string")
-    return said.strip() or platform.machine()
+    name = found[1] if found else "" if _cpuinfo() else _first_line("sysctl", "-n", "machdep.cpu.brand_string")
+    return name.strip() or platform.machine()
 
 
 def _cpuinfo() -> str:
-    """What Linux says of the processors; empty elsewhere."""
+    """What Linux tells about the processors; empty elsewhere."""
     try:
         return CPUINFO.read_text(encoding="utf-8", errors="replace")
     except OSError:
@@ -43,7 +43,7 @@ def _cpuinfo() -> str:
 
 
 def cpu_flags() -> set[str]:
-    """What the processor can do, as Linux names it ("avx2", "amx_bf16", ...); empty where nothing says it."""
+    """What the processor can do, as Linux names it ("avx2", "amx_bf16", ...); empty elsewhere."""
     found = re.search(r"^flags\s*: (.*)", _cpuinfo(), re.MULTILINE)
     return set(found[1].split()) if found else set()
 
@@ -87,8 +87,8 @@ def peak_mb() -> float:
 def layer_seconds(kind: str) -> float:
     """Seconds that this machine takes for a decoder layer of gemma-3-270m's sizes, forward and backward over 512 tokens.
 
-    `kind` names the type that is computed in. The best of a second's tries. A bare matrix product would say too much of a
-    processor: norms, activations and attention are memory's work, and half of a run.
+    `kind` names the type that is computed in. The best of a second's tries counts. A matrix product alone would make a processor
+    look too fast: norms, activations and attention wait for memory, and are half of a run.
     """
     import torch
     from torch.nn import functional
@@ -135,10 +135,7 @@ def gpu() -> tuple[str, str]:
     if not driver:
         return "none (CPU)", ""
     if torch.version.cuda is None:
-        return (
-            f"driver {driver}, but this PyTorch is a CPU build",
-            "export SPEED_LOCK=cuda and run `make setup`",
-        )
+        return f"driver {driver}, but this PyTorch is a CPU build", "export SPEED_LOCK=cuda and run `make setup`"
     return (
         f"driver {driver}, but CUDA {torch.version.cuda} cannot use it",
         f"install an NVIDIA driver for CUDA {torch.version.cuda}",
@@ -147,10 +144,10 @@ def gpu() -> tuple[str, str]:
 
 def _driver() -> str:
     """Version of the NVIDIA driver, empty without one."""
-    return _said_by("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader")
+    return _first_line("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader")
 
 
-def _said_by(*command: str) -> str:
+def _first_line(*command: str) -> str:
     """The first line that a command prints, empty where it is not there or fails."""
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=20)

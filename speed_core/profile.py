@@ -21,14 +21,14 @@ from speed_core.files import NAME, NAME_RULE, UserError, read_text, without_user
 FOLDER = Path(__file__).parent / "profiles"
 
 
-class Part(BaseModel):
-    """Frozen, strict (the text "1e-5" is not a number), and closed (unknown names are refused)."""
+class ConfigSection(BaseModel):
+    """One section of a profile: frozen, strict (the text "1e-5" is no number) and closed (unknown names are refused)."""
 
     model_config = ConfigDict(frozen=True, strict=True, extra="forbid", allow_inf_nan=False)
 
 
 def _address(url: str) -> str:
-    """The address without its user, who is kept aside (`without_user`). A query, which no client sends, may hold a key."""
+    """The address without its "user:key@" (`files.without_user` keeps it). A query is refused: it may hold a key, and no client sends it."""
     if "?" in url or "#" in url:
         raise ValueError("an address ends before its '?' or '#'; a key goes into OPENAI_API_KEY")
     plain = without_user(url)
@@ -44,9 +44,10 @@ def _address(url: str) -> str:
 
 Address = Annotated[str, AfterValidator(_address)]
 Seed = Annotated[int, Field(ge=0, lt=2**31)]  # what every library takes
+ComputeType = Literal["auto", "float32", "bfloat16", "float16"]  # see `compute_type.choose`
 
 
-class Models(Part):
+class Models(ConfigSection):
     """Names that `loading.resolve` knows: hub id, local folder or package:NAME."""
 
     generator: str
@@ -54,7 +55,7 @@ class Models(Part):
     guide: str
 
 
-class Price(Part):
+class Price(ConfigSection):
     """US dollars for a million tokens of one model."""
 
     model: str
@@ -62,7 +63,7 @@ class Price(Part):
     output: float = Field(ge=0)
 
 
-class Teacher(Part):
+class Teacher(ConfigSection):
     """Who answers in GPT-4o's place, who judges, and what it may cost."""
 
     kind: Literal["recorded", "openai"]
@@ -110,21 +111,23 @@ class Teacher(Part):
         return {n: getattr(self, n) for n in names}
 
 
-class Topics(Part):
+class Topics(ConfigSection):
+    """How many topics are drawn of the tree, and how many of them no seed is written about."""
+
     count: int = Field(ge=2)
     held_out: int = Field(ge=1)
     max_depth: int = Field(4, ge=1)
-    truncate: bool = True
+    truncate: bool = True  # cut topics at random depths
     tasks_per_topic: int = Field(1, ge=1)
 
 
-class Prompts(Part):
+class Prompts(ConfigSection):
     attributes: Literal["paper", "short"]
     style: Literal["own", "faithful"] = "own"
-    clone: str = ""
+    clone: str = ""  # folder with the authors' code, for style "faithful"
 
 
-class Generation(Part):
+class Generation(ConfigSection):
     """How texts are sampled, and where: in one process, or by `workers` engines over Ray (`speed_core.generation.ray_engine`)."""
 
     engine: Literal["auto", "vllm", "transformers", "server"] = "auto"
@@ -140,17 +143,17 @@ class Generation(Part):
     attempts: int = Field(1, ge=1, le=10)  # for a text that is invalid, refused or cut
     base_url: Address = ""  # of an OpenAI-compatible server, for engine "server"
     concurrency: int = Field(64, ge=1)  # requests at once, for engine "server"
-    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"  # `compute_type.choose`
+    dtype: ComputeType = "auto"
 
 
-class Lora(Part):
+class Lora(ConfigSection):
     rank: int = Field(ge=1)
     alpha: int = Field(ge=1)
     dropout: float = Field(0.0, ge=0, lt=1)
     targets: tuple[str, ...] = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
 
-class Training(Part):
+class Training(ConfigSection):
     """One fine-tuning run. `batch` is the global batch, in examples (prompts with all their pairs for DPO)."""
 
     examples: int = Field(ge=1)
@@ -161,7 +164,7 @@ class Training(Part):
     max_length: int = Field(ge=32)
     warmup_ratio: float = Field(0.1, ge=0, lt=1)
     weight_decay: float = Field(0.0, ge=0)
-    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"  # `compute_type.choose`
+    dtype: ComputeType = "auto"
     lora: Lora | None
 
     @model_validator(mode="after")
@@ -192,12 +195,12 @@ class Senior(Training):
         return self
 
 
-class Synthesis(Part):
+class Synthesis(ConfigSection):
     count: int = Field(ge=4)
     evaluation_prompts: int = Field(ge=4)
 
 
-class Curate(Part):
+class Curate(ConfigSection):
     threshold: float = Field(0.7, gt=0, lt=1)
     permutations: int = Field(128, ge=16)
     shingle: int = Field(3, ge=1)
@@ -213,7 +216,7 @@ class Embedding(Training):
     pooling: Literal["last", "mean"] = "last"
 
 
-class Evaluation(Part):
+class Evaluation(ConfigSection):
     tasks: tuple[str, ...] = ("offline",)
     size: Literal["smoke", "half", "tiny", "full"] = "tiny"
     bootstrap: int = Field(1000, ge=100)
@@ -221,7 +224,7 @@ class Evaluation(Part):
     max_length: int = Field(512, ge=16)
 
 
-class Student(Part):
+class Student(ConfigSection):
     """Notebook 07: encoders cut from the guide, trained with and without guidance on the seed data."""
 
     layers: tuple[int, ...] = (1, 4)
@@ -232,7 +235,7 @@ class Student(Part):
     lr: float = Field(2e-4, gt=0)
 
 
-class Study(Part):
+class Study(ConfigSection):
     """Notebooks 07 to 11: the guided-loss students, size of each ablation data set, sizes of the scaling points.
 
     `seeds` counts from the run's own seed: every embedding model is trained once for each. `sweep_seeds`: the first of
@@ -263,7 +266,7 @@ class Study(Part):
         return self
 
 
-class Profile(Part):
+class Profile(ConfigSection):
     name: str = Field(pattern=f"^{NAME}$")
     description: str
     hardware: str
@@ -317,7 +320,7 @@ def _raw(name: str, below: tuple[str, ...] = ()) -> dict[str, Any]:
     try:
         data = json.loads(read_text(path))
     except ValueError as error:
-        raise UserError(f"profile {path}: not JSON ({error}); mend the file") from None
+        raise UserError(f"profile {path}: not JSON ({error}); correct the file") from None
     if not isinstance(data, dict):
         raise UserError(f"profile {path}: holds {type(data).__name__}, not an object with the values; see profiles/tiny.json")
     parent = data.pop("extends", None)

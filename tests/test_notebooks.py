@@ -14,7 +14,7 @@ import pytest
 
 from speed_core.files import file_digest
 from speed_core.plots import provenance
-from speed_core.runner import notebook
+from speed_core.runner import batch, notebook
 from speed_core.study import claims
 from speed_core.teaching import captions, classroom, exercises
 
@@ -93,7 +93,7 @@ def alone(tmp_path_factory):
         with pytest.MonkeyPatch.context() as patch:
             patch.setenv("SPEED_RUNS", str(own))
             patch.setenv("SPEED_SHIPPED", str(runs))
-            (report,) = notebook.run_all("smoke", only=[path.stem[:2]])
+            (report,) = batch.run_all("smoke", only=[path.stem[:2]])
         made = {p.parent.name for p in (own / "smoke" / "artifacts").glob("*/manifest.json")}
         done[path.stem] = report, made, digests(runs / "smoke" / "artifacts") == before
         gather(own / "smoke", runs / "smoke")
@@ -117,7 +117,7 @@ def smoke(request, tmp_path_factory):
         else:
             runs = tmp_path_factory.mktemp("in-order")
             patch.setenv("SPEED_RUNS", str(runs))
-            yield runs, notebook.run_all("smoke")
+            yield runs, batch.run_all("smoke")
 
 
 on_alone = pytest.mark.parametrize("smoke", [ALONE], indirect=True)  # of tests that execute notebooks again
@@ -211,7 +211,7 @@ def test_an_unsolved_copy_runs_to_its_end_and_says_what_is_missing(smoke, tmp_pa
 def test_a_second_run_finds_every_artifact_current_and_makes_nothing_again(smoke):
     runs, _ = smoke
     before = {p: p.stat().st_mtime for p in (runs / "smoke" / "artifacts").glob("*/manifest.json")}
-    assert all(r.status == "ok" for r in notebook.run_all("smoke", only=["02", "03", "06", "09"]))
+    assert all(r.status == "ok" for r in batch.run_all("smoke", only=["02", "03", "06", "09"]))
     assert len(before) > 20 and before == {p: p.stat().st_mtime for p in before}
 
 

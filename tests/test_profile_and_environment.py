@@ -163,10 +163,10 @@ def test_a_part_that_may_be_missing_can_be_switched_off_by_name():
     ],
 )
 def test_a_value_that_is_none_is_refused_in_one_line(text, said):
-    from speed_core.__main__ import _yaml
+    from speed_core.runner.arguments import yaml_values
 
     with pytest.raises(UserError, match=f"-f: {said}"):
-        _yaml(text, "-f")
+        yaml_values(text, "-f")
 
 
 @pytest.mark.parametrize(
@@ -178,7 +178,7 @@ def test_a_value_that_is_none_is_refused_in_one_line(text, said):
     ],
 )  # fmt: skip
 def test_a_value_in_yaml_is_what_it_looks_like(text, value):
-    from speed_core.__main__ import _yaml
+    from speed_core.runner.arguments import yaml_values
 
-    assert _yaml(text, "-f") == {"a": value} and type(_yaml(text, "-f")["a"]) is type(value)
-    assert _yaml(f"on: {text[2:]}" if text.startswith("a:") else "on: 1", "-f").keys() == {"on"}
+    assert yaml_values(text, "-f") == {"a": value} and type(yaml_values(text, "-f")["a"]) is type(value)
+    assert yaml_values(f"on: {text[2:]}" if text.startswith("a:") else "on: 1", "-f").keys() == {"on"}

@@ -8,7 +8,6 @@ writes. A task whose data set has one loads from it, through mteb's own code; th
 from __future__ import annotations
 
 import copy
-import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import lru_cache
@@ -21,11 +20,12 @@ import numpy as np
 from mteb.types import PromptType
 
 from speed_core.files import UserError, digest, file_digest
+from speed_core.settings import Settings
 
 
 def data_folder(data: Path | str | None = None) -> Path | None:
     """The folder of snapshots: the argument, else $SPEED_DATA, else None. Raises UserError when it is no folder."""
-    named = data or os.environ.get("SPEED_DATA", "")
+    named = data or Settings().data
     if named and not Path(named).is_dir():
         raise UserError(f"SPEED_DATA {str(named)!r}: no such folder; give one with dataset snapshots as ORG/NAME/, or unset it")
     return Path(named) if named else None

@@ -1,6 +1,8 @@
 """Run notebooks headlessly, many of them, on this machine and the next.
 
-notebook      execute one notebook, or all, with a true status
+arguments     values of the command line
+notebook      execute one notebook, with a true status
+batch         execute the numbered notebooks, in order
 sweep         grids of values and seeds
 paper_sweeps  the sweeps of SPEED's Fig. 3 and Table 3
 replicates    generators trained more than once

@@ -1,9 +1,9 @@
-"""Run notebooks headlessly and tell the truth about it.
+"""Execute one notebook headlessly, and report a success only where every cell ran.
 
 papermill 2.7 writes "completed" over cells of a killed kernel, accepts parameters that do not exist and
-empties the last good output before it starts. So: parameters are checked first, the notebook runs in a
-temporary file, success needs an execution count on every code cell and a sentinel after the last, and
-only then does the output take its place. A failure is kept beside it as NAME.failed.ipynb.
+empties the last good output before it starts. So parameters are checked first, and the notebook runs in a
+temporary file. It succeeds when every code cell has an execution count and a sentinel cell after the last has
+printed its line; only then does the output take its place. A failure is kept beside it as NAME.failed.ipynb.
 """
 
 from __future__ import annotations
@@ -11,7 +11,6 @@ from __future__ import annotations
 import ast
 import difflib
 import itertools
-import json
 import os
 import re
 import sys
@@ -19,15 +18,17 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from enum import StrEnum
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+import nbclient.client
 import nbformat
+import papermill
+import papermill.execute
+from papermill.exceptions import PapermillExecutionError
 
 from speed_core.files import UserError, digest, disk_errors, read_text, without_users
-
-if TYPE_CHECKING:
-    from speed_core.store.run_context import Run
 
 PROGRESS = re.compile(r": making it \(|(?<!\d)\d{1,3}%\|[ #]*\|")
 LONGEST_PROGRESS = 1000  # characters of a line that shows progress; a longer line is a result
@@ -54,14 +55,25 @@ del _printable
 """
 
 
-@dataclass
+class Status(StrEnum):
+    OK = "ok"
+    FAILED = "failed"
+    NOT_RUN = "not run"
+
+
+@dataclass(frozen=True)
 class Report:
-    """What happened to one notebook: status is ok or failed; `detail` says where and why."""
+    """What happened to one notebook; `detail` says where and why it failed."""
 
     name: str
-    status: str
-    seconds: float
+    status: Status
+    seconds: float = 0.0
     detail: str = ""
+    bad_input: bool = False  # a cell refused what the reader gave it (UserError)
+
+    @property
+    def ok(self) -> bool:
+        return self.status == Status.OK
 
 
 def notebooks(folder: Path) -> list[Path]:
@@ -159,15 +171,12 @@ def execute(
     `cell_timeout`: seconds that one cell may take (None: no limit). `kernel`: its name, empty for the notebook's own.
     `cwd`: the folder in which it runs, by default the notebook's own.
     """
-    import papermill
-    from papermill.exceptions import PapermillExecutionError
-
     if "overrides" in parameters:
         parameters = {**parameters, "overrides": without_users(parameters["overrides"])}
     if parameters or _tagged(source):  # a notebook without parameters is executed as it is
         check_parameters(source, parameters)
     target.parent.mkdir(parents=True, exist_ok=True)
-    started, problem = time.time(), ""
+    started, problem, bad_input = time.time(), "", False
     work = target.with_name(f".{target.stem}.{os.getpid()}.ipynb")
     staged = target.with_name(f".{target.stem}.{os.getpid()}.in.ipynb")
     nb = _read(source)
@@ -195,13 +204,14 @@ def execute(
                 extra_arguments=["--IPKernelApp.log_level=40", f"--IPKernelApp.exec_lines={PRINTABLE}"],
             )
     except PapermillExecutionError as error:
-        problem = f"cell {error.exec_count}{_line(error.traceback)}: {error.ename}: {_plain(error.evalue)}"
+        bad_input = error.ename == UserError.__name__
+        problem = f"cell {error.exec_count}{_line(error.traceback)}: {error.ename}: {plain(error.evalue)}"
         if error.ename == "KeyboardInterrupt" and cell_timeout:
             problem += f"the cell took longer than {cell_timeout} s (--cell-timeout)"
     except UserError:  # no room for what would be executed
         raise
     except Exception as error:  # a dead kernel, a timeout: papermill raises many types; each is a failed notebook
-        problem = f"{_last_started(work)}{type(error).__name__}: {_plain(str(error))}"
+        problem = f"{_last_started(work)}{type(error).__name__}: {plain(str(error))}"
     except BaseException:  # Ctrl-C or SIGTERM: what ran so far is kept as a failure, and the signal goes on
         _keep(work, target)
         raise
@@ -212,7 +222,7 @@ def execute(
     seconds = time.time() - started
     if problem:
         _keep(work, target)
-        return Report(source.stem, "failed", seconds, problem)
+        return Report(source.stem, Status.FAILED, seconds, problem, bad_input)
     done = nbformat.read(work, as_version=4)
     done.cells = [c for c in done.cells if "sentinel" not in c.metadata.get("tags", [])]
     _without_widgets(done)
@@ -226,11 +236,11 @@ def execute(
     finally:
         work.unlink(missing_ok=True)
     target.with_name(f"{target.stem}.failed.ipynb").unlink(missing_ok=True)
-    return Report(source.stem, "ok", seconds)
+    return Report(source.stem, Status.OK, seconds)
 
 
 def changed(folder: Path) -> list[str]:
-    """Executed notebooks in a folder that are not as `execute` wrote them, a line each; one of an earlier version is passed over."""
+    """A line for each executed notebook of a folder that is not as `execute` wrote it. Those of earlier versions are not checked."""
     found = []
     for path in notebooks(folder) if folder.is_dir() else ():
         try:
@@ -245,26 +255,24 @@ def changed(folder: Path) -> list[str]:
 
 @contextmanager
 def _cells_may_raise() -> Iterator[None]:
-    """Let papermill 2.7 take a cell tagged `raises-exception` as nbclient and Jupyter do: it may fail, and the notebook goes on; and let
-    long lines be read in linear time."""
-    import nbclient.client
-    import papermill.execute as module
-
-    # nbclient 0.11's pattern begins at every character of a line, which takes minutes on one of many megabytes. From the line's start it
-    # finds the same.
+    """Make papermill 2.7 treat a cell tagged `raises-exception` as nbclient and Jupyter do: it may fail, and the notebook goes on.
+    Make nbclient read long lines in linear time."""
+    # nbclient 0.11 tries its pattern at every character of a line, which takes minutes on one of many megabytes. Tried at the line's
+    # start only, it finds the same.
     nbclient.client._RGX_CARRIAGERETURN = re.compile(r"^.*\r(?=[^\n])", re.MULTILINE)
+    module = papermill.execute
     own = module.raise_for_execution_errors
 
     def check(nb: Any, output_path: str) -> None:
         tagged = [c for c in nb.cells if "raises-exception" in c.metadata.get("tags", [])]
-        said = [c.get("outputs") for c in tagged]
+        shown = [c.get("outputs") for c in tagged]
         for cell in tagged:
             cell.outputs = [o for o in cell.get("outputs", []) if o.output_type != "error"]
             cell.metadata.get("papermill", {}).pop("exception", None)
         try:
             own(nb, output_path)
         finally:
-            for cell, outputs in zip(tagged, said, strict=True):
+            for cell, outputs in zip(tagged, shown, strict=True):
                 cell.outputs = outputs
 
     module.raise_for_execution_errors = check
@@ -283,7 +291,7 @@ def _without_widgets(nb: Any) -> None:
 
 
 def _relinked(nb: Any, here: Path, there: Path) -> None:
-    """Let the relative links of the text, pictures among them, lead from `there` to where they lead from `here`."""
+    """Rewrite the relative links of the text, pictures too, so that from `there` they lead to what they lead to from `here`."""
 
     def moved(found: re.Match[str]) -> str:
         to = here / found[1]
@@ -299,7 +307,7 @@ def _shows_progress(line: str) -> bool:
 
 
 def fold(text: str) -> str:
-    """A printed text with each long run of progress lines ("NAME: making it", finished bars) cut to its ends."""
+    """A printed text in which each long row of progress lines ("NAME: making it", finished bars) is cut to its ends."""
     out: list[str] = []
     for progress, group in itertools.groupby(text.splitlines(keepends=True), _shows_progress):
         lines = list(group)
@@ -316,7 +324,7 @@ def _folded(nb: Any) -> None:
 
 
 def _keep(work: Path, target: Path) -> None:
-    """Put an unfinished notebook beside the last good one; half of a file, which a full disk leaves, goes."""
+    """Put an unfinished notebook beside the last good one. Half of a file, which a full disk leaves, is deleted."""
     try:
         nbformat.read(work, as_version=4)
     except Exception:
@@ -325,7 +333,8 @@ def _keep(work: Path, target: Path) -> None:
         os.replace(work, target.with_name(f"{target.stem}.failed.ipynb"))
 
 
-def _plain(text: str) -> str:
+def plain(text: str) -> str:
+    """The last line of a message, without colours, cut to a length that a table can show."""
     return _uncoloured(text.strip().rpartition("\n")[2][:2000])[:400]
 
 
@@ -357,8 +366,8 @@ def unfinished(path: Path) -> str:
     for number, cell in enumerate(code, 1):
         if cell.get("execution_count") is None and "skip-execution" not in cell.metadata.get("tags", []):
             return f"code cell {number} never ran (the kernel stopped before it)"
-    said = "".join(o.get("text", "") for o in code[-1].get("outputs", []))
-    return "" if SENTINEL in said else "the last cell did not print the sentinel"
+    printed = "".join(o.get("text", "") for o in code[-1].get("outputs", []))
+    return "" if SENTINEL in printed else "the last cell did not print the sentinel"
 
 
 def choose(folder: Path, only: Sequence[str] = (), start: str = "") -> list[Path]:
@@ -372,71 +381,3 @@ def choose(folder: Path, only: Sequence[str] = (), start: str = "") -> list[Path
     if not chosen:
         raise UserError(f"--only {','.join(only)} --from {start}: leaves no notebook; give one of the two")
     return chosen
-
-
-def run_all(
-    profile: str,
-    *,
-    overrides: Mapping[str, Any] | None = None,
-    seed: int | None = None,
-    only: Sequence[str] = (),
-    start: str = "",
-    folder: Path | None = None,
-    cell_timeout: int | None = None,
-) -> list[Report]:
-    """Run the numbered notebooks at a profile, in order, stopping at the first failure; prints one table at the end."""
-    from speed_core.store.run_context import ROOT
-    from speed_core.study.runs import open_run
-
-    run = open_run(profile, dict(overrides or {}), seed)  # a bad profile or parameter is refused here
-    folder = folder or ROOT / "notebooks"
-    chosen = choose(folder, only, start)
-    given = {"profile": profile, "overrides": dict(overrides or {})} | ({"seed": seed} if seed is not None else {})
-    for path in chosen:
-        check_parameters(path, given)
-    reports: list[Report] = []
-    for number, path in enumerate(chosen, 1):
-        print(f"\n[{number}/{len(chosen)}] {path.stem}", flush=True)
-        report = execute(path, run.folder / "notebooks" / path.name, given, cell_timeout=cell_timeout)
-        reports.append(report)
-        line = {"notebook": path.stem, "status": report.status, "seconds": round(report.seconds, 1), "detail": report.detail}
-        with (run.folder / "times.jsonl").open("a") as f:
-            f.write(json.dumps(line | {"written": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())}) + "\n")
-        if report.status != "ok":
-            break
-    table(reports, [p.stem for p in chosen], run.figures)
-    if not only and not start and all(r.status == "ok" for r in reports):
-        _compare(run)
-    return reports
-
-
-def _compare(run: Run) -> None:
-    """Say how a whole run compares with the recorded one. The run has succeeded by now, whatever happens here."""
-    from speed_core.runner import recorded
-
-    try:
-        said = recorded.report(run)
-    except Exception as error:  # an archive that is damaged, a full disk, a manifest of another version
-        said = f"not compared with the recorded run: {type(error).__name__}: {_plain(str(error))}"
-    if said:
-        print(said, flush=True)
-
-
-def table(reports: Sequence[Report], wanted: Sequence[str], figures: Path) -> None:
-    """One table of notebooks and the list of figures."""
-    from rich.console import Console
-    from rich.table import Table
-
-    t = Table(title="notebooks")
-    for column in ("notebook", "status", "time", "detail"):
-        t.add_column(column)
-    by_name = {r.name: r for r in reports}
-    for name in wanted:
-        r = by_name.get(name, Report(name, "not run", 0.0))
-        t.add_row(name, r.status, f"{r.seconds / 60:.1f} min" if r.seconds else "", r.detail)
-    t.add_row("all", "", f"{sum(r.seconds for r in reports) / 60:.1f} min", "")
-    console = Console(width=110)
-    console.print(t)
-    console.print(
-        f"figures in {os.path.relpath(figures)}: " + ", ".join(sorted(p.name for p in figures.glob("*.svg"))), soft_wrap=True
-    )

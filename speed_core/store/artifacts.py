@@ -24,11 +24,11 @@ from speed_core.files import (
     PACKAGE,
     AppendLog,
     UserError,
-    alone,
     canonical,
     digest,
     disk_errors,
     file_digest,
+    file_lock,
     inside,
     read_jsonl,
     write_json,
@@ -359,7 +359,8 @@ class Store:
             return
         older = self.made(name)
         path = self.root / f".{name}.draft"
-        with alone(self.root / f".{name}.lock", name), disk_errors(path.with_name(name)):
+        busy = f"{name}: another process is making it in this folder; wait until it has, or set SPEED_RUNS to a new folder"
+        with file_lock(self.root / f".{name}.lock", busy), disk_errors(path.with_name(name)):
             print(f"{name}: making it ({reason})", flush=True)
             shutil.rmtree(path, ignore_errors=True)
             path.mkdir(parents=True)

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import os
 from dataclasses import dataclass
 from pathlib import Path
 
 from speed_core import profile as profiles
 from speed_core.files import ASSETS, PACKAGE
+from speed_core.settings import Settings
 from speed_core.store.artifacts import Store
 
 ROOT = PACKAGE.parent
@@ -36,7 +36,7 @@ class Run:
 
 def runs_folder() -> Path:
     """$SPEED_RUNS, else runs/ in the checkout."""
-    return Path(os.environ.get("SPEED_RUNS") or ROOT / "runs")
+    return Settings().runs or ROOT / "runs"
 
 
 def shipped_folder(profile: str) -> Path | None:
@@ -45,7 +45,7 @@ def shipped_folder(profile: str) -> Path | None:
     $SPEED_SHIPPED/PROFILE/artifacts where that is set (it may be somebody's SPEED_RUNS); else what an offline bundle put into
     shipped/PROFILE/artifacts of the checkout; else the data sets and scores of the recorded run that the package carries.
     """
-    if os.environ.get("SPEED_SHIPPED"):
-        return Path(os.environ["SPEED_SHIPPED"]).expanduser() / profile / "artifacts"
+    if shipped := Settings().shipped:
+        return shipped / profile / "artifacts"
     places = (ROOT / "shipped" / profile / "artifacts", CARRIED / profile)
     return next((p for p in places if p.is_dir()), None)

@@ -6,6 +6,7 @@ import os
 from typing import Any
 
 from speed_core import profile as profiles
+from speed_core.settings import Settings, prepare_hub
 from speed_core.store import run_context
 from speed_core.store.artifacts import Artifact, Catalog, Difference, Store
 from speed_core.store.run_context import Run
@@ -21,8 +22,7 @@ def open_run(
     figures/, those of other profiles in their run folder, so that a smoke run never overwrites them. `variant` ($SPEED_VARIANT)
     names one point of a sweep: a run folder of its own inside, over the artifacts of the profile's run.
     """
-    os.environ.setdefault("HF_HUB_OFFLINE", os.environ.get("SPEED_ONLINE", "") == "" and "1" or "0")
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    prepare_hub()
     values = dict(overrides or {})
     if seed is not None:
         values.setdefault("seed", seed)
@@ -42,7 +42,7 @@ def _opened(p: profiles.Profile, variant: str, alone: bool = True) -> Run:
     shipped = None if replay else run_context.shipped_folder(p.name)
     if variant:
         folder, base = folder / "variants" / variant, folder / "artifacts"
-    official = p.name == run_context.OFFICIAL and not os.environ.get("SPEED_RUNS") and not variant
+    official = p.name == run_context.OFFICIAL and not Settings().runs and not variant
     figures = run_context.ROOT / "figures" if official else folder / "figures"
 
     def notebook(name: str) -> str:

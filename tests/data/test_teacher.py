@@ -625,12 +625,12 @@ def test_the_estimate_names_calls_tokens_money_and_time_and_the_cap_that_it_brea
 
 
 def test_the_first_two_notebooks_run_to_their_end_on_a_teacher_that_cuts_answers_short(practice, tmp_path, monkeypatch):
-    from speed_core.runner import notebook
+    from speed_core.runner import batch
 
     monkeypatch.setenv("SPEED_RUNS", str(tmp_path / "runs"))
     practice.faults = 0.3
     values = {"teacher.kind": "openai", "teacher.model": "practice-teacher", "teacher.base_url": practice.url}
-    reports = notebook.run_all("smoke", overrides=values | {"teacher.timeout_seconds": 3}, only=["01", "02"])
+    reports = batch.run_all("smoke", overrides=values | {"teacher.timeout_seconds": 3}, only=["01", "02"])
     assert [(r.status, r.detail) for r in reports] == [("ok", "")] * 2
     outcomes = json.loads((tmp_path / "runs" / "smoke" / "artifacts" / "seeds" / "manifest.json").read_text())["outcomes"]
     assert 0 < outcomes["ok"] < sum(outcomes.values()), "nothing was lost, so nothing was tested"

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -116,7 +117,7 @@ def test_a_data_set_card_opens_as_a_data_set_with_its_counts_and_losses(made, tm
     assert card.data.size_categories == "n<1K" and card.data.to_dict()["dataset_info"]["splits"][0]["num_examples"] == 3
     rows = datasets.load_dataset(str(tmp_path / "out"), split="train", cache_dir=str(tmp_path / "cache"))
     assert [dict(r) for r in rows] == [{k: r[k] for k in rows.column_names} for r in some_rows()]
-    assert set(rows.column_names) == set(cards.FIELDS)
+    assert set(re.findall(r"^\| (\w+) \|", text.split("## What is in a row")[1], re.M)) == {*rows.column_names, "field"}
     assert "| invalid answer in `raw` | 2 |" in text and "| near-duplicate | 1 |" in text and "| evaluation overlap | 0 |" in text
     assert "not GPT-4o output" in text and "| short_short | 1 |" in text
 

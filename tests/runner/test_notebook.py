@@ -229,7 +229,7 @@ def test_a_notebook_with_a_byte_order_mark_runs(tmp_path):
 def test_a_printed_line_of_any_length_is_left_as_it_is():
     # Each was quadratic: minutes instead of a moment.
     for line in ("7" * 2_000_000, "\x1b[" * 1_000_000, "5%|" * 700_000):
-        assert notebook.fold(line) == line and notebook._plain(f"first\n{line}") == line[:400]
+        assert notebook.fold(line) == line and notebook.plain(f"first\n{line}") == line[:400]
 
 
 def test_a_lost_tag_and_a_computed_parameter_are_refused(tmp_path):
@@ -351,18 +351,18 @@ def test_a_parameter_without_a_default_takes_any_value_and_one_of_another_type_i
 
 
 def test_parameters_of_a_file_and_of_the_command_line_come_as_papermill_takes_them(tmp_path):
-    from speed_core.__main__ import _file, _overrides, _yaml
+    from speed_core.runner.arguments import overrides, yaml_file, yaml_values
 
     (path := tmp_path / "p.yaml").write_text("rate: 1e-5\nname: a\nlist: [1, 2]\n")
-    assert _file(path) == {"rate": 1e-5, "name": "a", "list": [1, 2]}
-    assert _overrides(["flag=True", "none=None", "x=1e-5", "t=abc"]) == {"flag": True, "none": None, "x": 1e-5, "t": "abc"}
+    assert yaml_file(path) == {"rate": 1e-5, "name": "a", "list": [1, 2]}
+    assert overrides(["flag=True", "none=None", "x=1e-5", "t=abc"]) == {"flag": True, "none": None, "x": 1e-5, "t": "abc"}
     path.write_text("[1")
     with pytest.raises(UserError, match="give JSON or YAML"):
-        _file(path)
+        yaml_file(path)
     with pytest.raises(UserError, match="No such file or directory; give a JSON or YAML file"):
-        _file(tmp_path / "missing.yaml")
+        yaml_file(tmp_path / "missing.yaml")
     with pytest.raises(UserError, match="^-y: holds no name: value pairs"):
-        _yaml("[1, 2]", "-y")
+        yaml_values("[1, 2]", "-y")
     nb = small_notebook(tmp_path / "n.ipynb", "print(x, rate, name)")
     words = ["execute", str(nb), str(tmp_path / "o.ipynb"), "-f", str(path), "-y", "x: 3", "-r", "name=7", "-p", "x=4"]
     path.write_text("rate: 1e-5")

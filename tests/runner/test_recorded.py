@@ -10,7 +10,7 @@ from typer.testing import CliRunner
 
 from speed_core.__main__ import app
 from speed_core.files import AppendLog, UserError, write_json, write_jsonl
-from speed_core.runner import notebook as runner
+from speed_core.runner import batch as runner
 from speed_core.runner import recorded
 from speed_core.store import run_context
 from speed_core.study import claims

@@ -6,7 +6,7 @@ import shutil
 import pytest
 
 from speed_core.files import UserError
-from speed_core.runner import notebook
+from speed_core.runner import batch
 from speed_core.store import run_context
 from speed_core.store.artifacts import Catalog, Store, open_notebook
 from speed_core.store.run_context import ROOT
@@ -136,7 +136,7 @@ def test_a_notebook_that_reads_data_only_starts_in_a_fresh_clone(tmp_path, monke
     monkeypatch.setenv("SPEED_SHIPPED", str(tmp_path / "shipped"))
     (tmp_path / "shipped" / "tiny").mkdir(parents=True)
     (tmp_path / "shipped" / "tiny" / "artifacts").symlink_to(run_context.CARRIED / "tiny")
-    (report,) = notebook.run_all("tiny", only=[number])
+    (report,) = batch.run_all("tiny", only=[number])
     assert report.status == "ok", report.detail
 
 
