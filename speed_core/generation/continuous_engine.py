@@ -17,9 +17,10 @@ from typing import Any
 import torch
 
 from speed_core import machine
+from speed_core.data.replies import Completion
 from speed_core.files import UserError
 from speed_core.generation import top_p
-from speed_core.generation.engines import Completion, Decoding, Request, grammar_schema
+from speed_core.generation.engines import Decoding, Request, grammar_schema
 from speed_core.models import loading
 
 # Sizes that the library reads from a GPU's memory; on a CPU they are given.
