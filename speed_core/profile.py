@@ -95,7 +95,7 @@ class Teacher(ConfigSection):
         price = self.price()
         return (input_tokens * price[0] + output_tokens * price[1]) / 1e6
 
-    def deciding(self) -> dict[str, Any]:
+    def cache_key_fields(self) -> dict[str, Any]:
         """The values that decide an answer, without those that only decide its price, pace or permission."""
         names = (
             "kind",

@@ -20,28 +20,20 @@ class Gate:
 
     def __init__(self, most: int):
         self.most, self.limit, self._active = most, float(most), 0
-        self._waiting: deque[asyncio.Future[None]] = deque()
+        self._changed = asyncio.Condition()
 
     @asynccontextmanager
     async def slot(self) -> AsyncIterator[None]:
-        while self._active >= max(1, int(self.limit)):
-            turn = asyncio.get_running_loop().create_future()
-            self._waiting.append(turn)
-            await turn
-        self._active += 1
+        """One of the places, while the call runs."""
+        async with self._changed:
+            await self._changed.wait_for(lambda: self._active < max(1, int(self.limit)))
+            self._active += 1
         try:
             yield
         finally:
             self._active -= 1
-            # One for the slot that is free now, one more in case the limit has grown; who finds none waits again.
-            self._wake(2)
-
-    def _wake(self, count: int) -> None:
-        while count and self._waiting:
-            turn = self._waiting.popleft()
-            if not turn.done():
-                turn.set_result(None)
-                count -= 1
+            async with self._changed:
+                self._changed.notify(2)  # one for the place that is free now, one more in case the limit has grown
 
     def went_well(self) -> None:
         self.limit = min(float(self.most), self.limit + 1 / max(1.0, self.limit))
@@ -51,7 +43,10 @@ class Gate:
 
 
 class Pace:
-    """Waits until one more call fits into the last `window` seconds; 0 means no cap."""
+    """Waits until one more call fits into the last `window` seconds; 0 means no cap.
+
+    aiolimiter's leaky bucket would let nearly twice the cap through in the first window, and cannot correct an estimate.
+    """
 
     def __init__(
         self, requests: int, tokens: int, window: float = 60.0,
@@ -61,7 +56,7 @@ class Pace:
         self._past: deque[list[float]] = deque()  # [when, tokens]
 
     async def enter(self, tokens: float) -> list[float]:
-        """Wait for room and take it with an estimate of the call's tokens; `settle` corrects the estimate."""
+        """Wait for room and take it with an estimate of the call's tokens; [when, tokens], whose second number may be corrected."""
         while True:
             now = self._clock()
             while self._past and now - self._past[0][0] >= self.window:
@@ -74,6 +69,3 @@ class Pace:
                 self._past.append(entry)
                 return entry
             await self._sleep(max(self.window - (now - self._past[0][0]), 0.01))
-
-    def settle(self, entry: list[float], tokens: float) -> None:
-        entry[1] = float(tokens)

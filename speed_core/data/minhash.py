@@ -1,8 +1,11 @@
 """Near-duplicate texts at scale: MinHash signatures in numpy, bands, candidates confirmed on the texts themselves.
 
-A pair of texts is compared by the Jaccard similarity of their word shingles. MinHash finds the pairs worth
-comparing (Broder 1997; bands: Leskovec, Rajaraman and Ullman, Mining of Massive Datasets, section 3.4); the
-decision is always the exact similarity, so hashing can overlook a pair but never makes one up.
+A pair of texts is compared by the Jaccard similarity of their word shingles. MinHash finds the candidate pairs
+(Broder 1997; bands: Leskovec, Rajaraman and Ullman, Mining of Massive Datasets, section 3.4); the decision is always
+the exact similarity, so hashing can overlook a pair but never makes one up.
+
+This is our own code because a million records have to fit into 2 GB of memory: of the libraries that we measured
+(`benchmarks/dedup.py`), the smallest takes 3.4 GB.
 """
 
 from __future__ import annotations
@@ -88,45 +91,42 @@ def duplicates(texts: Sequence[str], *, threshold: float, permutations: int, shi
     out = np.full(len(texts), -1, np.int64)
     if not texts:
         return out
-    grams = lru_cache(maxsize=1 << 14)(lambda i: shingles(texts[i], shingle))
-    kept: dict[int, list[int]] = {}  # group -> kept texts in it, in order
-    positions, groups = groups_of(band_keys(texts, bands, rows, shingle, seed))
+    shingles_of = lru_cache(maxsize=1 << 14)(lambda i: shingles(texts[i], shingle))
+    kept: dict[int, list[int]] = {}  # bucket -> kept texts in it, in order
+    positions, buckets = shared_buckets(band_keys(texts, bands, rows, shingle, seed))
     edges = np.flatnonzero(np.diff(positions, prepend=-1, append=-1)).tolist()
     for start, end in pairwise(edges):
-        i, mine = int(positions[start]), groups[start:end].tolist()
-        bands_shared = Counter(chain.from_iterable(kept.get(g, ()) for g in mine))
+        i, mine = int(positions[start]), buckets[start:end].tolist()
+        bands_shared = Counter(chain.from_iterable(kept.get(b, ()) for b in mine))
         candidates = sorted(c for c, shared in bands_shared.items() if shared > 1)
-        twin = next((c for c in candidates if jaccard(grams(i), grams(c)) >= threshold), None)
+        twin = next((c for c in candidates if jaccard(shingles_of(i), shingles_of(c)) >= threshold), None)
         if twin is not None:
             out[i] = twin
             continue
-        for g in mine:
-            kept.setdefault(g, []).append(i)
+        for b in mine:
+            kept.setdefault(b, []).append(i)
     return out
 
 
-def groups_of(keys: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """(positions, groups): a pair for each band in which a text shares its key; by position, then band.
+def shared_buckets(keys: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """(positions, buckets): a pair for each band in which a text shares its key with another one, by position.
 
-    keys: (bands, n). A group is one key of one band that at least two texts share.
+    keys: (bands, n). A bucket is one key of one band.
     """
-    positions, groups, total = [], [], 0
+    positions, buckets, total = [], [], 0
     for band in keys:
-        order = np.argsort(band, kind="stable")
-        ordered = band[order]
-        same = np.concatenate([[False], ordered[1:] == ordered[:-1], [False]])
-        shared = same[:-1] | same[1:]
-        number = total + np.cumsum(shared & ~same[:-1]) - 1
-        positions.append(order[shared].astype(np.int32))
-        groups.append(number[shared].astype(np.int32))
-        total += int((shared & ~same[:-1]).sum())
-    where, which = np.concatenate(positions), np.concatenate(groups)
+        _, bucket, size = np.unique(band, return_inverse=True, return_counts=True)
+        shared = np.flatnonzero(size[bucket] > 1)
+        positions.append(shared.astype(np.int32))
+        buckets.append((total + bucket[shared]).astype(np.int32))
+        total += len(size)
+    where = np.concatenate(positions)
     order = np.argsort(where, kind="stable")
-    return where[order], which[order]
+    return where[order], np.concatenate(buckets)[order]
 
 
 def band_keys(texts: Sequence[str], bands: int, rows: int, shingle: int, seed: int) -> np.ndarray:
-    """(bands, n) uint64: one key a band and text; equal in a band when all its `rows` minima are equal.
+    """(bands, n) uint64: MinHash signatures, a key for each band; equal when all `rows` minima of the band are equal.
 
     The hash of a shingle x is (a x + b mod 2^64) / 2^32 with random a and b, strongly universal for 32-bit x
     (Dietzfelbinger 1996): x is the upper half of a mixed 64-bit hash of the words.
@@ -151,9 +151,8 @@ class WordHashes(dict[str, int]):
     def __missing__(self, word: str) -> int:
         if len(self) >= VOCABULARY:
             self.clear()
-        value = int.from_bytes(blake2b(word.encode("utf-8", "surrogatepass"), digest_size=8).digest(), "little")
-        self[word] = value
-        return value
+        self[word] = int.from_bytes(blake2b(word.encode("utf-8", "surrogatepass"), digest_size=8).digest(), "little")
+        return self[word]
 
 
 def shingle_hashes(texts: Sequence[str], size: int, known: WordHashes) -> tuple[np.ndarray, np.ndarray]:
@@ -166,12 +165,12 @@ def shingle_hashes(texts: Sequence[str], size: int, known: WordHashes) -> tuple[
     run, padded = flat.copy(), np.concatenate([flat, np.zeros(size, np.uint64)])
     for k in range(1, size):
         run = run * np.uint64(0x9E3779B97F4A7C15) + padded[k : k + total]
+    left = np.repeat(np.cumsum(counts), counts) - np.arange(total)  # words from a position to the end of its text
     short = counts < size
-    lengths = np.where(short, counts, counts - size + 1)
-    owner = np.repeat(np.arange(len(counts)), counts)
-    place = np.arange(total) - (np.cumsum(counts) - counts)[owner]
     # A shorter text's words are no shingles of a longer one: unless size is 1 they get hashes of their own.
-    return mix(np.where(short[owner], ~flat, run))[place < lengths[owner]], lengths
+    in_short = np.repeat(short, counts)
+    hashes = mix(np.where(in_short, ~flat, run))[in_short | (left >= size)]
+    return hashes, np.where(short, counts, counts - size + 1)
 
 
 def mix(x: np.ndarray) -> np.ndarray:

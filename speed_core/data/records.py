@@ -1,10 +1,8 @@
-"""The five kinds of synthetic example, and the one door through which model text enters.
+"""The five kinds of synthetic example, and the parser that reads all model text.
 
-A generator answers a prompt with one JSON object. `parse` decides what that text is: a usable
-example, or a named reason why not. It never repairs, rewrites or evaluates the text: a newline
-inside a value stays a newline, and a record that cannot be read is counted, not fixed.
-Keys follow SPEED's released prompts (paper-facts in short: retrieval asks for user_query,
-positive_document, hard_negative_document, and so on).
+A generator answers a prompt with one JSON object. `parse` decides what that text is: a usable example, or a named reason
+why not. It never repairs, rewrites or evaluates the text: a newline inside a value stays a newline, and a record that
+cannot be read is counted, not fixed. The JSON keys are those of SPEED's released prompts.
 """
 
 from __future__ import annotations
@@ -13,16 +11,37 @@ import ast
 import json
 import re
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from enum import StrEnum
+from typing import Any
 
 from speed_core.files import surrogate
 
-Kind = Literal["retrieval", "classification", "sts", "short_short", "long_long"]
-Status = Literal["ok", "invalid", "refused", "truncated", "error"]
 
-KINDS: tuple[Kind, ...] = ("retrieval", "classification", "sts", "short_short", "long_long")
+class Kind(StrEnum):
+    """The five tasks of SPEED; the last two are its matching tasks, which have no negative."""
 
-# kind -> JSON keys in the order (query, positive, negative); the matching kinds have no negative.
+    RETRIEVAL = "retrieval"
+    CLASSIFICATION = "classification"
+    STS = "sts"
+    SHORT_SHORT = "short_short"
+    LONG_LONG = "long_long"
+
+
+class Status(StrEnum):
+    """How a request ends. Every request ends in exactly one of these."""
+
+    OK = "ok"
+    INVALID = "invalid"  # the text breaks a rule, which `Outcome.reason` names
+    REFUSED = "refused"
+    TRUNCATED = "truncated"  # cut off at the token limit
+    ERROR = "error"  # there is no text
+
+
+KINDS = tuple(Kind)
+WEAK = (Status.INVALID, Status.TRUNCATED, Status.REFUSED)  # there is a text, but no record: worth another attempt
+
+FIELDS = ("query", "positive", "negative")
+# kind -> JSON keys in the order of FIELDS; the matching kinds have no negative.
 KEYS: dict[str, tuple[str, ...]] = {
     "retrieval": ("user_query", "positive_document", "hard_negative_document"),
     "classification": ("input_text", "label", "misleading_label"),
@@ -31,12 +50,10 @@ KEYS: dict[str, tuple[str, ...]] = {
     "long_long": ("input", "positive_document"),
 }
 
-# Longest value that is accepted, in characters. It bounds the grammar too (see `schema`), so that
-# constrained decoding always ends.
+# Longest value that is accepted, in characters.
 MAX_CHARS = 4000
 
 _REFUSALS = ("i'm sorry", "i am sorry", "sorry, ", "i cannot", "i can't", "as an ai", "i'm unable", "i am unable")
-
 
 # Parts of the words in which servers say that a text was held back; "refusal" is a message's own field.
 REFUSED = re.compile("content[-_ ]?filter|guardrail|safety|toxic|recitation|prohibited|block|moderat|spii|sensitive|refus")
@@ -46,15 +63,13 @@ REFUSED = re.compile("content[-_ ]?filter|guardrail|safety|toxic|recitation|proh
 class Outcome:
     """What became of one request.
 
-    `status` is one of ok, invalid, refused, truncated, error. `reason` names the rule that failed
-    (empty when ok). `record` holds {"query", "positive", "negative"} when ok, else None.
+    `reason` names the rule that failed (empty when ok). `record` holds {"query", "positive", "negative"} when ok, else None.
     """
 
     status: Status
     reason: str = ""
     record: dict[str, str | None] | None = None
     raw: str = field(default="", repr=False)
-    retryable: bool = False
 
 
 def schema(kind: str) -> dict[str, Any]:
@@ -125,19 +140,22 @@ def own_text(raw: str, kind: str) -> str:
     found = _objects(raw)
     if len(found) <= 1 and not CLOSES.search(raw) and not OPENS.search(raw):
         return raw
-    fitting = [raw[start:end] for v, start, end in _answered(raw, found) if check_fields(v, kind).status == "ok"]
+    fitting = [raw[start:end] for v, start, end in _answered(raw, found) if not broken_rule(v, kind)]
     return fitting[-1] if fitting else raw
 
 
 def unfinished(raw: str, finish_reason: str) -> Outcome | None:
     """The outcome of a text that was not written to its end, or was refused; None when the model says that it is complete."""
     if finish_reason == "length":
-        return Outcome("truncated", "length", raw=raw)
+        return Outcome(Status.TRUNCATED, "length", raw=raw)
     if REFUSED.search(finish_reason):
-        return Outcome("refused", finish_reason, raw=raw)
-    if finish_reason != "stop":
-        return Outcome("invalid", f"finish_reason:{finish_reason}", raw=raw)
-    return None
+        return Outcome(Status.REFUSED, finish_reason, raw=raw)
+    return None if finish_reason == "stop" else invalid(f"finish_reason:{finish_reason}", raw)
+
+
+def invalid(reason: str, raw: str) -> Outcome:
+    """The outcome of a text that breaks the rule `reason`."""
+    return Outcome(Status.INVALID, reason, raw=raw)
 
 
 def parse(raw: str, kind: str, finish_reason: str = "stop") -> Outcome:
@@ -145,64 +163,63 @@ def parse(raw: str, kind: str, finish_reason: str = "stop") -> Outcome:
 
     `finish_reason == "length"` means the model was cut off: such text is `truncated`, whatever it looks like. Thinking is set aside.
     Of several objects the one that fits the kind counts; two different ones that fit are `ambiguous`. Reasons of `invalid`: empty,
-    no_object, not_json, only_thinking, ambiguous, missing_key:K, unknown_key, not_a_string:K, blank:K, too_long:K, lone_surrogate:K,
-    query_equals_positive, positive_equals_negative, query_equals_negative, finish_reason:WORD (a word that does not mean complete).
+    no_object, not_json, only_thinking, ambiguous, finish_reason:WORD (a word that does not mean complete), and those of `broken_rule`.
     """
     if kind not in KEYS:
         raise ValueError(f"kind {kind!r}: unknown; use one of {', '.join(KEYS)}")
     if cut := unfinished(raw, finish_reason):
         return cut
     if not raw.strip():
-        return Outcome("invalid", "empty", raw=raw)
+        return invalid("empty", raw)
     found = _objects(raw)
-    objects = [v for v, _, _ in _answered(raw, found)]
-    if not objects:
-        if raw.strip().lower().replace("\u2019", "'").startswith(_REFUSALS) and "{" not in raw:
-            return Outcome("refused", "refusal_text", raw=raw)
-        thought = "only_thinking" if found or OPENS.search(raw) else "no_object"
-        return Outcome("invalid", "not_json" if "{" in raw and not found else thought, raw=raw)
-    outcomes = [check_fields(value, kind, raw) for value in objects]
-    fitting = [o for o in outcomes if o.status == "ok"]
-    if any(o.record != fitting[0].record for o in fitting):
-        return Outcome("invalid", "ambiguous", raw=raw)
-    return fitting[-1] if fitting else outcomes[-1]
+    answers = [v for v, _, _ in _answered(raw, found)]
+    if not answers:
+        if "{" in raw and not found:
+            return invalid("not_json", raw)
+        if "{" not in raw and raw.strip().lower().replace("\u2019", "'").startswith(_REFUSALS):
+            return Outcome(Status.REFUSED, "refusal_text", raw=raw)
+        return invalid("only_thinking" if found or OPENS.search(raw) else "no_object", raw)
+    fitting = [v for v in answers if not broken_rule(v, kind)]
+    if not fitting:
+        return invalid(broken_rule(answers[-1], kind), raw)
+    if any(v != fitting[0] for v in fitting):
+        return invalid("ambiguous", raw)
+    values = [fitting[-1][k] for k in KEYS[kind]]
+    return Outcome(Status.OK, record=dict(zip(FIELDS, [*values, None], strict=False)), raw=raw)
 
 
-def check_fields(value: dict[str, Any], kind: str, raw: str = "") -> Outcome:
-    """Apply the field rules of `kind` to an already decoded object."""
+def broken_rule(value: dict[str, Any], kind: str) -> str:
+    """The first rule of `kind` that a decoded object breaks, or "".
+
+    Rules: missing_key:K, unknown_key, not_a_string:K, blank:K, too_long:K, lone_surrogate:K, query_equals_positive,
+    positive_equals_negative, query_equals_negative.
+    """
     keys = KEYS[kind]
-    for key in keys:
-        if key not in value:
-            return Outcome("invalid", f"missing_key:{key}", raw=raw)
-    for key in value:
-        if key not in keys:
-            return Outcome("invalid", "unknown_key", raw=raw)
+    if missing := [key for key in keys if key not in value]:
+        return f"missing_key:{missing[0]}"
+    if len(value) > len(keys):
+        return "unknown_key"
     for key in keys:
         text = value[key]
         if not isinstance(text, str):
-            return Outcome("invalid", f"not_a_string:{key}", raw=raw)
+            return f"not_a_string:{key}"
         if not text.strip():
-            return Outcome("invalid", f"blank:{key}", raw=raw)
+            return f"blank:{key}"
         if len(text) > MAX_CHARS:
-            return Outcome("invalid", f"too_long:{key}", raw=raw)
+            return f"too_long:{key}"
         if surrogate(text):
-            return Outcome("invalid", f"lone_surrogate:{key}", raw=raw)
-    query, positive = value[keys[0]], value[keys[1]]
-    negative = value[keys[2]] if len(keys) == 3 else None
-    same = {"query_equals_positive": (query, positive)}
-    if negative is not None:
-        same["positive_equals_negative"] = (positive, negative)
-        same["query_equals_negative"] = (query, negative)
-    for reason, (a, b) in same.items():
-        if a.strip().lower() == b.strip().lower():
-            return Outcome("invalid", reason, raw=raw)
-    return Outcome("ok", record={"query": query, "positive": positive, "negative": negative}, raw=raw)
+            return f"lone_surrogate:{key}"
+    texts = {name: value[key].strip().lower() for name, key in zip(FIELDS, keys, strict=False)}
+    for a, b in (("query", "positive"), ("positive", "negative"), ("query", "negative")):
+        if b in texts and texts[a] == texts[b]:
+            return f"{a}_equals_{b}"
+    return ""
 
 
 def to_json(record: dict[str, str | None], kind: str) -> str:
     """The JSON text that a generator is trained to write for `record` (inverse of `parse`)."""
-    values = (record["query"], record["positive"], record["negative"])
-    return json.dumps(dict(zip(KEYS[kind], values, strict=False)), ensure_ascii=False, separators=(",", ":"))
+    values = dict(zip(KEYS[kind], (record[f] for f in FIELDS), strict=False))
+    return json.dumps(values, ensure_ascii=False, separators=(",", ":"))
 
 
 def parse_string_list(raw: str, finish_reason: str = "stop") -> tuple[list[str], str]:

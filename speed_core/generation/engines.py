@@ -17,6 +17,7 @@ from typing import Any
 
 from speed_core import machine
 from speed_core.data import records
+from speed_core.data.replies import Completion
 from speed_core.files import UserError, digest
 from speed_core.models import loading
 
@@ -70,18 +71,6 @@ class Request:
         """The next attempt: the same prompt with a seed of its own."""
         seed = int(digest([self.seed, self.attempt])[:8], 16) & 0x7FFFFFFF
         return replace(self, seed=seed, attempt=self.attempt + 1)
-
-
-@dataclass(frozen=True)
-class Completion:
-    """What the engine returned. `finish_reason` is "stop", "length", or "error" when it refused the request for good:
-    then `text` says why. Token counts are for speed and cost."""
-
-    id: str
-    text: str
-    finish_reason: str
-    prompt_tokens: int
-    new_tokens: int
 
 
 class Engine(ABC):

@@ -15,8 +15,9 @@ from typing import Any
 
 from speed_core.console import progress
 from speed_core.data import records
+from speed_core.data.replies import Completion
 from speed_core.files import AppendLog, UserError, digest
-from speed_core.generation.engines import Completion, Decoding, Engine, EngineOptions, Request, choose_engine, open_engine
+from speed_core.generation.engines import Decoding, Engine, EngineOptions, Request, choose_engine, open_engine
 from speed_core.models import loading
 
 Parser = Callable[[str, str, str], records.Outcome]  # of raw text, kind and finish reason
@@ -123,7 +124,7 @@ def _entry(
 ) -> dict[str, Any]:
     """The line of the log for one completion."""
     if c.finish_reason == "error":
-        outcome = records.Outcome("error", c.text)
+        outcome = records.Outcome(records.Status.ERROR, c.text)
     else:
         outcome = parse(c.text, request.kind, c.finish_reason)
     more = {"attempt": request.attempt} if request.attempt > 1 else {}
@@ -179,7 +180,7 @@ def replay(
 def outcome_of(entry: dict[str, Any]) -> records.Outcome:
     """Parse a logged text again; the log keeps raw text, so records are always derived from it."""
     if entry["status"] == "error":
-        return records.Outcome("error", entry["reason"])
+        return records.Outcome(records.Status.ERROR, entry["reason"])
     return records.parse(entry["raw"], entry["kind"], entry["finish_reason"])
 
 

@@ -14,9 +14,10 @@ from collections.abc import Generator, Sequence
 from concurrent.futures import as_completed
 from typing import Any
 
-from speed_core.data.endpoint import PROBE, Endpoint, Refusals, answers, of_request, read, sentence
+from speed_core.data.endpoint import PROBE, Endpoint
+from speed_core.data.replies import Completion, Refusals, of_request, read, sentence
 from speed_core.files import UserError
-from speed_core.generation.engines import Completion, Decoding, Engine, Request, grammar_schema
+from speed_core.generation.engines import Decoding, Engine, Request, grammar_schema
 from speed_core.models import loading
 
 
@@ -39,7 +40,8 @@ class ServerEngine(Engine):
 
     def generate(self, requests: Sequence[Request], decoding: Decoding) -> Generator[Completion, None, None]:
         futures = [self._endpoint.submit(self._complete(r, decoding)) for r in requests]
-        refusals, waiting = Refusals(), set(futures)
+        refusals: Refusals[Completion] = Refusals()
+        waiting = set(futures)
         try:
             for future in as_completed(futures):
                 waiting.discard(future)
@@ -51,18 +53,17 @@ class ServerEngine(Engine):
                     start = f"; start it with --lora-modules {name}=FOLDER, or --served-model-name {name}" if lists else ""
                     raise UserError(
                         f"generation.base_url: the server failed for model {name!r} ({sentence(error)}){lists}{start}; finished "
-                        "requests are logged, correct it and run again to go on"
+                        "requests are logged, correct that and run again to go on"
                     ) from None
                 if done.finish_reason != "error":
                     yield done
-                    yield from refusals.rest()
+                    yield from refusals.release()
                     continue
-                refusals.add(done.text, done)
-                if not refusals.suspicious:
+                if not refusals.hold(done.text, done):
                     continue
                 kind = next(r.kind for r in requests if r.id == done.id)
-                if answers(lambda kind=kind: self._create(PROBE, kind, decoding, 0), self._endpoint):  # type: ignore[misc]
-                    yield from refusals.acquitted()
+                if self._endpoint.answers(self._create(PROBE, kind, decoding, 0)):
+                    yield from refusals.release(probed=True)
                     continue
                 for other in [f for f in waiting if f.done() and not f.exception()]:
                     if other.result().finish_reason != "error":
@@ -71,16 +72,16 @@ class ServerEngine(Engine):
                     f"generation.base_url: every request is {done.text}; finished requests are logged, correct the server's "
                     "settings and run again to go on"
                 )
-            yield from refusals.rest()
+            yield from refusals.release()
         finally:
             for future in futures:
                 future.cancel()
 
-    async def _create(self, text: str, kind: str, decoding: Decoding, seed: int) -> Any:
+    async def _create(self, text: str, kind: str, decoding: Decoding, seed: int) -> str:
         extra: dict[str, Any] = {}
         if kind and decoding.constrained:
             extra["structured_outputs"] = {"json": grammar_schema(kind)}
-        return await self._endpoint.client.completions.create(
+        reply = await self._endpoint.client.completions.with_raw_response.create(
             model=self._served,
             prompt=loading.encode_prompt(self._tokenizer, text),
             temperature=decoding.temperature,
@@ -89,21 +90,20 @@ class ServerEngine(Engine):
             seed=seed,
             extra_body=extra,
         )
+        return reply.text
 
     async def _complete(self, r: Request, decoding: Decoding) -> Completion:
         ids = loading.encode_prompt(self._tokenizer, r.text)
 
-        async def send() -> Any:
-            return await self._create(r.text, r.kind, decoding, r.seed)
+        async def send() -> Completion:
+            return read(await self._create(r.text, r.kind, decoding, r.seed), r.id, len(ids))
 
         try:
-            reply = await self._endpoint.call(send, len(ids) + decoding.max_new_tokens)
+            return await self._endpoint.call(send, len(ids) + decoding.max_new_tokens)
         except Exception as error:
             if of_request(error):
                 return Completion(r.id, f"refused by the server ({sentence(error)})", "error", len(ids), 0)
             raise
-        answer = read(reply, len(ids))
-        return Completion(r.id, answer.text, answer.finish_reason, answer.input_tokens, answer.output_tokens)
 
     def close(self) -> None:
         self._endpoint.close()

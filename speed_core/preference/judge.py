@@ -17,8 +17,7 @@ from typing import Any
 
 import numpy as np
 
-from speed_core.data import prompts, records
-from speed_core.data import teacher as teachers
+from speed_core.data import asking, prompts, records
 from speed_core.data.prompts import Prompt
 
 INVALID_SCORE = -5.0
@@ -160,11 +159,11 @@ class LlmJudge:
     def ask(self, items: Sequence[tuple[Prompt, Sequence[str]]]) -> str:
         """Ask about many prompts at once, every answer logged as it comes; returns why some are missing, or nothing."""
         questions = self.questions(items)
-        entries = teachers.ask(
+        entries = asking.ask(
             self.teacher, questions, purpose="judge", log=self.log, parse=parse_verdict, temperature=self.temperature
         )
         self._answers |= {q.text: e for q, e in zip(questions, entries, strict=True)}
-        return teachers.unanswered(entries)
+        return asking.unanswered(entries)
 
     def _choice(self, entry: dict[str, Any], count: int) -> tuple[int, int, str] | None:
         """(best, worst, reason) of an answer, or None when it names no two of the candidates."""
@@ -221,7 +220,7 @@ def parse_verdict(raw: str, kind: str, finish_reason: str) -> records.Outcome:
     objects = [{k: str(v.get(k, "")) for k in ("best", "worst", "reason")} for v in records.objects(raw)]
     verdicts = [v for v in objects if all(re.fullmatch("[0-9]{1,3}", v[k]) for k in ("best", "worst"))]
     if not verdicts:
-        return records.Outcome("invalid", (NoVerdict.NO_INDEX if objects else NoVerdict.NO_OBJECT).value, raw=raw)
+        return records.invalid((NoVerdict.NO_INDEX if objects else NoVerdict.NO_OBJECT).value, raw)
     if len({(v["best"], v["worst"]) for v in verdicts}) > 1:
-        return records.Outcome("invalid", NoVerdict.AMBIGUOUS.value, raw=raw)
-    return records.Outcome("ok", record={**verdicts[-1]}, raw=raw)
+        return records.invalid(NoVerdict.AMBIGUOUS.value, raw)
+    return records.Outcome(records.Status.OK, record={**verdicts[-1]}, raw=raw)

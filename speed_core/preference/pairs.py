@@ -72,6 +72,6 @@ def win_rate(judge: RubricJudge, items: Sequence[tuple[Prompt, dict[str, Any], d
 def prefers_revision(judge: RubricJudge, rows: Sequence[Mapping[str, Any]]) -> np.ndarray:
     """For rows {kind, task, prompt, weak, answer}: 1 where the judge prefers the revision `answer` to the `weak` sample
     that it was made from, 0.5 for a tie, 0 otherwise."""
-    items = [prompts.read_back(r["kind"], r["task"], r["prompt"]) for r in rows]
+    items = [prompts.parse_prompt_attributes(r["kind"], r["task"], r["prompt"]) for r in rows]
     answers = [[{"raw": r[name], "finish_reason": "stop"} for name in ("answer", "weak")] for r in rows]
     return win_rate(judge, [(prompt, better, weak) for prompt, (better, weak) in zip(items, answers, strict=True)])

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 from speed_core import machine
 from speed_core import profile as profiles
 from speed_core.data import tasks
-from speed_core.data.teacher import CALL_SECONDS
+from speed_core.data.budget import CALL_SECONDS
 from speed_core.evaluation.offline_tasks import CARRIERS
 from speed_core.files import UserError, without_user
 from speed_core.models import compute_type, loading

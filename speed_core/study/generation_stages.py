@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from speed_core import console
-from speed_core.data import curate, prompts, records, tasks, teacher
+from speed_core.data import asking, curate, prompts, records, tasks, teacher
 from speed_core.data.prompts import Prompt
 from speed_core.files import UserError, write_json, write_jsonl
 from speed_core.generation import generate, sft
@@ -61,20 +61,20 @@ def _ask_teacher(run: Run, draft: Draft, name: str, purpose: str, planned: Seque
     """Fill a draft with the teacher's answers to `planned`; the log and the artifact have one name."""
     who = run.profile.teacher
     t = teacher.open_teacher(who, run.replay)
-    entries = teacher.ask(t, planned, purpose=purpose, log=run.log(name), attempts=who.attempts, **how)
+    entries = asking.ask(t, planned, purpose=purpose, log=run.log(name), attempts=who.attempts, **how)
     write_jsonl(draft.file("data.jsonl"), entries)
-    write_json(draft.file("ledger.json"), teacher.spent(run.log(name), planned, purpose, who))
-    draft.info |= {"teacher": t.label, "outcomes": generate.counts(entries), "partial": teacher.unanswered(entries)}
+    write_json(draft.file("ledger.json"), asking.spent(run.log(name), planned, purpose, who))
+    draft.info |= {"teacher": t.label, "outcomes": generate.counts(entries), "partial": asking.unanswered(entries)}
 
 
 def _asked(run: Run, planned: Sequence[Prompt]) -> dict[str, Any]:
-    return {"prompts": prompts.text_digest("".join(q.digest for q in planned)), "teacher": run.profile.teacher.deciding()}
+    return {"prompts": prompts.text_digest("".join(q.digest for q in planned)), "teacher": run.profile.teacher.cache_key_fields()}
 
 
 @stage("tasks", Kind.TEACHER, "01", parameters=lambda run: _asked(run, brainstorm_prompts(run)))
 def brainstorm(run: Run, draft: Draft) -> None:
     """The teacher's answers to the brainstorm prompts."""
-    _ask_teacher(run, draft, "tasks", "brainstorm", brainstorm_prompts(run), parse=teacher.parse_tasks)
+    _ask_teacher(run, draft, "tasks", "brainstorm", brainstorm_prompts(run), parse=asking.parse_tasks)
 
 
 def task_table(artifact: Artifact) -> dict[tuple[str, str], list[str]]:
@@ -340,7 +340,7 @@ def root(run: Run) -> Ask:
 
 def _judge(run: Run, root: Artifact) -> dict[str, Any]:
     who = run.profile.teacher
-    by: dict[str, Any] = {"weights": judge.RubricJudge.WEIGHTS} if who.judge == "rubric" else {"teacher": who.deciding()}
+    by: dict[str, Any] = {"weights": judge.RubricJudge.WEIGHTS} if who.judge == "rubric" else {"teacher": who.cache_key_fields()}
     if who.judge == "rubric" and run.profile.models.guide != RUBRIC_GUIDE:
         by["guide"] = loading.named(run.profile.models.guide)
     return {"judge": who.judge, **by}
@@ -358,7 +358,7 @@ def preferences(run: Run, draft: Draft, root: Artifact) -> None:
         decide: Any = judge.LlmJudge(teacher.open_teacher(who, run.replay), run.log("judge"), who.judge_temperature)
         questions = [(q, [records.own_text(e["raw"], q.kind) for e in group]) for q, group in items]
         draft.info["partial"] = decide.ask(questions)
-        write_json(draft.file("ledger.json"), teacher.spent(run.log("judge"), decide.questions(questions), "judge", who))
+        write_json(draft.file("ledger.json"), asking.spent(run.log("judge"), decide.questions(questions), "judge", who))
     else:
         decide = rubric(run, entries, planned)
     pairs, count = preference_pairs.make_pairs(decide, items)
@@ -412,7 +412,7 @@ def _with_endpoint(run: Run) -> Instances:
     Kind.TEACHER,
     _with_endpoint,
     inputs=["root"],
-    parameters=lambda run, root: {"teacher": run.profile.teacher.deciding(), "count": run.profile.revisor.examples},
+    parameters=lambda run, root: {"teacher": run.profile.teacher.cache_key_fields(), "count": run.profile.revisor.examples},
 )
 def revisions(run: Run, draft: Draft, root: Artifact) -> None:
     """The first valid candidate of each root prompt, revised by the teacher (SPEED section 3.2.4)."""

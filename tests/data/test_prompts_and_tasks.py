@@ -95,7 +95,7 @@ def test_who_uses_more_than_three_tasks_of_a_topic_asks_for_as_many():
 @given(st.sampled_from(records.KINDS), st.sampled_from(("short", "paper")), st.integers(0, 200))
 def test_a_prompt_read_back_from_its_text_asks_the_judge_for_the_same(kind, table, index):
     built = prompts.synthesis(kind, "Health/Sleep", "" if kind == "sts" else "Find it.", index=index, table=table)
-    again = prompts.read_back(kind, built.task, built.text)
+    again = prompts.parse_prompt_attributes(kind, built.task, built.text)
     assert judge._wanted_words(again) == judge._wanted_words(built) and again.text == built.text
     assert again.topic == ("Health/Sleep" if kind == "sts" else "")
 

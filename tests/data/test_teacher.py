@@ -4,8 +4,9 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
 
+from speed_core.data import asking, budget, prompts, replies, teacher
 from speed_core.data import endpoint as endpoints
-from speed_core.data import prompts, teacher
+from speed_core.data.endpoint_teacher import EndpointTeacher
 from speed_core.files import UserError, write_jsonl
 from speed_core.generation import generate
 from speed_core.models import loading
@@ -77,30 +78,30 @@ def some_prompts(n):
 
 def test_every_prompt_ends_in_one_outcome_and_tokens_are_counted(endpoint, tmp_path):
     Endpoint.script += [(200, GOOD, "stop"), (200, GOOD[:20], "length"), (200, "I cannot do that.", "stop"), (200, "{", "stop")]
-    t = teacher.EndpointTeacher(settings(endpoint, prices=({"model": "tiny", "input": 1.0, "output": 0.0},)))
-    entries = teacher.ask(t, some_prompts(4), purpose="seed", log=tmp_path / "log.jsonl")
+    t = EndpointTeacher(settings(endpoint, prices=({"model": "tiny", "input": 1.0, "output": 0.0},)))
+    entries = asking.ask(t, some_prompts(4), purpose="seed", log=tmp_path / "log.jsonl")
     assert generate.counts(entries) == {"ok": 1, "invalid": 1, "refused": 1, "truncated": 1, "error": 0}
     assert t.ledger.rows["seed"]["calls"] == 4 and t.ledger.rows["seed"]["input_tokens"] == 40
 
 
 def test_a_rate_limit_and_a_server_error_are_tried_again(endpoint, tmp_path):
     Endpoint.script += [(429, "", ""), (500, "", ""), (200, GOOD, "stop")]
-    entries = teacher.ask(teacher.EndpointTeacher(settings(endpoint)), some_prompts(1), purpose="seed", log=tmp_path / "l")
+    entries = asking.ask(EndpointTeacher(settings(endpoint)), some_prompts(1), purpose="seed", log=tmp_path / "l")
     assert entries[0]["status"] == "ok" and len(Endpoint.seen) == 3
 
 
 def test_a_bad_request_is_not_tried_again_and_loses_nothing(endpoint, tmp_path):
     Endpoint.script += [(400, "", ""), (200, GOOD, "stop")]
-    entries = teacher.ask(teacher.EndpointTeacher(settings(endpoint)), some_prompts(2), purpose="seed", log=tmp_path / "l")
+    entries = asking.ask(EndpointTeacher(settings(endpoint)), some_prompts(2), purpose="seed", log=tmp_path / "l")
     assert sorted(e["status"] for e in entries) == ["error", "ok"] and len(Endpoint.seen) == 2
 
 
 def test_the_budget_stops_cleanly_and_a_second_run_goes_on(endpoint, tmp_path):
     items = some_prompts(5)
-    first = teacher.ask(teacher.EndpointTeacher(settings(endpoint, max_calls=2)), items, purpose="seed", log=tmp_path / "l")
+    first = asking.ask(EndpointTeacher(settings(endpoint, max_calls=2)), items, purpose="seed", log=tmp_path / "l")
     assert generate.counts(first)["ok"] == 2 and generate.counts(first)["error"] == 3
     assert "max_calls" in next(e["reason"] for e in first if e["status"] == "error")
-    second = teacher.ask(teacher.EndpointTeacher(settings(endpoint)), items, purpose="seed", log=tmp_path / "l")
+    second = asking.ask(EndpointTeacher(settings(endpoint)), items, purpose="seed", log=tmp_path / "l")
     assert generate.counts(second)["ok"] == 5 and len(Endpoint.seen) == 5
 
 
@@ -109,10 +110,10 @@ def test_the_llm_judge_sets_aside_a_pair_on_which_it_contradicts_itself(endpoint
 
     same = '{"reason":"r","best":0,"worst":1}'
     Endpoint.script += [(200, same, "stop"), (200, same, "stop")]
-    verdict = LlmJudge(teacher.EndpointTeacher(settings(endpoint)), tmp_path / "a").judge(some_prompts(1)[0], ["x", "y"])
+    verdict = LlmJudge(EndpointTeacher(settings(endpoint)), tmp_path / "a").judge(some_prompts(1)[0], ["x", "y"])
     assert verdict.best == verdict.worst and "contradicts" in verdict.reason
     Endpoint.script += [(200, same, "stop"), (200, '{"reason":"r","best":1,"worst":0}', "stop")]
-    judge = LlmJudge(teacher.EndpointTeacher(settings(endpoint)), tmp_path / "b")
+    judge = LlmJudge(EndpointTeacher(settings(endpoint)), tmp_path / "b")
     verdict = judge.judge(some_prompts(1)[0], ["x", "y"])
     assert (verdict.best, verdict.worst) == (0, 1)
     # It named "x" in both orders, once in the first place and once in the second: no bias.
@@ -120,7 +121,7 @@ def test_the_llm_judge_sets_aside_a_pair_on_which_it_contradicts_itself(endpoint
     assert judge.audit == wanted | {"first_place_best": 1, "first_place_expected": 1.0}
     assert Endpoint.seen[0]["temperature"] == 0.0
     asked = len(Endpoint.seen)
-    again = LlmJudge(teacher.EndpointTeacher(settings(endpoint)), tmp_path / "b")
+    again = LlmJudge(EndpointTeacher(settings(endpoint)), tmp_path / "b")
     assert again.judge(some_prompts(1)[0], ["x", "y"]) == verdict and len(Endpoint.seen) == asked, "the log was not read"
 
 
@@ -128,22 +129,22 @@ def test_a_judge_that_runs_out_of_budget_says_so_and_goes_on_later(endpoint, tmp
     from speed_core.preference.judge import LlmJudge
 
     items = [(p, ["x", "y"]) for p in some_prompts(3)]
-    short = LlmJudge(teacher.EndpointTeacher(settings(endpoint, max_calls=4)), tmp_path / "l")
+    short = LlmJudge(EndpointTeacher(settings(endpoint, max_calls=4)), tmp_path / "l")
     assert short.ask(items).startswith("2 of 6 unanswered: teacher.max_calls 4 reached")
     short.judge(*items[2])
     assert short.audit["unanswered"] == 1 and short.audit["judged"] == 0
-    assert LlmJudge(teacher.EndpointTeacher(settings(endpoint)), tmp_path / "l").ask(items) == "" and len(Endpoint.seen) == 6
+    assert LlmJudge(EndpointTeacher(settings(endpoint)), tmp_path / "l").ask(items) == "" and len(Endpoint.seen) == 6
 
 
 def test_a_model_that_is_not_listed_is_tried_and_a_dead_endpoint_is_named(endpoint, tmp_path, capsys):
-    t = teacher.EndpointTeacher(settings(endpoint, model="gpt-9"))
+    t = EndpointTeacher(settings(endpoint, model="gpt-9"))
     t.check()
     assert "gpt-9" in (said := capsys.readouterr().out) and "lists (tiny)" in said
     Endpoint.script += [(404, "no model gpt-9", "")]
-    with pytest.raises(UserError, match=r"NotFoundError 404: no model gpt-9\); it lists tiny; mend it and run again"):
-        teacher.ask(t, some_prompts(1), purpose="seed", log=tmp_path / "l")
+    with pytest.raises(UserError, match=r"NotFoundError 404: no model gpt-9\); it lists tiny; correct it and run again"):
+        asking.ask(t, some_prompts(1), purpose="seed", log=tmp_path / "l")
     with pytest.raises(UserError, match="not reachable"):
-        teacher.EndpointTeacher(settings("http://127.0.0.1:9/v1")).check()
+        EndpointTeacher(settings("http://127.0.0.1:9/v1")).check()
 
 
 @pytest.mark.parametrize(
@@ -153,19 +154,19 @@ def test_a_model_that_is_not_listed_is_tried_and_a_dead_endpoint_is_named(endpoi
 )  # fmt: skip
 def test_whatever_a_gateway_lists_the_first_request_decides(endpoint, tmp_path, monkeypatch, status, body):
     monkeypatch.setattr(Endpoint, "listed", (status, body))
-    t = teacher.EndpointTeacher(settings(endpoint))
+    t = EndpointTeacher(settings(endpoint))
     t.check()
-    assert teacher.ask(t, some_prompts(1), purpose="seed", log=tmp_path / "l")[0]["status"] == "ok"
+    assert asking.ask(t, some_prompts(1), purpose="seed", log=tmp_path / "l")[0]["status"] == "ok"
 
 
 def test_without_a_key_the_teacher_says_what_to_do(monkeypatch):
     monkeypatch.delenv("OPENAI_API_KEY", raising=False)
     with pytest.raises(UserError, match="OPENAI_API_KEY"):
-        teacher.EndpointTeacher(settings(""))
+        EndpointTeacher(settings(""))
 
 
 def test_an_unrecorded_prompt_is_an_error_outcome_not_a_guess(tmp_path):
-    entries = teacher.ask(teacher.RecordedTeacher(), some_prompts(1), purpose="seed", log=tmp_path / "l")
+    entries = asking.ask(teacher.RecordedTeacher(), some_prompts(1), purpose="seed", log=tmp_path / "l")
     assert entries[0]["status"] == "error" and "no recorded answer" in entries[0]["reason"]
 
 
@@ -191,10 +192,10 @@ def recorded_prompts(n):
 
 def test_against_a_teacher_that_fails_in_seven_ways_nothing_is_lost(practice, tmp_path, monkeypatch):
     monkeypatch.setenv("SPEED_RUNS", str(tmp_path / "runs"))
-    monkeypatch.setattr(endpoints, "wait_exponential_jitter", lambda **_: lambda state: 0.01)
+    monkeypatch.setattr(endpoints, "back_off", lambda number: 0.01)
     items = recorded_prompts(48)
     who = settings(practice.url, model="practice-teacher", concurrency=8, timeout_seconds=0.5)
-    entries = teacher.ask(teacher.EndpointTeacher(who), items, purpose="seed", log=tmp_path / "log.jsonl")
+    entries = asking.ask(EndpointTeacher(who), items, purpose="seed", log=tmp_path / "log.jsonl")
     found = generate.counts(entries)
     assert sum(found.values()) == 48 and found["error"] == 0 and found["ok"] > 30
     wanted = [practice.fault(p.digest, 99) for p in items]
@@ -203,7 +204,7 @@ def test_against_a_teacher_that_fails_in_seven_ways_nothing_is_lost(practice, tm
     recorded = {r["prompt_digest"]: r["answer"] for r in teacher.recorded_rows("seeds")}
     assert all(e["raw"] == recorded[e["prompt_digest"]] for e in entries if e["status"] == "ok")
     calls = sum(practice.asked.values())
-    again = teacher.ask(teacher.EndpointTeacher(who), items, purpose="seed", log=tmp_path / "log.jsonl")
+    again = asking.ask(EndpointTeacher(who), items, purpose="seed", log=tmp_path / "log.jsonl")
     assert again == entries and sum(practice.asked.values()) == calls, "an answer was paid for twice"
 
 
@@ -222,7 +223,7 @@ def test_a_request_that_the_endpoint_refuses_is_remembered_and_not_asked_again(p
     unknown = some_prompts(3)
     practice.faults = 0.0
     for _ in range(2):
-        entries = teacher.ask(teacher.EndpointTeacher(who), unknown, purpose="seed", log=tmp_path / "l")
+        entries = asking.ask(EndpointTeacher(who), unknown, purpose="seed", log=tmp_path / "l")
     assert [e["reason"] for e in entries] == ["BadRequestError 400: this prompt was never recorded"] * 3 and sum(
         practice.asked.values()
     ) == 3
@@ -232,11 +233,11 @@ def test_a_budget_of_tokens_stops_cleanly(endpoint, tmp_path):
     items = some_prompts(5)
     first = len(items[0].text) // 4 + 6  # before there is an answer, a prompt counts a token for four characters
     who = settings(endpoint, max_tokens=first + 15, max_output_tokens=5)
-    t = teacher.EndpointTeacher(who)
-    entries = teacher.ask(t, items, purpose="seed", log=tmp_path / "l")
+    t = EndpointTeacher(who)
+    entries = asking.ask(t, items, purpose="seed", log=tmp_path / "l")
     assert generate.counts(entries)["ok"] == min(5, 1 + first // 15)
-    short = teacher.EndpointTeacher(settings(endpoint, max_tokens=first - 2, max_output_tokens=5))
-    entries = teacher.ask(short, items, purpose="seed", log=tmp_path / "m")
+    short = EndpointTeacher(settings(endpoint, max_tokens=first - 2, max_output_tokens=5))
+    entries = asking.ask(short, items, purpose="seed", log=tmp_path / "m")
     assert (
         generate.counts(entries)["error"] == 5
         and "max_tokens" in entries[0]["reason"]
@@ -311,13 +312,13 @@ def test_no_cap_is_exceeded_however_many_calls_are_in_flight_and_however_often_i
     # "dear": more tokens than a quarter of the characters, as in Chinese.
     Endpoint.usage = {"counted": count(100, 20), "dear": count(250, 20), "missing": None, "null": count(None, None)}[usage]
     for _ in range(3):
-        t = teacher.EndpointTeacher(who)
-        entries = teacher.ask(t, some_prompts(40), purpose="seed", log=tmp_path / "l")
+        t = EndpointTeacher(who)
+        entries = asking.ask(t, some_prompts(40), purpose="seed", log=tmp_path / "l")
     spent = t.ledger.rows["seed"]
     assert 2 <= generate.counts(entries)["ok"] == spent["calls"] == len(Endpoint.seen) <= cap.get("max_calls", 40)
     tokens = spent["input_tokens"] + spent["output_tokens"]
     assert 200 < tokens <= cap.get("max_tokens", 4000) and spent["usd"] <= cap.get("max_usd", 1) * (1 + 1e-9)
-    assert next(iter(cap)) in teacher.unanswered(entries)
+    assert next(iter(cap)) in asking.unanswered(entries)
 
 
 def test_a_key_that_expires_stops_the_stage_at_once_and_is_held_against_no_request(endpoint, tmp_path):
@@ -326,23 +327,21 @@ def test_a_key_that_expires_stops_the_stage_at_once_and_is_held_against_no_reque
         Endpoint.seen = []
         items, log = some_prompts(64), tmp_path / f"{code}"
         with pytest.raises(UserError, match=f"refuses every request .*{code}: {said}.*run again: what was answered is kept"):
-            teacher.ask(teacher.EndpointTeacher(settings(endpoint, concurrency=4)), items, purpose="seed", log=log)
+            asking.ask(EndpointTeacher(settings(endpoint, concurrency=4)), items, purpose="seed", log=log)
         assert len(log.read_text().splitlines()) == 20 and len(Endpoint.seen) < 30
         Endpoint.script = []
         before = len(Endpoint.seen)
-        entries = teacher.ask(teacher.EndpointTeacher(settings(endpoint)), items, purpose="seed", log=log)
+        entries = asking.ask(EndpointTeacher(settings(endpoint)), items, purpose="seed", log=log)
         assert generate.counts(entries)["ok"] == 64 and len(Endpoint.seen) - before == 44
 
 
 def test_an_error_that_an_earlier_version_held_against_a_request_is_asked_again(endpoint, tmp_path):
     items = some_prompts(1)
     Endpoint.script = [(400, "no", "")]
-    entry = teacher.ask(teacher.EndpointTeacher(settings(endpoint)), items, purpose="seed", log=tmp_path / "l")[0]
+    entry = asking.ask(EndpointTeacher(settings(endpoint)), items, purpose="seed", log=tmp_path / "l")[0]
     assert entry.pop("code") == 400
     write_jsonl(tmp_path / "l", [entry | {"reason": "AuthenticationError 401"}])
-    assert (
-        teacher.ask(teacher.EndpointTeacher(settings(endpoint)), items, purpose="seed", log=tmp_path / "l")[0]["status"] == "ok"
-    )
+    assert asking.ask(EndpointTeacher(settings(endpoint)), items, purpose="seed", log=tmp_path / "l")[0]["status"] == "ok"
 
 
 def message(content, finish="stop", usage="none", **more):
@@ -381,7 +380,7 @@ PARTS = [{"type": "text", "text": GOOD[:9]}, {"type": "thinking", "thinking": "{
 )
 def test_an_answer_of_any_shape_is_one_logged_outcome_and_ends_no_other(endpoint, tmp_path, body, status, reason):
     Endpoint.script = [(200, body, "as it is")]
-    entries = teacher.ask(teacher.EndpointTeacher(settings(endpoint)), some_prompts(3), purpose="seed", log=tmp_path / "l")
+    entries = asking.ask(EndpointTeacher(settings(endpoint)), some_prompts(3), purpose="seed", log=tmp_path / "l")
     odd = [e for e in entries if (e["status"], e["reason"]) == (status, reason)]
     assert odd and generate.counts(entries)["ok"] >= 2 and len((tmp_path / "l").read_text().splitlines()) == 3
     assert all(e["new_tokens"] > 0 for e in entries if e["status"] == "ok")
@@ -401,15 +400,15 @@ def test_an_answer_of_any_shape_is_one_logged_outcome_and_ends_no_other(endpoint
     ],
 )
 def test_a_reply_that_is_no_answer_is_asked_for_again(endpoint, tmp_path, monkeypatch, body):
-    monkeypatch.setattr(endpoints, "wait_exponential_jitter", lambda **_: lambda state: 0.01)
+    monkeypatch.setattr(endpoints, "back_off", lambda number: 0.01)
     Endpoint.script = [(200, body, "as it is"), (503, "busy", "\u00b2")]
-    entries = teacher.ask(teacher.EndpointTeacher(settings(endpoint)), some_prompts(1), purpose="seed", log=tmp_path / "l")
+    entries = asking.ask(EndpointTeacher(settings(endpoint)), some_prompts(1), purpose="seed", log=tmp_path / "l")
     assert entries[0]["status"] == "ok" and len(Endpoint.seen) == 3
 
 
 def test_a_content_filter_that_answers_with_400_is_a_refusal(endpoint, tmp_path):
     Endpoint.script = [(400, {"error": {"message": "filtered", "code": "content_filter"}}, "as it is")]
-    entry = teacher.ask(teacher.EndpointTeacher(settings(endpoint)), some_prompts(1), purpose="seed", log=tmp_path / "l")[0]
+    entry = asking.ask(EndpointTeacher(settings(endpoint)), some_prompts(1), purpose="seed", log=tmp_path / "l")[0]
     assert entry["status"] == "refused" and "filtered" in entry["reason"]
 
 
@@ -426,28 +425,27 @@ def test_a_content_filter_that_answers_with_400_is_a_refusal(endpoint, tmp_path)
         ({"X-RateLimit-Reset": "1767225630"}, 30.0),
         ({"X-RateLimit-Reset": "12"}, 12.0),
         ({"anthropic-ratelimit-tokens-reset": "2026-01-01T00:00:20Z"}, 20.0),
-        ({"x-ratelimit-reset": "2026-01-01T00:00:20+00:00", "x-ratelimit-remaining": "3"}, None),
+        ({"x-ratelimit-reset": "2026-01-01T00:00:20+00:00", "x-ratelimit-remaining": "3"}, 0.0),
         ({"x-ms-retry-after-ms": "1500"}, 1.5),
-        ({"Retry-After": "\u00b2"}, None),
-        ({"Retry-After": "soon"}, None),
-        ({}, None),
+        ({"Retry-After": "\u00b2"}, 0.0),
+        ({"Retry-After": "soon"}, 0.0),
+        ({}, 0.0),
     ],
 )
 def test_every_way_to_ask_for_patience_is_understood(headers, seconds):
-    assert endpoints.asked_wait(headers, 1767225600.0) == seconds  # 2026-01-01 00:00:00 UTC
+    assert replies.asked_wait(headers, 1767225600.0) == seconds  # 2026-01-01 00:00:00 UTC
 
 
 def test_a_window_that_the_server_names_is_waited_for_beyond_eight_tries(endpoint, tmp_path, monkeypatch):
-    monkeypatch.setattr(endpoints, "wait_exponential_jitter", lambda **_: lambda state: 0.0)
-    monkeypatch.setattr(endpoints.Endpoint, "_wait", lambda self, state: 0.0)
+    monkeypatch.setattr(endpoints.Endpoint, "_wait", lambda self, number, asked: 0.0)
     Endpoint.script = [(429, "slow down", "60")] * 12
-    entries = teacher.ask(teacher.EndpointTeacher(settings(endpoint)), some_prompts(1), purpose="seed", log=tmp_path / "l")
+    entries = asking.ask(EndpointTeacher(settings(endpoint)), some_prompts(1), purpose="seed", log=tmp_path / "l")
     assert entries[0]["status"] == "ok" and len(Endpoint.seen) == 13
     # But no longer than the stage may take, and only where one is told.
     for status, asked, minutes, tries in ((429, "60", 60, 61), (429, "60", 20, 21), (429, "0", 60, 8), (500, "60", 60, 8)):
         Endpoint.script, Endpoint.seen = [(status, "busy", asked)] * 99, []
-        who = teacher.EndpointTeacher(settings(endpoint, max_minutes=float(minutes)))
-        entries = teacher.ask(who, some_prompts(1), purpose="seed", log=tmp_path / f"{status}{asked}{minutes}")
+        who = EndpointTeacher(settings(endpoint, max_minutes=float(minutes)))
+        entries = asking.ask(who, some_prompts(1), purpose="seed", log=tmp_path / f"{status}{asked}{minutes}")
         assert entries[0]["status"] == "error" and entries[0]["retryable"] and len(Endpoint.seen) == tries
 
 
@@ -455,19 +453,19 @@ def test_a_window_that_the_server_names_is_waited_for_beyond_eight_tries(endpoin
 def test_a_call_that_is_tried_again_and_calls_that_wait_for_room_do_not_wait_for_each_other(
     endpoint, tmp_path, monkeypatch, concurrency, cap
 ):
-    monkeypatch.setattr(endpoints, "wait_exponential_jitter", lambda **_: lambda state: 0.05)
+    monkeypatch.setattr(endpoints, "back_off", lambda number: 0.05)
     one_dollar = ({"model": "tiny", "input": 1.0, "output": 1.0},)
     who = settings(endpoint, concurrency=concurrency, max_output_tokens=20, prices=one_dollar, max_minutes=0.3, **cap)
     Endpoint.script = [(500, "", "")] * 3 + [(429, "", "0")] * 2
-    entries = teacher.ask(teacher.EndpointTeacher(who), some_prompts(5), purpose="seed", log=tmp_path / "l")
+    entries = asking.ask(EndpointTeacher(who), some_prompts(5), purpose="seed", log=tmp_path / "l")
     assert generate.counts(entries)["ok"] >= 2 and not any("max_minutes" in e["reason"] for e in entries)
 
 
 def test_without_a_limit_the_first_answer_comes_alone_and_longer_ones_are_reckoned_with(endpoint, tmp_path):
     who = settings(endpoint, concurrency=4, max_tokens=9000)
     Endpoint.usage = {"prompt_tokens": 100, "completion_tokens": 2000, "total_tokens": 2100}
-    t = teacher.EndpointTeacher(who)
-    teacher.ask(t, some_prompts(12), purpose="seed", log=tmp_path / "l")
+    t = EndpointTeacher(who)
+    asking.ask(t, some_prompts(12), purpose="seed", log=tmp_path / "l")
     assert len(Endpoint.seen) == 4 and t.ledger.total("output_tokens") == 8000
 
 
@@ -484,23 +482,23 @@ def test_without_a_limit_the_first_answer_comes_alone_and_longer_ones_are_reckon
 def test_a_wrong_key_is_no_fault_of_the_request_whatever_its_status(endpoint, tmp_path, status, said):
     Endpoint.script = [(status, said, "")] * 4
     with pytest.raises(UserError, match="refuses every request"):
-        teacher.ask(teacher.EndpointTeacher(settings(endpoint)), some_prompts(4), purpose="seed", log=tmp_path / "l")
+        asking.ask(EndpointTeacher(settings(endpoint)), some_prompts(4), purpose="seed", log=tmp_path / "l")
     assert len(Endpoint.seen) == 1
     Endpoint.script = []
-    entries = teacher.ask(teacher.EndpointTeacher(settings(endpoint)), some_prompts(4), purpose="seed", log=tmp_path / "l")
+    entries = asking.ask(EndpointTeacher(settings(endpoint)), some_prompts(4), purpose="seed", log=tmp_path / "l")
     assert generate.counts(entries)["ok"] == 4
 
 
 def test_what_a_server_quotes_of_a_prompt_is_not_its_own_word(endpoint, tmp_path):
     said = {"detail": [{"msg": "String should have at most 10 characters", "input": "billing, invalid_api_key, flagged"}]}
     Endpoint.script = [(422, said, "as it is")]
-    entry = teacher.ask(teacher.EndpointTeacher(settings(endpoint)), some_prompts(1), purpose="seed", log=tmp_path / "l")[0]
+    entry = asking.ask(EndpointTeacher(settings(endpoint)), some_prompts(1), purpose="seed", log=tmp_path / "l")[0]
     assert entry["status"] == "error" and entry["code"] == 422
 
 
 def test_a_limit_of_a_minute_that_speaks_of_billing_is_waited_for(endpoint, tmp_path):
     Endpoint.script = [(429, "You exceeded your current quota, please check your plan and billing details.", "0")]
-    entry = teacher.ask(teacher.EndpointTeacher(settings(endpoint)), some_prompts(1), purpose="seed", log=tmp_path / "l")[0]
+    entry = asking.ask(EndpointTeacher(settings(endpoint)), some_prompts(1), purpose="seed", log=tmp_path / "l")[0]
     assert entry["status"] == "ok" and len(Endpoint.seen) == 2
 
 
@@ -508,12 +506,12 @@ def test_the_same_refusal_of_the_first_requests_is_held_against_none(endpoint, t
     items, log = some_prompts(9), tmp_path / "l"
     Endpoint.script = [(400, "max_tokens: use max_completion_tokens", "")] * 9
     with pytest.raises(UserError, match="refuses every request .*max_completion_tokens"):
-        teacher.ask(teacher.EndpointTeacher(settings(endpoint)), items, purpose="seed", log=log)
+        asking.ask(EndpointTeacher(settings(endpoint)), items, purpose="seed", log=log)
     assert log.read_text() == ""
     # After an answer, or where each has its own reason, it is the request's.
     for first in ([(200, GOOD, "stop")], [(400, f"no {letter}", "") for letter in "abcd"]):
         Endpoint.script = first + [(400, "too long", "")] * 4
-        entries = teacher.ask(teacher.EndpointTeacher(settings(endpoint)), items, purpose="seed", log=tmp_path / f"{len(first)}")
+        entries = asking.ask(EndpointTeacher(settings(endpoint)), items, purpose="seed", log=tmp_path / f"{len(first)}")
         refused = [e for e in entries if e["status"] == "error" and not e["retryable"]]
         assert len(refused) == sum(status == 400 for status, _, _ in first) + 4
 
@@ -523,18 +521,18 @@ def test_refusals_that_differ_only_in_what_is_the_requests_own_are_alike(endpoin
         (400, f"request_id: r{n}: unknown field 'reasoning' beside \"topic {n}\" ({90 + n} characters)", "") for n in range(5)
     ]
     with pytest.raises(UserError, match="refuses every request"):
-        teacher.ask(teacher.EndpointTeacher(settings(endpoint)), some_prompts(4), purpose="seed", log=tmp_path / "l")
+        asking.ask(EndpointTeacher(settings(endpoint)), some_prompts(4), purpose="seed", log=tmp_path / "l")
     assert (tmp_path / "l").read_text() == ""
 
 
 def test_another_models_answers_in_the_same_log_are_not_this_ones_budget(endpoint, tmp_path):
     items, log = some_prompts(4), tmp_path / "l"
-    teacher.ask(teacher.EndpointTeacher(settings(endpoint)), items, purpose="seed", log=log)
-    other = teacher.EndpointTeacher(settings(endpoint, model="other", max_calls=4))
-    assert generate.counts(teacher.ask(other, items, purpose="seed", log=log))["ok"] == 4
-    single = teacher.EndpointTeacher(settings(endpoint))
+    asking.ask(EndpointTeacher(settings(endpoint)), items, purpose="seed", log=log)
+    other = EndpointTeacher(settings(endpoint, model="other", max_calls=4))
+    assert generate.counts(asking.ask(other, items, purpose="seed", log=log))["ok"] == 4
+    single = EndpointTeacher(settings(endpoint))
     for p in items:
-        teacher.ask(single, [p], purpose="seed", log=log)
+        asking.ask(single, [p], purpose="seed", log=log)
     assert single.ledger.rows["seed"]["calls"] == 4
 
 
@@ -543,7 +541,7 @@ def test_another_models_answers_in_the_same_log_are_not_this_ones_budget(endpoin
 )
 def test_the_servers_own_words_are_found_in_bodies_of_several_shapes(endpoint, tmp_path, body):
     Endpoint.script = [(400, body, "as it is")]
-    entry = teacher.ask(teacher.EndpointTeacher(settings(endpoint)), some_prompts(1), purpose="seed", log=tmp_path / "l")[0]
+    entry = asking.ask(EndpointTeacher(settings(endpoint)), some_prompts(1), purpose="seed", log=tmp_path / "l")[0]
     assert entry["reason"] == "BadRequestError 400: too long"
 
 
@@ -556,9 +554,9 @@ def test_the_users_name_and_key_in_an_address_are_sent_and_never_shown(endpoint,
     run = open_run(
         "smoke", {"teacher.kind": "openai", "teacher.model": "tiny", "teacher.base_url": address, "generation.base_url": address}
     )
-    t = teacher.EndpointTeacher(run.profile.teacher.model_copy(update={"concurrency": 1}))
+    t = EndpointTeacher(run.profile.teacher.model_copy(update={"concurrency": 1}))
     Endpoint.script = [(400, f"key sk-abcdefgh123 at {address} refused", "")]
-    entries = teacher.ask(t, some_prompts(2), purpose="seed", log=tmp_path / "l")
+    entries = asking.ask(t, some_prompts(2), purpose="seed", log=tmp_path / "l")
     assert generate.counts(entries) == {"ok": 1, "invalid": 0, "refused": 0, "truncated": 0, "error": 1}
     assert Endpoint.authorization == f"Basic {base64.b64encode(b'me:secret-77').decode()}"
     seen = (tmp_path / "l").read_text() + t.label + t.endpoint.where + run.profile.model_dump_json()
@@ -567,23 +565,23 @@ def test_the_users_name_and_key_in_an_address_are_sent_and_never_shown(endpoint,
 
 def test_an_answer_that_is_not_valid_is_asked_for_again_but_not_for_ever(endpoint, tmp_path):
     Endpoint.script += [(200, "{", "stop"), (200, GOOD[:9], "length"), (200, GOOD, "stop")]
-    t = teacher.EndpointTeacher(settings(endpoint))
-    entry = teacher.ask(t, some_prompts(1), purpose="seed", log=tmp_path / "l", attempts=3)[0]
+    t = EndpointTeacher(settings(endpoint))
+    entry = asking.ask(t, some_prompts(1), purpose="seed", log=tmp_path / "l", attempts=3)[0]
     assert (entry["status"], entry["attempt"], len(Endpoint.seen)) == ("ok", 3, 3)
     Endpoint.script += [(200, "{", "stop")] * 9
     log = tmp_path / "m"
-    assert teacher.ask(t, some_prompts(1), purpose="seed", log=log, attempts=3)[0]["status"] == "invalid"
+    assert asking.ask(t, some_prompts(1), purpose="seed", log=log, attempts=3)[0]["status"] == "invalid"
     assert len(Endpoint.seen) == 6 and len(log.read_text().splitlines()) == 3
-    teacher.ask(t, some_prompts(1), purpose="seed", log=log, attempts=3)
+    asking.ask(t, some_prompts(1), purpose="seed", log=log, attempts=3)
     assert len(Endpoint.seen) == 6, "attempts that are logged were made again"
 
 
 def test_the_key_is_in_no_log_and_in_no_message(endpoint, tmp_path, monkeypatch, capsys):
     monkeypatch.setenv("OPENAI_API_KEY", "sk-very-secret-7731")
     Endpoint.script += [(400, "key sk-very-secret-7731 may not", ""), (200, GOOD, "stop"), (401, "wrong sk-very-secret-7731", "")]
-    t = teacher.EndpointTeacher(settings(endpoint))
+    t = EndpointTeacher(settings(endpoint))
     with pytest.raises(UserError, match=r"AuthenticationError 401: wrong \*\*\*.*set OPENAI_API_KEY") as stop:
-        teacher.ask(t, some_prompts(3), purpose="seed", log=tmp_path / "l")
+        asking.ask(t, some_prompts(3), purpose="seed", log=tmp_path / "l")
     said = capsys.readouterr()
     assert [json.loads(row)["status"] for row in (tmp_path / "l").read_text().splitlines()] == ["ok", "error"]
     assert "7731" not in (tmp_path / "l").read_text() + said.out + said.err + t.label + str(stop.value)
@@ -616,12 +614,12 @@ def test_the_estimate_names_calls_tokens_money_and_time_and_the_cap_that_it_brea
     who = Teacher(
         kind="openai", judge="llm", model="m", prices=priced, max_usd=0.5, requests_per_minute=10, max_output_tokens=100
     )
-    line = teacher.estimate(who, ["x" * 400] * 600)
+    line = budget.estimate(who, ["x" * 400] * 600)
     assert (
         "600 calls" in line and "120,000 tokens" in line and "0.36 USD" in line and "60.0 min" in line and "max_usd" not in line
     )
-    assert "more than teacher.max_usd 0.3" in teacher.estimate(who.model_copy(update={"max_usd": 0.3}), ["x" * 400] * 600)
-    assert "max_usd stops nothing" in teacher.estimate(who.model_copy(update={"prices": ()}), ["x"])
+    assert "more than teacher.max_usd 0.3" in budget.estimate(who.model_copy(update={"max_usd": 0.3}), ["x" * 400] * 600)
+    assert "max_usd stops nothing" in budget.estimate(who.model_copy(update={"prices": ()}), ["x"])
 
 
 def test_the_first_two_notebooks_run_to_their_end_on_a_teacher_that_cuts_answers_short(practice, tmp_path, monkeypatch):
@@ -671,8 +669,8 @@ def test_table_5_counts_recorded_answers_with_the_tokenizer_of_the_generator(tmp
 @pytest.mark.parametrize("first", ["<html>", None, {"error": {"message": "upstream"}}])
 def test_one_unusable_reply_holds_up_no_other_request(endpoint, tmp_path, first):
     Endpoint.script = [(200, first, "as it is")]
-    t = teacher.EndpointTeacher(settings(endpoint, concurrency=2, max_minutes=1))
-    entries = teacher.ask(t, some_prompts(6), purpose="seed", log=tmp_path / "l")
+    t = EndpointTeacher(settings(endpoint, concurrency=2, max_minutes=1))
+    entries = asking.ask(t, some_prompts(6), purpose="seed", log=tmp_path / "l")
     assert generate.counts(entries)["ok"] == 6
 
 
@@ -690,40 +688,40 @@ def test_a_service_that_fails_in_the_middle_stops_the_stage_and_a_rerun_goes_on(
     items, log = some_prompts(20), tmp_path / "l"
     Endpoint.script = [(200, GOOD, "stop")] * 5 + [(400, body, "as it is")] * 20
     with pytest.raises(UserError, match="refuses every request"):
-        teacher.ask(teacher.EndpointTeacher(settings(endpoint)), items, purpose="seed", log=log)
+        asking.ask(EndpointTeacher(settings(endpoint)), items, purpose="seed", log=log)
     Endpoint.script = []
-    entries = teacher.ask(teacher.EndpointTeacher(settings(endpoint)), items, purpose="seed", log=log)
+    entries = asking.ask(EndpointTeacher(settings(endpoint)), items, purpose="seed", log=log)
     assert generate.counts(entries)["ok"] == 20
 
 
 def test_a_few_refusals_between_answers_are_the_requests_own(endpoint, tmp_path):
     Endpoint.script = [(200, GOOD, "stop"), *[(400, "no", "")] * 3] * 3
-    entries = teacher.ask(teacher.EndpointTeacher(settings(endpoint)), some_prompts(12), purpose="seed", log=tmp_path / "l")
+    entries = asking.ask(EndpointTeacher(settings(endpoint)), some_prompts(12), purpose="seed", log=tmp_path / "l")
     assert sum(e["status"] == "error" and not e["retryable"] for e in entries) == 9
 
 
 @pytest.mark.parametrize("word", ["content-filter", "contentFilter", "moderation", "blocked", "refused"])
 def test_a_text_that_was_held_back_is_refused_whatever_the_servers_word(endpoint, tmp_path, word):
     Endpoint.script = [(200, "", word)]
-    entry = teacher.ask(teacher.EndpointTeacher(settings(endpoint)), some_prompts(1), purpose="seed", log=tmp_path / "l")[0]
+    entry = asking.ask(EndpointTeacher(settings(endpoint)), some_prompts(1), purpose="seed", log=tmp_path / "l")[0]
     assert entry["status"] == "refused" and entry["reason"] == word.lower()
 
 
 def test_a_refusal_among_the_parts_of_a_message_is_a_refusal(endpoint, tmp_path):
     Endpoint.script = [(200, [{"type": "refusal", "refusal": "No."}], "stop")]
-    entry = teacher.ask(teacher.EndpointTeacher(settings(endpoint)), some_prompts(1), purpose="seed", log=tmp_path / "l")[0]
+    entry = asking.ask(EndpointTeacher(settings(endpoint)), some_prompts(1), purpose="seed", log=tmp_path / "l")[0]
     assert entry["status"] == "refused" and entry["raw"] == "No."
 
 
 def test_requests_that_are_refused_alike_one_after_the_other_are_remembered_where_the_server_answers_a_probe(endpoint, tmp_path):
     Endpoint.refuse = (400, "not on this topic", "")
-    t = teacher.EndpointTeacher(settings(endpoint))
-    entries = teacher.ask(t, some_prompts(12), purpose="seed", log=tmp_path / "l")
+    t = EndpointTeacher(settings(endpoint))
+    entries = asking.ask(t, some_prompts(12), purpose="seed", log=tmp_path / "l")
     assert [e["retryable"] for e in entries] == [False] * 12 and len(Endpoint.seen) == 14
     assert t.ledger.rows["seed"]["calls"] == 2  # the probes; a refused request costs nothing
 
 
 def test_an_answer_is_in_the_log_before_the_refusals_that_it_explains(endpoint, tmp_path):
     Endpoint.script = [(400, "no", ""), (200, GOOD, "stop")]
-    teacher.ask(teacher.EndpointTeacher(settings(endpoint)), some_prompts(2), purpose="seed", log=tmp_path / "l")
+    asking.ask(EndpointTeacher(settings(endpoint)), some_prompts(2), purpose="seed", log=tmp_path / "l")
     assert [json.loads(line)["status"] for line in (tmp_path / "l").read_text().splitlines()] == ["ok", "error"]

@@ -10,7 +10,7 @@ import urllib.request
 
 import pytest
 
-from speed_core.data import prompts, teacher
+from speed_core.data import asking, prompts, teacher
 from speed_core.files import UserError
 from speed_core.generation import generate
 from speed_core.generation.server_engine import ServerEngine
@@ -120,7 +120,7 @@ def test_the_teacher_and_the_judge_work_against_a_real_server(server, tmp_path):
     who = Teacher(kind="openai", judge="llm", model="tiny", base_url=server, concurrency=4, max_output_tokens=48)
     t = teacher.open_teacher(who)
     items = some_prompts(6)
-    entries = teacher.ask(t, items, purpose="seed", log=tmp_path / "log")
+    entries = asking.ask(t, items, purpose="seed", log=tmp_path / "log")
     assert sum(generate.counts(entries).values()) == 6 and generate.counts(entries)["error"] == 0
     assert t.ledger.rows["seed"]["calls"] == 6 and 6 <= t.ledger.rows["seed"]["output_tokens"] <= 6 * 48
     judge = LlmJudge(t, tmp_path / "judge")
@@ -138,7 +138,7 @@ def test_a_server_that_dies_in_the_middle_loses_no_finished_request(server, tmp_
         def generate(self, requests, decoding):
             yield from super().generate(requests[:3], decoding)
             self._endpoint.client.base_url = "http://127.0.0.1:9/v1"
-            self._endpoint._wait = lambda state: 0.01
+            self._endpoint._wait = lambda number, asked: 0.01
             yield from super().generate(requests[3:], decoding)
 
     items = [generate.Request(p.id, training.prompt_text(p.text), p.kind, i) for i, p in enumerate(some_prompts(6))]

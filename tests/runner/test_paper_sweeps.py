@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from speed_core.data import teacher
+from speed_core.data import asking, teacher
 from speed_core.evaluation import uncertainty
 from speed_core.files import UserError, write_json, write_jsonl
 from speed_core.plots import drawing
@@ -75,8 +75,8 @@ def test_the_recorded_teacher_answers_for_whole_topic_paths_and_the_seed_example
     whole = open_run("tiny", {"topics.truncate": False})
     asked = generation_stages.brainstorm_prompts(whole)
     assert max(q.topic.count("/") for q in asked) == 7, "the deepest path of the list"
-    answers = [teacher.RecordedTeacher().answer(q.text, "brainstorm").text for q in asked]
-    assert all(teacher.parse_tasks(a, q.kind, "stop").status == "ok" for a, q in zip(answers, asked, strict=True))
+    answers = [teacher.RecordedTeacher().submit(q, "brainstorm").result().text for q in asked]
+    assert all(asking.parse_tasks(a, q.kind, "stop").status == "ok" for a, q in zip(answers, asked, strict=True))
     assert [q.id for q in generation_stages.seed_plan(whole)] == [q.id for q in generation_stages.seed_plan(run)]
 
 
