@@ -22,7 +22,7 @@ from typing import Any
 from datasets import Dataset, DatasetDict
 from mteb.abstasks import AbsTaskClassification, AbsTaskRetrieval, AbsTaskSTS
 
-from speed_core.evaluation.offline_tasks import metadata, set_retrieval
+from speed_core.evaluation.offline_tasks import metadata, retrieval_tables
 from speed_core.files import NAME, NAME_RULE, UserError, digest, read_text, surrogate, write_json
 
 SHAPES = {"Retrieval": ("query", "positive"), "STS": ("sentence1", "sentence2", "score"), "Classification": ("text", "label")}
@@ -107,7 +107,8 @@ def scorecard(
     (paired: the same texts are drawn for both).
     """
     from speed_core.evaluation import evaluate, uncertainty
-    from speed_core.plots import drawing
+    from speed_core.evaluation.encoder import load_encoder
+    from speed_core.plots import basic
     from speed_core.study.runs import open_run
 
     if len(names) not in (1, 2):
@@ -117,7 +118,7 @@ def scorecard(
     for name in names:
         # mteb keeps scores by this name: those with and without the instruction must not be taken for one another.
         label = (Path(name).name.replace(":", "-") or "model") + ("" if instructed else "-without-instruction")
-        encoder = evaluate.load(name, label, instructed=instructed, dtype=dtype)
+        encoder = load_encoder(name, label, instructed=instructed, dtype=dtype)
         results.append(evaluate.evaluate(encoder, tasks, out / "mteb", label=label))
     write_json(out / "scores.json", results)
     rows = []
@@ -127,7 +128,7 @@ def scorecard(
         rows.append(found.row(task))
         print(f"{task:40} {found}")
     title = f"{Path(names[0]).name} on {data.name}" if len(names) == 1 else f"{Path(names[0]).name} minus {Path(names[1]).name}"
-    drawing.rates(run, "scorecard", rows, [], title, "points", line=0 if len(names) == 2 else None)
+    basic.estimates(run, "scorecard", rows, [], title, "points", line=0 if len(names) == 2 else None)
     print(f"figure and scores in {out}")
     return rows
 
@@ -152,7 +153,8 @@ def _retrieval(name: str, rows: Sequence[dict[str, Any]]) -> Any:
         def load_data(self, num_proc: int | None = None, *, timer: Any = None, **kwargs: Any) -> None:
             queries = {f"q{i}": query for i, query in enumerate(wanted)}
             relevant = {f"q{i}": found for i, found in enumerate(wanted.values())}
-            set_retrieval(self, queries, {i: t for t, i in ids.items()}, relevant, None)
+            self.dataset = retrieval_tables(queries, {i: t for t, i in ids.items()}, relevant)
+            self.data_loaded = True
 
     return Own()
 
