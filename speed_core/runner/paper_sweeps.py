@@ -19,6 +19,7 @@ from speed_core.runner.sweep import Point, folder_name, run_points
 from speed_core.store.artifacts import Artifact
 from speed_core.store.run_context import Run
 from speed_core.study import embedding_stages, paper_values, planning, stage
+from speed_core.study.paper_values import SWEPT
 from speed_core.study.runs import open_run
 
 
@@ -56,13 +57,15 @@ class Sweep:
 
 
 SWEEPS = (
-    Sweep("3a", "S12", "temperature", "generation.temperature", "jr", ("10",), "1.0 chosen of 0.2-1.5", (0.3, 0.7, 1.0, 1.3)),
+    Sweep("3a", "S12", "temperature", "generation.temperature", "jr", ("10",), SWEPT["temperature"], (0.3, 0.7, 1.0, 1.3)),
     Sweep(
-        "3b", "S13", "seed examples", "junior.examples", "jr", ("03", "10"), "25K chosen of 5K-100K", shares=(0.125, 0.25, 0.5, 1)
+        "3b", "S13", "seed examples", "junior.examples", "jr", ("03", "10"), SWEPT["seed examples"], shares=(0.125, 0.25, 0.5, 1)
     ),
-    Sweep("3c", "S14", "beta of DPO", "senior.beta", "sr", ("04", "10"), "0.1 best of 0.05-0.3", (0.02, 0.1, 0.5)),
-    Sweep("3d", "S15", "preference pairs", "senior.examples", "sr", ("04", "10"), "10K chosen of 5K-15K", shares=(0.25, 0.5, 1)),
-    Sweep("3e", "S16", "revisions", "revisor.examples", "jr_re", ("05", "10"), "10K chosen of 5K-50K", shares=(0.25, 0.5, 1)),
+    Sweep("3c", "S14", "beta of DPO", "senior.beta", "sr", ("04", "10"), SWEPT["beta of DPO"], (0.02, 0.1, 0.5)),
+    Sweep(
+        "3d", "S15", "preference pairs", "senior.examples", "sr", ("04", "10"), SWEPT["preference pairs"], shares=(0.25, 0.5, 1)
+    ),
+    Sweep("3e", "S16", "revisions", "revisor.examples", "jr_re", ("05", "10"), SWEPT["revisions"], shares=(0.25, 0.5, 1)),
     Sweep(
         "T3",
         "S9",
@@ -70,7 +73,7 @@ SWEEPS = (
         "topics.tasks_per_topic",
         "jr",
         ("01", "02", "10"),  # of more than three tasks the brainstorm prompts ask for more
-        "62.6, 61.6, 60.9 at 1, 3, 5",
+        SWEPT["tasks a topic"],
         (1, 3, 5),
         kind="fall",
         printed=paper_values.TASKS_A_TOPIC,
@@ -82,7 +85,7 @@ SWEEPS = (
         "topics.truncate",
         "jr",
         ("01", "02", "10"),
-        "62.6 with, 61.8 without",
+        SWEPT["topics truncated"],
         kind="fall",
         printed=((False, paper_values.TOPICS_NOT_TRUNCATED),),
         note="13 of the 60 data topics are deeper than four levels; the junior learned from truncated ones at both values",
@@ -95,14 +98,12 @@ SWEEPS = (
         "models.generator",
         "jr",
         ("03", "10"),
-        "-0.1, -0.2, -0.3 for three others",  # Qwen-2.5-7B, LLaMA-2-7B, Gemma-7B against LLaMA-3-8B
+        SWEPT["base model"],  # Qwen-2.5-7B, LLaMA-2-7B, Gemma-7B against LLaMA-3-8B
         ("{own}[:12]",),
         kind="flat",
         printed=tuple(("{own}[:12]", points) for points in paper_values.OTHER_BASE_MODELS),
     ),
-    Sweep(
-        "E4", "E4", "LoRA rank", "embedding.lora.rank", "sr_re", ("10",), "+0.3, 0, +0.1 at 8, 16, 32", (4, 16, 64), kind="flat"
-    ),
+    Sweep("E4", "E4", "LoRA rank", "embedding.lora.rank", "sr_re", ("10",), SWEPT["LoRA rank"], (4, 16, 64), kind="flat"),
     Sweep(
         "E4",
         "E4",
@@ -110,7 +111,7 @@ SWEEPS = (
         "embedding.pooling",
         "sr_re",
         ("10",),
-        "mean -0.4",
+        SWEPT["pooling"],
         ("mean",),
         kind="flat",
         printed=(("mean", paper_values.MEAN_POOLING),),

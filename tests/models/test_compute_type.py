@@ -8,7 +8,7 @@ import torch
 from speed_core import machine
 from speed_core import profile as profiles
 from speed_core.contrastive import embedder
-from speed_core.evaluation import evaluate
+from speed_core.evaluation.encoder import load_encoder
 from speed_core.files import UserError
 from speed_core.models import compute_type, loading, training
 from speed_core.store.artifacts import Store
@@ -129,8 +129,8 @@ def test_an_explicit_type_reaches_every_model_that_is_loaded(tiny_model, asked):
     loaded = [
         loading.load_causal_lm(folder, dtype=asked),
         embedder.build_embedder(folder, 32, asked),
-        evaluate.load(folder, "untrained", instructed=False, dtype=asked).model,
-        evaluate.load("package:all-MiniLM-L6-v2", "untrained", instructed=False, dtype=asked).model,
+        load_encoder(folder, "untrained", instructed=False, dtype=asked).model,
+        load_encoder("package:all-MiniLM-L6-v2", "untrained", instructed=False, dtype=asked).model,
     ]
     assert [{p.dtype for p in m.parameters()} for m in loaded] == [{wanted}] * 4
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from speed_core.files import UserError, write_json
-from speed_core.plots import drawing, provenance
+from speed_core.plots import basic, figures, provenance
 from speed_core.runner import paper_sweeps
 from speed_core.study import claims
 from speed_core.study.runs import open_run
@@ -34,7 +34,7 @@ def chain(run, seeds=1, embedder=1, scores=1):
 
 
 def draw(run, rows=ROWS):
-    drawing.rates(run, "10_table2", rows, [run.store.need("scores-jr")], "Difference", "points", paper={"Sr": 0.3}, line=0)
+    basic.estimates(run, "10_table2", rows, [run.store.need("scores-jr")], "Difference", "points", paper={"Sr": 0.3}, line=0)
     return run.figures
 
 
@@ -94,7 +94,7 @@ def test_a_figure_of_a_benchmark_is_stale_when_its_file_was_written_again(drawn,
     row = {"method": "ours", "batch": 64, "status": "ok", "seconds": 0.1, "peak_mb": 2.0}
     write_json(file, {"rows": [row], "machine": {"cpu": "a CPU"}, "written": "2026-01-01"})
     monkeypatch.setattr(provenance, "ROOT", runs)
-    drawing.loss_cost(run, "07_loss_cost", file)
+    figures.loss_cost(run, "07_loss_cost", file)
     assert provenance.check(folder) == []
     write_json(file, {"rows": [row | {"seconds": 0.2}], "machine": {"cpu": "a CPU"}, "written": "2026-01-02"})
     assert provenance.check(folder) == ["07_loss_cost: stale, results/loss.json moved since it was drawn; run its notebook again"]
@@ -171,7 +171,7 @@ def test_a_figure_over_several_points_keeps_their_inputs_apart(drawn, monkeypatc
         make(points[-1], "embedder-jr", value, ["seeds"], seed=value)
         make(points[-1], "scores-jr", value, ["embedder-jr"])
     inputs = [run.store.need("scores-jr"), *(p.store.need("scores-jr") for p in points)]
-    drawing.rates(run, "10_sweeps", ROWS, inputs, "Sweep", "points")
+    basic.estimates(run, "10_sweeps", ROWS, inputs, "Sweep", "points")
     said = json.loads((run.figures / "10_sweeps.json").read_text())
     assert list(said["inputs"]) == ["scores-jr", "variants/lr=1/scores-jr", "variants/lr=2/scores-jr"]
     assert (
@@ -195,7 +195,7 @@ def test_a_verdict_on_a_sweep_is_stale_when_a_point_of_the_sweep_moves(drawn, mo
     made = paper_sweeps.write(run, {"S12": {"value": 1.0}}, used)
     assert list(made.manifest["parents"]) == ["scores-jr", *(f"variants/{p.folder.name}/scores-jr" for p in points)]
     assert paper_sweeps.write(run, {"S12": {"value": 1.0}}, used).manifest["written"] == made.manifest["written"]
-    drawing.rates(run, "12_map", ROWS, [made], "Verdicts", "points")
+    basic.estimates(run, "12_map", ROWS, [made], "Verdicts", "points")
     assert provenance.check(run.figures, runs) == []
     make(points[1], "scores-jr", "moved", ["embedder-jr"])
     (line,) = provenance.check(run.figures, runs)
@@ -205,7 +205,7 @@ def test_a_verdict_on_a_sweep_is_stale_when_a_point_of_the_sweep_moves(drawn, mo
 def test_a_table_of_claims_that_is_not_the_plotted_one_is_found(drawn):
     run, folder, runs = drawn
     rows = claims.build({}, {}, {})
-    drawing.verdicts(run, "12_claims", rows, [])
+    figures.verdicts(run, "12_claims", rows, [])
     assert provenance.check(folder) == ["claims.csv: not beside 12_claims.csv; run notebook 12 again"]
     claims.write(folder / "claims.csv", rows)
     assert provenance.check(folder) == []
@@ -229,6 +229,6 @@ def test_the_command_ends_with_one_on_a_problem_and_two_on_a_folder_that_is_none
 def test_nothing_to_plot_and_a_score_without_interval_are_refused(drawn):
     run, _, _ = drawn
     with pytest.raises(UserError, match="nothing to plot"):
-        drawing.curves(run, "empty", {"a": []}, ["loss"], [], "")
+        basic.curves(run, "empty", {"a": []}, ["loss"], [], "")
     with pytest.raises(UserError, match="without an interval"):
-        drawing.rates(run, "bare", [{"label": "a", "value": 1}], [], "", "")
+        basic.estimates(run, "bare", [{"label": "a", "value": 1}], [], "", "")

@@ -13,6 +13,7 @@ from huggingface_hub import DatasetCard, ModelCard
 
 from speed_core.data import curate
 from speed_core.evaluation import evaluate
+from speed_core.evaluation.encoder import load_encoder
 from speed_core.files import UserError, write_json, write_jsonl
 from speed_core.profile import dotted
 from speed_core.runner import cards
@@ -55,7 +56,7 @@ def made(tmp_path_factory):
         write_json(draft.file("adapter/adapter_config.json"), {"base_model_name_or_path": str(ROOT)})
     tasks = evaluate.resolve_tasks(["OfflineWordSim353", "OfflineSimLex999"], "smoke")
     for arm, instructed in (("bare", False), ("guided", True)):
-        guide = evaluate.load("package:all-MiniLM-L6-v2", arm, instructed=instructed)
+        guide = load_encoder("package:all-MiniLM-L6-v2", arm, instructed=instructed)
         how = {"tasks": ["offline"], "instructed": instructed}
         with store.stage(f"scores-{arm}", how, [store.need("embedder-guided")]) as draft:
             write_json(draft.file("scores.json"), evaluate.evaluate(guide, tasks, run.folder / "mteb", label=arm))

@@ -33,9 +33,10 @@ def test_each_shape_becomes_a_task_and_a_perfect_model_scores_one_hundred(tmp_pa
 
 def test_a_score_and_its_items_read_the_same_query_whatever_spaces_stand_around_it(tmp_path):
     from speed_core.evaluation import evaluate
+    from speed_core.evaluation.encoder import load_encoder
 
     rows = [r | {"query": f" {r['query']} \n"} for r in some_rows()[:12]]
-    encoder = evaluate.load("package:all-MiniLM-L6-v2", "m", instructed=True, max_length=64)
+    encoder = load_encoder("package:all-MiniLM-L6-v2", "m", instructed=True, max_length=64)
     evaluate.evaluate(encoder, own_tasks.own_tasks(write(tmp_path / "my.jsonl", rows)), tmp_path / "mteb")
     assert len(encoder.vectors) == 25 and all(t == t.strip() for t in encoder.vectors)
 

@@ -12,7 +12,7 @@ import pytest
 from speed_core.data import asking, teacher
 from speed_core.evaluation import uncertainty
 from speed_core.files import UserError, write_json, write_jsonl
-from speed_core.plots import drawing
+from speed_core.plots import figures
 from speed_core.runner import paper_sweeps
 from speed_core.study import claims, embedding_stages, generation_stages
 from speed_core.study.runs import open_run
@@ -110,7 +110,7 @@ def test_with_labelled_data_the_teachers_records_are_claimed_to_win_by_a_tenth_o
     assert "the paper's -0.1 would need" in said(-0.5, 1.0)["why"]
     for value in (-3.0, 3.0):
         assert (
-            said(value, 1.0)["verdict"] == claims.UNRESOLVED
+            said(value, 1.0)["verdict"] == claims.Verdict.UNRESOLVED
             and "generators trained three times at least" in said(value, 1.0)["why"]
         )
 
@@ -150,9 +150,9 @@ def test_an_optimum_inside_has_to_be_above_the_end_that_is_less_clearly_below():
 
 def test_a_best_value_at_an_end_contradicts_no_optimum():
     falls = uncertainty.difference(scores(0.5), scores(0.6))
-    for key in claims.HUMPS:
+    for key in claims.INTERIOR_OPTIMUM:
         row = claims.judged(key, falls, "x", "a@1")
-        assert falls.high < 0 and row["verdict"] == claims.UNRESOLVED and "outside of this range" in row["why"]
+        assert falls.high < 0 and row["verdict"] == claims.Verdict.UNRESOLVED and "outside of this range" in row["why"]
 
 
 def test_what_falls_is_the_first_value_against_all_others():
@@ -170,7 +170,7 @@ def test_of_two_sweeps_for_one_claim_the_larger_effect_speaks():
 
 def test_a_claim_of_no_difference_holds_only_when_the_whole_interval_is_small():
     assert claims.verdict(-0.4, 0.6, 0) == "smaller scale, same direction"
-    assert claims.verdict(-2.0, 0.6, 0) == claims.UNRESOLVED
+    assert claims.verdict(-2.0, 0.6, 0) == claims.Verdict.UNRESOLVED
     assert claims.verdict(1.2, 2.0, 0) == claims.verdict(-2.0, -1.2, 0) == "contradicted"
 
 
@@ -185,12 +185,18 @@ def test_an_estimate_over_unequally_many_records_says_so(run, monkeypatch):
 def test_a_verdict_does_not_say_more_than_what_was_repeated():
     better, same = uncertainty.difference(scores(0.6), scores(0.5)), uncertainty.difference(scores(0.5), scores(0.5))
     once = claims.judged("S8", better, "Sr against Jr", "scores@1")
-    assert better.resolved and once["verdict"] == claims.UNRESOLVED and "rests on one training of each generator" in once["why"]
+    assert (
+        better.resolved
+        and once["verdict"] == claims.Verdict.UNRESOLVED
+        and "rests on one training of each generator" in once["why"]
+    )
     assert claims.judged("E3", better, "with against without", "scores@1")["verdict"] == "smaller scale, same direction"
     void = claims.judged("S19", uncertainty.Estimate(0.0, 0.0, 0.0, 1, 0.0, 0.0), "second pass", "x@1", trained=False, expected=0)
-    assert void["verdict"] == claims.UNRESOLVED and "nothing changed anywhere" in void["why"] and "seed" not in void["why"]
+    assert (
+        void["verdict"] == claims.Verdict.UNRESOLVED and "nothing changed anywhere" in void["why"] and "seed" not in void["why"]
+    )
     fell = claims.judged("G4", better, "guided against plain", "x@1", expected=-1)
-    assert same.low <= 0 <= same.high and fell["verdict"] == claims.UNRESOLVED
+    assert same.low <= 0 <= same.high and fell["verdict"] == claims.Verdict.UNRESOLVED
 
 
 def test_what_is_not_resolved_says_what_would_resolve_the_papers_effect_or_else_one_of_a_point():
@@ -233,16 +239,16 @@ def test_data_sets_that_were_written_once_resolve_nothing():
     better, wide = uncertainty.difference(scores(0.6), scores(0.5)), uncertainty.Estimate(0.5, -1.0, 2.0, 3, 0.3, 0.6)
     for key in ("S9", "S10", "S12"):
         row = claims.judged(key, better, "x", "a@1")
-        assert row["verdict"] == claims.UNRESOLVED and "rests on one writing of each data set" in row["why"]
+        assert row["verdict"] == claims.Verdict.UNRESOLVED and "rests on one writing of each data set" in row["why"]
         assert claims.judged(key, wide, "x", "a@1")["why"].endswith("and data sets written three times at least")
 
 
 def test_an_interval_that_leaves_out_the_texts_resolves_nothing():
     seeds_only = uncertainty.Estimate(5.0, 4.0, 6.0, 3, math.nan, 0.3)
     row = claims.judged("E1", seeds_only, "x", "a@1")
-    assert row["verdict"] == claims.UNRESOLVED and "over 3 embedding seeds; it leaves out the texts" in row["why"]
+    assert row["verdict"] == claims.Verdict.UNRESOLVED and "over 3 embedding seeds; it leaves out the texts" in row["why"]
     once = claims.judged("E1", uncertainty.Estimate(5.0, math.nan, math.nan, 1, math.nan, 0.0), "x", "a@1")
-    assert once["verdict"] == claims.UNRESOLVED and once["low"] == once["high"] == "" and once["ours"] == 5.0
+    assert once["verdict"] == claims.Verdict.UNRESOLVED and once["low"] == once["high"] == "" and once["ours"] == 5.0
 
 
 def test_a_claim_of_two_halves_needs_both():
@@ -256,9 +262,9 @@ def test_a_claim_of_two_halves_needs_both():
 
     bends = [uncertainty.Estimate(v, v - 2, v + 2, 5, 0.5, 0.5).row("bend") for v in (-5.0, -1.0, 5.0)]
     down, open_, up = (said(bend=b) for b in bends)
-    assert [r["verdict"] for r in (down, open_, up)] == [claims.SMALLER, claims.UNRESOLVED, "contradicted"]
+    assert [r["verdict"] for r in (down, open_, up)] == [claims.Verdict.SMALLER, claims.Verdict.UNRESOLVED, "contradicted"]
     assert "bend -1.00 [-3.00, +1.00] is not resolved; the -1.0 seen would need about" in open_["why"]
-    assert said()["verdict"] == claims.UNRESOLVED and "it takes three sizes" in said()["why"]
+    assert said()["verdict"] == claims.Verdict.UNRESOLVED and "it takes three sizes" in said()["why"]
 
 
 def test_what_few_records_cannot_show_says_how_many_could():
@@ -316,7 +322,7 @@ def test_a_value_that_stands_for_several_of_the_papers_has_all_their_differences
     base = by_label("base model")
     found = paper_sweeps.rows(run, base, dict.fromkeys(base.points(run), scores(0.5)))
     assert [r["paper_value"] for r in found] == ["", [-0.1, -0.2, -0.3]]
-    drawing.sweeps(run, "10_sweeps", found, [], "One value changed")
+    figures.sweeps(run, "10_sweeps", found, [], "One value changed")
     pooling = paper_sweeps.rows(run, by_label("pooling"), {"last": scores(0.5), "mean": scores(0.4)})
     assert [r["paper_value"] for r in pooling] == ["", -0.4]
 
@@ -325,7 +331,7 @@ def whole(rows: list[dict[str, str]]) -> bool:
     """Does a claim map hold every claim once, each with a known verdict, a reason, and artifacts where something was measured?"""
     ids = [*(f"S{k}" for k in range(1, 23)), *(f"E{k}" for k in range(1, 6)), *(f"G{k}" for k in range(1, 10))]
     digest = re.compile(r"[\w-]+@[0-9a-f]{8}( [\w-]+@[0-9a-f]{8})*")
-    known = all(r["verdict"] in claims.VERDICTS and len(r["why"]) > 20 for r in rows)
+    known = all(r["verdict"] in set(claims.Verdict) and len(r["why"]) > 20 for r in rows)
     return (
         [r["id"] for r in rows] == ids and known and all(bool(r["ours"]) == bool(digest.fullmatch(r["artifact"])) for r in rows)
     )
@@ -334,7 +340,7 @@ def whole(rows: list[dict[str, str]]) -> bool:
 def test_the_committed_claim_map_has_every_claim_with_a_verdict_a_reason_and_its_artifacts():
     with (ROOT / "figures" / "claims.csv").open(encoding="utf-8") as f:
         rows = list(csv.DictReader(f))
-    assert whole(rows) and len(set(claims.VERDICTS)) == 6
+    assert whole(rows) and len(set(claims.Verdict)) == 6
     for key, value in {"id": "S99", "verdict": "probably", "why": "", "artifact": ""}.items():
         assert not whole([rows[0] | {key: value}, *rows[1:]]), key
     assert not whole(rows[1:])
@@ -361,21 +367,21 @@ def test_a_claim_with_two_printed_differences_is_their_mean_and_at_the_papers_si
     found, digests = {k: scores(v) for k, v in arms.items()}, dict.fromkeys(arms, "a@1")
     by = {r["id"]: r for r in claims.build(found, {}, digests)}
     assert by["S7"]["ours"] == pytest.approx((2.0 + 5.0) / 2) and by["S8"]["ours"] == pytest.approx((1.0 + 4.0) / 2)
-    assert by["E3"]["verdict"] == claims.SMALLER and by["S4"]["verdict"] == "not yet tested"
+    assert by["E3"]["verdict"] == claims.Verdict.SMALLER and by["S4"]["verdict"] == "not yet tested"
     assert by["S4"]["why"].startswith("no scores of base;")
     sizes = dict.fromkeys(arms, 48) | {"sr": 40, "guided": claims.PAPER_RECORDS}
     rows = claims.build(found, {}, digests, sizes)
     large, why = ({r["id"]: r[k] for r in rows} for k in ("verdict", "why"))
     assert "on unequally many (jr_re 48, jr 48, sr_re 48, sr 40)" in why["S7"] and "unequally" not in why["E3"]
-    assert large["E3"] == claims.REPRODUCED and large["S7"] == claims.UNRESOLVED
-    assert large["E1"] == claims.SMALLER, "that it beats the untrained model is not the paper's claim"
+    assert large["E3"] == claims.Verdict.REPRODUCED and large["S7"] == claims.Verdict.UNRESOLVED
+    assert large["E1"] == claims.Verdict.SMALLER, "that it beats the untrained model is not the paper's claim"
 
 
 def test_each_claim_that_can_be_measured_names_a_code_cell_of_its_notebook():
     cells = {}
     for path in sorted((ROOT / "notebooks").glob("*.ipynb")):
         cells[path.name[:2]] = {c["id"] for c in json.loads(path.read_text())["cells"] if c["cell_type"] == "code"}
-    for key, _, _, notebook, cell in claims.CLAIMS:
+    for key, _, notebook, cell in claims.CLAIMS:
         assert (cell == "") == (key in claims.NOT_POSSIBLE) and (not cell or cell in cells[notebook]), key
 
 
@@ -400,7 +406,7 @@ def test_a_sweep_can_do_with_fewer_seeds_than_the_run(tmp_path, monkeypatch):
 def test_a_point_that_learned_from_fewer_records_says_so_in_the_figure(run):
     row = {"panel": "3a: temperature", "paper": "best at 1.0", "value": 0.0, "low": -1.0, "high": 1.0, "each": [0.0]}
     found = [row | {"x": "0.7", "own": True, "records": 48}, row | {"x": "1.3", "own": False, "records": 36}]
-    drawing.sweeps(run, "10_sweeps", found, [], "One value changed")
+    figures.sweeps(run, "10_sweeps", found, [], "One value changed")
     drawn = (run.figures / "10_sweeps.svg").read_text(encoding="utf-8")
     assert drawn.count("(36 records)") == 1 and "(48 records)" not in drawn
 
@@ -408,20 +414,20 @@ def test_a_point_that_learned_from_fewer_records_says_so_in_the_figure(run):
 def test_the_scaling_figure_keeps_the_intervals_of_its_residuals(run):
     rows = [{"records": n, "value": 1.0, "low": 0.0, "high": 2.0, "residual": r, "residual_low": r - 1, "residual_high": r + 1}
             for n, r in ((8, 0.5), (16, -0.5))]  # fmt: skip
-    drawing.scaling(run, "11_scaling", rows, {"slope": 0.0, "intercept": 1.0}, [[0.0] * 50, [2.0] * 50], [])
+    figures.scaling(run, "11_scaling", rows, {"slope": 0.0, "intercept": 1.0}, [[0.0] * 50, [2.0] * 50], [])
     with (run.figures / "11_scaling.csv").open() as f:
         ours = [r for r in csv.DictReader(f) if r["source"] == "ours"]
     assert [(r["residual_low"], r["residual_high"]) for r in ours] == [("-0.5", "1.5"), ("-1.5", "0.5")]
     drawn = (run.figures / "11_scaling.svg").read_text(encoding="utf-8")
     narrow = [r | {"residual_low": r["residual"], "residual_high": r["residual"]} for r in rows]
-    drawing.scaling(run, "11_scaling", narrow, {"slope": 0.0, "intercept": 1.0}, [[0.0] * 50, [2.0] * 50], [])
+    figures.scaling(run, "11_scaling", narrow, {"slope": 0.0, "intercept": 1.0}, [[0.0] * 50, [2.0] * 50], [])
     assert drawn != (run.figures / "11_scaling.svg").read_text(encoding="utf-8")
 
 
 def test_category_means_stand_beside_the_papers_where_it_prints_one_and_are_read_in_a_sentence(run):
     rows = [{"category": c, "model": m, "value": v, "low": v - 1, "high": v + 1, "paper": {"STS": 82.6}.get(c, "")}
             for m, up in (("untrained", 0), ("Sr + Re", 20)) for c, v in (("STS", 10 + up), ("Pair", 30.0), ("Avg", 20 + up))]  # fmt: skip
-    drawing.categories(run, "10_table1_categories", rows, [], "Means")
+    figures.categories(run, "10_table1_categories", rows, [], "Means")
     drawn = (run.figures / "10_table1_categories.svg").read_text(encoding="utf-8")
     assert "compare no levels" in drawn and all(f">{word}<" in drawn for word in ("STS", "Pair", "untrained", "Sr + Re"))
     said = captions.reading("10_table1_categories", run.figures)

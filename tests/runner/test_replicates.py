@@ -88,8 +88,8 @@ def test_groups_that_do_not_hold_every_result_are_refused():
 def test_what_would_resolve_an_effect_is_told_in_trainings_of_the_generators():
     found, groups = trained((0.50, 0.52), (0.60, 0.58), (0.55, 0.56))
     e = uncertainty.contrast([(1, found, None), (-1, [result(0.545)], None)], groups=groups)
-    assert uncertainty.needed(e, 0.3).endswith("trainings of the generators on the same texts")
-    assert "generators" not in uncertainty.needed(uncertainty.average([result(0.5), result(0.7)]), 0.3)
+    assert str(uncertainty.required_repeats(e, 0.3)).endswith("trainings of the generators on the same texts")
+    assert "generators" not in str(uncertainty.required_repeats(uncertainty.average([result(0.5), result(0.7)]), 0.3))
 
 
 def claim(value: float, half: float, generators: int) -> dict:
@@ -98,10 +98,12 @@ def claim(value: float, half: float, generators: int) -> dict:
 
 
 def test_an_interval_over_three_trainings_of_the_generators_may_decide_and_one_over_two_may_not():
-    assert claim(3.0, 1.0, 3)["verdict"] == claims.SMALLER and claim(-3.0, 1.0, 3)["verdict"] == claims.CONTRADICTED
+    assert (
+        claim(3.0, 1.0, 3)["verdict"] == claims.Verdict.SMALLER and claim(-3.0, 1.0, 3)["verdict"] == claims.Verdict.CONTRADICTED
+    )
     assert "over 3 trainings of the generators (9 embedding models an arm) and the texts" in claim(3.0, 1.0, 3)["why"]
     twice = claim(3.0, 1.0, 2)
-    assert twice["verdict"] == claims.UNRESOLVED
+    assert twice["verdict"] == claims.Verdict.UNRESOLVED
     assert twice["why"].endswith("rests on two trainings of each generator: it takes generators trained three times at least")
     wide = claim(0.5, 3.0, 3)["why"]
     assert "the paper's +0.35 would need about" in wide and "three times at least" not in wide
