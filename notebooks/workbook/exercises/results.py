@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from speed_core.teaching.exercises import Hint, among, call, compare, exercise, mapping, number
+from workbook.exercises import Hint, among, call, compare, exercise, mapping, number
 
 Rows = Sequence[Mapping[str, Any]]
 

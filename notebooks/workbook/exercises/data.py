@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from speed_core.data import minhash, prompts, records
-from speed_core.teaching.exercises import Hint, among, call, compare, exercise, mapping, number
+from workbook.exercises import Hint, among, call, compare, exercise, mapping, number
 
 Rows = Sequence[Mapping[str, Any]]
 

@@ -7,11 +7,12 @@ import nbformat
 import numpy as np
 import pytest
 
+import classroom
 from speed_core.data import prompts
 from speed_core.files import UserError
 from speed_core.runner import notebook
 from speed_core.store.run_context import ROOT
-from speed_core.teaching import classroom, exercises
+from workbook import exercises
 
 NOTEBOOKS = [p for p in notebook.notebooks(ROOT / "notebooks") if p.stem[:2] != "00"]
 

@@ -147,4 +147,4 @@ def mapping(answer: Any, keys: Sequence[str]) -> dict[str, Any]:
     return dict(answer)
 
 
-from speed_core.teaching.exercises import data, embedding, results  # noqa: E402, F401  (they register their checkers)
+from workbook.exercises import data, embedding, results  # noqa: E402, F401  (they register their checkers)

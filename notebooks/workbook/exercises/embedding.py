@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from speed_core.teaching.exercises import Hint, call, compare, exercise, number
+from workbook.exercises import Hint, call, compare, exercise, number
 
 
 def _guides() -> list[tuple[np.ndarray, float]]:
