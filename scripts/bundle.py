@@ -59,7 +59,7 @@ def repository(root: Path, work: Path) -> Files:
         if done.returncode:
             raise UserError(f"bundle: git archive: {done.stderr.decode().strip().splitlines()[-1]}; commit once, then try again")
         with tarfile.open(fileobj=io.BytesIO(done.stdout)) as tar:
-            tar.extractall(work, filter="data")
+            tar.extractall(work)  # git's own, so every name is inside
         return {str(p.relative_to(work)): p for p in sorted(work.rglob("*")) if p.is_file()}
     if not (root / ABOUT).is_file():
         raise UserError(f"bundle: {root.name} is neither a git clone nor an unpacked bundle; make the bundle in one of the two")
@@ -198,7 +198,9 @@ def _pack(files: Files, sums: Path, target: Path) -> None:
 
     def plain(info: tarfile.TarInfo) -> tarfile.TarInfo:
         info.mode = 0o755 if info.mode & 0o100 else 0o644
-        return info.replace(mtime=0, uid=0, gid=0, uname="", gname="", deep=False)
+        info.mtime = info.uid = info.gid = 0
+        info.uname = info.gname = ""
+        return info
 
     sums.write_text("".join(f"{file_digest(path)}  {name}\n" for name, path in sorted(files.items())), encoding="utf-8")
     part = target.with_name(target.name + ".part")

@@ -57,8 +57,8 @@ def check(name: str, answer: Any, **facts: Any) -> None:
 
 def brief(value: Any, most: int = 120) -> str:
     """One line of at most `most` characters that shows a value."""
-    if isinstance(value, np.ndarray):
-        value = value.round(3).tolist()
+    if hasattr(value, "tolist"):  # an array or a tensor
+        value = np.asarray(value).round(3).tolist()
     text = " ".join((f"{value:.4g}" if isinstance(value, float) else repr(value)).split())
     return text if len(text) <= most else text[: most - 3] + "..."
 
@@ -135,6 +135,13 @@ def among(answer: Any, right: float, mistakes: Mapping[str, float], otherwise: s
         if abs(value - wrong) <= tolerance:
             raise Hint(text)
     raise Hint(otherwise)
+
+
+def several(answer: Any, count: int, asked: str) -> Sequence[Any]:
+    """The `count` parts of an answer; Hint with what is `asked` for otherwise."""
+    if not isinstance(answer, (list, tuple)) or len(answer) != count:
+        raise Hint(f"{asked} are asked for")
+    return answer
 
 
 def mapping(answer: Any, keys: Sequence[str]) -> dict[str, Any]:
