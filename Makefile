@@ -49,13 +49,13 @@ lab: setup ## JupyterLab on the notebooks
 	@$(PY) -m jupyterlab --ServerApp.root_dir=. notebooks/00_preflight.ipynb
 
 classroom: setup ## the students' copy of the notebooks, without solutions, in classroom/
-	@$(PY) -m speed_core classroom
+	@$(PY) scripts/classroom.py
 
 gpu-check: setup ## kernels, losses and training steps on this GPU, in under ten minutes (REHEARSE=1: toy sizes on the processor)
 	@$(PY) benchmarks/gpu_check.py $(if $(REHEARSE),--rehearse)
 
 OUT ?= speed-$(PROFILE).tar
 bundle: setup ## one archive for machines without a network, of PROFILE's run: OUT (speed-PROFILE.tar); WHEELS=1 puts the environment in
-	@$(PY) -m speed_core bundle --profile $(PROFILE) $(if $(WHEELS),--wheels) $(OUT)
+	@$(PY) scripts/bundle.py --profile $(PROFILE) $(if $(WHEELS),--wheels) $(OUT)
 
 .PHONY: help setup reproduce plan check lint kernels test test-rest test-all browser lab classroom gpu-check bundle

@@ -19,7 +19,7 @@ from speed_core.models import loading, training
 from speed_core.store.artifacts import device_name
 from speed_core.study import generation_stages
 from speed_core.study.runs import open_run
-from speed_core.teaching import widgets
+from workbook import widgets
 
 PROMPTS, SAMPLES = 12, 2  # 96 samples: many prompts and few samples of each, because the interval is over prompts
 

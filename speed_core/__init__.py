@@ -10,7 +10,6 @@
     study        the stages, the plan, the claims, the papers' numbers
     plots        figures and where they come from
     runner       notebooks run headlessly, sweeps, preflight, archives
-    teaching     exercises, widgets, the classroom
     store        artifacts and runs on disk
     reference    the papers' equations, each as short as it can be read
     files, machine, console, settings   the ground floor

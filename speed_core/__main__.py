@@ -1,4 +1,4 @@
-"""`python -m speed_core run | plan | check | preflight | execute | classroom | ...`: see --help."""
+"""`python -m speed_core run | plan | check | preflight | execute | ...`: see --help."""
 
 from __future__ import annotations
 
@@ -276,88 +276,23 @@ def import_(
         raise typer.Exit(1)
 
 
-@app.command()
-def bundle(
-    target: Annotated[Path, typer.Argument(help="the archive, .tar")],
-    profile: ProfileName = "tiny",
-    wheels: Annotated[bool, typer.Option("--wheels", help="the whole environment as wheels")] = False,
-    weights: Annotated[bool, typer.Option(help="models, trained generators, data packages")] = True,
-    incomplete: Annotated[bool, typer.Option("--incomplete", help="also of a run that lacks artifacts")] = False,
-    verify: Annotated[
-        bool, typer.Option("--verify", help="compare an archive with its SHA256SUMS instead of writing one")
-    ] = False,
-) -> None:
-    """Write one archive for machines without a network: repository, weights, a run's artifacts, wheels; print its digest."""
-    from speed_core.runner import bundle as bundles
-    from speed_core.study.runs import open_run
-
-    if verify:
-        print(f"{target}: {bundles.verify(target)} files, all as in {bundles.SUMS}")
-        return
-    digest = bundles.write(open_run(profile), target, wheels=wheels, with_weights=weights, incomplete=incomplete)
-    print(f"{target}: sha256 {digest}")
+MOVED = {
+    "bundle": "scripts/bundle.py",
+    "classroom": "scripts/classroom.py",
+    "record": "scripts/record.py",
+    "practice-teacher": "tests/faulty_endpoint.py",
+}
 
 
-@app.command()
-def record(profile: ProfileName = "tiny") -> None:
-    """Take a finished run into the package: its logs, what each stage took, and the data sets that a fresh clone starts on."""
-    from speed_core.runner import bundle as bundles
-    from speed_core.runner import recorded, replay
-    from speed_core.runner.notebook import notebooks
-    from speed_core.store.run_context import CARRIED, OFFICIAL, ROOT
-    from speed_core.study import forecast, planning
-    from speed_core.study.runs import open_run
-    from speed_core.teaching import captions
-
-    run = open_run(profile)
-    entry = planning.record(run)
-    print(f"{forecast.RECORDED.name}: {len(entry['artifacts'])} stages, {entry['device']} ({entry['cpu']}), {entry['date']}")
-    if (CARRIED / run.profile.name).is_dir():  # of other profiles only the times are kept
-        carried, known = bundles.carry(run), recorded.write(run)
-        print(f"assets/shipped/{profile}: {len(carried)} artifacts, values and verdicts in {known.name}")
-    if profile == OFFICIAL:
-        print(f"{replay.RECORDED.name}: sha256 {replay.export_logs(run, replay.RECORDED)}")
-        print(f"notebooks: {captions.write(notebooks(ROOT / 'notebooks'), ROOT / 'figures')} sentences under figures changed")
+def _moved(context: typer.Context) -> None:
+    """A command of earlier versions: say what to type now."""
+    script = MOVED[str(context.info_name)]
+    raise UserError(f"{context.info_name}: is a script now; type python {' '.join([script, *context.args])}")
 
 
-@app.command()
-def classroom(
-    target: Annotated[Path | None, typer.Argument(help="folder beside notebooks/; default: classroom")] = None,
-    force: Annotated[bool, typer.Option(help="overwrite copies that somebody worked in")] = False,
-) -> None:
-    """Write the students' copy of the notebooks: exercises and checkers stay, solutions do not."""
-    from speed_core.store.run_context import ROOT
-    from speed_core.teaching.classroom import write
-
-    written = write(target, force=force)
-    print(f"{len(written)} notebooks in {written[0].parent}")
-    if written[0].parent.resolve().parent != ROOT:
-        print("their pictures are ../figures: put the folder into the checkout, or a copy of figures/ beside it")
-
-
-@app.command(name="practice-teacher")
-def practice_teacher(
-    port: Annotated[int, typer.Option(help="port on this machine")] = 8901,
-    faults: Annotated[float, typer.Option(min=0, max=1, help="share of calls that go wrong")] = 0.3,
-    seed: Annotated[int, typer.Option(help="decides which calls")] = 0,
-) -> None:
-    """Serve the recorded answers behind an OpenAI-compatible interface that fails by seed (Ctrl-C ends it)."""
-    from speed_core.teaching.practice import MODEL, PracticeServer
-
-    try:
-        server = PracticeServer(port, faults, seed)
-    except OSError as error:
-        raise UserError(f"--port {port}: {error.strerror}; choose another") from None
-    print(f"{server.url} answers as {MODEL!r}; in another terminal:", flush=True)
-    print(
-        "python -m speed_core run --profile smoke --only 01,02 --set teacher.kind='\"openai\"' "
-        f"--set teacher.model='\"{MODEL}\"' --set teacher.base_url='\"{server.url}\"' --set teacher.timeout_seconds=3",
-        flush=True,
-    )
-    try:
-        server.serve_forever()
-    except KeyboardInterrupt:
-        print(dict(server.struck))
+for _name in MOVED:
+    _all = {"allow_extra_args": True, "ignore_unknown_options": True, "help_option_names": []}
+    app.command(_name, hidden=True, context_settings=_all)(_moved)
 
 
 def main() -> None:

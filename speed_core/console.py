@@ -5,9 +5,13 @@ from __future__ import annotations
 import logging
 import sys
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 from tqdm import tqdm
+
+from speed_core.files import UserError, disk_errors
 
 
 def quiet() -> None:
@@ -27,3 +31,14 @@ def quiet() -> None:
 def progress(total: int, label: str, unit: str, initial: int = 0) -> Any:
     """tqdm on standard output, rarely redrawn: readable in a notebook, a log file and a terminal."""
     return tqdm(total=total, initial=initial, desc=label, unit=unit, mininterval=3, file=sys.stdout, ascii=" #", ncols=90)
+
+
+@contextmanager
+def user_errors() -> Iterator[None]:
+    """End the program on bad input: its one line on standard error, exit code 2."""
+    try:
+        with disk_errors():
+            yield
+    except UserError as error:
+        print(error, file=sys.stderr)
+        sys.exit(2)

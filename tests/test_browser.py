@@ -15,7 +15,7 @@ from pathlib import Path
 import nbformat
 import pytest
 
-from speed_core.teaching import widgets
+from workbook import widgets
 
 ROOT = Path(__file__).resolve().parent.parent
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)

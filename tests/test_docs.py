@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 from typer.main import get_command
 
-from speed_core.__main__ import app
+from speed_core.__main__ import MOVED, app, main
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGES = [
@@ -26,7 +26,11 @@ def test_every_link_and_every_file_that_a_page_names_is_there(page):
     text = page.read_text(encoding="utf-8")
     links = [link.partition("#")[0] for link in re.findall(r"\]\((?!https?:)([^)\s]+)\)", text)]
     assert [link for link in links if link and not (page.parent / link).exists()] == []
-    named = [n for n in re.findall(r"`((?:speed_core|figures|scripts|benchmarks|docs)/[\w./-]+)`", text) if "*" not in n]
+    named = [
+        n
+        for n in re.findall(r"`((?:speed_core|notebooks|figures|scripts|tests|benchmarks|docs)/[\w./-]+)`", text)
+        if "*" not in n
+    ]
     assert [n for n in named if not (ROOT / n).exists()] == []
     results = re.findall(r"`((?:earlier/)?\w+\.cpu\.json)`", text)
     assert [r for r in results if not (ROOT / "benchmarks" / "results" / r).exists()] == []
@@ -35,7 +39,8 @@ def test_every_link_and_every_file_that_a_page_names_is_there(page):
 @pytest.mark.parametrize("page", PAGES, ids=lambda p: str(p.relative_to(ROOT)))
 def test_every_command_and_target_that_a_page_names_exists(page):
     text, commands = page.read_text(encoding="utf-8"), get_command(app).commands
-    assert {c for c in re.findall(r"python -m speed_core ([a-z-]+)", text)} <= commands.keys()
+    assert {c for c in re.findall(r"python -m speed_core ([a-z-]+)", text)} <= {n for n, c in commands.items() if not c.hidden}
+    assert [s for s in re.findall(r"python ((?:scripts|tests)/\w+\.py)", text) if not (ROOT / s).is_file()] == []
     targets = set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), re.M))
     assert {
         t for t in re.findall(r"`?make ([a-z-]+)", "\n".join(re.findall(r"`make [a-z-]+|^make [a-z-]+", text, re.M)))
@@ -48,3 +53,13 @@ def test_every_module_that_a_page_names_can_be_found():
     for name in names:
         path = ROOT / name.replace(".", "/")
         assert path.with_suffix(".py").is_file() or (path / "__init__.py").is_file(), name
+
+
+@pytest.mark.parametrize("name", MOVED)
+def test_a_command_that_became_a_script_says_what_to_type_now(name, monkeypatch, capsys):
+    monkeypatch.setattr("sys.argv", ["speed_core", name, "x.tar", "--force"])
+    with pytest.raises(SystemExit) as ended:
+        main()
+    said = capsys.readouterr().err
+    assert ended.value.code == 2 and said == f"{name}: is a script now; type python {MOVED[name]} x.tar --force\n"
+    assert (ROOT / MOVED[name]).is_file()

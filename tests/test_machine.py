@@ -6,8 +6,8 @@ from types import SimpleNamespace
 
 import pytest
 
+import bundle
 from speed_core import machine
-from speed_core.runner import bundle
 
 
 def test_without_proc_the_processor_is_named_by_sysctl_and_else_by_its_architecture(tmp_path, monkeypatch):

@@ -12,11 +12,13 @@ from pathlib import Path
 import nbformat
 import pytest
 
+import captions
+import classroom
 from speed_core.files import file_digest
 from speed_core.plots import provenance
 from speed_core.runner import batch, notebook
 from speed_core.study import claims
-from speed_core.teaching import captions, classroom, exercises
+from workbook import exercises
 
 ROOT = Path(__file__).resolve().parent.parent
 NOTEBOOKS = notebook.notebooks(ROOT / "notebooks")
@@ -48,7 +50,7 @@ def test_the_idea_is_shown_in_short_code_of_the_package(path):
     headings = [c.source for c in nbformat.read(path, 4).cells if c.source.startswith("## The idea in code")]
     shown = [name for source in code for call in re.findall(r"show\.source\(([^)]*)\)", source) for name in call.split(", ")]
     assert len(headings) == 1 and shown
-    imports = "\n".join(line for source in code for line in source.splitlines() if line.startswith("from speed_core"))
+    imports = "\n".join(line for source in code for line in source.splitlines() if line.startswith("from "))
     known: dict = {}
     exec(imports, known)
     for name in shown:
@@ -62,7 +64,7 @@ def test_each_recorded_figure_is_read_in_a_sentence_of_its_own_numbers():
             if cell.cell_type == "markdown" and (found := captions.PICTURE.search(cell.source)):
                 seen.append(found[1])
                 assert cell.source.startswith(captions.LEADS), f"{path.stem}: {found[1]} is not said to be recorded"
-                assert captions.under_pictures(cell.source, ROOT / "figures") == cell.source, "run `python -m speed_core record`"
+                assert captions.under_pictures(cell.source, ROOT / "figures") == cell.source, "run `python scripts/captions.py`"
     assert sorted(seen) == sorted(captions.READINGS)
 
 
@@ -200,7 +202,7 @@ def test_an_unsolved_copy_runs_to_its_end_and_says_what_is_missing(smoke, tmp_pa
     runs, _ = smoke
     monkeypatch.setenv("SPEED_RUNS", str(runs))
     for path in classroom.write(tmp_path / "classroom"):
-        if path.stem[:2] in ("01", "02", "12"):  # the light ones; tests/teaching/test_classroom.py has the stubs of all
+        if path.stem[:2] in ("01", "02", "12"):  # the light ones; tests/notebooks/test_exercises.py has the stubs of all
             report = notebook.execute(path, tmp_path / "done" / path.name, {"profile": "smoke"}, show=False)
             assert report.status == "ok", report.detail
             lines = said(tmp_path / "done" / path.name)

@@ -11,7 +11,6 @@ preflight     is this machine ready
 recorded      this run beside the recorded one
 replay        data sets again from the logs alone
 run_archive   a run in one file
-bundle        a classroom without a network
 cards         model and data cards
 own_tasks     a scorecard for your own texts
 """

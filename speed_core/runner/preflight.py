@@ -5,9 +5,11 @@ from __future__ import annotations
 import importlib.metadata
 import json
 import os
+import re
 import shutil
 import sys
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any, NamedTuple
 
 from speed_core import machine
@@ -15,9 +17,9 @@ from speed_core import profile as profiles
 from speed_core.data import tasks
 from speed_core.data.budget import CALL_SECONDS
 from speed_core.evaluation.text_sources import DATA_PACKAGES
-from speed_core.files import UserError, without_user
+from speed_core.files import UserError, inside, without_user
 from speed_core.models import compute_type, loading
-from speed_core.runner import bundle, paper_sweeps, replicates
+from speed_core.runner import paper_sweeps, replicates
 from speed_core.runner.notebook import choose
 from speed_core.store.run_context import ROOT, Run
 from speed_core.study import forecast, paper_values, planning
@@ -30,6 +32,29 @@ PAPER_TOKENS = {
     for ours, (calls, tokens) in zip(("seed", "judge", "revise"), paper_values.SPEED_CALLS.values(), strict=True)
 }
 LONG_MINUTES = 120  # a run that takes longer is told which profile fits
+SUMS = "SHA256SUMS"  # of a bundle: a line for each file, as sha256sum writes it
+
+
+def read_sums(text: str) -> dict[str, str]:
+    """{name: digest} of SHA256SUMS. Raises ValueError for a line of another form."""
+    out: dict[str, str] = {}
+    for line in text.splitlines():
+        found = re.fullmatch("([0-9a-f]{64})  (.+)", line)
+        if not found or not inside(found[2]) or found[2] in out:
+            raise ValueError(f"{SUMS}: {line[:80]!r}")
+        out[found[2]] = found[1]
+    return out
+
+
+def damaged(root: Path = ROOT) -> list[str]:
+    """Files of an unpacked bundle's cache/ that are gone or differ from SHA256SUMS; empty where there is no bundle."""
+    if not (root / SUMS).is_file():
+        return []
+    try:
+        listed = read_sums((root / SUMS).read_text(encoding="utf-8"))
+    except ValueError:
+        return [SUMS]
+    return [name for name, d in listed.items() if name.startswith("cache/") and loading.digest_of(root / name) != d]
 
 
 class Check(NamedTuple):
@@ -115,7 +140,7 @@ def _weights(profile: profiles.Profile) -> list[Check]:
                 out.append(Check(f"{role} model", f"{name}, weights {digest}{same}", ""))
         except UserError as error:
             out.append(Check(f"{role} model", name, str(error)))
-    if bad := bundle.damaged():
+    if bad := damaged():
         out.append(Check("bundle", f"{bad[0]} differs from SHA256SUMS", "delete it and unpack the bundle again"))
     return out
 

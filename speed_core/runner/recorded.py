@@ -17,7 +17,7 @@ from typing import Any
 
 from speed_core import profile as profiles
 from speed_core.files import UserError, canonical, write_json
-from speed_core.runner import bundle
+from speed_core.runner.run_archive import has_weights, whole_artifacts
 from speed_core.store.artifacts import Artifact, Store
 from speed_core.store.run_context import CARRIED, Run, runs_folder
 from speed_core.study.runs import open_run
@@ -52,6 +52,11 @@ class Comparison:
     machines: Mapping[str, Mapping[str, str]]
 
 
+def data_and_scores(store: Store) -> dict[str, Artifact]:
+    """The whole artifacts of a run that hold no weights: what the package carries of a recorded run."""
+    return {name: a for name, a in whole_artifacts(store).items() if not has_weights(a)}
+
+
 def compare_texts(name: str, recorded: Iterable[Mapping[str, Any]], here: Iterable[Mapping[str, Any]]) -> Stage:
     """Compare the rows of two logs, whatever their order."""
     then, now = ({(r["record"], r.get("attempt", 1), r.get("seed")): r["raw"] for r in rows} for rows in (recorded, here))
@@ -67,7 +72,7 @@ def compare(
     recorded: Store, here: Store, known: Mapping[str, Any] | None = None, found: Mapping[str, Any] | None = None
 ) -> Comparison:
     """Compare the artifacts of two runs, and {claim: {"ours", "verdict"}} of both."""
-    then, now = (bundle.artifacts(store, weights=False) for store in (recorded, here))
+    then, now = (data_and_scores(store) for store in (recorded, here))
     stages = []
     for old in sorted(filter(_generated, then.values()), key=lambda a: (a.manifest["written"], a.name)):
         new = now.get(old.name)

@@ -15,12 +15,24 @@ from pathlib import Path
 
 from speed_core.files import UserError, digest
 from speed_core.profile import dotted
-from speed_core.runner.bundle import WEIGHTS
 from speed_core.runner.replay import HISTORY, pack
-from speed_core.store.artifacts import MANIFEST, read_manifest
+from speed_core.store.artifacts import MANIFEST, Artifact, Store, read_manifest
 from speed_core.store.run_context import Run
 from speed_core.study import embedding_stages, planning
 from speed_core.study.stage import trained_generators
+
+WEIGHTS = (".safetensors", ".bin", ".pt")
+
+
+def whole_artifacts(store: Store) -> dict[str, Artifact]:
+    """The artifacts of a run that can travel: nothing was cut short by a budget, and every file is there."""
+    made = (store.made(path.parent.name) for path in sorted(store.root.glob("*/" + MANIFEST)))
+    return {a.name: a for a in made if a and not a.manifest.get("partial") and not a.lost()}
+
+
+def has_weights(artifact: Artifact) -> bool:
+    """Whether an artifact is a trained model."""
+    return any(f.endswith(WEIGHTS) for f in artifact.manifest["files"])
 
 
 def export(run: Run, target: Path, *, weights: bool = True) -> str:

@@ -3,6 +3,7 @@ import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
+from faulty_endpoint import FaultyEndpoint
 
 from speed_core.data import asking, budget, prompts, replies, teacher
 from speed_core.data import endpoint as endpoints
@@ -175,9 +176,7 @@ def test_an_unrecorded_prompt_is_an_error_outcome_not_a_guess(tmp_path):
 
 @pytest.fixture
 def practice():
-    from speed_core.teaching.practice import PracticeServer
-
-    server = PracticeServer(faults=0.4, seed=1, hang_seconds=1.0)
+    server = FaultyEndpoint(faults=0.4, seed=1, hang_seconds=1.0)
     threading.Thread(target=server.serve_forever, daemon=True).start()
     yield server
     server.shutdown()
@@ -209,9 +208,7 @@ def test_against_a_teacher_that_fails_in_seven_ways_nothing_is_lost(practice, tm
 
 
 def test_the_same_seed_gives_the_same_faults():
-    from speed_core.teaching.practice import PracticeServer
-
-    servers = [PracticeServer(faults=0.5, seed=s) for s in (3, 3, 4)]
+    servers = [FaultyEndpoint(faults=0.5, seed=s) for s in (3, 3, 4)]
     drawn = [[s.fault(str(k), a) for k in range(50) for a in range(4)] for s in servers]
     for s in servers:
         s.server_close()

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+import captions
 from speed_core.data import asking, teacher
 from speed_core.evaluation import uncertainty
 from speed_core.files import UserError, write_json, write_jsonl
@@ -16,7 +17,6 @@ from speed_core.plots import figures
 from speed_core.runner import paper_sweeps
 from speed_core.study import claims, embedding_stages, generation_stages
 from speed_core.study.runs import open_run
-from speed_core.teaching import captions
 
 ROOT = Path(__file__).resolve().parents[2]
 

@@ -8,6 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from typer.testing import CliRunner
 
+import record
 from speed_core.__main__ import app
 from speed_core.files import AppendLog, UserError, write_json, write_jsonl
 from speed_core.runner import batch as runner
@@ -56,11 +57,9 @@ def made(folder, monkeypatch, rows=ROWS, stages=STAGES, value=0.5, estimate=1.5,
 @pytest.fixture
 def carried(tmp_path, monkeypatch):
     """The recorded run of a package in which only `tiny` was recorded."""
-    from speed_core.runner import bundle
-
     monkeypatch.setattr(recorded, "CARRIED", tmp_path / "package")
     there = made(tmp_path / "there", monkeypatch)
-    bundle.carry(there, tmp_path / "package")
+    record.carry(there, tmp_path / "package")
     recorded.write(there)
     return tmp_path / "package" / "tiny"
 

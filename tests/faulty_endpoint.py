@@ -1,6 +1,6 @@
-"""A faulty teacher to practise on: an OpenAI-compatible server that knows the recorded answers and misbehaves by seed.
+"""A faulty endpoint to practise on: an OpenAI-compatible server that knows the recorded answers and fails by seed.
 
-    python -m speed_core practice-teacher --port 8901 --faults 0.3 --seed 0
+    python tests/faulty_endpoint.py --port 8901 --faults 0.3 --seed 0     # Ctrl-C ends it
 
 Which fault strikes follows from the seed, the prompt and how often that prompt was asked, so a class sees the same
 evening twice. Transport faults (429, 500, hang, reset, half a body) strike a prompt at most three times in a row;
@@ -17,17 +17,21 @@ import threading
 import time
 from collections import Counter
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from typing import Any
+from typing import Annotated, Any
 
+import typer
+
+from speed_core.console import user_errors
 from speed_core.data import prompts
 from speed_core.data.teacher import recorded_rows
+from speed_core.files import UserError
 
 TRANSPORT = ("429", "500", "hang", "reset", "half body")
 TEXT = ("cut", "malformed")
 MODEL = "practice-teacher"
 
 
-class PracticeServer(ThreadingHTTPServer):
+class FaultyEndpoint(ThreadingHTTPServer):
     """`faults`: share of calls that go wrong; `hang_seconds`: how long a hanging call keeps silent."""
 
     daemon_threads = True
@@ -59,7 +63,7 @@ class PracticeServer(ThreadingHTTPServer):
 
 
 class _Handler(BaseHTTPRequestHandler):
-    server: PracticeServer
+    server: FaultyEndpoint
 
     def log_message(self, format: str, *args: Any) -> None:
         pass
@@ -112,3 +116,30 @@ class _Handler(BaseHTTPRequestHandler):
             200, body | {"usage": words | {"total_tokens": sum(words.values())}}, part=0.5 if fault == "half body" else 1.0
         )
         return None
+
+
+def main(
+    port: Annotated[int, typer.Option(help="port on this machine")] = 8901,
+    faults: Annotated[float, typer.Option(min=0, max=1, help="share of calls that go wrong")] = 0.3,
+    seed: Annotated[int, typer.Option(help="decides which calls")] = 0,
+) -> None:
+    """Serve the recorded answers behind an OpenAI-compatible interface that fails by seed (Ctrl-C ends it)."""
+    try:
+        server = FaultyEndpoint(port, faults, seed)
+    except OSError as error:
+        raise UserError(f"--port {port}: {error.strerror}; choose another") from None
+    print(f"{server.url} answers as {MODEL!r}; in another terminal:", flush=True)
+    print(
+        "python -m speed_core run --profile smoke --only 01,02 --set teacher.kind='\"openai\"' "
+        f"--set teacher.model='\"{MODEL}\"' --set teacher.base_url='\"{server.url}\"' --set teacher.timeout_seconds=3",
+        flush=True,
+    )
+    try:
+        server.serve_forever()
+    except KeyboardInterrupt:
+        print(dict(server.struck))
+
+
+if __name__ == "__main__":
+    with user_errors():
+        typer.run(main)

@@ -18,11 +18,18 @@ from html import escape
 from typing import Any
 
 import ipywidgets as w
+import matplotlib.pyplot as plt
+from IPython.core.getipython import get_ipython
+from IPython.display import display
 
+from speed_core.contrastive.guided_loss import LossSettings, false_negative_mask
 from speed_core.data import records
 from speed_core.data.prompts import Prompt, revise
+from speed_core.evaluation import uncertainty
 from speed_core.files import ASSETS, read_jsonl
 from speed_core.plots import provenance
+from speed_core.plots.basic import OURS, canvas
+from speed_core.plots.figures import mask_picture
 from speed_core.store.artifacts import Artifact
 
 TEMPERATURES = (0.3, 0.7, 1.0, 1.3)  # what scripts/record_temperatures.py records
@@ -43,8 +50,6 @@ def interactive() -> bool:
     The rule: in a Jupyter kernel, unless SPEED_HEADLESS is set. A kernel cannot ask who reads its output, so whoever runs
     notebooks with nobody watching has to say it: `notebook.execute` does, and so can any other batch runner.
     """
-    from IPython.core.getipython import get_ipython
-
     return os.environ.get("SPEED_HEADLESS", "") in ("", "0") and getattr(get_ipython(), "kernel", None) is not None
 
 
@@ -59,8 +64,6 @@ def show(text: str, build: Callable[[], Any], figure: Any = None) -> None:
         title = figure.axes[0].get_title("left")
         provenance.show(figure, f"{title}. Its numbers stand in the text above.")
     if interactive():
-        from IPython.display import display
-
         display(build()._repr_mimebundle_() | {"text/plain": NO_KERNEL}, raw=True)
 
 
@@ -81,8 +84,6 @@ def _text(title: str, body: str) -> str:
 
 
 def _mask(columns: Sequence[Any], margin: float) -> tuple[Any, dict[str, int]]:
-    from speed_core.contrastive.guided_loss import LossSettings, false_negative_mask
-
     view = false_negative_mask(tuple(columns), LossSettings(margin=margin))
     return view, {name: int(view.removed[b].sum()) for b, name in BLOCKS.items() if b in view.removed}
 
@@ -96,13 +97,9 @@ def margin_table(columns: Sequence[Any]) -> str:
 
 def margin_picture(columns: Sequence[Any], margin: float) -> str:
     """The masking microscope at a margin as HTML: the counts in words and a PNG whose alternative text repeats them."""
-    import matplotlib.pyplot as plt
-
-    from speed_core.plots import figures
-
     view, counts = _mask(columns, margin)
     said = f"margin {margin:+.2f}: {sum(counts.values())} removed ({', '.join(f'{b} {n}' for b, n in counts.items())})"
-    figure, _ = figures.mask_picture(view, f"Removed at margin {margin:+.2f}")
+    figure, _ = mask_picture(view, f"Removed at margin {margin:+.2f}")
     png = io.BytesIO()
     figure.savefig(png, format="png", dpi=100)
     plt.close(figure)  # an open figure would be drawn once more, under the next cell
@@ -159,6 +156,19 @@ def outcome_table(found: Sequence[Mapping[str, str]]) -> str:
     return _table(["stage, status, reason", "texts"], [[k, str(n)] for k, n in outcome_counts(found).items()])
 
 
+def outcome_picture(counts: Mapping[str, int]) -> Any:
+    """The still figure of `browse`: a bar for each stage and outcome, valid ones filled, the others hatched."""
+    figure, ax = canvas(7, 0.9 + 0.3 * len(counts))
+    for i, (label, n) in enumerate(counts.items()):
+        ok = label.endswith(", ok")
+        ax.barh(i, n, color=OURS if ok else "white", edgecolor=OURS, hatch="" if ok else "//", height=0.6)
+        ax.annotate(str(n), (n, i), (5, 0), textcoords="offset points", va="center")
+    ax.set_yticks(range(len(counts)), [label.replace("_", " ") for label in counts])
+    ax.invert_yaxis()
+    ax.set(title="How each text ended", xlabel="texts", xlim=(0, max(counts.values(), default=1) * 1.12))
+    return figure
+
+
 def entry_browser(found: Sequence[Mapping[str, str]]) -> Any:
     """Filters by stage, status, kind and reason, two buttons, and the text with its prompt."""
     filters = {}
@@ -188,10 +198,8 @@ def entry_browser(found: Sequence[Mapping[str, str]]) -> Any:
 
 def browse(planned: Sequence[Prompt], raw: Artifact, revised: Artifact, data: Artifact) -> None:
     """Notebook 06: how many texts ended how, and a browser of all of them."""
-    from speed_core.teaching import pictures
-
     found = entries(planned, raw, revised, data)
-    show(outcome_table(found), lambda: entry_browser(found), pictures.outcome_picture(outcome_counts(found)))
+    show(outcome_table(found), lambda: entry_browser(found), outcome_picture(outcome_counts(found)))
 
 
 # --- 03: the temperature -------------------------------------------------------------------------
@@ -211,8 +219,6 @@ def recorded_samples() -> tuple[dict[str, Any], list[dict[str, Any]]]:
 def temperature_points() -> list[dict[str, Any]]:
     """For each temperature {x, value, low, high: share of valid records and its 95% interval over prompts; valid, all: counts;
     wrong: {fault: texts}}."""
-    from speed_core.evaluation import uncertainty
-
     header, rows = recorded_samples()
     points: list[dict[str, Any]] = []
     for t in TEMPERATURES:
@@ -234,6 +240,18 @@ def temperature_lines() -> list[str]:
         wrong = ", ".join(f"{n} {why}" for why, n in p["wrong"].most_common())
         lines.append([f"{p['x']}", f"{p['valid']} of {p['all']}", share, wrong])
     return _table(["temperature", "valid", "share, 95% interval", "the others"], lines).split("\n")
+
+
+def temperature_picture(points: Sequence[Mapping[str, float]]) -> Any:
+    """The still figure of `temperature`: share of valid records against temperature; points {x, value, low, high}."""
+    figure, ax = canvas(7, 2.6)
+    x, y = ([p[k] for p in points] for k in ("x", "value"))
+    error = [[p["value"] - p["low"] for p in points], [p["high"] - p["value"] for p in points]]
+    ax.errorbar(x, y, yerr=error, fmt="o-", color=OURS, capsize=4, label="ours, 95% interval")
+    ax.set_xticks(x)
+    ax.set(title="Valid records, recorded samples", xlabel="temperature", ylabel="share valid", ylim=(0, 1))
+    ax.legend(fontsize=8)
+    return figure
 
 
 def temperature_slider() -> Any:
@@ -264,11 +282,9 @@ def temperature_slider() -> Any:
 
 def temperature() -> None:
     """Notebook 03: share of valid records at four temperatures (recorded), and the texts behind it."""
-    from speed_core.teaching import pictures
-
     header, rows = recorded_samples()
     made = f"recorded {header['date']} on {header['device']}: profile {header['profile']}, junior {header['junior'][:12]}"
     record = rows[0]["record"]
     samples = [f"{r['temperature']}: {' '.join(r['raw'].split())[:110]} ..." for r in rows if r["record"] == record]
     text = "\n".join([made, *temperature_lines(), "", "one prompt, one seed:", *samples])
-    show(text, temperature_slider, pictures.temperature_picture(temperature_points()))
+    show(text, temperature_slider, temperature_picture(temperature_points()))

@@ -13,10 +13,11 @@ from pathlib import Path
 import pytest
 from archives import write_tar
 
+import bundle
 from speed_core import files, machine
 from speed_core.files import UserError
 from speed_core.models import loading
-from speed_core.runner import bundle, preflight
+from speed_core.runner import preflight
 from speed_core.store.run_context import ROOT
 from speed_core.study import forecast, planning
 from speed_core.study.runs import open_run
@@ -24,9 +25,9 @@ from speed_core.study.runs import open_run
 pytestmark = pytest.mark.skipif(not shutil.which("git"), reason="git makes the bundle of a clone")
 
 
-def speed(folder, *words, **env):
+def python(folder, *words, **env):
     return subprocess.run(
-        [sys.executable, "-m", "speed_core", *words], cwd=ROOT, capture_output=True, text=True,
+        [sys.executable, *words], cwd=ROOT, capture_output=True, text=True,
         env=os.environ | {"SPEED_RUNS": str(folder)} | env,
     )  # fmt: skip
 
@@ -35,9 +36,9 @@ def speed(folder, *words, **env):
 def small(tmp_path_factory):
     """(folder of the runs, archive, folder it is unpacked in) of notebooks 01 and 02 at smoke."""
     folder = tmp_path_factory.mktemp("small")
-    assert speed(folder / "runs", "run", "--profile", "smoke", "--only", "01,02").returncode == 0
-    words = ["bundle", str(folder / "small.tar"), "--profile", "smoke", "--no-weights", "--incomplete"]
-    done = speed(folder / "runs", *words)
+    assert python(folder / "runs", "-m", "speed_core", "run", "--profile", "smoke", "--only", "01,02").returncode == 0
+    words = ["scripts/bundle.py", str(folder / "small.tar"), "--profile", "smoke", "--no-weights", "--incomplete"]
+    done = python(folder / "runs", *words)
     assert done.returncode == 0 and "small.tar: sha256 " in done.stdout, done.stderr
     subprocess.run(["tar", "xf", folder / "small.tar", "-C", folder], check=True)  # as its reader would
     return folder / "runs", folder / "small.tar", folder / bundle.NAME
@@ -64,7 +65,7 @@ def test_a_bundle_is_a_checkout_whose_notebooks_find_shipped_upstream(small, tmp
 @pytest.mark.slow
 def test_every_file_of_a_bundle_is_verified_and_the_same_inputs_give_the_same_bytes(small, tmp_path):
     runs, archive, _ = small
-    again = speed(runs, "bundle", str(tmp_path / "again.tar"), "--profile", "smoke", "--no-weights", "--incomplete")
+    again = python(runs, "scripts/bundle.py", str(tmp_path / "again.tar"), "--profile", "smoke", "--no-weights", "--incomplete")
     assert again.returncode == 0 and (tmp_path / "again.tar").read_bytes() == archive.read_bytes()
     assert bundle.verify(archive) == sum(1 for _ in (archive.parent / bundle.NAME / bundle.SUMS).open())
 
@@ -77,7 +78,7 @@ def test_a_damaged_or_cut_archive_is_refused_with_one_line_that_names_the_file(s
     data = bytearray(archive.read_bytes())
     data[at + 40] ^= 1
     (tmp_path / "flipped.tar").write_bytes(data)
-    done = speed(tmp_path, "bundle", "--verify", str(tmp_path / "flipped.tar"))
+    done = python(tmp_path, "scripts/bundle.py", "--verify", str(tmp_path / "flipped.tar"))
     assert done.returncode == 2 and done.stderr.count("\n") == 1
     assert "flipped.tar: shipped/smoke/artifacts/seeds/data.jsonl has digest" in done.stderr
     (tmp_path / "cut.tar").write_bytes(archive.read_bytes()[: len(data) // 2])
@@ -185,19 +186,19 @@ def test_the_install_script_goes_by_what_the_sums_say_in_every_language(small, t
 @pytest.mark.slow
 def test_an_unpacked_bundle_makes_the_same_repository_again_without_git(small, tmp_path):
     _, _, unpacked = small
-    again, first = bundle.repository(unpacked), json.loads((unpacked / bundle.ABOUT).read_text())["repository"]
-    assert sorted(again) == first and "speed_core/runner/bundle.py" in first
+    again, first = bundle.repository(unpacked, tmp_path / "work"), json.loads((unpacked / bundle.ABOUT).read_text())["repository"]
+    assert sorted(again) == first and "scripts/bundle.py" in first
     for listed in ('{"repository": ["../secret"]}', '{"repository": ["/etc/passwd"]}', '{"repository": 7}', "{}", "[]", "{"):
         (tmp_path / bundle.ABOUT).write_text(listed)
         with pytest.raises(UserError, match="does not list this folder's files"):
-            bundle.repository(tmp_path)
+            bundle.repository(tmp_path, tmp_path / "work")
     with pytest.raises(UserError, match="neither a git clone nor an unpacked bundle"):
-        bundle.repository(unpacked / "tests")
+        bundle.repository(unpacked / "tests", tmp_path / "work")
 
 
 @pytest.mark.slow
 def test_a_run_that_lacks_what_a_notebook_reads_is_refused(small, tmp_path):
-    done = speed(small[0], "bundle", str(tmp_path / "x.tar"), "--profile", "smoke", "--no-weights")
+    done = python(small[0], "scripts/bundle.py", str(tmp_path / "x.tar"), "--profile", "smoke", "--no-weights")
     assert done.returncode == 2 and "has no 'root'" in done.stderr and "--incomplete" in done.stderr
 
 

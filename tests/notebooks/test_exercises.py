@@ -6,12 +6,15 @@ import re
 import nbformat
 import numpy as np
 import pytest
+import torch
 
+import classroom
+from speed_core import reference
 from speed_core.data import prompts
 from speed_core.files import UserError
 from speed_core.runner import notebook
 from speed_core.store.run_context import ROOT
-from speed_core.teaching import classroom, exercises
+from workbook import exercises
 
 NOTEBOOKS = [p for p in notebook.notebooks(ROOT / "notebooks") if p.stem[:2] != "00"]
 
@@ -95,7 +98,7 @@ def names(number):
         "10": {"rows": DIFFERENCES},
         "12": {"counted": 250, "data": Rows([], kept=100)},
     }
-    return {"np": np} | known.get(number, {})
+    return {"np": np, "torch": torch} | known.get(number, {})
 
 
 def parts(path):
@@ -120,6 +123,44 @@ def test_every_notebook_from_01_on_has_exercises_with_question_solution_and_chec
         for i in [i for i, c in enumerate(cells) if "solution" in c.metadata.get("tags", [])]:
             assert "**Exercise" in cells[i - 1].source and "**Is it right?**" in cells[i + 1].source
             assert cells[i + 2].metadata["tags"] == ["checker"]
+
+
+CHANGES = ("01.1", "04.1", "06.1", "08.1", "08.2")  # the reference code, changed by the reader
+
+
+def test_who_changes_the_reference_code_sees_the_effect_solved_or_not():
+    for path in NOTEBOOKS:
+        cells = nbformat.read(path, 4).cells
+        checkers = [i for i, c in enumerate(cells) if "checker" in c.metadata.get("tags", [])]
+        for k, i in enumerate(checkers, 1):
+            changes = f"{path.stem[:2]}.{k}" in CHANGES
+            assert ("Change the reference code" in cells[i - 3].source) == changes
+            assert cells[i + 1].source.startswith("**The effect.**") == changes
+            assert not changes or f"answer_{k}" in cells[i + 2].source and "reference." in cells[i + 2].source
+
+
+EFFECTS = {
+    "01": {"deep": ["A/B/C/D/E/F"]},
+    "04": {},
+    "06": {"three": ["how long do hens lay eggs in a year"]},
+    "08": {"unit": torch.nn.functional.normalize, "q": torch.randn(4, 8), "p": torch.randn(4, 8), "n": torch.randn(4, 8)}
+    | {"hidden": torch.randn(3, 5, 4), "read": {"attention_mask": torch.tensor([[1] * 5, [1] * 3 + [0] * 2, [1] * 4 + [0]])}},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("tried", ["solution", "stub"])
+@pytest.mark.parametrize("name", CHANGES)
+def test_the_effect_is_shown_for_a_solution_and_for_a_stub(name, tried, capsys):
+    number, k = name.split(".")
+    (path,) = [p for p in NOTEBOOKS if p.stem[:2] == number]
+    _, solution, stub, _ = parts(path)[int(k) - 1]
+    space = names(number) | EFFECTS[number] | {"reference": reference}
+    exec({"solution": solution, "stub": stub}[tried], space)
+    cells = nbformat.read(path, 4).cells
+    effects = [cells[i + 1].source for i, c in enumerate(cells) if c.source.startswith("**The effect.**")]
+    (effect,) = [e for e in effects if f"answer_{k}" in e]
+    exec(effect, space)
+    assert ("None" in capsys.readouterr().out) == (tried == "stub")
 
 
 def answer_of(source, number, k):
@@ -151,19 +192,27 @@ def mask_rule(compare, sign=1):
     return lambda g, m: compare(g, np.diag(g)[:, None] - sign * m)
 
 
-def dpo(a, b, c, d, beta):
-    return math.log1p(math.exp(-beta * (a - c - b + d)))
+def dpo(a, b, c, d, beta, e):
+    return (1 - e) * reference.dpo_loss(a, b, c, d, beta) + e * reference.dpo_loss(b, a, d, c, beta)
 
 
-def info_nce(s, own, t, rest=False):
-    z = np.asarray(s) / t
-    return np.log(np.exp(np.delete(z, own) if rest else z).sum()) - z[own]
+def own_texts(q, p, n, t, label=0):
+    own = torch.stack([(q * p).sum(1), (q * n).sum(1)], dim=1)
+    return torch.nn.functional.cross_entropy(own / t, torch.full((len(q),), label))
+
+
+def characters(a, b, size):
+    return len(runs(a, size) & runs(b, size)) / len(runs(a, size) | runs(b, size))
+
+
+def runs(text, size):
+    return {text.lower()[i : i + size] for i in range(len(text) - size + 1)}
 
 
 MISTAKES = [
     ("01.1", lambda p, d: "/".join(p.split("/")[:d]), "the end of a path"),
     ("01.1", lambda p, d: "/".join(p.split("/")[-d:]), "the beginning of a path"),
-    ("01.1", lambda p, d: prompts.truncate_topic(p, d).split("/"), "join them"),
+    ("01.1", prompts.truncate_topic, "the reference still"),
     ("01.1", lambda p, d: prompts.truncate_topic(p), "always leaves four"),
     ("01.1", lambda p, d: "A", "cases differ"),
     ("01.1", lambda p: p, "TypeError"),
@@ -192,13 +241,13 @@ MISTAKES = [
     ("03.2", [2, 2, 1, 1], "wrong way round"),
     ("03.2", [2, 1, 2, 0], "add up to 5 of 6"),
     ("03.2", [3, 0, 2, 1], "field 'record'"),
-    ("04.1", lambda a, b, c, d, beta: dpo(b, a, d, c, beta), "turned round"),
-    ("04.1", lambda a, b, c, d, beta: math.log1p(math.exp(-(beta * (a - c) - (b - d)))), "whole difference"),
-    ("04.1", lambda a, b, c, d, beta: dpo(a, b, c, d, 1), "beta is not used"),
-    ("04.1", lambda a, b, c, d, beta: dpo(a, b, 0, 0, beta), "reference is missing"),
-    ("04.1", lambda a, b, c, d, beta: -dpo(a, b, c, d, beta), "other sign"),
-    ("04.1", lambda a, b, c, d, beta: math.exp(-dpo(a, b, c, d, beta)), "its logarithm"),
-    ("04.1", lambda a, b, c, d, beta: 0.7, "20 of 20 cases differ"),
+    ("04.1", lambda a, b, c, d, beta, e: reference.dpo_loss(a, b, c, d, beta), "Eq. 2 as it was"),
+    ("04.1", lambda a, b, c, d, beta, e: dpo(b, a, d, c, beta, e), "changed places"),
+    ("04.1", lambda a, b, c, d, beta, e: reference.dpo_loss(a, b, c, d, beta * (1 - 2 * e)), "mix the two losses"),
+    ("04.1", lambda a, b, c, d, beta, e: dpo(a, b, c, d, 1, e), "beta is not used"),
+    ("04.1", lambda a, b, c, d, beta, e: dpo(a, b, 0, 0, beta, e), "reference model is missing"),
+    ("04.1", lambda *case: -dpo(*case), "other sign"),
+    ("04.1", lambda *case: 0.7, "20 of 20 cases differ"),
     ("04.2", 0.6, "equal length"),
     ("04.2", 2, "divide it"),
     ("04.2", 0.75, "another share"),
@@ -211,7 +260,11 @@ MISTAKES = [
     ("05.2", (0.2, 0.65), "forgets the records"),
     ("05.2", (0.2, 0.2), "first again"),
     ("05.2", (0.2, 0.1), "cannot be smaller"),
-    ("06.1", lambda a, b: len(set(a.split()) & set(b.split())) / len(set(a.split()) | set(b.split())), "cases differ"),
+    ("06.1", reference.jaccard, "runs of words"),
+    ("06.1", lambda a, b, size: characters(a, b, 1), "single characters"),
+    ("06.1", lambda a, b, size: characters(a.replace(" ", ""), b.replace(" ", ""), size), "a space is a character"),
+    ("06.1", lambda a, b, size: len(runs(a, size) & runs(b, size)) / len(runs(b, size)), "cases differ"),
+    ("06.1", lambda *case: 1 - characters(*case), "a distance"),
     ("06.2", 0.69, "every loss"),
     ("06.2", 0.74, "divided by the prompts"),
     ("06.2", 69 / 80, "no duplicates"),
@@ -226,15 +279,16 @@ MISTAKES = [
     ("07.2", -0.1, "newsgroups"),
     ("07.2", 0.2, "weaker guide"),
     ("07.2", 0.07, "not tried"),
-    ("08.1", lambda s, own, t: info_nce(s, own, 1 / t), "multiplied"),
-    ("08.1", lambda s, own, t: info_nce(s, own, 1), "temperature is not used"),
-    ("08.1", lambda s, own, t: info_nce(s, own, t, rest=True), "missing below the line"),
-    ("08.1", lambda s, own, t: -info_nce(s, own, t), "other sign"),
-    ("08.1", lambda s, own, t: np.exp(-info_nce(s, own, t)), "its logarithm"),
-    ("08.2", lambda h, m: h[:, -1], "padding for every shorter"),
-    ("08.2", lambda h, m: h[:, 0], "first token"),
-    ("08.2", lambda h, m: h[np.arange(len(h)), m.sum(1)], "first padding"),
-    ("08.2", lambda h, m: (h * m[..., None]).sum(1) / m.sum(1)[:, None], "mean over tokens"),
+    ("08.1", reference.info_nce, "the reference still"),
+    ("08.1", lambda q, p, n, t: own_texts(q, p, n, 1 / t), "multiplied"),
+    ("08.1", lambda q, p, n, t: own_texts(q, p, n, 1), "temperature is not used"),
+    ("08.1", lambda q, p, n, t: own_texts(q, p, n, t, label=1), "taken for the positive"),
+    ("08.1", lambda *case: -own_texts(*case), "other sign"),
+    ("08.1", lambda q, p, n, t: len(q) * own_texts(q, p, n, t), "sum over the queries"),
+    ("08.2", reference.last_token_pooling, "the reference still"),
+    ("08.2", lambda h, m: torch.nn.functional.normalize(h.mean(1), dim=1), "the padding is in the mean"),
+    ("08.2", lambda h, m: (h * m[..., None]).sum(1) / m.sum(1)[:, None], "not of length 1"),
+    ("08.2", lambda h, m: torch.nn.functional.normalize(h[:, 0], dim=1), "first token"),
     ("08.2", lambda h, m: h[:, -1, 0], "a vector for each text"),
     ("09.1", lambda r: 1 / math.log2(r + 1), "what does @10 say"),
     ("09.1", lambda r: 1 / r if r <= 10 else 0, "reciprocal rank"),

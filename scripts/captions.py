@@ -1,7 +1,9 @@
-"""One sentence that reads each figure of the recorded run, of the numbers in the CSV beside it.
+"""One sentence for each figure of the recorded run, made from the numbers in the CSV beside it.
 
-The sentences stand in the notebooks under the pictures. `record` writes them there again with every recorded run, and a
-test compares them with the committed figures, so no number in the prose is older than its picture.
+    python scripts/captions.py     # write the sentences into the notebooks again, after figures/ has changed
+
+`scripts/record.py` does so with every recorded run. A test compares the sentences with the committed figures, so no number in
+the prose is older than its picture.
 """
 
 from __future__ import annotations
@@ -12,7 +14,10 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from speed_core.store.run_context import OFFICIAL
+import nbformat
+
+from speed_core.runner.notebook import notebooks
+from speed_core.store.run_context import OFFICIAL, ROOT
 
 Rows = Sequence[dict[str, str]]
 
@@ -246,12 +251,10 @@ def under_pictures(text: str, figures: Path) -> str:
     return f"{lead} {reading(found[1], figures)}\n\n{text[found.start() :]}" if found and lead else text
 
 
-def write(notebooks: Sequence[Path], figures: Path) -> int:
-    """Bring the sentences of the notebooks up to the figures; returns how many cells changed."""
-    import nbformat
-
+def write(figures: Path = ROOT / "figures") -> int:
+    """Bring the sentences in the notebooks up to the figures; returns how many cells changed."""
     changed = 0
-    for path in notebooks:
+    for path in notebooks(ROOT / "notebooks"):
         nb = nbformat.read(path, as_version=4)
         for cell in (c for c in nb.cells if c.cell_type == "markdown"):
             new = under_pictures(cell.source, figures)
@@ -259,3 +262,7 @@ def write(notebooks: Sequence[Path], figures: Path) -> int:
             cell.source = new
         nbformat.write(nb, path)
     return changed
+
+
+if __name__ == "__main__":
+    print(f"{write()} sentences under figures changed")

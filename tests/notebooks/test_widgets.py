@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from speed_core.contrastive.guided_loss import false_negative_mask
 from speed_core.runner import notebook
 from speed_core.store.run_context import ROOT
-from speed_core.teaching import pictures, show, widgets
+from workbook import show, widgets
 
 
 @pytest.fixture(scope="module")
@@ -77,11 +77,11 @@ def test_the_margin_table_counts_what_the_mask_removes_and_a_larger_margin_remov
 
 def test_the_still_figures_draw_the_numbers_of_the_text():
     points = widgets.temperature_points()
-    (ax,) = pictures.temperature_picture(points).axes
+    (ax,) = widgets.temperature_picture(points).axes
     assert ax.lines[0].get_ydata().tolist() == [p["valid"] / p["all"] for p in points]
     found = [{"stage": "raw", "status": s, "reason": r} for s, r in [("ok", "")] * 3 + [("truncated", "length")]]
     counts = widgets.outcome_counts(found)
-    (ax,) = pictures.outcome_picture(counts).axes
+    (ax,) = widgets.outcome_picture(counts).axes
     assert [bar.get_width() for bar in ax.patches] == [3, 1] == list(counts.values())
     assert [t.get_text() for t in ax.get_yticklabels()] == ["raw, ok", "raw, truncated, length"]
     plt.close("all")

@@ -6,8 +6,11 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
+import torch
+from torch import Tensor
 
-from speed_core.teaching.exercises import Hint, call, compare, exercise, number
+from speed_core import reference
+from workbook.exercises import Hint, call, compare, exercise, number
 
 
 def _guides() -> list[tuple[np.ndarray, float]]:
@@ -77,60 +80,65 @@ def even_margin(answer: Any, *, points: Sequence[Mapping[str, Any]]) -> None:
     raise Hint("as many right as wrong removals: which value has the precision then, and where is it nearest to that?")
 
 
-@exercise("08.1")
-def info_nce(answer: Any) -> None:
-    """`answer(similarities, own, temperature)`: loss of one query, its positive at index `own`."""
-    rng = np.random.default_rng(8)
-    cases = [(rng.uniform(-0.3, 0.9, 8).round(3), int(rng.integers(8)), t) for t in (0.02, 0.05, 0.1, 1.0) for _ in range(4)]
+def _unit(count: int, rows: int, width: int, seed: int) -> list[Tensor]:
+    """`count` random (rows, width) tensors of unit vectors."""
+    generator = torch.Generator().manual_seed(seed)
+    drawn = (torch.randn(rows, width, generator=generator, dtype=torch.float64) for _ in range(count))
+    return [torch.nn.functional.normalize(t, dim=1) for t in drawn]
 
-    def loss(s: np.ndarray, own: int, scale: float, keep: Any = None) -> float:
-        z = s * scale
-        pool = z if keep is None else z[keep]
-        return float(np.log(np.exp(pool - z.max()).sum()) + z.max() - z[own])
+
+@exercise("08.1")
+def own_candidates(answer: Any) -> None:
+    """`answer(queries, positives, negatives, temperature)`: InfoNCE where each query is compared with its own two texts alone."""
+    cases = [(*_unit(3, 4, 8, seed=k), t) for k, t in enumerate((0.05, 0.1, 0.2, 1.0) * 2)]
+
+    def loss(q: Tensor, p: Tensor, n: Tensor, scale: float, label: int = 0) -> Tensor:
+        own = torch.stack([(q * p).sum(1), (q * n).sum(1)], dim=1)
+        return torch.nn.functional.cross_entropy(own * scale, torch.full((len(q),), label))
+
+    def own_positive_all_negatives(q: Tensor, p: Tensor, n: Tensor, t: float) -> Tensor:
+        similarity = torch.cat([(q * p).sum(1, keepdim=True), q @ n.T], dim=1)
+        return torch.nn.functional.cross_entropy(similarity / t, torch.zeros(len(q), dtype=torch.long))
 
     compare(
         answer,
         cases,
-        lambda s, o, t: loss(s, o, 1 / t),
+        lambda q, p, n, t: loss(q, p, n, 1 / t),
         {
-            "similarities are multiplied by the temperature; a low temperature must sharpen": lambda s, o, t: loss(s, o, t),
-            "the temperature is not used": lambda s, o, t: loss(s, o, 1.0),
-            "the positive is missing below the line: this loss can become negative": lambda s, o, t: loss(
-                s, o, 1 / t, np.arange(len(s)) != o
-            ),
-            "this grows with the positive's probability; a loss has the other sign": lambda s, o, t: -loss(s, o, 1 / t),
-            "this is the positive's probability; the loss is made from its logarithm": lambda s, o, t: np.exp(-loss(s, o, 1 / t)),
-            "the positive's similarity is not divided by the temperature, the others are": lambda s, o, t: (
-                loss(s, o, 1 / t) + s[o] / t - s[o]
-            ),
-            "the first candidate is taken for the positive; it stands at `own`": lambda s, o, t: loss(s, 0, 1 / t),
+            "this is the reference still: the whole batch is compared": reference.info_nce,
+            "each query meets the negatives of all the others; its own one alone is to stay": own_positive_all_negatives,
+            "similarities are multiplied by the temperature; a low temperature must sharpen": loss,
+            "the temperature is not used": lambda q, p, n, t: loss(q, p, n, 1.0),
+            "the negative is taken for the positive": lambda q, p, n, t: loss(q, p, n, 1 / t, label=1),
+            "this grows with the positive's probability; a loss has the other sign": lambda q, p, n, t: -loss(q, p, n, 1 / t),
+            "this is the sum over the queries; their mean is asked for": lambda q, p, n, t: len(q) * loss(q, p, n, 1 / t),
         },
         "one number",
     )
 
 
 @exercise("08.2")
-def last_token(answer: Any) -> None:
-    """`answer(hidden, mask)`: the vector at each text's last real token, (texts, D)."""
-    rng = np.random.default_rng(9)
+def mean_pooling(answer: Any) -> None:
+    """`answer(hidden, attention_mask)`: the unit vector along the mean of each text's real tokens, (B, D)."""
     cases = []
     for longest in (3, 5, 8):
-        lengths = [longest, *rng.integers(2, longest + 1, 3), 2]
-        mask = (np.arange(longest + 2)[None] < np.array(lengths)[:, None]).astype(int)
-        cases.append((rng.normal(size=(5, longest + 2, 4)).round(2), mask))
-    rows = np.arange(5)
+        lengths = torch.tensor([longest, 2, 1, longest, 2])
+        mask = (torch.arange(longest + 2)[None] < lengths[:, None]).long()
+        cases.append((torch.stack(_unit(5, longest + 2, 4, seed=longest)) + 0.5, mask))
+    unit = torch.nn.functional.normalize
+
+    def mean(hidden: Tensor, mask: Tensor) -> Tensor:
+        return (hidden * mask[..., None]).sum(1) / mask.sum(1, keepdim=True)
+
     compare(
         answer,
         cases,
-        lambda h, m: h[rows, m.sum(1) - 1],
+        lambda h, m: unit(mean(h, m), dim=1),
         {
-            "this reads the last column, which is padding for every shorter text": lambda h, m: h[:, -1],
-            "this reads the token before the last: the count of tokens is no index yet": lambda h, m: h[rows, m.sum(1) - 2],
-            "this reads the first padding, one behind the end": lambda h, m: h[rows, m.sum(1)],
-            "this is the mean over tokens, as encoders do it; a causal model has seen the whole text at one place only": (
-                lambda h, m: (h * m[..., None]).sum(1) / m.sum(1, keepdims=True)
-            ),
-            "this reads the first token, which has seen nothing of the text": lambda h, m: h[:, 0],
+            "this is the reference still: it reads the last token alone": reference.last_token_pooling,
+            "the padding is in the mean; the mask says which tokens are real": lambda h, m: unit(h.mean(1), dim=1),
+            "the vectors are not of length 1": mean,
+            "this reads the first token, which has seen nothing of the text": lambda h, m: unit(h[:, 0], dim=1),
         },
         "a vector for each text",
     )

@@ -1,5 +1,7 @@
 """The students' copy of the notebooks: solution cells give way to their stubs, everything else stays as it is.
 
+    python scripts/classroom.py [FOLDER] [--force]     # default: classroom/
+
 A cell tagged `solution` carries its stub in its metadata, under speed.stub. The copy lies in a folder beside
 notebooks/, so that the pictures in the prose (../figures/...) are found from there too.
 """
@@ -7,10 +9,12 @@ notebooks/, so that the pictures in the prose (../figures/...) are found from th
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import nbformat
+import typer
 
+from speed_core.console import user_errors
 from speed_core.files import UserError
 from speed_core.runner.notebook import notebooks
 from speed_core.store.run_context import ROOT
@@ -51,3 +55,20 @@ def write(target: Path | None = None, *, force: bool = False, folder: Path | Non
     for path, text in copies.items():
         path.write_text(text, encoding="utf-8")
     return list(copies)
+
+
+def main(
+    target: Annotated[Path | None, typer.Argument(help="folder beside notebooks/; default: classroom")] = None,
+    force: Annotated[bool, typer.Option(help="overwrite copies that somebody worked in")] = False,
+) -> None:
+    """Write the students' copy of the notebooks: exercises and checkers stay, solutions do not."""
+    written = write(target, force=force)
+    folder = written[0].parent
+    print(f"{len(written)} notebooks in {folder}")
+    if folder.resolve().parent != ROOT:
+        print("their pictures are ../figures: put the folder into the checkout, or a copy of figures/ beside it")
+
+
+if __name__ == "__main__":
+    with user_errors():
+        typer.run(main)

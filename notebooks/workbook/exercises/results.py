@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from speed_core.teaching.exercises import Hint, among, call, compare, exercise, mapping, number
+from workbook.exercises import Hint, among, call, compare, exercise, mapping, number
 
 Rows = Sequence[Mapping[str, Any]]
 
@@ -43,7 +43,7 @@ def paired_interval(answer: Any) -> None:
         value = call(answer, a, b)
         if np.shape(value) != (2,):
             raise Hint(f"two numbers are asked for, the low and the high end; yours has the shape {np.shape(value)}")
-        low, high = (number(v) for v in value)
+        low, high = map(number, value)
         if low > high:
             raise Hint("the low end lies above the high end")
         d, half = a - b, 1.96 * (a - b).std() / math.sqrt(n)

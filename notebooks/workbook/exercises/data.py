@@ -4,40 +4,42 @@ from __future__ import annotations
 
 import ast
 import json
-import math
 import random
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from speed_core.data import minhash, prompts, records
-from speed_core.teaching.exercises import Hint, among, call, compare, exercise, mapping, number
+import torch
+from torch import Tensor
+
+from speed_core import reference
+from speed_core.data import prompts, records
+from workbook.exercises import Hint, among, call, compare, exercise, mapping, number, several
 
 Rows = Sequence[Mapping[str, Any]]
 
 
 @exercise("01.1")
 def truncate(answer: Any, *, topics: Sequence[str]) -> None:
-    """`answer(path, depth)`: the path without its middle."""
-    paths = ["A/B/C/D/E/F", "A/B", "A/B/C/D/E", *topics]
-    cases = [(p, d) for d in (4, 3, 2) for p in paths]
+    """`answer(path, levels)`: the path without its middle; at an odd number of levels its end keeps one more than its beginning."""
 
-    def parts(p: str, head: int, tail: int, depth: int) -> str:
-        levels = p.split("/")
-        return p if len(levels) <= depth else "/".join(levels[:head] + levels[len(levels) - tail :])
+    def ends(path: str, first: int, last: int, levels: int) -> str:
+        parts = path.split("/")
+        return path if len(parts) <= levels else "/".join(parts[:first] + parts[len(parts) - last :])
+
+    def right(path: str, levels: int) -> str:
+        return ends(path, levels // 2, levels - levels // 2, levels)
 
     compare(
         answer,
-        cases,
-        prompts.truncate_topic,
+        [(path, n) for n in (5, 4, 3, 2) for path in ("A/B/C/D/E/F", "A/B", "A/B/C/D/E", *topics)],
+        right,
         {
-            "the end of a path is its subject, and yours cuts it off": lambda p, d: "/".join(p.split("/")[:d]),
-            "the beginning of a path says which field it is, and yours cuts it off": lambda p, d: "/".join(p.split("/")[-d:]),
-            "a list of levels comes back; join them to a path again": lambda p, d: prompts.truncate_topic(p, d).split("/"),
-            "at an odd depth one end keeps a level more than the other; you chose the other end": lambda p, d: parts(
-                p, d // 2, d - d // 2, d
-            ),
-            "at an odd depth yours keeps a level too few": lambda p, d: parts(p, d // 2, d // 2, d),
-            "depth says how many levels stay; yours always leaves four": lambda p, d: prompts.truncate_topic(p, 4),
+            "this is the reference still: at an odd number of levels its beginning keeps one more": reference.truncate_topic,
+            "the end of a path is its subject, and yours cuts it off": lambda p, n: ends(p, n, 0, n),
+            "the beginning of a path says which field it is, and yours cuts it off": lambda p, n: ends(p, 0, n, n),
+            "a list of levels comes back; join them to a path again": lambda p, n: right(p, n).split("/"),
+            "at an odd number of levels yours keeps one too few": lambda p, n: ends(p, n // 2, n // 2, n),
+            "`levels` says how many stay; yours always leaves four": lambda p, n: right(p, 4),
         },
     )
 
@@ -107,12 +109,6 @@ def near_negatives(answer: Any, *, rows: Rows) -> None:
     )
 
 
-def _token_rows(count: int) -> list[tuple[list[int], list[int], int]]:
-    rng = random.Random(3)
-    draw = lambda most: [rng.randrange(10, 99) for _ in range(rng.randrange(1, most))]  # noqa: E731
-    return [(draw(9), draw(7), 1) for _ in range(count)]
-
-
 @exercise("03.1")
 def completion_mask(answer: Any) -> None:
     """`answer(prompt, completion, end)`: (token ids of the row, 1 where the loss looks)."""
@@ -120,13 +116,13 @@ def completion_mask(answer: Any) -> None:
     def right(p: list[int], c: list[int], end: int) -> list[list[int]]:
         return [p + c + [end], [0] * len(p) + [1] * (len(c) + 1)]
 
-    cases = _token_rows(12)
-    for p, c, end in cases:
-        value = call(answer, list(p), list(c), end)
-        if not isinstance(value, (list, tuple)) or len(value) != 2:
-            raise Hint("two lists are asked for: the row's tokens and its mask")
-        if len(value[0]) != len(value[1]):
-            raise Hint(f"the row has {len(value[0])} tokens and its mask {len(value[1])} entries")
+    rng = random.Random(3)
+    tokens = lambda most: [rng.randrange(10, 99) for _ in range(rng.randrange(1, most))]  # noqa: E731
+    cases = [(tokens(9), tokens(7), 1) for _ in range(12)]
+    for case in cases:
+        row, mask = several(call(answer, *case), 2, "two lists, the row's tokens and its mask,")
+        if len(row) != len(mask):
+            raise Hint(f"the row has {len(row)} tokens and its mask {len(mask)} entries")
     compare(
         answer,
         cases,
@@ -153,9 +149,7 @@ def completion_mask(answer: Any) -> None:
 @exercise("03.2")
 def paired_counts(answer: Any, *, base: Rows, junior: Rows) -> None:
     """`answer`: prompts on which (both, only base, only junior, neither) wrote a valid record."""
-    if not isinstance(answer, (list, tuple)) or len(answer) != 4:
-        raise Hint("four counts are asked for: both valid, only the base, only the junior, neither")
-    given = [number(v) for v in answer]
+    given = [number(v) for v in several(answer, 4, "four counts (both valid, only the base, only the junior, neither)")]
     ok = {e["record"]: e["status"] == "ok" for e in junior}
     pairs = [(e["status"] == "ok", ok[e["record"]]) for e in base]
     right = [float(pairs.count(k)) for k in ((True, True), (True, False), (False, True), (False, False))]
@@ -170,40 +164,34 @@ def paired_counts(answer: Any, *, base: Rows, junior: Rows) -> None:
     raise Hint("the four add up, but they are not ours; pair the rows by their field 'record'")
 
 
-def _log_sigmoid(x: float) -> float:
-    return -math.log1p(math.exp(-x)) if x > 0 else x - math.log1p(math.exp(x))
-
-
 @exercise("04.1")
-def dpo_loss(answer: Any) -> None:
-    """`answer(policy_chosen, policy_rejected, reference_chosen, reference_rejected, beta)`: Eq. 2 of one pair."""
+def smoothed_dpo_loss(answer: Any) -> None:
+    """`answer(policy_chosen, policy_rejected, reference_chosen, reference_rejected, beta, smoothing)`: Eq. 2 where the judge is wrong
+    with the probability `smoothing`."""
     rng = random.Random(4)
-    cases = [(*(-rng.uniform(1, 60) for _ in range(4)), rng.choice([0.05, 0.1, 0.5])) for _ in range(20)]
+    logps = [[torch.tensor(-rng.uniform(1, 60), dtype=torch.float64) for _ in range(4)] for _ in range(20)]
+    cases = [(*four, rng.choice([0.05, 0.1, 0.5]), rng.choice([0.1, 0.2, 0.3])) for four in logps]
 
-    def margin(a: float, b: float, c: float, d: float) -> float:
-        return (a - c) - (b - d)
+    def loss(a: Tensor, b: Tensor, c: Tensor, d: Tensor, beta: float, e: float) -> Tensor:
+        return (1 - e) * reference.dpo_loss(a, b, c, d, beta) + e * reference.dpo_loss(b, a, d, c, beta)
 
     compare(
         answer,
         cases,
-        lambda a, b, c, d, beta: -_log_sigmoid(beta * margin(a, b, c, d)),
+        loss,
         {
-            "the sign of the margin is turned round: this loss falls when the rejected text becomes likelier": (
-                lambda a, b, c, d, beta: -_log_sigmoid(-beta * margin(a, b, c, d))
+            "this is Eq. 2 as it was; where does the smoothing come in?": lambda a, b, c, d, beta, e: loss(a, b, c, d, beta, 0),
+            "the two labels have changed places: the judge is right with probability 1 - smoothing": (
+                lambda a, b, c, d, beta, e: loss(a, b, c, d, beta, 1 - e)
             ),
-            "beta multiplies the whole difference of the two log-ratios, not one of them": (
-                lambda a, b, c, d, beta: -_log_sigmoid(beta * (a - c) - (b - d))
+            "the rewards are mixed here; mix the two losses, that of the pair and that of the pair turned round": (
+                lambda a, b, c, d, beta, e: loss(a, b, c, d, beta * (1 - 2 * e), 0)
             ),
-            "beta is not used, or used as 1": lambda a, b, c, d, beta: -_log_sigmoid(margin(a, b, c, d)),
-            "the reference is missing: this pulls away from it without any limit": (
-                lambda a, b, c, d, beta: -_log_sigmoid(beta * (a - b))
+            "beta is not used, or used as 1": lambda a, b, c, d, beta, e: loss(a, b, c, d, 1, e),
+            "the reference model is missing: this pulls away from it without any limit": (
+                lambda a, b, c, d, beta, e: loss(a, b, 0 * c, 0 * d, beta, e)
             ),
-            "this grows when the pair is told apart better; a loss has the other sign": (
-                lambda a, b, c, d, beta: _log_sigmoid(beta * margin(a, b, c, d))
-            ),
-            "this is the probability that the pair is told apart; the loss is made from its logarithm": (
-                lambda a, b, c, d, beta: math.exp(_log_sigmoid(beta * margin(a, b, c, d)))
-            ),
+            "this grows when the pair is told apart better; a loss has the other sign": lambda *case: -loss(*case),
         },
         "one number",
     )
@@ -238,10 +226,7 @@ def revision_row(answer: Any) -> None:
     """`answer(prompt, weak, revision)`: (what the revisor reads, what it learns to write)."""
     cases = [(f"Write one example for task {i}.", f'{{"input":"weak {i}"}}', f'{{"input":"better {i}"}}') for i in range(3)]
     for p, w, r in cases:
-        value = call(answer, p, w, r)
-        if not isinstance(value, (list, tuple)) or len(value) != 2 or not all(isinstance(v, str) for v in value):
-            raise Hint("two texts are asked for: what is read, and what is to be written")
-        read, written = value
+        read, written = map(str, several(call(answer, p, w, r), 2, "two texts, what is read and what is to be written,"))
         if r in read:
             raise Hint("the revision stands in what is read: the revisor would learn to copy, and has nothing to copy from later")
         if w == written:
@@ -259,9 +244,8 @@ def revision_row(answer: Any) -> None:
 @exercise("05.2")
 def keep_the_better(answer: Any, *, gain: Sequence[float]) -> None:
     """`answer`: (mean gain when every revision is taken, mean gain when only the better of the two is kept)."""
-    if not isinstance(answer, (list, tuple)) or len(answer) != 2:
-        raise Hint("two numbers are asked for: taking every revision, and keeping the better text of each record")
-    always, better = (number(v) for v in answer)
+    asked = "two numbers, with every revision taken and with the better text of each record kept,"
+    always, better = (number(v) for v in several(answer, 2, asked))
     count = max(1, len(gain))
     right = sum(gain) / count, sum(max(g, 0.0) for g in gain) / count
     improved = max(1, sum(g > 0 for g in gain))
@@ -289,36 +273,39 @@ _TEXTS = [
 
 
 @exercise("06.1")
-def jaccard(answer: Any) -> None:
-    """`answer(a, b)`: Jaccard similarity of the two texts' sets of 3-word shingles."""
+def jaccard_of_characters(answer: Any) -> None:
+    """`answer(one, other, size)`: Jaccard similarity of the two texts' runs of `size` characters, spaces included."""
 
-    def of(size: int = 3, below: Any = None) -> Any:
-        def f(a: str, b: str) -> float:
-            x, y = minhash.shingles(a, size), minhash.shingles(b, size)
-            return len(x & y) / (below(x, y) if below else len(x | y))
+    def runs(text: str, size: int) -> set[str]:
+        return {text[i : i + size] for i in range(len(text) - size + 1)}
+
+    def over(below: Callable[[set[str], set[str]], int], letters: Callable[[str], str] = str.lower) -> Callable[..., float]:
+        def f(one: str, other: str, size: int) -> float:
+            a, b = runs(letters(one), size), runs(letters(other), size)
+            return len(a & b) / below(a, b)
 
         return f
 
-    def case_sensitive(a: str, b: str) -> float:
-        x, y = ({tuple(t.split()[i : i + 3]) for i in range(len(t.split()) - 2)} for t in (a, b))
-        return len(x & y) / len(x | y)
+    right = over(lambda a, b: len(a | b))
 
     compare(
         answer,
-        _TEXTS,
-        of(),
+        [(*texts, size) for texts in _TEXTS for size in (5, 3)],
+        right,
         {
-            "single words are compared, so a text with its words in another order counts as a duplicate": of(1),
-            "the shingles are two words long": of(2),
-            "the shingles are four words long": of(4),
-            "the shared shingles are counted twice below the line; what is in both sets is in the union once": of(
-                3, lambda x, y: len(x) + len(y)
+            "these are runs of words still": reference.jaccard,
+            "these are single characters; a run has `size` of them": lambda one, other, size: right(one, other, 1),
+            "a space is a character too, and yours leaves it out": lambda one, other, size: right(
+                one.replace(" ", ""), other.replace(" ", ""), size
             ),
-            "below the line stands the smaller set: a short text inside a long one would count as its duplicate": of(
-                3, lambda x, y: min(len(x), len(y))
+            "the shared runs are counted twice below the line; what is in both sets is in the union once": over(
+                lambda a, b: len(a) + len(b)
             ),
-            "case or punctuation makes equal words differ; minhash.shingles takes care of both": case_sensitive,
-            "this is a distance: equal texts must get 1": lambda a, b: 1 - of()(a, b),
+            "below the line stands the smaller set: a short text inside a long one would count as its duplicate": over(
+                lambda a, b: min(len(a), len(b))
+            ),
+            "a capital letter makes equal words differ": over(lambda a, b: len(a | b), letters=str),
+            "this is a distance: equal texts must get 1": lambda *case: 1 - right(*case),
         },
         "one number",
     )

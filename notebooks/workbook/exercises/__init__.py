@@ -57,8 +57,8 @@ def check(name: str, answer: Any, **facts: Any) -> None:
 
 def brief(value: Any, most: int = 120) -> str:
     """One line of at most `most` characters that shows a value."""
-    if isinstance(value, np.ndarray):
-        value = value.round(3).tolist()
+    if hasattr(value, "tolist"):  # an array or a tensor
+        value = np.asarray(value).round(3).tolist()
     text = " ".join((f"{value:.4g}" if isinstance(value, float) else repr(value)).split())
     return text if len(text) <= most else text[: most - 3] + "..."
 
@@ -137,6 +137,13 @@ def among(answer: Any, right: float, mistakes: Mapping[str, float], otherwise: s
     raise Hint(otherwise)
 
 
+def several(answer: Any, count: int, asked: str) -> Sequence[Any]:
+    """The `count` parts of an answer; Hint with what is `asked` for otherwise."""
+    if not isinstance(answer, (list, tuple)) or len(answer) != count:
+        raise Hint(f"{asked} are asked for")
+    return answer
+
+
 def mapping(answer: Any, keys: Sequence[str]) -> dict[str, Any]:
     """A dictionary with exactly these keys, all of them filled in; Hint otherwise."""
     if not isinstance(answer, Mapping) or set(answer) != set(keys):
@@ -147,4 +154,4 @@ def mapping(answer: Any, keys: Sequence[str]) -> dict[str, Any]:
     return dict(answer)
 
 
-from speed_core.teaching.exercises import data, embedding, results  # noqa: E402, F401  (they register their checkers)
+from workbook.exercises import data, embedding, results  # noqa: E402, F401  (they register their checkers)

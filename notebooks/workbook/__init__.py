@@ -1,0 +1,6 @@
+"""What the notebooks import beside `speed_core`. `make setup` installs it, so that a notebook finds it wherever it runs.
+
+exercises  checkers of the exercises
+show       code of the package, marked tokens, word diffs
+widgets    three things to move, and their still figures
+"""
