@@ -16,7 +16,7 @@ from archives import write_tar
 import bundle
 from speed_core import files, machine
 from speed_core.files import UserError
-from speed_core.models import loading
+from speed_core.models import loading, packages
 from speed_core.runner import preflight
 from speed_core.store.run_context import ROOT
 from speed_core.study import forecast, planning
@@ -215,7 +215,7 @@ def test_weights_of_packages_and_of_the_hub_are_laid_out_where_they_are_looked_f
         bundle.weights(open_run("workshop"))
     monkeypatch.delenv("SPEED_CACHE", raising=False)
     monkeypatch.setattr(files, "BUNDLED", tmp_path)
-    monkeypatch.setattr(loading, "PACKAGES", {k: ("not_installed", "x") for k in loading.PACKAGES})
+    monkeypatch.setattr(packages, "PACKAGES", {k: ("not_installed", "x") for k in packages.PACKAGES})
     (tmp_path / Path(tokenizer_folder).name).symlink_to(tokenizer_folder)
     assert loading.resolve("package:gemma-3-270m") == str(tmp_path / Path(tokenizer_folder).name), "the carrier is not needed"
 
