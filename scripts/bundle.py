@@ -29,27 +29,24 @@ from speed_core.files import TarInput, UserError, disk_errors, file_digest, insi
 from speed_core.models import loading
 from speed_core.runner.preflight import SUMS, read_sums
 from speed_core.runner.run_archive import has_weights, whole_artifacts
-from speed_core.store.artifacts import MANIFEST, Artifact, Store
+from speed_core.store.artifacts import MANIFEST, Artifact
 from speed_core.store.run_context import ROOT, Run
 from speed_core.study import embedding_stages
 from speed_core.study.runs import open_run
+from speed_core.study.stage import models_read_later
 
 NAME, ABOUT = "speed-step-by-step", "BUNDLE.json"
 MOST_SUMS = 2**28  # bytes: a few hundred thousand files
 # What notebooks read that an earlier one wrote. Everything else with weights (students, ablations) is read by its own notebook.
 DATA = ("tasks", "seeds", "root", "raw", "revised", "synthetic", "mask", "guided-gain", "scaling", "scores-untrained")
-GENERATORS, EMBEDDERS = ("junior", "senior", "revisor"), ("embedder-guided-", "embedder-plain-")
 
 Files = dict[str, Path]  # name in the archive: the file to read
 
 
-def artifacts(store: Store, weights: bool = True) -> dict[str, Artifact]:
+def artifacts(run: Run, weights: bool = True) -> dict[str, Artifact]:
     """What a run ships: artifacts without weights, and with `weights` the trained models that later notebooks read."""
-    return {
-        name: artifact
-        for name, artifact in whole_artifacts(store).items()
-        if not has_weights(artifact) or weights and (name in GENERATORS or name.startswith(EMBEDDERS))
-    }
+    models = models_read_later(run) if weights else []
+    return {name: a for name, a in whole_artifacts(run.store).items() if not has_weights(a) or name in models}
 
 
 def repository(root: Path, work: Path) -> Files:
@@ -137,9 +134,8 @@ def fetch_wheels(wanted: list[str], folder: Path) -> Files:
 
 def missing(run: Run, found: dict[str, Artifact], with_weights: bool) -> list[str]:
     """Names of artifacts that some notebook reads and the run does not have."""
-    trained = [f"{arm}-{k}" for arm in ("guided", "plain") for k in embedding_stages.training_seeds(run)]
-    wanted = [*DATA, *(f"scores-{t}" for t in trained)]
-    wanted += [*GENERATORS, *(f"embedder-{t}" for t in trained)] if with_weights else []
+    trained = [f"scores-{arm}-{k}" for arm in ("guided", "plain") for k in embedding_stages.training_seeds(run)]
+    wanted = [*DATA, *trained, *(models_read_later(run) if with_weights else [])]
     return [name for name in wanted if name not in found]
 
 
@@ -149,7 +145,7 @@ def write(run: Run, target: Path, *, wheels: bool = False, with_weights: bool = 
     `incomplete` allows a run that lacks artifacts which some notebook reads. Raises UserError for those, for weights that are
     not here, and for wheels that pip does not find.
     """
-    found = artifacts(run.store, with_weights)
+    found = artifacts(run, with_weights)
     if (lacking := missing(run, found, with_weights)) and not incomplete:
         for name in lacking:
             if artifact := run.store.made(name):

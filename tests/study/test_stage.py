@@ -7,7 +7,7 @@ import pytest
 from speed_core.files import UserError
 from speed_core.study import embedding_stages, generation_stages, planning
 from speed_core.study.runs import open_run
-from speed_core.study.stage import FACTS, STAGES, Kind, find, planned, rebuilt, trained_generators
+from speed_core.study.stage import FACTS, STAGES, Kind, find, models_read_later, planned, rebuilt, trained_generators
 
 
 @pytest.fixture
@@ -32,6 +32,7 @@ def test_generators_and_what_a_replay_rebuilds_follow_from_the_kinds(run):
     assert trained_generators() == ["junior", "senior", "revisor"]
     found = set(rebuilt(run))
     assert {"tasks", "pairs", "raw", "synthetic-jr"} <= found and not {"junior", "revisions", "embedder-jr-0"} & found
+    assert models_read_later(run) == ["junior", "senior", "revisor", "embedder-guided-0", "embedder-plain-0"]
     assert "revisions" in rebuilt(open_run("smoke", {"teacher.kind": "openai", "teacher.model": "m"}))
 
 
