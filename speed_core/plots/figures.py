@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import textwrap
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -32,7 +33,7 @@ from speed_core.plots.provenance import save
 from speed_core.store.artifacts import Artifact
 from speed_core.store.run_context import Run
 from speed_core.study import paper_values
-from speed_core.study.claims import Verdict
+from speed_core.study.claims import EQUIVALENCE_MARGIN, EXPECTED, Verdict
 
 COLOURS = {
     Verdict.REPRODUCED: THIRD,
@@ -275,17 +276,48 @@ def cost(run: Run, name: str, per_record: Mapping[str, tuple[float, float]], inp
     save(run, name, figure, [{"who": w, "calls": v[0], "tokens": v[1]} for w, v in per_record.items()], inputs)
 
 
-def verdicts(run: Run, name: str, rows: Sequence[Mapping[str, Any]], inputs: Sequence[Artifact]) -> None:
-    """The claim map as a picture: one line a claim, its verdict in words and colour."""
-    figure, ax = canvas(9, 0.6 + 0.27 * len(rows))
-    for i, r in enumerate(rows):
-        said = Verdict(r["verdict"])
-        claim = f"{r['id']}  {textwrap.shorten(r['claim'], 84, placeholder=' ...')}"
-        ax.barh(i, 1, color=COLOURS[said], height=0.85)
-        ax.text(-0.02, i, claim, ha="right", va="center", fontsize=8)
-        ink = "white" if said is Verdict.CONTRADICTED else "black"
-        ax.text(0.5, i, said, ha="center", va="center", fontsize=8, color=ink)
-    ax.set(title="verdicts at this size", xticks=[], yticks=[], xlim=(0, 1), ylim=(len(rows) - 0.5, -0.5))
-    for spine in ax.spines.values():
-        spine.set_visible(False)
+QUESTIONS = {"S": "SPEED: who writes the data", "E": "E5-mistral: how the model is trained", "G": "GISTEmbed: the guide"}
+MARKERS = {Verdict.REPRODUCED: "o", Verdict.SMALLER: "o", Verdict.CONTRADICTED: "X", Verdict.UNRESOLVED: "s"}
+NO_DIFFERENCE = ("S3", "S22")  # their numbers are shares of calls and of records
+IN_HUNDREDTHS = {"G6": 100}  # the number of this claim is a share, the others' are points
+
+
+def claim_map(run: Run, name: str, rows: Sequence[Mapping[str, Any]], inputs: Sequence[Artifact]) -> None:
+    """Forest plot of all claims: the estimate with its interval, the paper's effect as a diamond where it prints one, a band for
+    what is too small to matter, the verdict in words, colour and shape."""
+    lines: list[Mapping[str, Any] | str] = []
+    for letter, question in QUESTIONS.items():
+        lines += [question, *(r for r in rows if r["id"].startswith(letter))]
+    count = Counter(Verdict(r["verdict"]) for r in rows)
+    title = f"{len(rows)} claims: {'; '.join(f'{count[v]} {v}' for v in Verdict if count[v])}"
+    figure, ax = canvas(9.5, 1.1 + 0.26 * len(lines), title=title)
+    ax.axvspan(-EQUIVALENCE_MARGIN, EQUIVALENCE_MARGIN, color="#EEEEEE", zorder=0)
+    ax.axvline(0, color="black", linewidth=0.8, zorder=1)
+    beside = ax.get_yaxis_transform()
+    for i, r in enumerate(lines):
+        if isinstance(r, str):
+            ax.text(-0.02, i, r, ha="right", va="center", fontsize=9, weight="bold", transform=beside)
+            continue
+        found = Verdict(r["verdict"])
+        claim = f"{r['id']}  {textwrap.shorten(r['claim'], 66, placeholder=' ...')}"
+        ax.text(-0.02, i, claim, ha="right", va="center", fontsize=8, transform=beside)
+        ink = "#555555" if COLOURS[found] in (GREY, "#CCCCCC") else COLOURS[found]
+        ax.text(1.02, i, found, ha="left", va="center", fontsize=8, color=ink, transform=beside)
+        if r["effect"] != "":
+            ax.plot(r["effect"], i, "D", markersize=7, markerfacecolor="none", markeredgecolor=PAPER, zorder=4)
+        if r["low"] != "" and r["id"] not in NO_DIFFERENCE:
+            value, low, high = (IN_HUNDREDTHS.get(r["id"], 1) * float(r[k]) for k in ("ours", "low", "high"))
+            ax.plot([low, high], [i, i], color=COLOURS[found], linewidth=1.8, zorder=2)
+            ax.plot(
+                value, i, MARKERS[found], color=COLOURS[found], markersize=7 if found is Verdict.CONTRADICTED else 5, zorder=3
+            )
+    ticks = (-10, -3, -1, 0, 1, 3, 10, 30)
+    ax.set_xscale("symlog", linthresh=1, linscale=0.6)
+    ax.set_xticks(ticks, [f"{t:+d}" if t else "0" for t in ticks])
+    ax.minorticks_off()
+    ax.set(yticks=[], ylim=(len(lines) - 0.5, -0.7), xlim=(-20, 45))
+    signs = {sign: ", ".join(k for k, v in EXPECTED.items() if v == sign) for sign in (-1, 0)}
+    expected = f"expected: left of 0 for {signs[-1]}, within the band for {signs[0]}, else right of 0"
+    ax.set_xlabel(f"points (G6: hundredths); diamond: the paper's effect; grey band: too small to matter\n{expected}", fontsize=8)
+    ax.spines["left"].set_visible(False)
     save(run, name, figure, rows, inputs)

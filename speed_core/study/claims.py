@@ -275,7 +275,7 @@ def build(
     digests: Mapping[str, str],
     records: Mapping[str, int] | None = None,
 ) -> list[dict[str, Any]]:
-    """Rows {id, claim, paper, ours, low, high, verdict, why, notebook, cell, artifact} for every claim.
+    """Rows {id, claim, paper, effect (in points, where the paper prints one), ours, low, high, verdict, why, notebook, cell, artifact} for every claim.
 
     `scores` maps arms (untrained, guided, bare, jr, jr_re, sr, sr_re, base, teacher) to their results, one a training seed;
     `facts` holds estimates by claim (`estimates`: {id: {value, low, high, seeds, sd_items, sd_seeds, what, source}}), the
@@ -316,7 +316,13 @@ def build(
         else:
             why = absent.get(key, "this run does not measure it yet (sweeps: `python -m speed_core study`)")
             entry = nothing | {"verdict": Verdict.UNTESTED, "why": why}
-        row = {"id": key, "claim": claim, "paper": paper_values.PRINTED[key], **found.get(key, entry)}
+        row = {
+            "id": key,
+            "claim": claim,
+            "paper": paper_values.PRINTED[key],
+            "effect": paper_values.EFFECTS.get(key, ""),
+            **found.get(key, entry),
+        }
         row |= {"notebook": notebook, "cell": cell}
         if key in found and key in NOTES:
             row["why"] += f"; {NOTES[key]}"
@@ -357,8 +363,8 @@ def _calls_row(calls: int, tokens: int, records: int, share: float, **_: Any) ->
 
 
 def write(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
-    """The claim map as a table: id, claim, paper, ours, low, high, verdict, why, notebook, cell, artifact."""
-    columns = ("id", "claim", "paper", "ours", "low", "high", "verdict", "why", "notebook", "cell", "artifact")
+    """The claim map as a table: id, claim, paper, effect, ours, low, high, verdict, why, notebook, cell, artifact."""
+    columns = ("id", "claim", "paper", "effect", "ours", "low", "high", "verdict", "why", "notebook", "cell", "artifact")
     with path.open("w", newline="", encoding="utf-8") as f:
         writer = csv.DictWriter(f, columns, lineterminator="\n")
         writer.writeheader()

@@ -205,7 +205,7 @@ def test_a_verdict_on_a_sweep_is_stale_when_a_point_of_the_sweep_moves(drawn, mo
 def test_a_table_of_claims_that_is_not_the_plotted_one_is_found(drawn):
     run, folder, runs = drawn
     rows = claims.build({}, {}, {})
-    figures.verdicts(run, "12_claims", rows, [])
+    figures.claim_map(run, "12_claims", rows, [])
     assert provenance.check(folder) == ["claims.csv: not beside 12_claims.csv; run notebook 12 again"]
     claims.write(folder / "claims.csv", rows)
     assert provenance.check(folder) == []
