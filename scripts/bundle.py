@@ -193,7 +193,6 @@ def _pack(files: Files, sums: Path, target: Path) -> None:
     """Sums first, then every file, without owner and time. Weights and wheels do not shrink, so nothing is compressed."""
 
     def plain(info: tarfile.TarInfo) -> tarfile.TarInfo:
-        info.mode = 0o755 if info.mode & 0o100 else 0o644
         info.mtime = info.uid = info.gid = 0
         info.uname = info.gname = ""
         return info
@@ -203,7 +202,11 @@ def _pack(files: Files, sums: Path, target: Path) -> None:
     try:
         with tarfile.open(part, "w", dereference=True) as tar:
             for name, path in [(SUMS, sums), *sorted(files.items())]:
-                tar.add(path, f"{NAME}/{name}", recursive=False, filter=plain)
+                info = plain(tar.gettarinfo(path, f"{NAME}/{name}"))
+                with path.open("rb") as content:
+                    info.mode = 0o755 if content.read(2) == b"#!" else 0o644  # not every file system keeps modes
+                    content.seek(0)
+                    tar.addfile(info, content)
         part.replace(target)
     finally:
         part.unlink(missing_ok=True)

@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import json
-import signal
 import sys
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from speed_core.files import UserError, disk_errors
+from speed_core.console import user_errors
+from speed_core.files import UserError
 from speed_core.runner import arguments
-from speed_core.settings import prepare_hub
+from speed_core.settings import use_bundled_models
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, help="SPEED, step by step: run, plan and check the notebooks.")
 
@@ -297,17 +297,9 @@ for _name in MOVED:
 
 def main() -> None:
     """Entry point: bad input ends in one line and exit code 2; SIGTERM ends as Ctrl-C does, with kernels shut down."""
-    try:
-        signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
-    except ValueError:
-        pass  # not the main thread: somebody else's process, whose signals are not ours
-    try:
-        prepare_hub()
-        with disk_errors():
-            app()
-    except UserError as error:
-        print(error, file=sys.stderr)
-        sys.exit(2)
+    with user_errors():
+        use_bundled_models()
+        app()
 
 
 if __name__ == "__main__":

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import logging
+import signal
 import sys
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any
 
 from tqdm import tqdm
@@ -35,7 +36,10 @@ def progress(total: int, label: str, unit: str, initial: int = 0) -> Any:
 
 @contextmanager
 def user_errors() -> Iterator[None]:
-    """End the program on bad input: its one line on standard error, exit code 2."""
+    """End the program on bad input: its one line on standard error, exit code 2. SIGTERM ends it as Ctrl-C does: what it began is
+    cleaned up."""
+    with suppress(ValueError):  # not the main thread: somebody else's process, whose signals are not ours
+        signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
     try:
         with disk_errors():
             yield

@@ -28,6 +28,18 @@ class UserError(Exception):
     """Bad input. One line: what, which rule, what to do. The command line exits with 2 on it."""
 
 
+class OtherPrompts(UserError):
+    """An input answers other prompts than this run's, so nothing can be joined to it."""
+
+
+class MissingArtifact(UserError):
+    """The artifact `name` is neither made nor shipped."""
+
+    def __init__(self, name: str, message: str):
+        super().__init__(message)
+        self.name = name
+
+
 @contextmanager
 def disk_errors(where: Path | None = None) -> Iterator[None]:
     """Turn a full or read-only disk, an exhausted quota or a file size limit into one line that says what is kept.

@@ -112,12 +112,12 @@ class Teacher(ConfigSection):
 
 
 class Topics(ConfigSection):
-    """How many topics are drawn of the tree, and how many of them no seed is written about."""
+    """How many topics of the list are used, and how many of them, the last, no data are written about."""
 
     count: int = Field(ge=2)
     held_out: int = Field(ge=1)
     max_depth: int = Field(4, ge=1)
-    truncate: bool = True  # cut topics at random depths
+    truncate: bool = True  # of a path deeper than `max_depth`, drop levels in the middle
     tasks_per_topic: int = Field(1, ge=1)
 
 

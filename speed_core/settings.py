@@ -33,9 +33,17 @@ class Settings(BaseSettings):
 def prepare_hub() -> None:
     """Tell Hugging Face's libraries, and the processes that are started later, whether they may use the network and where a bundle
     has put its models. What the user has set stays."""
-    wanted = {"HF_HUB_OFFLINE": "0" if Settings().online else "1", "TOKENIZERS_PARALLELISM": "false"}
+    _default({"HF_HUB_OFFLINE": "0" if Settings().online else "1", "TOKENIZERS_PARALLELISM": "false"})
+    use_bundled_models()
+
+
+def use_bundled_models() -> None:
+    """Tell Hugging Face's libraries where a bundle has put its models."""
     if (BUNDLED / "hub").is_dir():
-        wanted["HF_HUB_CACHE"] = str(BUNDLED / "hub")
+        _default({"HF_HUB_CACHE": str(BUNDLED / "hub")})
+
+
+def _default(wanted: dict[str, str]) -> None:
     missing = {name: value for name, value in wanted.items() if name not in os.environ}
     os.environ.update(missing)
     if missing and (

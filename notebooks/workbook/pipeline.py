@@ -52,10 +52,10 @@ def show(here: str, profile: str = "tiny", overrides: dict[str, Any] | None = No
             )
         told.append(f"[{label}]" if number == here else label)
     parts += [_arrow(place[a], place[b]) for a, b in ARROWS]
-    size = f"{2 * EDGE + 7 * STEP + WIDTH} {TOP + ROW + HEIGHT + EDGE}"
+    box = f"{2 * EDGE + 7 * STEP + WIDTH} {TOP + ROW + HEIGHT + EDGE}"
     alternative = f"The pipeline: {', '.join(told)}. Counts: the paper, then profile {profile}."
     page = (
-        f'<svg viewBox="0 0 {size}" style="max-width: 860px; background: white" role="img" aria-label="{escape(alternative)}" '
+        f'<svg viewBox="0 0 {box}" style="max-width: 860px; background: white" role="img" aria-label="{escape(alternative)}" '
         'font-family="sans-serif"><defs><marker id="tip" viewBox="0 0 6 6" refX="6" refY="3" markerWidth="6" markerHeight="6" '
         'orient="auto"><path d="M0,0 L6,3 L0,6 z" fill="#555555"/></marker></defs>'
         f'<text x="{EDGE}" y="13" font-size="10" fill="#555555">counts: the paper | profile {escape(profile)}</text>{"".join(parts)}</svg>'

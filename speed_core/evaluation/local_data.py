@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import datasets
-from huggingface_hub.constants import HF_HUB_CACHE
+from huggingface_hub import constants
 
 from speed_core.files import UserError, digest, file_digest
 from speed_core.settings import Settings
@@ -115,7 +115,7 @@ def _available(task: Any) -> bool:
         return True
     org, _, name = hub_path(task).partition("/")  # both caches of an earlier, online run
     tables = Path(datasets.config.HF_DATASETS_CACHE) / f"{org}___{name.lower()}"
-    return tables.is_dir() or (Path(HF_HUB_CACHE) / f"datasets--{org}--{name}").is_dir()
+    return tables.is_dir() or (Path(constants.HF_HUB_CACHE) / f"datasets--{org}--{name}").is_dir()
 
 
 def revision(snapshot: Path) -> str:

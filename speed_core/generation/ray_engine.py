@@ -164,7 +164,7 @@ class RayEngine(Engine):
         self._tokenizer: Any = None
         self._model = str(Path(model).expanduser().resolve()) if Path(model).expanduser().is_dir() else model
         folder = adapter.resolve() if adapter else None
-        names = ("HF_HUB_OFFLINE", "TOKENIZERS_PARALLELISM")
+        names = ("HF_HUB_OFFLINE", "HF_HUB_CACHE", "TOKENIZERS_PARALLELISM")
         self._restarts_left = restarts * options.workers
         self._ray = _ray()
         self._owned = connect(options.ray_address)

@@ -70,7 +70,7 @@ def _model_card(run: Run, artifact: Artifact, target: Path) -> ModelCard:
         base_model=hub,
         library_name="peft" if adapter.is_file() else "sentence-transformers",
         model_name=f"{artifact.name}-{run.profile.name}",
-        eval_results=_eval_results(run, scores, target) if scores else None,
+        eval_results=(_eval_results(run, scores, target) or None) if scores else None,
         **licence,  # type: ignore[arg-type]
     )
     more = {

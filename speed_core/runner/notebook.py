@@ -204,8 +204,9 @@ def execute(
                 extra_arguments=["--IPKernelApp.log_level=40", f"--IPKernelApp.exec_lines={PRINTABLE}"],
             )
     except PapermillExecutionError as error:
-        bad_input = error.ename == UserError.__name__
-        problem = f"cell {error.exec_count}{_line(error.traceback)}: {error.ename}: {plain(error.evalue)}"
+        bad_input = error.ename in {UserError.__name__, *(kind.__name__ for kind in UserError.__subclasses__())}
+        name = UserError.__name__ if bad_input else error.ename
+        problem = f"cell {error.exec_count}{_line(error.traceback)}: {name}: {plain(error.evalue)}"
         if error.ename == "KeyboardInterrupt" and cell_timeout:
             problem += f"the cell took longer than {cell_timeout} s (--cell-timeout)"
     except UserError:  # no room for what would be executed

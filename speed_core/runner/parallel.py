@@ -12,12 +12,12 @@ from __future__ import annotations
 import os
 import threading
 import time
+import traceback
 from functools import lru_cache
 from pathlib import Path
 
 from joblib import Parallel, delayed, parallel_config
-from joblib.externals.loky import get_reusable_executor
-from joblib.externals.loky.process_executor import TerminatedWorkerError
+from joblib.externals.loky import get_reusable_executor, process_executor
 
 from speed_core import console, machine
 from speed_core.files import UserError
@@ -44,8 +44,10 @@ def make(run: Run, notebook: str) -> int:
         return 0
     logs = run.folder / "workers"
     logs.mkdir(parents=True, exist_ok=True)
+    for old in logs.glob(f"{notebook}-*.log"):
+        old.unlink()
     total, where = sum(map(len, work)), f"{run.folder.name}/{logs.name}/"
-    print(f"{total} models and scores, {count} at a time; what each process says is in {where}", flush=True)
+    print(f"{total} models and scores, {count} at a time; what they say is in {where}", flush=True)
     told = {"profile": run.profile.model_dump_json(), "variant": run.folder.name if run.point else "", "count": count}
     bar = console.progress(total, f"notebook {notebook}", "stage")
     try:
@@ -56,7 +58,7 @@ def make(run: Run, notebook: str) -> int:
             ]
             for made in Parallel(return_as="generator_unordered", pre_dispatch=count, batch_size=1)(jobs):
                 bar.update(made)
-    except TerminatedWorkerError:
+    except process_executor.TerminatedWorkerError:
         raise UserError(
             f"notebook {notebook}: a process ended in the middle of its work, perhaps for memory; what it said is in {where}; "
             "SPEED_WORKERS=1 makes one model at a time"
@@ -74,6 +76,9 @@ def _make(chain: list[str], *, profile: str, variant: str, count: int, parent: i
         for stream in (1, 2):
             os.dup2(out.fileno(), stream)
     os.environ["SPEED_BESIDE"] = str(count)  # for the manifests
+    process_executor._MAX_MEMORY_LEAK_SIZE = (
+        2**40
+    )  # else loky replaces a process that holds 300 MB more than after its first model
     console.quiet()
     run = reopen(profile, variant)
     for name in chain:
@@ -81,8 +86,10 @@ def _make(chain: list[str], *, profile: str, variant: str, count: int, parent: i
         assert one is not None
         try:
             one.make(run)
-        except UserError as error:
-            raise UserError(f"{name}: {error}; all that it said is in {Path(*log.parts[-3:])}") from None
+        except Exception as error:  # whatever it is, the notebook shows one line, and the log has the rest
+            traceback.print_exc()
+            told = error if isinstance(error, UserError) else repr(error)
+            raise UserError(f"{name}: {told}; all that it said is in {Path(*log.parts[-3:])}") from None
     return len(chain)
 
 
@@ -124,7 +131,7 @@ def chains(run: Run, notebook: str) -> list[list[str]]:
     found: dict[str, list[str]] = {}
     for one in why.known.values():
         if one.notebook == notebook and one.kind in SIDE_BY_SIDE:
-            model = one.inputs(run)[0] if one.kind is Kind.SCORES and one.inputs(run) else one.name
+            model = one.reads(run)[0] if one.kind is Kind.SCORES and one.reads(run) else one.name
             reason, follows = why.of(one.name)
             if reason and (not follows or model in found):
                 found.setdefault(model, []).append(one.name)

@@ -23,6 +23,8 @@ from speed_core import machine
 from speed_core.files import (
     PACKAGE,
     AppendLog,
+    MissingArtifact,
+    OtherPrompts,
     UserError,
     canonical,
     digest,
@@ -216,18 +218,6 @@ def differences(old: Any, new: Any, prefix: str = "") -> list[Difference]:
     return [] if canonical(old) == canonical(new) else [Difference(prefix.rstrip("."), old, new)]
 
 
-class OtherPrompts(UserError):
-    """An input answers other prompts than this run's, so nothing can be joined to it."""
-
-
-class MissingArtifact(UserError):
-    """The artifact `name` is neither made nor shipped."""
-
-    def __init__(self, name: str, message: str):
-        super().__init__(message)
-        self.name = name
-
-
 @dataclass(frozen=True)
 class Catalog:
     """What a store is told about stages: `notebook` gives the number of the one that makes an artifact (empty: none of this run),
@@ -269,7 +259,7 @@ class Store:
 
     def silent(self) -> Store:
         """The same artifacts for somebody who only looks: nothing is printed, and nothing refused for what it was made with."""
-        return _Silent(self.root, self.shipped, True, self.replay, self.roots[-1])
+        return _Silent(self.root, self.shipped, True, self.replay, self.roots[-1], Catalog(self.catalog.notebook))
 
     def made(self, name: str) -> Artifact | None:
         """The artifact `name` that this run or its base made, or None. One that lacks a file does not count."""
@@ -394,7 +384,7 @@ class Store:
         for file_name, entry in files.items():
             if file_name.endswith(".jsonl"):
                 entry["rows"] = sum(1 for _ in (path / file_name).open("rb"))
-        beside = int(os.environ.get("SPEED_BESIDE", "1"))  # how many stages ran at a time (`side_by_side`)
+        beside = int(os.environ.get("SPEED_BESIDE", "1"))  # how many stages ran at a time (`runner.parallel`)
         manifest = {
             "name": name,
             "files": files,

@@ -87,11 +87,11 @@ def task_table(artifact: Artifact) -> dict[tuple[str, str], list[str]]:
     return table
 
 
-def plan(run: Run, stage: str, count: int, *, held_out: bool = False) -> list[Prompt]:
-    """Synthesis prompts of a stage, from the data topics (or the held-out ones)."""
+def plan(run: Run, purpose: str, count: int, *, held_out: bool = False) -> list[Prompt]:
+    """Synthesis prompts for a purpose, from the data topics (or the held-out ones)."""
     p, t = run.profile.prompts, run.profile.topics
     return tasks.plan_synthesis(
-        stage,
+        purpose,
         count,
         names(run, topics(run)[1 if held_out else 0]),
         task_table(run.store.need("tasks")),
@@ -394,13 +394,13 @@ def senior(run: Run, draft: Draft, junior: Artifact, pairs: Artifact) -> None:
 
 def _weak_samples(run: Run) -> dict[str, tuple[Prompt, str]]:
     """{record: (prompt, first valid candidate)} of the root data, as many as the teacher is to revise."""
-    weak: dict[str, tuple[Prompt, str]] = {}
-    planned = {q.id: q for q in root_prompts(run)}
+    first: dict[str, dict[str, Any]] = {}
     for e in run.store.need("root").rows():
         if e["status"] == "ok":
-            rid = e["record"].split("#")[0]
-            weak.setdefault(rid, (planned[rid], generate.text_of(e)))
-    return dict(list(weak.items())[: run.profile.revisor.examples])
+            record = e["record"].split("#")[0]
+            first.setdefault(record, e | {"record": record})
+    used = list(first.values())[: run.profile.revisor.examples]
+    return {e["record"]: (q, generate.text_of(e)) for e, q in with_prompts(used, root_prompts(run))}
 
 
 def _with_endpoint(run: Run) -> Instances:

@@ -69,7 +69,7 @@ class Reasons:
     def _why(self, one: Planned) -> tuple[str, bool]:
         if self.run.store.made(one.name) is None:
             return "not made yet", False
-        again = [name for name in one.inputs(self.run) if self.of(name)[0]]
+        again = [name for name in one.reads(self.run) if self.run.store.get(name) and self.of(name)[0]]
         try:
             parameters, used, read = one.decided_by(self.run)
         except MissingArtifact as error:
@@ -114,7 +114,7 @@ def steps(run: Run) -> list[Step]:
     for one in why.known.values():
         made, (reason, follows) = why.run.store.made(one.name), why.of(one.name)
         shipped = None if made else why.run.store.get(one.name)
-        step = Step(one, tuple(one.inputs(why.run)), reason, follows, shipped=shipped is not None)
+        step = Step(one, tuple(one.reads(why.run)), reason, follows, shipped=shipped is not None)
         out.append(_cost(step, made, shipped, ahead))
     return out
 
@@ -136,7 +136,7 @@ def why_text(run: Run, name: str) -> str:
     write = one.stage.write
     lines = [f"{name}: {one.kind}, of notebook {one.notebook}, declared as {one.stage.name!r} in {write.__module__}"]
     lines += [f"  {why.of(name)[0] or 'current'}"]
-    for parent in one.inputs(why.run):
+    for parent in one.reads(why.run):
         there = why.run.store.get(parent)
         state = f"{there.digest}{', shipped' if there.shipped else ''}" if there else "not there yet"
         reason = why.of(parent)[0]
@@ -232,7 +232,7 @@ def past_error(run: Run) -> str:
 
 
 def _line(group: Sequence[Step]) -> str:
-    """Minutes, memory, disk and tokens of alike stages, their names, the reason, and the sorts of artifacts that they read."""
+    """Minutes, memory, disk and tokens of alike stages, their names, the reason, and the artifacts that they read."""
     seconds = [s.seconds for s in group if s.seconds is not None]
     took = f"{sum(seconds) / 60:6.1f} min" if len(seconds) == len(group) else "         ?"
     if len(seconds) == len(group):

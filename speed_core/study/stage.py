@@ -1,6 +1,6 @@
 """The registry: every artifact that a run can make is declared once, beside the code that makes it.
 
-    @stage("senior", Kind.GENERATOR, "04", inputs=("junior", "pairs"), parameters=_dpo_parameters)
+    @stage("senior", Kind.GENERATOR, "04", inputs=("junior", "pairs"), parameters=...)
     def senior(run, draft, junior, pairs): ...
 
 `senior(run)` then makes the artifact where it is not current, and returns it. A declaration may stand for several artifacts:
@@ -69,7 +69,7 @@ class Stage:
         return Planned(self, "", keys).make(run)
 
 
-STAGES: list[Stage] = []  # in the order of the pipeline
+STAGES: list[Stage] = []  # in the order of their declaration
 
 
 @dataclass(frozen=True)
@@ -91,7 +91,7 @@ class Planned:
     def uses(self, run: Run) -> list[str]:
         return list(self.stage.uses(run, **self.keys))
 
-    def inputs(self, run: Run) -> list[str]:
+    def reads(self, run: Run) -> list[str]:
         """Names of everything that it reads, a generator first."""
         return [*self.uses(run), *self.stage.inputs(run, **self.keys)]
 
@@ -172,7 +172,7 @@ def trained_generators() -> list[str]:
 def models_read_later(run: Run) -> list[str]:
     """The trained models that a later notebook reads: who starts there needs their weights."""
     every = planned(run)
-    read = {(name, p.notebook) for p in every for name in p.inputs(run)}
+    read = {(name, p.notebook) for p in every for name in p.reads(run)}
     trained = [p for p in every if p.kind in (Kind.GENERATOR, Kind.EMBEDDER, Kind.STUDENT)]
     return [p.name for p in trained if any(name == p.name and notebook > p.notebook for name, notebook in read)]
 

@@ -171,6 +171,14 @@ def test_half_of_a_pair_that_is_printed_is_shown_as_its_escape(tmp_path):
     assert cells[-2].outputs[0].text == "a \\ud83d \u00e9\n" and cells[-1].outputs[0].text == "\\udc80"
 
 
+def test_every_kind_of_bad_input_is_told_from_a_fault_of_the_code(tmp_path):
+    raised = 'MissingArtifact("junior", "artifact \'junior\': not made")'
+    for says, bad in ((raised, True), ('OtherPrompts("others")', True), ('UserError("x")', True), ('ValueError("x")', False)):
+        cell = f"from speed_core.files import MissingArtifact, OtherPrompts, UserError\nraise {says}"
+        report = notebook.execute(small_notebook(tmp_path / "n.ipynb", cell), tmp_path / "o.ipynb", {}, show=False)
+        assert report.bad_input is bad and ("UserError: " in report.detail) is bad, report.detail
+
+
 def test_the_user_of_an_address_stands_in_no_parameter(tmp_path, monkeypatch):
     monkeypatch.setenv("SPEED_URL_USERS", "{}")
     from speed_core import files, profile

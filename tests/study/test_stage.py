@@ -19,8 +19,8 @@ def run(tmp_path, monkeypatch):
 def test_each_artifact_is_declared_once_and_every_input_is_one(run):
     names = [one.name for one in planned(run)]
     assert len(names) == len(set(names)) > 60 and not set(names) & set(FACTS)
-    assert all(set(one.inputs(run)) <= set(names) for one in planned(run))
-    assert all(one.notebook <= two.notebook for one in planned(run) for two in planned(run) if one.name in two.inputs(run))
+    assert all(set(one.reads(run)) <= set(names) for one in planned(run))
+    assert all(one.notebook <= two.notebook for one in planned(run) for two in planned(run) if one.name in two.reads(run))
 
 
 def test_every_declared_stage_is_called_by_the_function_that_is_named_in_its_module():
