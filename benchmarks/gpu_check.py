@@ -2,7 +2,7 @@
 
     python benchmarks/gpu_check.py [--rehearse] [--only PART ...] [--out FOLDER]
 
-Needs torch, transformers, peft, accelerate and sentence-transformers. A part that needs more says what is missing and is skipped.
+Needs torch, transformers, peft, accelerate, sentence-transformers and pydantic-settings. A part that needs more says what is missing and is skipped.
 Weights are random, in the shapes of the papers' models, so nothing is downloaded. Each part runs in a process of its own and
 writes PART.cuda.json after every row, so an interrupted check keeps what it has. `--rehearse` runs every part on
 the processor with sizes of a toy; it shows that the check works, and measures nothing.

@@ -21,7 +21,6 @@ if TYPE_CHECKING:  # it takes seconds to import
     from sentence_transformers import SentenceTransformer
 
 ADAPTER = "adapter"
-SYMMETRIC = ("sts", "short_short", "long_long")  # both sides are of one sort, but only the query is instructed
 
 
 def instruct(task: str, query: str) -> str:

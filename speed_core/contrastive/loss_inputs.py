@@ -97,7 +97,10 @@ class ContrastiveBatch:
 def parts(given: Given) -> tuple[Tensor, Tensor, Negatives]:
     """Anchors, positives, and negatives or None."""
     anchors, positives, *negatives = given
-    assert isinstance(anchors, Tensor) and isinstance(positives, Tensor)
+    if len(negatives) > 1 or not isinstance(anchors, Tensor) or not isinstance(positives, Tensor):
+        raise LossInputError(
+            f"{len(given)} columns; give tensors of anchors and positives, and negatives as one: (B, D), (B, K, D) or a list"
+        )
     return anchors, positives, negatives[0] if negatives else None
 
 

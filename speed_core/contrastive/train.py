@@ -6,7 +6,7 @@ import json
 import random
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from datasets import Dataset
@@ -21,9 +21,7 @@ from speed_core.contrastive.guide_cache import GuideCache, GuidedCollator
 from speed_core.contrastive.sentence_transformers_loss import GuidedContrastiveLoss
 from speed_core.files import UserError, write_json
 from speed_core.models import adapters, compute_type, loading, training
-
-if TYPE_CHECKING:  # a GPU can be checked without pydantic
-    from speed_core.profile import Embedding
+from speed_core.profile import Embedding
 
 CPU_ROWS = 4  # texts in one forward pass on a CPU
 # ... where word vectors are trained too: each pass then fills a gradient as large as the vocabulary (a student of notebook 07

@@ -68,7 +68,12 @@ class Endpoint:
         """Names of the models that the server lists; empty where it lists none. One line with the remedy if it does not answer."""
 
         async def ask() -> Any:
-            return await self.client.with_options(max_retries=2).models.list()
+            for pause in (0.5, 1.0, 1.5):
+                try:
+                    return await self.client.models.list()
+                except openai.InternalServerError:
+                    await asyncio.sleep(pause)
+            return None
 
         try:
             listed = self.submit(ask()).result()
@@ -116,7 +121,8 @@ class Endpoint:
                     paced = await self._pace.enter(tokens)
                     answer = await send()
                 self._gate.went_well()
-                paced[1] = answer.prompt_tokens + answer.new_tokens
+                if answer.counted:
+                    paced[1] = answer.prompt_tokens + answer.new_tokens
                 return answer
             except Exception as error:
                 if isinstance(error, openai.RateLimitError):

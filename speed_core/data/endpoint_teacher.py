@@ -5,8 +5,9 @@ from __future__ import annotations
 import asyncio
 import os
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import AsyncIterator, Iterable, Mapping, Sequence
 from concurrent.futures import Future
+from contextlib import asynccontextmanager
 from typing import Any
 
 import openai
@@ -79,6 +80,13 @@ class EndpointTeacher(Teacher):
         """The answer to one prompt, counted in the ledger. Raises UserError where the server would refuse every request."""
         text, budget = prompt.text, self.budget
 
+        @asynccontextmanager
+        async def admitted() -> AsyncIterator[None]:
+            async with budget.hold(text):
+                if self._stopped:
+                    raise self._stopped
+                yield
+
         async def send() -> Completion:
             if self._stopped:
                 raise self._stopped
@@ -93,7 +101,7 @@ class EndpointTeacher(Teacher):
 
         try:
             async with asyncio.timeout(max(0.0, self._end - time.monotonic())):
-                return await self.endpoint.call(send, budget.most_tokens(text), lambda: budget.hold(text))
+                return await self.endpoint.call(send, budget.most_tokens(text), admitted)
         except TimeoutError:
             minutes = self.settings.max_minutes
             raise BudgetReached(f"teacher.max_minutes {minutes:g} reached; raise it and run again to go on from here") from None
@@ -102,7 +110,7 @@ class EndpointTeacher(Teacher):
                 raise
             raise self._refuses_all(error) from None
 
-    async def _create(self, text: str, temperature: float | None) -> str:
+    async def _create(self, text: str, temperature: float | None) -> bytes:
         s = self.settings
         more: dict[str, Any] = {"max_tokens": s.max_output_tokens} if s.max_output_tokens else {}
         reply = await self.endpoint.client.chat.completions.with_raw_response.create(
@@ -112,7 +120,7 @@ class EndpointTeacher(Teacher):
             top_p=s.top_p,
             **more,
         )
-        return reply.text
+        return reply.content
 
     def refuses_all(self, error: BaseException, purpose: str, temperature: float | None) -> UserError | None:
         # The probe counts as a call, and is left out where the budget has no room for one.

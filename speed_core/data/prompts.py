@@ -101,7 +101,7 @@ class Template:
     keys: tuple[str, ...]
     rules: tuple[str, ...]
     draws: tuple[str, ...] = ()
-    sometimes: str = ""  # a rule that every second prompt has
+    sometimes: str = ""  # a rule that each prompt has with probability 1/2
     shuffled: bool = False  # are the rules?
 
 

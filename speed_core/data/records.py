@@ -37,7 +37,7 @@ class Status(StrEnum):
     ERROR = "error"  # there is no text
 
 
-KINDS = tuple(Kind)
+KINDS = tuple(kind.value for kind in Kind)
 WEAK = (Status.INVALID, Status.TRUNCATED, Status.REFUSED)  # there is a text, but no record: worth another attempt
 
 FIELDS = ("query", "positive", "negative")

@@ -46,27 +46,31 @@ class Completion:
     finish_reason: str = "stop"
     prompt_tokens: int = 0
     new_tokens: int = 0
+    counted: bool = True  # else the token counts are estimates
 
 
 class NoAnswer(Exception):
     """A reply that is no completion: a gateway's error, a page of HTML, null."""
 
 
-def read(body: str, request: str, prompt_tokens: float) -> Completion:
-    """The completion for `request` in the body of a reply, chat or not, whatever its shape. Raises NoAnswer or ValueError where the
-    body is none.
+def read(body: str | bytes, request: str, prompt_tokens: float) -> Completion:
+    """The completion for `request` in the body of a reply, chat or not, whatever its shape. Raises NoAnswer where the body
+    is none, UnicodeDecodeError where it is no UTF-8.
 
     Tokens that the server does not count are estimated, 4 characters each. Half of a surrogate pair, which no file can hold, is
     read as U+FFFD. An empty list of choices has the finish reason "no_choices".
     """
-    reply = _fields(json.loads(body))
+    try:
+        reply = _fields(json.loads(body))
+    except json.JSONDecodeError:
+        raise NoAnswer("an answer that is no JSON") from None
     error, choices = reply.get("error"), reply.get("choices")
     if error or not isinstance(choices, list) or None in choices[:1]:
         said = _fields(error).get("message", error)
         raise NoAnswer(f"an answer without choices{f': {said}' if said else ''}")
     choice = _fields(choices[0]) if choices else {}
     message = _fields(choice.get("message"))
-    content = message.get("content") if "message" in choice else choice.get("text")
+    content = message.get("content") if choice.get("message") is not None else choice.get("text")
     parts = [
         {"type": "text", "text": p} if isinstance(p, str) else _fields(p)
         for p in (content if isinstance(content, list) else [content])
@@ -77,11 +81,12 @@ def read(body: str, request: str, prompt_tokens: float) -> Completion:
     text = re.sub("[\ud800-\udfff]", "\ufffd", text)
     word = str(choice.get("finish_reason") or ("none" if choices else "no_choices")).lower()
     word = "stop" if word in WHOLE else "length" if word in CUT else "server_error" if word == "error" else word
-    usage, tokens = _fields(reply.get("usage")), []
-    for name, guess in (("prompt_tokens", math.ceil(prompt_tokens)), ("completion_tokens", math.ceil(len(text) / 4))):
-        counted = usage.get(name)
-        tokens.append(counted if isinstance(counted, int) and (counted > 0 or not guess) else guess)
-    return Completion(request, text, "refusal" if refusal else word, *tokens)
+    usage = _fields(reply.get("usage"))
+    guesses = {"prompt_tokens": math.ceil(prompt_tokens), "completion_tokens": math.ceil(len(text) / 4)}
+    counted = {k: n for k, guess in guesses.items() if isinstance(n := usage.get(k), int) and (n > 0 or not guess)}
+    tokens = guesses | counted
+    word = "refusal" if refusal else word
+    return Completion(request, text, word, tokens["prompt_tokens"], tokens["completion_tokens"], counted == tokens)
 
 
 def _fields(value: Any) -> dict[str, Any]:

@@ -111,7 +111,7 @@ def prefix_order(requests: Sequence[Request]) -> list[Request]:
 
 
 def _weak(entry: dict[str, Any] | None) -> bool:
-    return entry is not None and entry["status"] in ("invalid", "truncated", "refused")
+    return entry is not None and entry["status"] in records.WEAK
 
 
 def _entry(

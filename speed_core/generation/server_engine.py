@@ -77,7 +77,7 @@ class ServerEngine(Engine):
             for future in futures:
                 future.cancel()
 
-    async def _create(self, text: str, kind: str, decoding: Decoding, seed: int) -> str:
+    async def _create(self, text: str, kind: str, decoding: Decoding, seed: int) -> bytes:
         extra: dict[str, Any] = {}
         if kind and decoding.constrained:
             extra["structured_outputs"] = {"json": grammar_schema(kind)}
@@ -90,7 +90,7 @@ class ServerEngine(Engine):
             seed=seed,
             extra_body=extra,
         )
-        return reply.text
+        return reply.content
 
     async def _complete(self, r: Request, decoding: Decoding) -> Completion:
         ids = loading.encode_prompt(self._tokenizer, r.text)

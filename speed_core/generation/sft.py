@@ -9,14 +9,12 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from speed_core import console, machine
 from speed_core.files import UserError
 from speed_core.models import adapters, compute_type, loading, token_logprobs, training
-
-if TYPE_CHECKING:  # a GPU can be checked without pydantic
-    from speed_core.profile import Training
+from speed_core.profile import Training
 
 CPU_ROWS = 3  # examples in one forward pass on a CPU
 

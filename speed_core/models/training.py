@@ -11,11 +11,10 @@ from typing import TYPE_CHECKING, Any
 from speed_core.console import progress
 from speed_core.files import UserError, surrogate
 from speed_core.models import compute_type
+from speed_core.profile import Lora, Training
 
-if TYPE_CHECKING:  # a GPU can be checked without pydantic
+if TYPE_CHECKING:  # torch takes a second
     from torch import Tensor
-
-    from speed_core.profile import Lora, Training
 
 
 def prompt_text(text: str) -> str:

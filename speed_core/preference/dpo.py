@@ -19,7 +19,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from enum import StrEnum
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
@@ -36,9 +36,7 @@ from speed_core.models import adapters, compute_type, loading, token_logprobs, t
 from speed_core.preference import prompt_sharing
 from speed_core.preference.prompt_sharing import PromptGroup
 from speed_core.preference.usable_pairs import check_pairs
-
-if TYPE_CHECKING:  # a GPU can be checked without pydantic
-    from speed_core.profile import Senior
+from speed_core.profile import Senior
 
 LAYOUT = 2  # of packed rows: part of the reference's digest
 

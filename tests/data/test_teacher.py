@@ -722,3 +722,15 @@ def test_an_answer_is_in_the_log_before_the_refusals_that_it_explains(endpoint, 
     Endpoint.script = [(400, "no", ""), (200, GOOD, "stop")]
     asking.ask(EndpointTeacher(settings(endpoint)), some_prompts(2), purpose="seed", log=tmp_path / "l")
     assert [json.loads(line)["status"] for line in (tmp_path / "l").read_text().splitlines()] == ["ok", "error"]
+
+
+def test_the_body_of_a_reply_is_read_from_its_bytes():
+    body = json.dumps({"choices": [{"message": {"content": "é"}}], "usage": {"prompt_tokens": 3, "completion_tokens": 1}})
+    for given in (body, body.encode(), b"\xef\xbb\xbf" + body.encode()):
+        assert replies.read(given, "r", 2) == replies.Completion("r", "é", "none", 3, 1, counted=True)
+    assert not replies.read('{"choices": [{"message": null, "text": "as before"}]}', "r", 2).counted
+    assert replies.read('{"choices": [{"message": null, "text": "as before"}]}', "r", 2).text == "as before"
+    with pytest.raises(UnicodeDecodeError):
+        replies.read(b'{"choices": [{"text": "\xff"}]}', "r", 2)
+    with pytest.raises(replies.NoAnswer, match="no JSON"):
+        replies.read("<html>", "r", 2)
