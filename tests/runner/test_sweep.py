@@ -11,9 +11,9 @@ from pathlib import Path
 import psutil
 import pytest
 
-from speed_core.__main__ import _grid, _seeds
 from speed_core.files import UserError
 from speed_core.runner import sweep
+from speed_core.runner.arguments import grid, seeds
 from speed_core.store.artifacts import Store
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -26,14 +26,14 @@ def speed(folder, *words):
 
 
 def test_values_with_commas_are_a_grid_and_a_list_is_one_value():
-    assert _grid(["embedding.margin=0.05,0.1", "study.scaling=[8,16]", 'teacher.model="a,b"']) == {
+    assert grid(["embedding.margin=0.05,0.1", "study.scaling=[8,16]", 'teacher.model="a,b"']) == {
         "embedding.margin": [0.05, 0.1],
         "study.scaling": [[8, 16]],
         "teacher.model": ["a,b"],
     }
-    assert _seeds("0,1, 2") == [0, 1, 2] and _seeds("") == []
+    assert seeds("0,1, 2") == [0, 1, 2] and seeds("") == []
     with pytest.raises(UserError, match="0 or 0,1,2"):
-        _seeds("0;1")
+        seeds("0;1")
 
 
 def test_every_combination_is_a_point_with_a_name_of_its_own():
