@@ -48,6 +48,9 @@ def _ray() -> Any:
     return ray
 
 
+START_TRIES = 3
+
+
 def connect(address: str = "") -> bool:
     """Connect this process to a Ray; True when `ray.shutdown` is then the caller's job.
 
@@ -61,14 +64,19 @@ def connect(address: str = "") -> bool:
     given = address or os.environ.get("RAY_ADDRESS", "")
     if given not in ("", "local", "auto"):
         _must_answer(given)
-    try:
-        # Without an address Ray itself looks for the one that `ray start` noted, and starts one where there is none.
-        ray.init(address=address or None, include_dashboard=False, log_to_driver=False, logging_level=logging.ERROR)
-    except (ConnectionError, RuntimeError, ValueError) as error:
-        raise UserError(
-            f"generation.ray_address {given!r}: no Ray to work with ({_first_line(error)}); start one with "
-            "`ray start --head` and give its HOST:PORT, or use ray_address=local"
-        ) from error
+    for left in reversed(range(START_TRIES)):
+        try:
+            # Without an address Ray itself looks for the one that `ray start` noted, and starts one where there is none.
+            ray.init(address=address or None, include_dashboard=False, log_to_driver=False, logging_level=logging.ERROR)
+            break
+        except Exception as error:  # a bare Exception: its node took more than half a minute to start, as on a busy machine
+            if left and type(error) is Exception:
+                ray.shutdown()
+                continue
+            raise UserError(
+                f"generation.ray_address {given!r}: no Ray to work with ({_first_line(error)}); start one with "
+                "`ray start --head` and give its HOST:PORT, or use ray_address=local"
+            ) from error
     return True
 
 
