@@ -76,9 +76,8 @@ def _make(chain: list[str], *, profile: str, variant: str, count: int, parent: i
         for stream in (1, 2):
             os.dup2(out.fileno(), stream)
     os.environ["SPEED_BESIDE"] = str(count)  # for the manifests
-    process_executor._MAX_MEMORY_LEAK_SIZE = (
-        2**40
-    )  # else loky replaces a process that holds 300 MB more than after its first model
+    # Else loky replaces a process that holds 300 MB more than after its first model.
+    process_executor._MAX_MEMORY_LEAK_SIZE = 2**40
     console.quiet()
     run = reopen(profile, variant)
     for name in chain:

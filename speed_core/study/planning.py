@@ -21,7 +21,7 @@ from speed_core.models import compute_type, loading
 from speed_core.store.artifacts import Artifact, Difference, MissingArtifact, OtherPrompts, read_manifest
 from speed_core.store.run_context import Run
 from speed_core.study import embedding_stages, forecast, generation_stages  # noqa: F401 - they declare the stages
-from speed_core.study.stage import Planned, find, planned
+from speed_core.study.stage import Planned, planned
 
 
 @dataclass(frozen=True)
@@ -74,7 +74,7 @@ class Reasons:
             parameters, used, read = one.decided_by(self.run)
         except MissingArtifact as error:
             return f"input.{error.name} is not there yet", False
-        except OtherPrompts as error:  # what is there of an input
+        except OtherPrompts as error:  # an input that was made for other prompts
             return f"input.{again[0]} will answer other prompts" if again else str(error), False
         except UserError as error:
             return str(error), False
@@ -86,6 +86,7 @@ def differences(run: Run, artifact: Artifact) -> list[Difference]:
     """What a shipped artifact and the shipped ones behind it were made with that `run` would do otherwise, nearest first."""
     run = dataclasses.replace(run, store=run.store.silent())
     out: list[Difference] = []
+    known = {p.name: p for p in planned(run)}
     todo, seen = [artifact.name], set()
     while todo:
         name = todo.pop(0)
@@ -93,7 +94,7 @@ def differences(run: Run, artifact: Artifact) -> list[Difference]:
         if name in seen or behind is None or not behind.shipped:  # what is made here is this run's own affair
             continue
         seen.add(name)
-        if one := find(run, name):
+        if one := known.get(name):
             with suppress(UserError):  # what it is made from is not there, or answers other prompts, which its own entry says
                 parameters, used, read = one.decided_by(run)
                 found = behind.changes(parameters, [*used, *read])
