@@ -336,6 +336,16 @@ def test_every_exercise_is_in_the_table_of_mistakes():
     assert {m[0] for m in MISTAKES} == set(exercises.CHECKERS)
 
 
+def test_a_notebook_goes_on_with_an_answer_that_is_right_and_else_with_its_own(capsys):
+    def right(low, high, items, effect):
+        return items * ((high - low) / 2 / effect) ** 2
+
+    assert exercises.use("10.2", right, None) is right
+    assert exercises.use("10.2", lambda *a: 1.0, right) is right
+    assert exercises.use("10.2", ..., right) is right
+    assert capsys.readouterr().out.count("not yet") == 2
+
+
 def test_check_prints_one_line_and_never_stops_a_notebook(capsys):
     exercises.check("09.1", ...)
     exercises.check("09.1", lambda rank: {}["no"])

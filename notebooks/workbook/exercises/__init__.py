@@ -52,6 +52,12 @@ def check(name: str, answer: Any, **facts: Any) -> None:
     print(f"{name}: not yet - {why}" if why else f"{name}: right")
 
 
+def use(name: str, answer: Any, otherwise: Any, **facts: Any) -> Any:
+    """`check`, then what the notebook goes on with: the reader's answer when it is right, else `otherwise`."""
+    check(name, answer, **facts)
+    return otherwise if hint(name, answer, **facts) else answer
+
+
 # --- what the checkers are made of ----------------------------------------------------------------
 
 
