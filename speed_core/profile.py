@@ -208,12 +208,18 @@ class Curate(ConfigSection):
 
 
 class Embedding(Training):
-    """Contrastive fine-tuning. `examples` caps the synthetic records used; `pooling` is that of a decoder."""
+    """Contrastive fine-tuning. `examples` caps the synthetic records used; `pooling` is that of a decoder. Negatives come from the whole
+    `batch`, whatever `micro_batch`, which is how many texts are embedded at a time; `gradient_checkpointing` saves memory too."""
 
     temperature: float = Field(0.02, gt=0)
     margin: float = 0.0
     guided: bool = True
     pooling: Literal["last", "mean"] = "last"
+    gradient_checkpointing: bool = False
+
+    def cache_key_fields(self) -> dict[str, Any]:
+        """The values that decide the weights, by dotted name: without the one that changes memory alone."""
+        return {k: v for k, v in dotted(self).items() if k != "gradient_checkpointing"}
 
 
 class Evaluation(ConfigSection):

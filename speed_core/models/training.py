@@ -44,12 +44,19 @@ def lora_config(lora: Lora, task_type: str = "CAUSAL_LM") -> Any:
     )
 
 
+def processes() -> int:
+    """How many processes or GPUs train together: those that a launcher started, else the visible GPUs, at least one."""
+    import torch
+
+    return int(os.environ.get("WORLD_SIZE", max(1, torch.cuda.device_count())))
+
+
 def trainer_arguments(settings: Training, seed: int, output: Path, folder: str = "", **more: Any) -> dict[str, Any]:
     """Arguments that SFT, DPO and embedding training share; `folder` of the model. Accumulation is derived from the global batch."""
     import torch
 
     cuda, kind = torch.cuda.is_available(), compute_type.choose(settings.dtype, training=True, folder=folder).name
-    world = int(os.environ.get("WORLD_SIZE", max(1, torch.cuda.device_count())))
+    world = processes()
     if settings.batch % (settings.micro_batch * world):
         raise UserError(
             f"batch {settings.batch}: not micro_batch {settings.micro_batch} x {world} devices x a whole number; "

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 from speed_core.data import prompts
 from speed_core.files import digest, write_json
 from speed_core.models import compute_type, loading
-from speed_core.profile import Embedding, Profile, dotted
+from speed_core.profile import Embedding, Profile
 from speed_core.store.artifacts import Artifact, Draft
 from speed_core.store.run_context import Run
 from speed_core.study import generation_stages
@@ -228,7 +228,7 @@ def _records(p: Profile, arm: str) -> float:
     _models,
     inputs=lambda run, arm, seed: [f"synthetic-{arm}" if arm in ARMS else "synthetic"],
     parameters=lambda run, data, arm, seed: {
-        "training": dotted(_learning(run, arm)),
+        "training": _learning(run, arm).cache_key_fields(),
         "seed": seed,
         "base": loading.model_id(run.profile.models.embedder),
         "guide": loading.named(run.profile.models.guide),
@@ -403,7 +403,7 @@ def _labelled(run: Run, arm: str) -> list[dict[str, Any]]:
 
 def _student_parameters(run: Run, *read: Artifact, layers: int | str, arm: str, seed: int) -> dict[str, Any]:
     (base, guide), whole = _bases(run, layers, arm), run.profile.models.guide
-    out = {"training": dotted(_student_training(run, arm)), "seed": seed}
+    out = {"training": _student_training(run, arm).cache_key_fields(), "seed": seed}
     out["base"] = loading.weights_id(loading.resolve(base)) + loading.settings_id(whole)
     out["guide"] = loading.weights_id(loading.resolve(guide)) + loading.settings_id(whole)
     if rows := _labelled(run, arm):
