@@ -112,9 +112,11 @@ class Teacher(ConfigSection):
 
 
 class Topics(ConfigSection):
-    """How many topics of the list are used, and how many of them, the last, no data are written about."""
+    """How many topics are used (0: all), and about how many of them, the last, no data are written. `file`: topics of your own (`topics`
+    says which forms); empty: the list of this repository."""
 
-    count: int = Field(ge=2)
+    file: str = ""
+    count: int = Field(ge=0)
     held_out: int = Field(ge=1)
     max_depth: int = Field(4, ge=1)
     truncate: bool = True  # of a path deeper than `max_depth`, drop levels in the middle
@@ -329,6 +331,10 @@ def _raw(name: str, below: tuple[str, ...] = ()) -> dict[str, Any]:
         raise UserError(f"profile {path}: not JSON ({error}); correct the file") from None
     if not isinstance(data, dict):
         raise UserError(f"profile {path}: holds {type(data).__name__}, not an object with the values; see profiles/tiny.json")
+    topics = data.get("topics")
+    if isinstance(topics, dict) and isinstance(given := topics.get("file"), str):
+        with suppress(OSError, ValueError):  # of a profile of one's own, beside it
+            topics["file"] = str(found.resolve()) if (found := path.parent / given).is_file() else given
     parent = data.pop("extends", None)
     if parent is None:
         return data

@@ -98,7 +98,7 @@ def train_embedder(
     model = build_embedder(base, **how | {"dtype": weights})
     body: Any = model[0]
     if settings.lora is not None:
-        body.model = get_peft_model(body.model, training.lora_config(settings.lora, "FEATURE_EXTRACTION"))
+        body.model = get_peft_model(body.model, training.lora_config(settings.lora, body.model, "FEATURE_EXTRACTION"))
     cache = GuideCache(loading.sentence_transformer(guide, "float32"), guide_cache)
     # A process's share of the batch is one step of the trainer: gradients that are added up would have no common negatives.
     arguments = training.trainer_arguments(

@@ -31,15 +31,18 @@ def refuse_surrogates(number: int, **texts: str) -> None:
             )
 
 
-def lora_config(lora: Lora, task_type: str = "CAUSAL_LM") -> Any:
-    """PEFT's configuration from a profile's values."""
+def lora_config(lora: Lora, model: Any, task_type: str = "CAUSAL_LM") -> Any:
+    """PEFT's configuration from a profile's values. The layers that a profile names by default are those of Llama and its like; where
+    `model` has none of them, all its linear layers are taken."""
     from peft import LoraConfig
 
+    default = lora.targets == Lora.model_fields["targets"].default
+    known = any(name.rpartition(".")[2] in lora.targets for name, _ in model.named_modules())
     return LoraConfig(
         r=lora.rank,
         lora_alpha=lora.alpha,
         lora_dropout=lora.dropout,
-        target_modules=list(lora.targets),
+        target_modules=list(lora.targets) if known or not default else "all-linear",
         task_type=task_type,
     )
 

@@ -95,9 +95,8 @@ def lora_model(base):
     from peft import get_peft_model
 
     torch.manual_seed(0)
-    model = get_peft_model(
-        AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32), training.lora_config(Lora(rank=2, alpha=4))
-    )
+    model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
+    model = get_peft_model(model, training.lora_config(Lora(rank=2, alpha=4), model))
     for name, p in model.named_parameters():
         if "lora_B" in name:
             p.data.normal_(0, 0.1)
