@@ -49,7 +49,8 @@ def test_a_committed_notebook_is_clean_and_keeps_the_grammar(path):
 @pytest.mark.parametrize("path", NOTEBOOKS[1:], ids=lambda p: p.stem)
 def test_the_idea_is_shown_in_short_code_of_the_package(path):
     code = [c.source for c in nbformat.read(path, 4).cells if c.cell_type == "code"]
-    headings = [c.source for c in nbformat.read(path, 4).cells if c.source.startswith("## The idea in code")]
+    text = "\n".join(c.source for c in nbformat.read(path, 4).cells if c.cell_type == "markdown")
+    headings = re.findall(r"^## The idea in code$", text, re.M)
     shown = [name for source in code for call in re.findall(r"show\.source\(([^)]*)\)", source) for name in call.split(", ")]
     assert len(headings) == 1 and shown
     imports = "\n".join(line for source in code for line in source.splitlines() if line.startswith("from "))

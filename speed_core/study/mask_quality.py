@@ -57,7 +57,8 @@ def alike(pairs: Sequence[Pair]) -> np.ndarray:
 
 
 def precision_and_recall(removed: np.ndarray, false: np.ndarray) -> tuple[float, float]:
-    """Of what was `removed`, the share that was `false` (a false negative); and of what was false, the share that was removed."""
+    """The share of what was `removed` that is `false` (a false negative), and the share of the false that
+    was removed. Both are boolean, (B, B)."""
     both = (removed & false).sum()
     return both / max(1, removed.sum()), both / max(1, false.sum())
 

@@ -59,7 +59,7 @@ def overlap(report: Mapping[str, Mapping[str, Any]], scores: pd.Series) -> pd.Da
     guide has a cosine of at least `contamination.NEAR`), mean and highest of these cosines.
     """
     seen = pd.DataFrame(report).T.drop(columns=["checked", "pair"]).astype(float).astype({"texts": int})
-    seen.insert(0, "score trained", scores)
+    seen.insert(0, "score", scores)
     seen[["ngram_before", "ngram_after", "near"]] *= 100
     return seen
 
