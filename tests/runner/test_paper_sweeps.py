@@ -15,6 +15,7 @@ from speed_core.evaluation import uncertainty
 from speed_core.files import UserError, write_json, write_jsonl
 from speed_core.plots import figures
 from speed_core.runner import paper_sweeps
+from speed_core.store.artifacts import notebook_number
 from speed_core.study import claims, embedding_stages, generation_stages
 from speed_core.study.runs import open_run
 
@@ -380,7 +381,7 @@ def test_a_claim_with_two_printed_differences_is_their_mean_and_at_the_papers_si
 def test_each_claim_that_can_be_measured_names_a_code_cell_of_its_notebook():
     cells = {}
     for path in sorted((ROOT / "notebooks").glob("*.ipynb")):
-        cells[path.name[:2]] = {c["id"] for c in json.loads(path.read_text())["cells"] if c["cell_type"] == "code"}
+        cells[notebook_number(path)] = {c["id"] for c in json.loads(path.read_text())["cells"] if c["cell_type"] == "code"}
     for key, _, notebook, cell in claims.CLAIMS:
         assert (cell == "") == (key in claims.NOT_POSSIBLE) and (not cell or cell in cells[notebook]), key
 
