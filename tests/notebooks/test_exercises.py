@@ -2,21 +2,25 @@
 
 import math
 import re
+from types import SimpleNamespace
 
 import nbformat
 import numpy as np
 import pytest
 import torch
+from scipy.stats import norm
 
 import classroom
+from speed_core import profile as profiles
 from speed_core import reference
 from speed_core.data import prompts
 from speed_core.files import UserError
 from speed_core.runner import notebook
 from speed_core.store.run_context import ROOT
+from speed_core.study import claims, comparisons
 from workbook import exercises
 
-NOTEBOOKS = [p for p in notebook.notebooks(ROOT / "notebooks") if p.stem[:2] != "00"]
+NOTEBOOKS = notebook.notebooks(ROOT / "notebooks")
 
 
 def row(record, status="ok", kind="retrieval", raw=""):
@@ -57,7 +61,6 @@ POINTS = [
 DIFFERENCES = [
     {"label": n, "value": v, "low": v - 1, "high": v + 1} for n, v in (("Jr + Re", 2.0), ("Sr", 0.5), ("Sr + Re", -1.5))
 ]
-CALLS = {"brainstorm (the paper leaves it out)": 100, "seed": 200, "preference (a rubric makes none)": 0, "revision": 50}
 
 # What a checker is given beside the answer. `names` are what the solution cell finds in its notebook.
 FACTS = {
@@ -69,8 +72,7 @@ FACTS = {
     "06.2": {"issued": 100, "valid": 80, "dropped": [{"dropped_by": "near-duplicate"}] * 6 + [{"dropped_by": "evaluation overlap"}] * 5},
     "07.2": {"points": POINTS},
     "10.1": {"rows": DIFFERENCES},
-    "12.1": {"calls": CALLS, "records": 100},
-    "12.2": {"calls": 250},
+    "00.1": {"prompts": 160},
 }  # fmt: skip
 
 
@@ -95,8 +97,8 @@ def names(number):
         "05": {"prompts": prompts, "gain": FACTS["05.2"]["gain"]},
         "06": {"data": Rows(FACTS["06.2"]["dropped"]), "ok": 80},
         "07": {"points": POINTS},
-        "10": {"rows": DIFFERENCES},
-        "12": {"counted": 250, "data": Rows([], kept=100)},
+        "00": {"profiles": profiles, "run": SimpleNamespace(profile=profiles.load("tiny"))},
+        "12": {"claims": claims},
     }
     return {"np": np, "torch": torch} | known.get(number, {})
 
@@ -115,17 +117,17 @@ def parts(path):
 EVERY = [pytest.param(*p, id=p[0]) for path in NOTEBOOKS for p in parts(path)]
 
 
-def test_every_notebook_from_01_on_has_exercises_with_question_solution_and_checker():
+def test_every_notebook_has_exercises_with_question_solution_and_checker():
     assert sorted(p.values[0] for p in EVERY) == sorted(exercises.CHECKERS)
     assert {p.values[0][:2] for p in EVERY} == {p.stem[:2] for p in NOTEBOOKS}
     for path in NOTEBOOKS:
         cells = nbformat.read(path, 4).cells
         for i in [i for i, c in enumerate(cells) if "solution" in c.metadata.get("tags", [])]:
-            assert "**Exercise" in cells[i - 1].source and "**Is it right?**" in cells[i + 1].source
+            assert re.search(r"(\*\*|### )Exercise \d", cells[i - 1].source) and "**Is it right?**" in cells[i + 1].source
             assert cells[i + 2].metadata["tags"] == ["checker"]
 
 
-CHANGES = ("01.1", "04.1", "06.1", "08.1", "08.2")  # the reference code, changed by the reader
+CHANGES = ("01.1", "04.1", "06.1", "08.1", "08.2", "12.2")  # the reference code, changed by the reader
 
 
 def test_who_changes_the_reference_code_sees_the_effect_solved_or_not():
@@ -136,7 +138,8 @@ def test_who_changes_the_reference_code_sees_the_effect_solved_or_not():
             changes = f"{path.stem[:2]}.{k}" in CHANGES
             assert ("Change the reference code" in cells[i - 3].source) == changes
             assert cells[i + 1].source.startswith("**The effect.**") == changes
-            assert not changes or f"answer_{k}" in cells[i + 2].source and "reference." in cells[i + 2].source
+            effect = cells[i + 2].source if changes else ""
+            assert not changes or f"answer_{k}" in effect and any(m in effect for m in ("reference.", "prompts.", "claims."))
 
 
 EFFECTS = {
@@ -145,6 +148,7 @@ EFFECTS = {
     "06": {"three": ["how long do hens lay eggs in a year"]},
     "08": {"unit": torch.nn.functional.normalize, "q": torch.randn(4, 8), "p": torch.randn(4, 8), "n": torch.randn(4, 8)}
     | {"hidden": torch.randn(3, 5, 4), "read": {"attention_mask": torch.tensor([[1] * 5, [1] * 3 + [0] * 2, [1] * 4 + [0]])}},
+    "12": {"comparisons": comparisons, "rows": [{"id": "S4", "low": 0.2, "high": 1.4, "verdict": claims.Verdict.SMALLER}]},
 }  # fmt: skip
 
 
@@ -172,7 +176,7 @@ def answer_of(source, number, k):
 @pytest.mark.parametrize("name, solution, stub, checker", EVERY)
 def test_the_solution_is_right_and_the_stub_is_told_that_it_is_unanswered(name, solution, stub, checker):
     number, k = name.split(".")
-    assert f'exercises.check("{name}", answer_{k}' in checker
+    assert re.search(rf'exercises\.(check|use)\("{name}", answer_{k}\b', checker)
     assert exercises.hint(name, answer_of(solution, number, k), **FACTS.get(name, {})) == ""
     assert exercises.UNANSWERED in exercises.hint(name, answer_of(stub, number, k), **FACTS.get(name, {}))
 
@@ -199,6 +203,21 @@ def dpo(a, b, c, d, beta, e):
 def own_texts(q, p, n, t, label=0):
     own = torch.stack([(q * p).sum(1), (q * n).sum(1)], dim=1)
     return torch.nn.functional.cross_entropy(own / t, torch.full((len(q),), label))
+
+
+def instead(low, high, expected, where):
+    """What the rule says, but "fails" for "open" where `where` holds."""
+    word = comparisons.in_a_word(low, high, expected)
+    return "fails" if where and word == "open" else word
+
+
+def flip(word):
+    return {"holds": "fails", "fails": "holds"}.get(word, word)
+
+
+def widened(low, high, expected, by):
+    middle, half = (low + high) / 2, (high - low) / 2 * by
+    return claims.verdict(middle - half, middle + half, expected)
 
 
 def characters(a, b, size):
@@ -311,14 +330,23 @@ MISTAKES = [
     ("11.2", lambda n, s, g: n * (1 + g / s), "straight line"),
     ("11.2", lambda n, s, g: g / s, "how many doublings"),
     ("11.2", lambda n, s, g: 2 ** (g / s), "multiply by the records"),
-    ("12.1", {"paper": 920 / 45, "ours": 2.5}, "turn it over"),
-    ("12.1", {"paper": 45 / 500, "ours": 2.5}, "E5-mistral"),
-    ("12.1", {"paper": 0.0489, "ours": 3.5}, "brainstorm calls"),
-    ("12.1", {"paper": 0.0489, "ours": 0.4}, "turn it over"),
-    ("12.2", 250 * 45 / 920, "should divide"),
-    ("12.2", 250 * 500 / 45, "E5-mistral"),
-    ("12.2", 250, "as many records"),
-    ("12.2", 1000, "0.25 a record"),
+    ("12.1", lambda a, b, e: comparisons.in_a_word(a, b, abs(e)), "a claimed fall"),
+    ("12.1", lambda a, b, e: comparisons.in_a_word(a, b, e or 1), "a claim of no difference"),
+    ("12.1", lambda a, b, e: "holds" if a == 0 else comparisons.in_a_word(a, b, e), "still inside it"),
+    ("12.1", lambda a, b, e: instead(a, b, e, not e), "across the one-point margin"),
+    ("12.1", lambda a, b, e: instead(a, b, e, e), "does not contradict"),
+    ("12.1", lambda a, b, e: claims.verdict(a, b, e), "12 of 12 cases differ"),
+    ("12.1", lambda a, b, e: flip(comparisons.in_a_word(a, b, e)), "changed places"),
+    ("12.2", lambda a, b, e, n: claims.verdict(a, b, e), "nothing became wider"),
+    ("12.2", lambda a, b, e, n: widened(a, b, e, norm.ppf(1 - 0.05 / n) / norm.ppf(0.975)), "two sides"),
+    ("12.2", lambda a, b, e, n: widened(a, b, e, n), "multiplied by the number"),
+    ("12.2", lambda a, b, e, n: widened(a, b, e, norm.ppf(0.975) / norm.ppf(1 - 0.025 / n)), "became narrower"),
+    ("00.1", 160 / 1_150_000, "turn it over"),
+    ("00.1", 1_150_000, "divide by yours"),
+    ("00.1", 40, "another number"),
+    ("00.2", "junior.epocs", "the misspelled name itself"),
+    ("00.2", "epochs", "no setting"),
+    ("00.2", "junior.lr", "not the one"),
 ]  # fmt: skip
 
 
@@ -352,7 +380,7 @@ def test_check_prints_one_line_and_never_stops_a_notebook(capsys):
     exercises.check("09.1", lambda rank: 1 / np.log2(rank + 1) * (rank <= 10))
     first, second, third = capsys.readouterr().out.splitlines()
     assert first.startswith("09.1: not yet - ") and "KeyError" in second and third == "09.1: right"
-    with pytest.raises(ValueError, match="unknown; there are 01.1"):
+    with pytest.raises(ValueError, match="unknown; there are 00.1"):
         exercises.check("99.1", 0)
 
 
@@ -360,7 +388,7 @@ def test_the_students_copy_holds_no_solution_and_nothing_else_changes(tmp_path):
     for path in classroom.write(tmp_path / "copy"):
         ours, theirs = nbformat.read(ROOT / "notebooks" / path.name, 4), nbformat.read(path, 4)
         text = "\n".join(c.source for c in theirs.cells)
-        for _, solution, stub, _ in parts(ROOT / "notebooks" / path.name) if path.stem[:2] != "00" else []:
+        for _, solution, stub, _ in parts(ROOT / "notebooks" / path.name):
             own = [line.strip() for line in solution.splitlines() if line not in stub and len(line.strip()) > 15]
             assert own and not [line for line in own if line in text]
         assert '"solution"' not in path.read_text() and '"stub"' not in path.read_text()
