@@ -225,7 +225,7 @@ class Evaluation(ConfigSection):
 
 
 class Student(ConfigSection):
-    """Notebook 07: encoders cut from the guide, trained with and without guidance on the seed data."""
+    """Notebook 07b: encoders cut from the guide, trained with and without guidance on the seed data."""
 
     layers: tuple[int, ...] = (1, 4)
     seeds: tuple[Seed, ...] = (0, 1, 2)
@@ -236,7 +236,7 @@ class Student(ConfigSection):
 
 
 class Study(ConfigSection):
-    """Notebooks 07 to 11: the guided-loss students, size of each ablation data set, sizes of the scaling points.
+    """Notebooks 07b to 11: the guided-loss students, size of each ablation data set, sizes of the scaling points.
 
     `seeds` counts from the run's own seed: every embedding model is trained once for each. `sweep_seeds`: the first of
     them, when the points of a sweep (`paper_sweeps.SWEEPS`) are to be trained with fewer. `generator_seeds`: the run's seed in each

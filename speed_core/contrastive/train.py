@@ -24,7 +24,7 @@ from speed_core.models import adapters, compute_type, loading, training
 from speed_core.profile import Embedding
 
 CPU_ROWS = 4  # texts in one forward pass on a CPU
-# ... where word vectors are trained too: each pass then fills a gradient as large as the vocabulary (a student of notebook 07
+# ... where word vectors are trained too: each pass then fills a gradient as large as the vocabulary (a student of notebook 07b
 # on one core: 7.2 s, with 4 texts at a time 12.2 s).
 CPU_ROWS_WHOLE = 64
 

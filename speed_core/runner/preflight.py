@@ -21,6 +21,7 @@ from speed_core.files import UserError, inside, without_user
 from speed_core.models import compute_type, loading
 from speed_core.runner import paper_sweeps, replicates
 from speed_core.runner.notebook import choose
+from speed_core.store.artifacts import notebook_number
 from speed_core.store.run_context import ROOT, Run
 from speed_core.study import forecast, paper_values, planning
 from speed_core.study.runs import open_run
@@ -195,7 +196,7 @@ def _time_text(run: Run, todo: Sequence[planning.Step]) -> str:
             f"times {ahead.scale:.1f}: a layer takes that many times as long here" if compared else "not scaled to this machine"
         )
         source += f" in {there.get('compute_type', 'bfloat16')}, {said}"
-        due = {s.notebook for s in todo} | {"00", "12"}  # these two have no stages
+        due = {s.notebook for s in todo} | {"00", "07", "12"}  # these have no stages
         minutes = {n: seconds * ahead.scale / 60 for n, seconds in there.get("other", {}).items() if n in due}
     for s in known:
         minutes[s.notebook] = minutes.get(s.notebook, 0) + (s.seconds or 0) / 60
@@ -280,7 +281,7 @@ def plan_text(
 ) -> str:
     """The plan of a profile: sizes, teacher calls, tokens and cost, and which stages (of the chosen notebooks) would run."""
     run = open_run(profile, overrides, seed)
-    chosen = [path.stem[:2] for path in choose(ROOT / "notebooks", only, start)]
+    chosen = [notebook_number(path) for path in choose(ROOT / "notebooks", only, start)]
     p = run.profile
     calls = {"seed": p.seeds, "judge": 2 * p.senior.prompts if p.teacher.judge == "llm" else 0, "revise": p.revisor.examples}
     brainstorm = p.topics.count * 8 // 3

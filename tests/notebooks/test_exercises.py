@@ -16,6 +16,7 @@ from speed_core import reference
 from speed_core.data import prompts
 from speed_core.files import UserError
 from speed_core.runner import notebook
+from speed_core.store.artifacts import notebook_number
 from speed_core.store.run_context import ROOT
 from speed_core.study import claims, comparisons
 from workbook import exercises
@@ -96,7 +97,7 @@ def names(number):
         "04": {"pairs": Rows(PAIRS)},
         "05": {"prompts": prompts, "gain": FACTS["05.2"]["gain"]},
         "06": {"data": Rows(FACTS["06.2"]["dropped"]), "ok": 80},
-        "07": {"points": POINTS},
+        "07": {"points": POINTS, "reference": reference},
         "00": {"profiles": profiles, "run": SimpleNamespace(profile=profiles.load("tiny"))},
         "12": {"claims": claims},
     }
@@ -109,7 +110,7 @@ def parts(path):
     solutions, checkers = classroom.tagged(nb, "solution"), classroom.tagged(nb, "checker")
     assert len(solutions) == len(checkers)
     return [
-        (f"{path.stem[:2]}.{k}", s.source, s.metadata["speed"]["stub"], c.source)
+        (f"{notebook_number(path)}.{k}", s.source, s.metadata["speed"]["stub"], c.source)
         for k, (s, c) in enumerate(zip(solutions, checkers, strict=True), 1)
     ]
 
@@ -119,24 +120,32 @@ EVERY = [pytest.param(*p, id=p[0]) for path in NOTEBOOKS for p in parts(path)]
 
 def test_every_notebook_has_exercises_with_question_solution_and_checker():
     assert sorted(p.values[0] for p in EVERY) == sorted(exercises.CHECKERS)
-    assert {p.values[0][:2] for p in EVERY} == {p.stem[:2] for p in NOTEBOOKS}
+    assert {p.values[0].split(".")[0] for p in EVERY} == {notebook_number(p) for p in NOTEBOOKS}
     for path in NOTEBOOKS:
         cells = nbformat.read(path, 4).cells
         for i in [i for i, c in enumerate(cells) if "solution" in c.metadata.get("tags", [])]:
-            assert re.search(r"(\*\*|### )Exercise \d", cells[i - 1].source) and "**Is it right?**" in cells[i + 1].source
-            assert cells[i + 2].metadata["tags"] == ["checker"]
+            assert "Exercise" in question(cells, i) and cells[next_code(cells, i)].metadata["tags"] == ["checker"]
 
 
-CHANGES = ("01.1", "04.1", "06.1", "08.1", "08.2", "12.2")  # the reference code, changed by the reader
+def question(cells, i):
+    """The text above cell i."""
+    return next(c.source for c in reversed(cells[:i]) if c.cell_type == "markdown")
+
+
+def next_code(cells, i):
+    return next(k for k in range(i + 1, len(cells)) if cells[k].cell_type == "code")
+
+
+CHANGES = ("01.1", "04.1", "06.1", "07.3", "08.1", "08.2", "09.2", "12.2")  # the reference code, changed by the reader
 
 
 def test_who_changes_the_reference_code_sees_the_effect_solved_or_not():
     for path in NOTEBOOKS:
         cells = nbformat.read(path, 4).cells
-        checkers = [i for i, c in enumerate(cells) if "checker" in c.metadata.get("tags", [])]
-        for k, i in enumerate(checkers, 1):
-            changes = f"{path.stem[:2]}.{k}" in CHANGES
-            assert ("Change the reference code" in cells[i - 3].source) == changes
+        solutions = [i for i, c in enumerate(cells) if "solution" in c.metadata.get("tags", [])]
+        for k, solved in enumerate(solutions, 1):
+            changes, i = f"{notebook_number(path)}.{k}" in CHANGES, next_code(cells, solved)
+            assert ("Change the reference code" in question(cells, solved)) == changes
             assert cells[i + 1].source.startswith("**The effect.**") == changes
             effect = cells[i + 2].source if changes else ""
             assert not changes or f"answer_{k}" in effect and any(m in effect for m in ("reference.", "prompts.", "claims."))
@@ -146,7 +155,9 @@ EFFECTS = {
     "01": {"deep": ["A/B/C/D/E/F"]},
     "04": {},
     "06": {"three": ["how long do hens lay eggs in a year"]},
-    "08": {"unit": torch.nn.functional.normalize, "q": torch.randn(4, 8), "p": torch.randn(4, 8), "n": torch.randn(4, 8)}
+    "07": {"toy": np.eye(6, dtype=np.float32)},
+    "09": {"chosen": "t", "results": {a: [{"tasks": {"t": {"items": [0.1 * k, 0.5, 1.0]}}}] for k, a in enumerate(("guided", "plain"))}},
+    "08": {"toy": torch.nn.functional.normalize(torch.randn(3, 4, 8), dim=2)}
     | {"hidden": torch.randn(3, 5, 4), "read": {"attention_mask": torch.tensor([[1] * 5, [1] * 3 + [0] * 2, [1] * 4 + [0]])}},
     "12": {"comparisons": comparisons, "rows": [{"id": "S4", "low": 0.2, "high": 1.4, "verdict": claims.Verdict.SMALLER}]},
 }  # fmt: skip
@@ -156,7 +167,7 @@ EFFECTS = {
 @pytest.mark.parametrize("name", CHANGES)
 def test_the_effect_is_shown_for_a_solution_and_for_a_stub(name, tried, capsys):
     number, k = name.split(".")
-    (path,) = [p for p in NOTEBOOKS if p.stem[:2] == number]
+    (path,) = [p for p in NOTEBOOKS if notebook_number(p) == number]
     _, solution, stub, _ = parts(path)[int(k) - 1]
     space = names(number) | EFFECTS[number] | {"reference": reference}
     exec({"solution": solution, "stub": stub}[tried], space)
@@ -218,6 +229,18 @@ def flip(word):
 def widened(low, high, expected, by):
     middle, half = (low + high) / 2, (high - low) / 2 * by
     return claims.verdict(middle - half, middle + half, expected)
+
+
+def copied(texts):
+    return torch.tensor([[a == b for b in texts] for a in texts])
+
+
+def two_gains(a, b, c, d):
+    return np.subtract(a, b) - np.subtract(c, d)
+
+
+def error(values):
+    return float(np.std(values, ddof=1) / np.sqrt(len(values)))
 
 
 def characters(a, b, size):
@@ -298,6 +321,25 @@ MISTAKES = [
     ("07.2", -0.1, "newsgroups"),
     ("07.2", 0.2, "weaker guide"),
     ("07.2", 0.07, "not tried"),
+    ("07.3", lambda g, t, m: reference.guide_mask(g, m).fill_diagonal_(False), "the reference still"),
+    ("07.3", lambda g, t, m: reference.guide_mask(g, m) | copied(t), "a copy of itself"),
+    ("07.3", lambda g, t, m: (g >= g.diagonal()[:, None] - m).fill_diagonal_(False), "another text may be exactly as alike"),
+    ("07.3", lambda g, t, m: copied(t).fill_diagonal_(False), "only copies are removed"),
+    ("07.3", lambda g, t, m: reference.guide_mask(g, m) & ~copied(t), "yours protects it"),
+    ("07.3", lambda g, t, m: ~(reference.guide_mask(g, m) | copied(t)).fill_diagonal_(False), "marks what stays"),
+    ("07.3", lambda g, t, m: g[0] > m, "True or False for each"),
+    ("07b.1", lambda a, b, c, d: two_gains(a, b, c, d).mean(), "keep a value for each seed"),
+    ("07b.1", lambda a, b, c, d: -two_gains(a, b, c, d), "turned round"),
+    ("07b.1", lambda a, b, c, d: two_gains(a, b, d, c), "the gains are added"),
+    ("07b.1", lambda a, b, c, d: np.subtract(a, b), "is to be subtracted"),
+    ("07b.1", lambda a, b, c, d: np.subtract(a, c), "without the mask"),
+    ("07b.1", lambda *arms: two_gains(*map(sorted, arms)), "the seeds are mixed up"),
+    ("07b.2", lambda a, b: float(np.hypot(error(a), error(b))), "seeds of their own"),
+    ("07b.2", lambda a, b: float(np.subtract(a, b).std(ddof=1)), "spread of single seeds"),
+    ("07b.2", lambda a, b: float(np.subtract(a, b).std() / len(a) ** 0.5), "one seed less"),
+    ("07b.2", lambda a, b: error(np.subtract(a, b)) ** 2, "this is a variance"),
+    ("07b.2", lambda a, b: float(np.subtract(a, b).mean()), "how sure is it"),
+    ("07b.2", lambda a, b: 1.96 * error(np.subtract(a, b)), "half the width"),
     ("08.1", reference.info_nce, "the reference still"),
     ("08.1", lambda q, p, n, t: own_texts(q, p, n, 1 / t), "multiplied"),
     ("08.1", lambda q, p, n, t: own_texts(q, p, n, 1), "temperature is not used"),

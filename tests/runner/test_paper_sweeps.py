@@ -15,6 +15,7 @@ from speed_core.evaluation import uncertainty
 from speed_core.files import UserError, write_json, write_jsonl
 from speed_core.plots import figures
 from speed_core.runner import paper_sweeps
+from speed_core.store.artifacts import notebook_number
 from speed_core.study import claims, embedding_stages, generation_stages
 from speed_core.study.runs import open_run
 
@@ -338,7 +339,7 @@ def test_a_value_that_stands_for_several_of_the_papers_has_all_their_differences
 
 def whole(rows: list[dict[str, str]]) -> bool:
     """Does a claim map hold every claim once, each with a known verdict, a reason, and artifacts where something was measured?"""
-    ids = [*(f"S{k}" for k in range(1, 23)), *(f"E{k}" for k in range(1, 6)), *(f"G{k}" for k in range(1, 10))]
+    ids = [*(f"S{k}" for k in range(1, 23)), *(f"E{k}" for k in range(1, 6)), "G1a", "G1b", *(f"G{k}" for k in range(2, 10))]
     digest = re.compile(r"[\w-]+@[0-9a-f]{8}( [\w-]+@[0-9a-f]{8})*")
     known = all(r["verdict"] in set(claims.Verdict) and len(r["why"]) > 20 for r in rows)
     return (
@@ -389,7 +390,7 @@ def test_a_claim_with_two_printed_differences_is_their_mean_and_at_the_papers_si
 def test_each_claim_that_can_be_measured_names_a_code_cell_of_its_notebook():
     cells = {}
     for path in sorted((ROOT / "notebooks").glob("*.ipynb")):
-        cells[path.name[:2]] = {c["id"] for c in json.loads(path.read_text())["cells"] if c["cell_type"] == "code"}
+        cells[notebook_number(path)] = {c["id"] for c in json.loads(path.read_text())["cells"] if c["cell_type"] == "code"}
     for key, _, notebook, cell in claims.CLAIMS:
         assert (cell == "") == (key in claims.NOT_POSSIBLE) and (not cell or cell in cells[notebook]), key
 
