@@ -14,7 +14,7 @@ import re
 import subprocess
 import tarfile
 import tempfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -32,6 +32,7 @@ from speed_core.study.runs import open_run
 PROFILE = "tiny"
 EARLIER = ("a7bb3d9", "d9b76a7", "4b68a4f", "403d77a", "6720f75")  # commits that recorded a run of it, oldest first
 TARGET = ASSETS / "elsewhere.json"
+PAGE, MARKS = ROOT / "docs" / "results.md", ("<!-- elsewhere -->", "<!-- end -->")
 SHIPPED, SETTINGS = f"speed_core/assets/shipped/{PROFILE}", f"speed_core/profiles/{PROFILE}.json"
 TIMES = "speed_core/assets/recorded_times.json"
 
@@ -131,7 +132,7 @@ NUMBERS: dict[str, tuple[tuple[str, ...], Callable[[Recorded], float | None], bo
     "junior valid": (JUNIOR, valid("junior"), False),
     "senior valid": (SENIOR, valid("senior"), False),
     "senior wins": (SENIOR, senior_wins, False),
-    "second revision": (REVISOR, noted("second-pass", "S19"), False),
+    "second revision, hundredths": (REVISOR, noted("second-pass", "S19"), False),
     "records kept": (DATA, kept, False),
     "mask precision": (GUIDE, lambda r: (r.json("mask") or {}).get("precision"), True),
     "mask recall": (GUIDE, lambda r: (r.json("mask") or {}).get("recall"), True),
@@ -181,10 +182,35 @@ def collect() -> dict[str, Any]:
     return {"profile": PROFILE, "runs": runs, "numbers": numbers}
 
 
+def table(found: Mapping[str, Any]) -> str:
+    """The recorded numbers as a table of docs/results.md: float32, bfloat16 at the same settings, bfloat16 at others."""
+    lines = ["| number | float32 | bfloat16, same settings | bfloat16, other settings |", "|---|---|---|---|"]
+    kinds = {commit: run["compute_type"] for commit, run in found["runs"].items()}
+    for name, entries in found["numbers"].items():
+        columns: dict[tuple[str, bool], list[float]] = {}
+        for e in entries:
+            columns.setdefault((kinds[e["run"]], bool(e["other"])), []).append(e["value"])
+        cells = [_ends(columns.get(key, [])) for key in (("float32", False), ("bfloat16", False), ("bfloat16", True))]
+        lines.append(f"| {name}{' (always in float32)' * NUMBERS[name][2]} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def _ends(values: Sequence[float]) -> str:
+    ends = list(dict.fromkeys(f"{v:.2f}" for v in (min(values), max(values)))) if values else ["-"]
+    return " to ".join(ends)
+
+
+def into_page(text: str, found: Mapping[str, Any]) -> str:
+    """The page with the table between its two marks."""
+    before, rest = text.split(MARKS[0])
+    return f"{before}{MARKS[0]}\n\n{table(found)}\n\n{MARKS[1]}{rest.split(MARKS[1])[1]}"
+
+
 def main() -> None:
-    """Write `TARGET`, and print each number's recorded values."""
+    """Write `TARGET` and the table of `PAGE`, and print each number's recorded values."""
     found = collect()
     write_json(TARGET, found)
+    PAGE.write_text(into_page(PAGE.read_text(encoding="utf-8"), found), encoding="utf-8")
     for name, entries in found["numbers"].items():
         print(f"{name:36}", *(f"{e['value']:.2f}{'*' * bool(e['other'])}" for e in entries))
     print(f"{TARGET.name}: {len(found['runs'])} runs; * with other settings than today's")

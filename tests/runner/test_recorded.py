@@ -116,6 +116,14 @@ def test_a_verdict_a_score_and_an_estimate_that_changed_are_named(carried, tmp_p
     assert "of a score, in points: 2.00 (scores-sr-0, STS)" in said and "of a claim's estimate: 0.25 (S1)" in said
 
 
+def test_a_claim_that_has_another_id_since_is_compared_with_its_present_one(carried, tmp_path, monkeypatch):
+    known = json.loads((carried / recorded.KNOWN).read_text())
+    known["verdicts"]["G1"] = known["verdicts"].pop("G1b")
+    write_json(carried / recorded.KNOWN, known)
+    said = recorded.report(here(tmp_path, monkeypatch))
+    assert f"{len(claims.CLAIMS)} of {len(claims.CLAIMS)} verdicts equal" in said and "G1:" not in said
+
+
 def test_nothing_is_compared_with_other_values_or_where_nothing_was_recorded(carried, tmp_path, monkeypatch):
     run = here(tmp_path, monkeypatch)
     recorded.report(run)
