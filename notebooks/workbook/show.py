@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import difflib
 import inspect
+import json
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from html import escape
 from typing import Any
@@ -47,6 +48,15 @@ def masked(tokens: Sequence[str], mask: Sequence[int]) -> Shown:
     return Shown("".join(f"[{t}]" if m else t for t, m in pairs), f'<div style="{PROSE}">{marked}</div>')
 
 
+def fields(raw: str) -> str:
+    """The text of a JSON object, "name: value" a line, or `raw` itself where it is none: so a diff shows words and not quotes."""
+    try:
+        found = json.loads(raw)
+    except ValueError:
+        return raw
+    return "\n".join(f"{k}: {v}" for k, v in found.items()) if isinstance(found, dict) else raw
+
+
 def word_diff(before: str, after: str) -> Shown:
     """Two versions of a text, word by word: what went is struck through ([-so-]), what came is underlined ({+so+})."""
     a, b = before.split(), after.split()
@@ -86,7 +96,7 @@ def s_curve(bands: int, rows: int, threshold: float, marked: Sequence[float] = (
 
     A dashed line stands at the threshold of the decision, and a point at each similarity of `marked`.
     """
-    wide, high, left, top = 420, 170, 46, 12
+    wide, high, left, top = 420, 170, 46, 26
 
     def at(s: float) -> tuple[float, float]:
         return left + wide * s, top + high * (1 - minhash.probability(s, bands, rows))

@@ -147,6 +147,11 @@ def test_marked_tokens_and_a_word_diff_hold_every_word_as_text_and_as_a_page():
     assert "<del>old</del> <ins>young</ins>" in diff._repr_html_()
 
 
+def test_fields_of_a_record_are_shown_without_its_quotes_and_other_text_as_it_is():
+    assert show.fields('{"input_text":"a \\"b\\"","label":"c"}') == 'input_text: a "b"\nlabel: c'
+    assert show.fields('{"cut') == '{"cut' and show.fields("[1]") == "[1]"
+
+
 def test_bands_are_filled_where_a_text_agrees_with_the_first():
     shown = show.bands({"one <b>": [1, 2, 3], "two": [1, 5, 3], "three": [4, 5, 6]})
     assert repr(shown).splitlines() == ["###  3 bands: one <b>", "#.#  2 of 3 bands agree: two", "...  0 of 3 bands agree: three"]
