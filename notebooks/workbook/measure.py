@@ -16,17 +16,24 @@ from speed_core.profile import Curate
 from speed_core.store.run_context import Run
 from speed_core.study import generation_stages
 
+NO_WEIGHTS = "(a replay has no weights: zeros stand for the log-probabilities)"
+
 
 def four_log_probs(run: Run, pairs: Sequence[Mapping[str, Any]]) -> dict[str, float]:
     """What Eq. 2 reads of the first of the `pairs` {prompt, chosen, rejected} that can be trained on: log-probabilities of whole texts.
 
     {policy_chosen, policy_rejected} under this run's senior, {reference_chosen, reference_rejected} under its junior. UserError
-    where no pair is usable. The senior's adapter lies on the junior's merged weights, so one model gives all four.
+    where no pair is usable. The senior's adapter lies on the junior's merged weights, so one model gives all four. A replay has no
+    weights: it prints so, and gives zeros.
     """
     import torch
     from peft import PeftModel
     from transformers import AutoModelForCausalLM
 
+    names = [f"{who}_{side}" for who in ("policy", "reference") for side in ("chosen", "rejected")]
+    if run.replay:
+        print(NO_WEIGHTS)
+        return dict.fromkeys(names, 0.0)
     console.quiet()
     folder, adapter = generation_stages.generator_weights(run, "senior")
     loading.check_adapter(adapter, folder)
@@ -40,13 +47,29 @@ def four_log_probs(run: Run, pairs: Sequence[Mapping[str, Any]]) -> dict[str, fl
     model = PeftModel.from_pretrained(plain, str(adapter)).eval()
     token_logprobs.hidden_states_only(model)
     batch = prompt_sharing.collate(groups, tokenizer.pad_token_id)
-    chosen, rejected = batch["pairs"][0].tolist()
+    sides = batch["pairs"][0]
     with torch.no_grad():
-        policy = prompt_sharing.completion_log_probs(model, batch).tolist()
+        policy = prompt_sharing.completion_log_probs(model, batch)[sides]
         with model.disable_adapter():
-            reference = prompt_sharing.completion_log_probs(model, batch).tolist()
-    both = (("policy", policy), ("reference", reference))
-    return {f"{who}_{side}": found[i] for who, found in both for side, i in (("chosen", chosen), ("rejected", rejected))}
+            reference = prompt_sharing.completion_log_probs(model, batch)[sides]
+    return dict(zip(names, [*policy.tolist(), *reference.tolist()], strict=True))
+
+
+def revisor_log_probs(run: Run, asked: Sequence[str], written: str) -> tuple[list[str], list[list[float]]]:
+    """(tokens of `written`, the log-probability of each of them under this run's revisor after each of the texts `asked`).
+
+    A replay has no weights: it prints so, and gives zeros.
+    """
+    name = run.profile.models.generator
+    tokenizer = loading.load_tokenizer(name)
+    if run.replay:
+        print(NO_WEIGHTS)
+        tokens = [tokenizer.decode([t]) for t in tokenizer(written, add_special_tokens=False)["input_ids"]]
+        return tokens, [[0.0] * len(tokens) for _ in asked]
+    console.quiet()
+    model = loading.load_causal_lm(*generation_stages.generator_weights(run, "revisor"))
+    found = [token_log_probs(model, tokenizer, text, written) for text in asked]
+    return found[0][0], [logps for _, logps in found]
 
 
 def token_log_probs(model: Any, tokenizer: Any, read: str, written: str) -> tuple[list[str], list[float]]:

@@ -22,6 +22,8 @@ PAIRS = [
 def senior(tiny_model, tmp_path, monkeypatch):
     """(base, adapter that changes the model) in place of a run's generators."""
     base = tiny_model("gemma3")
+    load = loading.load_tokenizer
+    monkeypatch.setattr(measure.loading, "load_tokenizer", lambda name: load(base))
     model = get_peft_model(AutoModelForCausalLM.from_pretrained(base), training.lora_config(profile.Lora(rank=2, alpha=4)))
     torch.manual_seed(1)
     for name, p in model.named_parameters():
@@ -57,6 +59,22 @@ def logp_of_end(model, tokenizer, read, written):
 def test_pairs_of_which_none_can_be_trained_on_are_refused_with_their_reasons(senior):
     with pytest.raises(UserError, match="none of 1 can be trained on.*'same': 1"):
         measure.four_log_probs(open_run("smoke"), PAIRS[:1])
+
+
+def test_the_revisor_reads_each_text_and_scores_the_same_tokens(senior):
+    tokens, (one, other) = measure.revisor_log_probs(
+        open_run("smoke"), ["Write.", "Write one example."], "a good text about hens"
+    )
+    assert "".join(tokens).strip() == "a good text about hens" and len(tokens) == len(one) == len(other) and one != other
+
+
+def test_a_replay_says_that_it_has_no_weights(tiny_model, monkeypatch, capsys):
+    monkeypatch.setenv("SPEED_REPLAY", "1")
+    run = open_run("smoke", {"models.generator": tiny_model("gemma3")})
+    assert set(measure.four_log_probs(run, PAIRS).values()) == {0.0}
+    tokens, found = measure.revisor_log_probs(run, ["Write."], "hens")
+    assert found == [[0.0] * len(tokens)] and tokens
+    assert capsys.readouterr().out.count("a replay has no weights") == 2
 
 
 def test_gains_and_drift_compare_the_second_text_with_the_first():
