@@ -24,22 +24,10 @@ from workbook import exercises
 NOTEBOOKS = notebook.notebooks(ROOT / "notebooks")
 
 
-def row(record, status="ok", kind="retrieval", raw=""):
-    return {"record": record, "status": status, "kind": kind, "raw": raw}
-
-
 def seed(query, positive, negative):
     return f'{{"user_query":"{query}","positive_document":"{positive}","hard_negative_document":"{negative}"}}'
 
 
-RETRIEVAL = [
-    row("a", raw=seed("red hen", "a red hen", "a red fox")),  # 2 and 1 words shared
-    row("b", raw=seed("red hen", "a hen", "a Red fox")),  # 1 and 1
-    row("c", raw=seed("red hen", "a fox", "a red hen")),  # 0 and 2
-    row("d", raw=seed("big red hen", "red hen", "fox")),  # 2 and 0
-    row("e", kind="sts", raw='{"S1":"a","S2":"b","S3":"c"}'),
-    row("f", status="invalid", raw="{"),
-]
 PAIRS = [
     {"chosen": "one two three", "rejected": "one two"},
     {"chosen": "one two", "rejected": "three four five"},
@@ -47,8 +35,6 @@ PAIRS = [
     {"chosen": "one two four", "rejected": "one"},
     {"chosen": "a", "rejected": "b c"},
 ]
-BASE = [row("a", "ok"), row("b", "invalid"), row("c", "invalid"), row("d", "ok"), row("e", "invalid"), row("f", "ok")]
-JUNIOR = [row(r, s) for r, s in zip("abcdef", ("ok", "ok", "ok", "invalid", "truncated", "ok"), strict=True)]
 POINTS = [
     {"guide": g, "labels": s, "margin": m, "precision": p, "recall": r}
     for g, s, values in (
@@ -66,8 +52,6 @@ DIFFERENCES = [
 # What a checker is given beside the answer. `names` are what the solution cell finds in its notebook.
 FACTS = {
     "01.1": {"topics": ["Arts/Music/Jazz/Piano/Trio", "Home/Garden", "A/B/C"]},
-    "02.2": {"rows": RETRIEVAL},
-    "03.2": {"base": BASE, "junior": JUNIOR},
     "04.2": {"pairs": PAIRS},
     "05.2": {"gain": [1.0, -0.5, 0.0, 0.3]},
     "06.2": {"issued": 100, "valid": 80, "dropped": [{"dropped_by": "near-duplicate"}] * 6 + [{"dropped_by": "evaluation overlap"}] * 5},
@@ -89,14 +73,11 @@ class Rows:
 
 def names(number):
     """What the cells before the exercises have left behind, as far as the solutions use it."""
-    from speed_core.data import records
-
     known = {
-        "02": {"records": records, "rows": RETRIEVAL},
-        "03": {"base": Rows(BASE), "after": Rows(JUNIOR)},
+        "02": {"prompts": prompts},
         "04": {"pairs": Rows(PAIRS)},
         "05": {"prompts": prompts, "gain": FACTS["05.2"]["gain"]},
-        "06": {"data": Rows(FACTS["06.2"]["dropped"]), "ok": 80},
+        "06": {"dropped": FACTS["06.2"]["dropped"], "outcomes": {"ok": 80}},
         "07": {"points": POINTS, "reference": reference},
         "00": {"profiles": profiles, "run": SimpleNamespace(profile=profiles.load("tiny"))},
         "12": {"claims": claims},
@@ -136,7 +117,19 @@ def next_code(cells, i):
     return next(k for k in range(i + 1, len(cells)) if cells[k].cell_type == "code")
 
 
-CHANGES = ("01.1", "04.1", "06.1", "07.3", "08.1", "08.2", "09.2", "12.2")  # the reference code, changed by the reader
+CHANGES = (
+    "01.1",
+    "02.1",
+    "03.2",
+    "04.1",
+    "05.1",
+    "06.1",
+    "07.3",
+    "08.1",
+    "08.2",
+    "09.2",
+    "12.2",
+)  # the reference code, changed by the reader
 
 
 def test_who_changes_the_reference_code_sees_the_effect_solved_or_not():
@@ -153,7 +146,10 @@ def test_who_changes_the_reference_code_sees_the_effect_solved_or_not():
 
 EFFECTS = {
     "01": {"deep": ["A/B/C/D/E/F"]},
+    "02": {"table": "paper"},
+    "03": {},
     "04": {},
+    "05": {"first": {"prompt": "Write one example.", "weak": "a weak sample"}},
     "06": {"three": ["how long do hens lay eggs in a year"]},
     "07": {"toy": np.eye(6, dtype=np.float32)},
     "09": {"chosen": "t", "results": {a: [{"tasks": {"t": {"items": [0.1 * k, 0.5, 1.0]}}}] for k, a in enumerate(("guided", "plain"))}},
@@ -251,6 +247,11 @@ def runs(text, size):
     return {text.lower()[i : i + size] for i in range(len(text) - size + 1)}
 
 
+def row_losses(logits, ids, scored):
+    one = [reference.completion_loss(x[None], i[None], s[None]) for x, i, s in zip(logits, ids, scored, strict=True)]
+    return torch.stack(one)
+
+
 MISTAKES = [
     ("01.1", lambda p, d: "/".join(p.split("/")[:d]), "the end of a path"),
     ("01.1", lambda p, d: "/".join(p.split("/")[-d:]), "the beginning of a path"),
@@ -265,24 +266,27 @@ MISTAKES = [
     ("01.2", {"read": "['a']", "refused": "[f("}, "Python itself"),
     ("01.2", {"read": "['a']", "refused": "[1, 2]"}, "no call inside"),
     ("01.2", {"read": "['a']", "refused": ...}, "refused"),
-    ("02.1", {"lost": "{", "kept": "{"}, "our parser says invalid"),
-    ("02.1", {"lost": seed("a", "b", "c"), "kept": "{"}, "the released parser says kept"),
-    ("02.1", {"lost": "so: " + seed("a", "b}", "c"), "kept": seed("a", "b", "c")}, "takes it as well"),
-    ("02.1", {"lost": "so: " + seed("a", "b}", "c"), "kept": "{"}, "must still be JSON"),
-    ("02.2", 1 / 4, "a tie counts"),
-    ("02.2", 50, "percentage"),
-    ("02.2", 2, "divide it"),
-    ("02.2", 2 / 5, "all seeds"),
-    ("02.2", 0.9, "another share"),
+    ("02.1", lambda i, table, name: prompts.draw_attribute(prompts.rng_for(i), table, name), "by the id alone"),
+    ("02.1", lambda i, table, name: prompts.draw_attribute(prompts.rng_for(name), table, name), "by the name alone"),
+    ("02.1", lambda i, table, name: prompts.draw_attribute(prompts.rng_for(f"{i}/{name}"), "paper", name), "table is not used"),
+    ("02.1", lambda i, table, name: prompts.draw_attribute(prompts.rng_for(f"{name}/{i}"), table, name), "changed places"),
+    ("02.1", lambda i, table, name: "clear", "cases differ"),
+    ("02.2", {"lost": "{", "kept": "{"}, "our parser says invalid"),
+    ("02.2", {"lost": seed("a", "b", "c"), "kept": "{"}, "the released parser says kept"),
+    ("02.2", {"lost": "so: " + seed("a", "b}", "c"), "kept": seed("a", "b", "c")}, "takes it as well"),
+    ("02.2", {"lost": "so: " + seed("a", "b}", "c"), "kept": "{"}, "must still be JSON"),
     ("03.1", lambda p, c, e: (p + c + [e], [1] * (len(p + c) + 1)), "the prompt is scored"),
     ("03.1", lambda p, c, e: (p + c, [0] * len(p) + [1] * len(c)), "never stops"),
     ("03.1", lambda p, c, e: (p + c + [e], [0] * len(p) + [1] * len(c) + [0]), "never learnt"),
     ("03.1", lambda p, c, e: (p + c + [e], [1] * len(p) + [0] * len(c + [e])), "wrong way round"),
     ("03.1", lambda p, c, e: (p + c + [e], [0] * len(p) + [1] * len(c)), "entries"),
     ("03.1", lambda p, c, e: p + c, "two lists"),
-    ("03.2", [2, 2, 1, 1], "wrong way round"),
-    ("03.2", [2, 1, 2, 0], "add up to 5 of 6"),
-    ("03.2", [3, 0, 2, 1], "field 'record'"),
+    ("03.2", reference.completion_loss, "the reference still"),
+    ("03.2", lambda x, i, s: row_losses(x, i, s), "for each row"),
+    ("03.2", lambda x, i, s: row_losses(x, i, s).sum(), "the sum over the rows"),
+    ("03.2", lambda x, i, s: row_losses(x, i, torch.ones_like(s)).mean(), "the prompt is scored"),
+    ("03.2", lambda x, i, s: -row_losses(x, i, s).mean(), "other sign"),
+    ("03.2", lambda x, i, s: 2.0, "6 of 6 cases differ"),
     ("04.1", lambda a, b, c, d, beta, e: reference.dpo_loss(a, b, c, d, beta), "Eq. 2 as it was"),
     ("04.1", lambda a, b, c, d, beta, e: dpo(b, a, d, c, beta, e), "changed places"),
     ("04.1", lambda a, b, c, d, beta, e: reference.dpo_loss(a, b, c, d, beta * (1 - 2 * e)), "mix the two losses"),
@@ -293,11 +297,11 @@ MISTAKES = [
     ("04.2", 0.6, "equal length"),
     ("04.2", 2, "divide it"),
     ("04.2", 0.75, "another share"),
-    ("05.1", lambda p, w, r: (prompts.revise(p, r), r), "learn to copy"),
-    ("05.1", lambda p, w, r: (prompts.revise(p, w), w), "weak sample once more"),
-    ("05.1", lambda p, w, r: (w, r), "prompt is missing"),
-    ("05.1", lambda p, w, r: (p, r), "weak sample is missing"),
-    ("05.1", lambda p, w, r: (p + w, r), "same words"),
+    ("05.1", prompts.revise, "the reference still"),
+    ("05.1", lambda p, s: s, "the sample alone"),
+    ("05.1", lambda p, s: prompts.revise("", s), "an empty line"),
+    ("05.1", lambda p, s: prompts.revise("", s).strip()[3:], "cases differ"),
+    ("05.1", lambda p, s: prompts.revise(p, "").removeprefix(f"{p}\n\n"), "the weak sample is missing"),
     ("05.2", (0.8, 1.3), "the first is a sum"),
     ("05.2", (0.2, 0.65), "forgets the records"),
     ("05.2", (0.2, 0.2), "first again"),
@@ -439,6 +443,47 @@ def test_the_students_copy_holds_no_solution_and_nothing_else_changes(tmp_path):
                 assert "..." in b.source and a.source not in text
             else:
                 assert a == b
+
+
+def test_a_folded_students_copy_keeps_each_solution_closed_behind_its_checker(tmp_path):
+    for path in classroom.write(tmp_path / "lab", folded=True):
+        ours, theirs = nbformat.read(ROOT / "notebooks" / path.name, 4), nbformat.read(path, 4)
+        nbformat.validate(theirs)
+        folded = [i for i, c in enumerate(theirs.cells) if c.cell_type == "markdown" and c.id.endswith("-solution")]
+        solutions = classroom.tagged(ours, "solution")
+        assert len(folded) == len(solutions) and (solutions or path.stem[:2] == "00")
+        for i, solution in zip(folded, solutions, strict=True):
+            text = theirs.cells[i].source
+            assert text.startswith("<details><summary>Solution</summary>\n\n```python\n") and text.endswith("```\n\n</details>")
+            assert solution.source in text and theirs.cells[i].cell_type == "markdown"
+            assert "checker" in theirs.cells[i - 1].metadata["tags"]
+        assert not classroom.tagged(theirs, "solution")
+        assert [c for i, c in enumerate(theirs.cells) if i not in folded] == classroom.student_copy(
+            ROOT / "notebooks" / path.name
+        ).cells
+
+
+def test_a_copy_that_is_kept_gets_what_is_missing_and_no_work_is_lost(tmp_path):
+    first, second = classroom.write(tmp_path, folded=True, keep=True)[1:3]
+    first.write_text(first.read_text().replace("# your turn", "# my work"))
+    second.unlink()
+    classroom.write(tmp_path, folded=True, keep=True)
+    assert "my work" in first.read_text() and second.is_file()
+    with pytest.raises(UserError, match="--force overwrites"):
+        classroom.main(tmp_path, force=True, keep=True)
+
+
+def test_an_exercise_without_a_checker_is_refused(tmp_path):
+    nb = nbformat.read(NOTEBOOKS[0], 4)
+    nb.cells = [c for c in nb.cells if "checker" not in c.metadata.get("tags", [])]
+    nbformat.write(nb, tmp_path / "01_a.ipynb")
+    with pytest.raises(UserError, match="01_a.ipynb: 2 solutions and 0 checkers"):
+        classroom.student_copy(tmp_path / "01_a.ipynb")
+
+
+def test_make_lab_opens_the_folded_copy_and_keeps_what_is_there():
+    target = re.search(r"^lab: .*\n((?:\t.*\n)+)", (ROOT / "Makefile").read_text(), re.M).group(1)
+    assert "scripts/classroom.py lab --folded --keep" in target and " lab/00_preflight.ipynb" in target
 
 
 def test_work_of_a_student_is_not_overwritten(tmp_path):
