@@ -114,7 +114,7 @@ class Negatives:
     cosine: np.ndarray  # (n,)
 
     def __str__(self) -> str:
-        low, high = uncertainty.bootstrap_interval(self.sound, "mean")
+        low, high = uncertainty.bootstrap_interval(self.sound.tolist(), "mean")
         return f"sound {self.sound.mean():.2f} [{low:.2f}, {high:.2f}], cosine to the negative {self.cosine.mean():.2f}"
 
 
@@ -137,7 +137,8 @@ def sound_negatives_gain(found: Mapping[str, Negatives], *, draws: int = 2000) -
     rng, (a, b) = np.random.default_rng(0), (found[Arm.SR].sound, found[Arm.BASE].sound)
     low, high = uncertainty.interval([rng.choice(a, len(a)).mean() - rng.choice(b, len(b)).mean() for _ in range(draws)])
     what = f"share of sound negatives under the guide, senior ({len(a)}) minus base model ({len(b)})"
-    fact = uncertainty.claim_evidence(*(100 * v for v in (a.mean() - b.mean(), low, high)), what)
+    gain = float(a.mean() - b.mean())
+    fact = uncertainty.claim_evidence(100 * gain, 100 * low, 100 * high, what)
     return {"S18": fact | {"source": "hard-negatives"}}
 
 
