@@ -109,11 +109,17 @@ def of_archive(path: Path) -> tuple[dict[str, str], Notebooks]:
 
 
 def executed(profile: str) -> tuple[dict[str, str], Notebooks]:
-    """The notebooks of the run of a profile: of the one that is here or else of the one that ships."""
+    """The notebooks of the run of a profile: of the one that is here or, where it is not whole, of the one that ships."""
     name = profiles.load(profile).name
+    ships = name == SHIPPED and ARCHIVE.is_file()
     if (runs_folder() / name / "notebooks").is_dir():
-        return of_run(runs_folder() / name)
-    if name == SHIPPED and ARCHIVE.is_file():
+        try:
+            return of_run(runs_folder() / name)
+        except UserError as error:
+            if not ships:
+                raise
+            print(f"{error}; until then the recorded notebooks are shown")
+    if ships:
         return of_archive(ARCHIVE)
     raise UserError(f"book: no run of profile {name} is here; make it with `make reproduce PROFILE={name}`")
 

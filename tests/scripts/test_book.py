@@ -81,7 +81,7 @@ def test_solutions_are_folded_and_nothing_else_of_a_notebook_changes(run, tmp_pa
         assert folded == [c for c in laid if "solution" in c.metadata.get("tags", [])]
 
 
-def test_the_archive_gives_back_what_was_packed_without_a_folder_of_the_machine(run, tmp_path, monkeypatch):
+def test_the_archive_gives_back_what_was_packed_without_a_folder_of_the_machine(run, tmp_path, monkeypatch, capsys):
     path = run / "notebooks" / "01_task_brainstorming.ipynb"
     nb = nbformat.read(path, 4)
     said = f"/old/place/runs/smoke/artifacts/tasks {ROOT}/figures"
@@ -97,7 +97,11 @@ def test_the_archive_gives_back_what_was_packed_without_a_folder_of_the_machine(
     monkeypatch.setenv("SPEED_RUNS", str(tmp_path / "nothing"))
     assert book.executed("smoke") == (info, notebooks)
     monkeypatch.setenv("SPEED_RUNS", str(run.parent))
-    assert book.executed("smoke") == (info, notebooks), "a run that is here comes first"
+    (run / "artifacts" / "tasks" / "manifest.json").write_text(json.dumps(MADE | {"device": "another"}))
+    assert book.executed("smoke")[0]["device"] == "another", "a run that is here comes first"
+    path.unlink()
+    assert book.executed("smoke") == (info, notebooks), "unless it is not whole"
+    assert "--from 01; until then the recorded notebooks are shown" in capsys.readouterr().out
 
 
 def test_without_a_run_and_without_an_archive_one_line_says_what_to_run(run, tmp_path, monkeypatch):
