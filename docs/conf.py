@@ -7,11 +7,12 @@ from typing import Any
 from docutils import nodes
 from latex2mathml.converter import convert
 
-project, author, copyright = "SPEED, step by step", "The authors of SPEED, step by step", "the authors of SPEED, step by step"
+project = "SPEED, step by step"
 extensions = ["myst_nb"]
 myst_enable_extensions = ["dollarmath"]
 myst_heading_anchors = 4
 nb_execution_mode = "off"  # outputs are taken as they are
+nb_code_prompt_show, nb_code_prompt_hide = "Show a solution", "Hide it"  # scripts/book.py folds nothing else
 nb_ipywidgets_js: dict[str, Any] = {}  # it would load widgets from the network; the outputs hold none
 html_theme = "sphinx_book_theme"
 html_title = project
@@ -20,6 +21,7 @@ html_theme_options = {
     "show_toc_level": 2,
     "navigation_with_keys": False,
     "navbar_persistent": [],  # the search button stands in the sidebar already
+    "footer_content_items": ["extra-footer"],  # it says which run the outputs are of
 }
 html_context = {"default_mode": "light"}  # figures and marked code are drawn on white
 html_static_path, html_css_files = ["site.css"], ["site.css"]
