@@ -35,7 +35,8 @@ TESTS = $(PY) -m pytest -n $(TEST_WORKERS) --dist loadfile --no-loadscope-reorde
 test: lint kernels ## lint, types, kernels, unit tests, and every notebook once at smoke size (TEST_WORKERS=0: one test at a time)
 	@$(TESTS) -m "not slow"
 
-test-rest: setup ## what `test` leaves out: each notebook alone, the bundle, 50 kills, Ray, a real server, a browser (needs chromium)
+test-rest: setup ## what `test` leaves out: each notebook alone, the bundle, 50 kills, Ray, a real server, the site, a browser (needs chromium)
+	@bash scripts/book.sh || echo "test-rest: the site is not tested"
 	@$(TESTS) -m slow
 
 test-all: ## `test`, then `test-rest`
@@ -49,6 +50,10 @@ lab: setup ## JupyterLab on your own copy of the notebooks, in lab/: exercises t
 	@$(PY) scripts/classroom.py lab --folded --keep
 	@$(PY) -m jupyterlab --ServerApp.root_dir=. lab/00_preflight.ipynb
 
+book: ## the site, in book/index.html: the docs and the executed notebooks of PROFILE's run, or the recorded ones (its environment: .venv-book)
+	@bash scripts/book.sh
+	@PYTHONPATH=.:notebooks .venv-book/bin/python scripts/book.py --profile $(PROFILE)
+
 classroom: setup ## the students' copy of the notebooks in classroom/, without any solutions
 	@$(PY) scripts/classroom.py
 
@@ -59,4 +64,4 @@ OUT ?= speed-$(PROFILE).tar
 bundle: setup ## one archive for machines without a network, of PROFILE's run: OUT (speed-PROFILE.tar); WHEELS=1 puts the environment in
 	@$(PY) scripts/bundle.py --profile $(PROFILE) $(if $(WHEELS),--wheels) $(OUT)
 
-.PHONY: help setup reproduce plan check lint kernels test test-rest test-all browser lab classroom gpu-check bundle
+.PHONY: help setup reproduce plan check lint kernels test test-rest test-all browser lab book classroom gpu-check bundle

@@ -1,4 +1,5 @@
-"""Take a finished run into the package: its logs, what each stage took, and the data sets that a fresh clone starts on.
+"""Take a finished run into the package: its logs, what each stage took, the data sets that a fresh clone starts on, and of `tiny` the
+executed notebooks, from which a fresh clone builds the site.
 
 python scripts/record.py --profile overnight     # after `python -m speed_core run --profile overnight`
 """
@@ -11,6 +12,7 @@ from typing import Annotated
 
 import typer
 
+import book
 import captions
 from speed_core.console import user_errors
 from speed_core.runner import recorded, replay
@@ -42,6 +44,9 @@ def main(profile: Annotated[str, typer.Option(help="smoke, tiny, overnight, work
     if (CARRIED / run.profile.name).is_dir():
         carried, known = carry(run), recorded.write(run)
         print(f"assets/shipped/{profile}: {len(carried)} artifacts, values and verdicts in {known.name}")
+    if profile == book.SHIPPED:
+        info, notebooks = book.of_run(run.folder)
+        print(f"{book.ARCHIVE.name}: sha256 {replay.pack(info, book.packed(notebooks), book.ARCHIVE)}")
     if profile == OFFICIAL:
         print(f"{replay.RECORDED.name}: sha256 {replay.export_logs(run, replay.RECORDED)}")
         print(f"notebooks: {captions.write()} sentences under figures changed")

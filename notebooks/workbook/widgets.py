@@ -1,14 +1,12 @@
 """Three things to touch: the margin of the mask (07), the written records (06), the temperature (03).
 
-Every one gives its facts first, as ordinary text and, where the notebook has none yet, as a still figure; the widget comes
-after them and only where somebody can move it. A page without a kernel (a papermill run, an HTML export, a preview on the
-web) therefore loses nothing and shows no empty box.
+Every one gives its facts first, as ordinary text and, where the notebook has none yet, as a still figure. The margin's slider is
+a script in the page. The two others need a kernel and come only where somebody can move them, so a page without one (a
+papermill run, an HTML export, a preview on the web) loses nothing and shows no empty box.
 """
 
 from __future__ import annotations
 
-import base64
-import io
 import json
 import os
 from collections import Counter
@@ -18,18 +16,18 @@ from html import escape
 from typing import Any
 
 import ipywidgets as w
-import matplotlib.pyplot as plt
+import torch
 from IPython.core.getipython import get_ipython
 from IPython.display import display
 
 from speed_core.contrastive.guided_loss import LossSettings, false_negative_mask
+from speed_core.contrastive.loss_inputs import TIE
 from speed_core.data import records
 from speed_core.data.prompts import Prompt, revise
 from speed_core.evaluation import uncertainty
 from speed_core.files import ASSETS, read_jsonl
 from speed_core.plots import provenance
 from speed_core.plots.basic import OURS, canvas
-from speed_core.plots.figures import mask_picture
 from speed_core.store.artifacts import Artifact
 
 TEMPERATURES = (0.3, 0.7, 1.0, 1.3)  # what scripts/record_temperatures.py records
@@ -83,44 +81,85 @@ def _text(title: str, body: str) -> str:
 # --- 07: the margin ------------------------------------------------------------------------------
 
 
-def _mask(columns: Sequence[Any], margin: float) -> tuple[Any, dict[str, int]]:
-    view = false_negative_mask(tuple(columns), LossSettings(margin=margin))
-    return view, {name: int(view.removed[b].sum()) for b, name in BLOCKS.items() if b in view.removed}
-
-
 def margin_table(columns: Sequence[Any]) -> str:
     """Candidates removed in each block, a line for each margin; `columns` are the guide's (B, D) queries, positives, negatives."""
-    counts = {m: _mask(columns, m)[1] for m in MARGINS}
-    rows = [[f"{m:+.2f}", *map(str, c.values()), str(sum(c.values()))] for m, c in counts.items()]
-    return _table(["margin", *counts[0.0], "all"], rows)
+    rows = []
+    for m in MARGINS:
+        removed = false_negative_mask(tuple(columns), LossSettings(margin=m)).removed
+        counts = [int(removed[b].sum()) for b in BLOCKS if b in removed]
+        rows.append([f"{m:+.2f}", *map(str, counts), str(sum(counts))])
+    return _table(["margin", *(name for b, name in BLOCKS.items() if b in removed), "all"], rows)
 
 
-def margin_picture(columns: Sequence[Any], margin: float) -> str:
-    """The masking microscope at a margin as HTML: the counts in words and a PNG whose alternative text repeats them."""
-    view, counts = _mask(columns, margin)
-    said = f"margin {margin:+.2f}: {sum(counts.values())} removed ({', '.join(f'{b} {n}' for b, n in counts.items())})"
-    figure, _ = mask_picture(view, f"Removed at margin {margin:+.2f}")
-    png = io.BytesIO()
-    figure.savefig(png, format="png", dpi=100)
-    plt.close(figure)  # an open figure would be drawn once more, under the next cell
-    data = base64.b64encode(png.getvalue()).decode()
-    return f'<div>{said}</div><img style="max-width: 100%" alt="Masking microscope, {said}" src="data:image/png;base64,{data}">'
+def margin_data(columns: Sequence[Any]) -> dict[str, Any]:
+    """What the slider computes the mask from, in thousandths: {own: the guide's similarity of each pair (B,), blocks: {name: how far
+    each candidate lies above its row's own pair, None where it never counts}}.
+
+    Distances are rounded up, so that "removed: distance > -margin" is exact at every margin of whole thousandths.
+    """
+    at_zero, all_removed = (false_negative_mask(tuple(columns), LossSettings(margin=m)) for m in (0.0, 4.0))
+    own, blocks = at_zero.threshold.double(), {}
+    for b, name in ((b, name) for b, name in BLOCKS.items() if b in at_zero.removed):
+        above = at_zero.similarity[b].double() - own[:, None] - TIE * torch.finfo(columns[0].dtype).eps
+        counts = all_removed.removed[b].tolist()
+        rows = zip((1000 * above).ceil().int().tolist(), counts, strict=True)
+        blocks[name] = [[x if may else None for x, may in zip(*row, strict=True)] for row in rows]
+    return {"own": (1000 * own).round().int().tolist(), "blocks": blocks}
 
 
-def margin_slider(columns: Sequence[Any]) -> Any:
-    """A slider over the margin; each position draws the microscope again."""
-    # Drawn when the slider is let go (or at each arrow key): a picture takes longer than a drag waits.
-    slider = w.FloatSlider(
-        0.0, min=-0.3, max=0.3, step=0.05, description="margin m", readout_format="+.2f", style=LABELS, continuous_update=False
-    )
-    picture = w.HTML(margin_picture(columns, 0.0))
-    slider.observe(lambda change: setattr(picture, "value", margin_picture(columns, round(change["new"], 2))), "value")
-    return w.VBox([slider, picture])
+# Plain JavaScript, so that the slider works wherever the output is shown as a page: in JupyterLab, in an exported file and on the
+# site, without a kernel and without a network. Where scripts are not run, the sentence in the box stays.
+MARGIN_PAGE = """<div data-lm-suppress-shortcuts="true" style="background: white; color: black; padding: 4px">
+<p>A slider stands here where scripts may run. Its numbers are in the table above.</p>
+<script>
+(() => {
+  const data = DATA, box = document.currentScript.parentElement, font = "font: 14px sans-serif; ";
+  const stops = ["#00224e", "#35456c", "#666970", "#948e77", "#c8b866", "#fee838"];  // cividis, dark to light
+  const colour = x => stops[Math.max(0, Math.min(5, Math.floor(x * 6 / 1000)))];
+  const panel = ([name, rows]) => `<figure style="margin: 0">
+    <figcaption style="${font}text-align: left">${name}: <b></b></figcaption>
+    <svg role="img" viewBox="0 0 ${rows[0].length} ${rows.length}" style="width: 100%" shape-rendering="crispEdges">
+    ${rows.map((row, i) => row.map((x, j) => `<rect x="${j}" y="${i}" width="1" height="1"
+      fill="${x === null ? "white" : colour(data.own[i] + x)}"/>`).join("")).join("")}
+    <g fill="none" shape-rendering="auto"><path stroke="white" stroke-width=".4"/><path stroke="#d55e00" stroke-width=".22"/></g>
+    </svg></figure>`;
+  box.innerHTML = `<label style="${font}">margin m
+    <input type="range" min="-0.3" max="0.3" step="0.01" value="0" style="width: 220px; vertical-align: middle"></label>
+    <output style="${font}" aria-live="polite"></output>
+    <div style="display: grid; grid-template-columns: repeat(auto-fit, minmax(220px, 1fr)); gap: 12px; max-width: 640px; margin: 8px 0">
+    ${Object.entries(data.blocks).map(panel).join("")}</div>
+    <div style="${font}">A row for each pair, a column for each candidate; a cross marks what is removed, white what never counts.
+    Guide similarity: 0 ${stops.map(c => `<span style="background: ${c}; padding: 0 10px"></span>`).join("")} 1</div>`;
+  const slider = box.querySelector("input"), figures = [...box.querySelectorAll("figure")];
+  const draw = () => {
+    const bar = -Math.round(1000 * slider.value);
+    const said = `${slider.value > 0 ? "+" : ""}${(+slider.value).toFixed(2)}`;
+    const counts = Object.entries(data.blocks).map(([name, rows], k) => {
+      const gone = rows.flatMap((row, i) => row.flatMap((x, j) => x !== null && x > bar ? [[i, j]] : []));
+      const crosses = gone.map(([i, j]) => `M${j + .15} ${i + .15}l.7 .7m0 -.7l-.7 .7`).join("");
+      figures[k].querySelectorAll("path").forEach(path => path.setAttribute("d", crosses));
+      figures[k].querySelector("b").textContent = `${gone.length} removed`;
+      figures[k].querySelector("svg").setAttribute("aria-label", `${name} at margin ${said}: ${gone.length} removed`);
+      return gone.length;
+    });
+    box.querySelector("output").textContent = `${said}: ${counts.reduce((a, b) => a + b)} removed`;
+    slider.setAttribute("aria-valuetext", said);
+  };
+  slider.addEventListener("input", draw);
+  draw();
+})();
+</script>
+</div>"""
 
 
 def margin(columns: Sequence[Any]) -> None:
-    """Notebook 07: counts at a few margins, and the slider."""
-    show(margin_table(columns), lambda: margin_slider(columns))
+    """Notebook 07: counts at a few margins, and a slider over the mask that works in the page itself."""
+    print(margin_table(columns))
+    if getattr(get_ipython(), "kernel", None) is not None:
+        page = MARGIN_PAGE.replace("DATA", json.dumps(margin_data(columns), separators=(",", ":")))
+        display(
+            {"text/html": page, "text/plain": "(A slider stands here on a page; its numbers are in the table above.)"}, raw=True
+        )
 
 
 # --- 06: the browser -----------------------------------------------------------------------------

@@ -89,13 +89,30 @@ def test_the_still_figures_draw_the_numbers_of_the_text():
     plt.close("all")
 
 
-def test_moving_the_margin_draws_another_picture_and_leaves_no_figure_open(columns):
-    plt.close("all")  # what other tests of this process left
-    box = widgets.margin_slider(columns)
-    before = page(box).value
-    controls(box)["margin m"].value = 0.1
-    assert page(box).value != before and 'alt="Masking microscope, margin +0.10' in page(box).value
-    assert plt.get_fignums() == []
+def test_what_the_slider_computes_from_gives_the_counts_of_the_table_at_each_margin(columns):
+    data, lines = widgets.margin_data(columns), [line.split() for line in widgets.margin_table(columns).splitlines()[1:]]
+    for m, line in zip(widgets.MARGINS, lines, strict=True):
+        gone = [sum(x is not None and x > round(-1000 * m) for row in rows for x in row) for rows in data["blocks"].values()]
+        assert gone == [int(n) for n in line[1:-1]], m
+    same = data["blocks"]["query-positive"]
+    assert all(same[i][i] is None for i in range(8)) and all(None not in row for row in data["blocks"]["query-negative"])
+
+
+def test_the_slider_never_removes_an_exact_tie_at_margin_zero(columns):
+    queries, positives, _ = columns
+    blocks = widgets.margin_data([queries, positives, positives])["blocks"]  # each negative is the own positive
+    assert [blocks["query-negative"][i][i] for i in range(8)] == [0] * 8
+
+
+def test_the_slider_is_in_the_page_that_a_run_leaves_and_fetches_nothing(tmp_path):
+    cells = ["import torch\nfrom workbook import widgets", "widgets.margin([torch.eye(3), torch.eye(3), torch.ones(3, 3)])"]
+    nb = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(c) for c in cells])
+    nbformat.write(nb, tmp_path / "07.ipynb")
+    assert notebook.execute(tmp_path / "07.ipynb", tmp_path / "done.ipynb", {}, show=False).status == "ok"
+    table, slider = nbformat.read(tmp_path / "done.ipynb", 4).cells[-1].outputs
+    page = slider.data["text/html"]
+    assert table.text.startswith("margin ") and "table above" in slider.data["text/plain"]
+    assert '"query-negative":[[' in page and '<input type="range"' in page and "http" not in page
 
 
 def test_the_browser_filters_and_goes_forth_and_back():
