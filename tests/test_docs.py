@@ -73,7 +73,7 @@ def test_the_pages_count_and_name_the_claims_as_the_claim_map_does():
 
 def test_every_module_that_a_page_names_can_be_found():
     names = {n for page in PAGES for n in re.findall(r"speed_core(?:\.[a-z_]+)+", page.read_text(encoding="utf-8"))}
-    assert len(names) > 5
+    assert len(names) >= 5
     for name in names:
         path = ROOT / name.replace(".", "/")
         assert path.with_suffix(".py").is_file() or (path / "__init__.py").is_file(), name

@@ -40,7 +40,9 @@ def text(profile: str, name: str, value: float, digits: int = 2) -> str:
     same, other = ([n for n in found if bool(n["other"]) == differs] for differs in (False, True))
     parts = [f"{_values(same, digits)} in {len(same)} recorded run{'s' * (len(same) > 1)} ({_types(same)})"] if same else []
     if other:
-        parts.append(f"{_values(other, digits)} in {len(other)} earlier with other settings ({_types(other)})")
+        parts.append(
+            f"{_values(other, digits)} in {len(other)} earlier run{'s' * (len(other) > 1)} with other settings ({_types(other)})"
+        )
     return "; ".join([said, *parts])
 
 

@@ -7,9 +7,9 @@ from workbook import elsewhere
 def test_a_range_is_of_runs_with_the_same_settings_and_names_their_compute_types():
     untrained = elsewhere.text("tiny", "untrained", 32.2)
     assert untrained.startswith("untrained: 32.20 here; 32.09 to 32.48 in 2 recorded runs (bfloat16, float32); ")
-    assert untrained.endswith("earlier with other settings (bfloat16)")
+    assert untrained.endswith("earlier runs with other settings (bfloat16)")
     junior = elsewhere.text("tiny", "junior valid", 0.5)
-    assert "; 0.53 in 1 recorded run (float32); 0.69 to 0.71 in 5 earlier with other settings (bfloat16)" in junior
+    assert "; 0.53 in 1 recorded run (float32); 0.69 to 0.71 in 5 earlier runs with other settings (bfloat16)" in junior
 
 
 def test_at_another_size_there_is_no_range(capsys):

@@ -24,7 +24,8 @@ def senior(tiny_model, tmp_path, monkeypatch):
     base = tiny_model("gemma3")
     load = loading.load_tokenizer
     monkeypatch.setattr(measure.loading, "load_tokenizer", lambda name: load(base))
-    model = get_peft_model(AutoModelForCausalLM.from_pretrained(base), training.lora_config(profile.Lora(rank=2, alpha=4)))
+    model = AutoModelForCausalLM.from_pretrained(base)
+    model = get_peft_model(model, training.lora_config(profile.Lora(rank=2, alpha=4), model))
     torch.manual_seed(1)
     for name, p in model.named_parameters():
         if "lora_B" in name:
