@@ -131,7 +131,9 @@ MARGIN_PAGE = """<div style="background: white; color: black; padding: 4px">
     <div style="display: grid; grid-template-columns: repeat(auto-fit, minmax(220px, 1fr)); gap: 12px; max-width: 640px; margin: 8px 0">
     ${Object.entries(data.blocks).map(panel).join("")}</div>
     <div style="${font}">A row for each pair, a column for each candidate; a cross marks what is removed, white what never counts.
-    Guide similarity: 0 ${stops.map(c => `<span style="background: ${c}; padding: 0 10px"></span>`).join("")} 1</div>`;
+    <span style="white-space: nowrap">Guide similarity: 0
+    ${stops.map(c => `<span style="display: inline-block; width: 20px; height: 11px; background: ${c}"></span>`).join("")} 1</span>
+    </div>`;
   const slider = box.querySelector("input"), figures = [...box.querySelectorAll("figure")];
   const draw = () => {
     const bar = -Math.round(1000 * slider.value);
