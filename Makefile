@@ -46,14 +46,15 @@ test-all: ## `test`, then `test-rest`
 browser: setup ## the notebooks in JupyterLab and a headless Chromium (in `test-all` too; needs chromium)
 	@$(PY) -m pytest tests/test_browser.py
 
-lab: setup ## JupyterLab on the notebooks
-	@$(PY) -m jupyterlab --ServerApp.root_dir=. notebooks/00_preflight.ipynb
+lab: setup ## JupyterLab on your own copy of the notebooks, in lab/: exercises to fill in, solutions folded; work that is there is kept
+	@$(PY) scripts/classroom.py lab --folded --keep
+	@$(PY) -m jupyterlab --ServerApp.root_dir=. lab/00_preflight.ipynb
 
 book: ## the site, in book/index.html: the docs and the executed notebooks of PROFILE's run, or the recorded ones (its environment: .venv-book)
 	@bash scripts/book.sh
 	@PYTHONPATH=.:notebooks .venv-book/bin/python scripts/book.py --profile $(PROFILE)
 
-classroom: setup ## the students' copy of the notebooks, without solutions, in classroom/
+classroom: setup ## the students' copy of the notebooks in classroom/, without any solutions
 	@$(PY) scripts/classroom.py
 
 gpu-check: setup ## kernels, losses and training steps on this GPU, in under ten minutes (REHEARSE=1: toy sizes on the processor)

@@ -123,7 +123,7 @@ def trainer_of(method: str, steps: int, device: str, model: Any, folder: str) ->
     common_arguments = training.trainer_arguments(settings, 0, Path(folder), use_cpu=device == "cpu", bf16=False)
     useful = sum(sum(r["completion_mask"]) for r in rows)
     if method == "ours_packed":
-        model = get_peft_model(model, training.lora_config(settings.lora))
+        model = get_peft_model(model, training.lora_config(settings.lora, model))
         token_logprobs.hidden_states_only(model)
         trainer = packed_trainer()(
             model=model,
@@ -144,7 +144,7 @@ def trainer_of(method: str, steps: int, device: str, model: Any, folder: str) ->
         args=SFTConfig(**common_arguments, max_length=settings.max_length, completion_only_loss=True, **more),
         train_dataset=data,
         processing_class=tokenizer,
-        peft_config=training.lora_config(settings.lora),
+        peft_config=training.lora_config(settings.lora, model),
     )
     if ours:
         token_logprobs.hidden_states_only(trainer.model)

@@ -5,7 +5,7 @@
 The floor of a stage is its products in GFLOP over the GFLOP/s of a bare product here. Counted are the models' layers and the
 language-model head, once for each token that has to be read or written: a prompt once for all its candidates, in training
 forward and backward to the inputs (LoRA's own products are small). What begins alike is counted each time, though engines and
-scores read it once, so a floor can be high by the length of a shared instruction. Students of notebook 07 are left out: most
+scores read it once, so a floor can be high by the length of a shared instruction. Students of notebook 07b are left out: most
 of their seconds are not products.
 """
 

@@ -1,6 +1,7 @@
 """One sentence for each figure of the recorded run, made from the numbers in the CSV beside it.
 
-    python scripts/captions.py     # write the sentences into the notebooks again, after figures/ has changed
+    python scripts/captions.py              # write the sentences into the notebooks again, after figures/ has changed
+    python scripts/captions.py 01 02        # into these notebooks alone
 
 `scripts/record.py` does so with every recorded run. A test compares the sentences with the committed figures, so no number in
 the prose is older than its picture.
@@ -10,6 +11,7 @@ from __future__ import annotations
 
 import csv
 import re
+import sys
 from collections import Counter
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -23,6 +25,9 @@ Rows = Sequence[dict[str, str]]
 
 LEADS = (f"*The recorded run at `{OFFICIAL}`:*", "*The recorded run of the benchmark:*")
 PICTURE = re.compile(r"!\[[^\]]*\]\((?:\.\./)*figures/(\w+)\.svg\)")
+# A live notebook shows its own picture just above; two alike, with different numbers, would be mistaken for each other.
+# The blank lines let Markdown read the line between them.
+FOLDED = "<details><summary>The recorded figure</summary>\n\n{}\n\n</details>"
 
 
 def _f(row: dict[str, str], key: str = "value") -> float:
@@ -245,16 +250,20 @@ def reading(name: str, figures: Path) -> str:
 
 
 def under_pictures(text: str, figures: Path) -> str:
-    """The text of a Markdown cell with the sentence of its recorded figure behind the words that lead to it."""
+    """The text of a Markdown cell with the sentence of its recorded figure behind the words that lead to it, and the figure folded."""
     found = PICTURE.search(text)
     lead = next((lead for lead in LEADS if text.startswith(lead)), "")
-    return f"{lead} {reading(found[1], figures)}\n\n{text[found.start() :]}" if found and lead else text
+    if not found or not lead:
+        return text
+    after = text[found.end() :].strip().removeprefix("</details>").strip()
+    folded = FOLDED.format(found[0])
+    return "\n\n".join(part for part in (f"{lead} {reading(found[1], figures)}", folded, after) if part)
 
 
-def write(figures: Path = ROOT / "figures") -> int:
-    """Bring the sentences in the notebooks up to the figures; returns how many cells changed."""
+def write(figures: Path = ROOT / "figures", only: Sequence[str] = ()) -> int:
+    """Bring the sentences in the notebooks (in those with the numbers `only`) up to the figures; returns how many cells changed."""
     changed = 0
-    for path in notebooks(ROOT / "notebooks"):
+    for path in [p for p in notebooks(ROOT / "notebooks") if not only or p.stem[:2] in only]:
         nb = nbformat.read(path, as_version=4)
         for cell in (c for c in nb.cells if c.cell_type == "markdown"):
             new = under_pictures(cell.source, figures)
@@ -265,4 +274,4 @@ def write(figures: Path = ROOT / "figures") -> int:
 
 
 if __name__ == "__main__":
-    print(f"{write()} sentences under figures changed")
+    print(f"{write(only=sys.argv[1:])} sentences under figures changed")

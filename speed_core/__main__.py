@@ -149,12 +149,31 @@ def check(
 
 
 @app.command()
-def card(artifact: str, out: Path, profile: ProfileName = "tiny") -> None:
+def domain(
+    out: Annotated[Path, typer.Option(help="folder for the data set, the model and the scorecard")],
+    profile: ProfileName = "own-domain",
+    data: Annotated[Path | None, typer.Option(help="your texts, JSONL as in `evaluate`: what the model is scored on")] = None,
+    set_: Values = None,
+) -> None:
+    """Make a training set and an embedding model for topics of your own (topics.file), and score the model on your texts."""
+    from speed_core.runner.own_domain import build
+    from speed_core.study.runs import open_run
+
+    build(open_run(profile, arguments.overrides(set_)), out, data)
+
+
+@app.command()
+def card(
+    artifact: str,
+    out: Path,
+    profile: ProfileName = "tiny",
+    merged: Annotated[bool, typer.Option("--merged", help="the whole model in place of its adapter")] = False,
+) -> None:
     """Write a model's or data set's card for the Hugging Face hub, with its files and mteb's results; pushes nothing."""
     from speed_core.runner import cards
     from speed_core.study.runs import open_run
 
-    written = cards.write(open_run(profile), artifact, out)
+    written = cards.write(open_run(profile), artifact, out, merged=merged)
     for found in cards.local_paths(out):
         print(f"{found}: a path of this machine; write the model's hub id in its place before you push")
     files = [p for p in out.rglob("*") if p.is_file()]
@@ -164,15 +183,19 @@ def card(artifact: str, out: Path, profile: ProfileName = "tiny") -> None:
 @app.command()
 def evaluate(
     model: Annotated[list[str], typer.Option(help="a folder, hub id or package:NAME; give it twice to compare two")],
-    data: Annotated[Path, typer.Option(help="your texts, JSONL (speed_core/runner/own_tasks.py says which shapes)")],
+    data: Annotated[
+        Path | None, typer.Option(help="your texts, JSONL (speed_core/runner/own_tasks.py says which shapes)")
+    ] = None,
+    tasks: Annotated[str, typer.Option(help="MTEB tasks or benchmarks by name, with commas between them")] = "",
     out: Annotated[Path, typer.Option(help="folder for scores and figure")] = Path("scorecard"),
     instructed: Annotated[bool, typer.Option(help="queries get the instruction template of this project's models")] = True,
     dtype: Annotated[str, typer.Option(help="to compute in: auto, float32, bfloat16 or float16")] = "auto",
 ) -> None:
-    """Score one or two models on your own texts, with intervals; two are compared text by text."""
+    """Score one or two models on your own texts or on MTEB tasks, with intervals; two are compared text by text."""
     from speed_core.runner.own_tasks import scorecard
 
-    scorecard(model, data, out, instructed=instructed, dtype=dtype)
+    names = [name.strip() for name in tasks.split(",") if name.strip()]
+    scorecard(model, out, data=data, mteb_tasks=names, instructed=instructed, dtype=dtype)
 
 
 @app.command()

@@ -112,9 +112,11 @@ class Teacher(ConfigSection):
 
 
 class Topics(ConfigSection):
-    """How many topics of the list are used, and how many of them, the last, no data are written about."""
+    """How many topics are used (0: all), and about how many of them, the last, no data are written. `file`: topics of your own (`topics`
+    says which forms); empty: the list of this repository."""
 
-    count: int = Field(ge=2)
+    file: str = ""
+    count: int = Field(ge=0)
     held_out: int = Field(ge=1)
     max_depth: int = Field(4, ge=1)
     truncate: bool = True  # of a path deeper than `max_depth`, drop levels in the middle
@@ -208,12 +210,18 @@ class Curate(ConfigSection):
 
 
 class Embedding(Training):
-    """Contrastive fine-tuning. `examples` caps the synthetic records used; `pooling` is that of a decoder."""
+    """Contrastive fine-tuning. `examples` caps the synthetic records used; `pooling` is that of a decoder. Negatives come from the whole
+    `batch`, whatever `micro_batch`, which is how many texts are embedded at a time; `gradient_checkpointing` saves memory too."""
 
     temperature: float = Field(0.02, gt=0)
     margin: float = 0.0
     guided: bool = True
     pooling: Literal["last", "mean"] = "last"
+    gradient_checkpointing: bool = False
+
+    def cache_key_fields(self) -> dict[str, Any]:
+        """The values that decide the weights, by dotted name: without the one that changes memory alone."""
+        return {k: v for k, v in dotted(self).items() if k != "gradient_checkpointing"}
 
 
 class Evaluation(ConfigSection):
@@ -225,7 +233,7 @@ class Evaluation(ConfigSection):
 
 
 class Student(ConfigSection):
-    """Notebook 07: encoders cut from the guide, trained with and without guidance on the seed data."""
+    """Notebook 07b: encoders cut from the guide, trained with and without guidance on the seed data."""
 
     layers: tuple[int, ...] = (1, 4)
     seeds: tuple[Seed, ...] = (0, 1, 2)
@@ -236,7 +244,7 @@ class Student(ConfigSection):
 
 
 class Study(ConfigSection):
-    """Notebooks 07 to 11: the guided-loss students, size of each ablation data set, sizes of the scaling points.
+    """Notebooks 07b to 11: the guided-loss students, size of each ablation data set, sizes of the scaling points.
 
     `seeds` counts from the run's own seed: every embedding model is trained once for each. `sweep_seeds`: the first of
     them, when the points of a sweep (`paper_sweeps.SWEEPS`) are to be trained with fewer. `generator_seeds`: the run's seed in each
@@ -323,6 +331,10 @@ def _raw(name: str, below: tuple[str, ...] = ()) -> dict[str, Any]:
         raise UserError(f"profile {path}: not JSON ({error}); correct the file") from None
     if not isinstance(data, dict):
         raise UserError(f"profile {path}: holds {type(data).__name__}, not an object with the values; see profiles/tiny.json")
+    topics = data.get("topics")
+    if isinstance(topics, dict) and isinstance(given := topics.get("file"), str):
+        with suppress(OSError, ValueError):  # of a profile of one's own, beside it
+            topics["file"] = str(found.resolve()) if (found := path.parent / given).is_file() else given
     parent = data.pop("extends", None)
     if parent is None:
         return data

@@ -5,6 +5,7 @@ Shapes: B texts in a batch, T tokens in a row, D dimensions, N texts of an evalu
 
 from __future__ import annotations
 
+import hashlib
 import math
 
 import torch
@@ -121,6 +122,20 @@ def jaccard(one: str, other: str, size: int = 3) -> float:
     words = one.lower().split(), other.lower().split()
     a, b = ({tuple(w[i : i + size]) for i in range(len(w) - size + 1)} for w in words)
     return len(a & b) / len(a | b)
+
+
+def minhash(text: str, count: int = 128, size: int = 3) -> list[int]:
+    """`count` numbers: of each of `count` random hash functions, the least hash of the text's runs of `size` words.
+
+    Two texts agree on one of these numbers with a probability that equals their `jaccard`.
+    """
+    words = text.lower().split()
+    runs = [" ".join(words[i : i + size]) for i in range(len(words) - size + 1)]
+
+    def hashed(function: int, run: str) -> int:
+        return int.from_bytes(hashlib.blake2b(f"{function} {run}".encode(), digest_size=8).digest(), "big")
+
+    return [min(hashed(k, run) for run in runs) for k in range(count)]
 
 
 def ndcg(relevant_ranks: list[int], cutoff: int = 10) -> float:

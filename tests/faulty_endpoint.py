@@ -44,6 +44,10 @@ class FaultyEndpoint(ThreadingHTTPServer):
         self.answers = {r["prompt_digest"]: r["answer"] for name in ("tasks", "seeds", "revisions") for r in recorded_rows(name)}
         super().__init__(("127.0.0.1", port), _Handler)
 
+    def answer(self, prompt: str) -> str | None:
+        """The right answer to a prompt, None for one that is refused."""
+        return self.answers.get(prompts.text_digest(prompt))
+
     @property
     def url(self) -> str:
         return f"http://127.0.0.1:{self.server_address[1]}/v1"
@@ -89,7 +93,7 @@ class _Handler(BaseHTTPRequestHandler):
             self.server.asked[key] += 1
             fault = self.server.fault(key, attempt)
             self.server.struck[fault or "none"] += 1
-        text = self.server.answers.get(key)
+        text = self.server.answer(prompt)
         if text is None:
             return self._send(400, {"error": {"message": "this prompt was never recorded", "type": "invalid_request_error"}})
         if fault in ("429", "500"):

@@ -71,7 +71,7 @@ def lab(tmp_path_factory):
     }
     options = ["--no-browser", "--allow-root", "--ip=127.0.0.1", f"--port={port}", "--ServerApp.port_retries=0"]
     words = re.search(r"-m jupyterlab (.+)", (ROOT / "Makefile").read_text())[1]  # as `make lab` starts it
-    opened = words.replace("00_preflight", "01_task_brainstorming").split()
+    opened = words.replace("lab/00_preflight", "notebooks/01_task_brainstorming").split()
     command = [sys.executable, "-m", "jupyterlab", *options, f"--IdentityProvider.token={token}", *opened]
     with (
         (folder / "lab.log").open("w") as log,

@@ -1,12 +1,15 @@
 """README and docs: short, every link leads somewhere, every command exists."""
 
+import csv
 import re
+from collections import Counter
 from pathlib import Path
 
 import pytest
 from typer.main import get_command
 
 from speed_core.__main__ import MOVED, app, main
+from speed_core.study.claims import Verdict
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGES = [
@@ -45,6 +48,27 @@ def test_every_command_and_target_that_a_page_names_exists(page):
     assert {
         t for t in re.findall(r"`?make ([a-z-]+)", "\n".join(re.findall(r"`make [a-z-]+|^make [a-z-]+", text, re.M)))
     } <= targets
+
+
+def test_the_pages_count_and_name_the_claims_as_the_claim_map_does():
+    with (ROOT / "figures" / "claims.csv").open(encoding="utf-8") as f:
+        rows = {r["id"]: r for r in csv.DictReader(f)}
+    count = Counter(r["verdict"] for r in rows.values())
+    readme, results = (p.read_text(encoding="utf-8") for p in (ROOT / "README.md", ROOT / "docs" / "results.md"))
+    assert f"{count[Verdict.UNRESOLVED]} of the {len(rows)} claims are not resolved" in readme
+    assert f"Of the papers' {len(rows)} claims, {count[Verdict.UNRESOLVED]} are not resolved at this size, " in results
+    assert f"{count[Verdict.SMALLER]} hold" in results and f"{count[Verdict.CONTRADICTED]} are contradicted" in results
+    parts = dict(
+        zip(("contradicted", "same", "open"), re.split(r"\*\*(?:Contradicted|Same|Not resolved)", results)[1:], strict=True)
+    )
+    for part, verdict in {"contradicted": Verdict.CONTRADICTED, "same": Verdict.SMALLER, "open": Verdict.UNRESOLVED}.items():
+        named = re.findall(r"^- \*(.+?)\*[^(]*\(([SEG]\d+[ab]?)\b", parts[part], re.M)
+        assert named and all(rows[key]["verdict"] == verdict for _, key in named), part
+        assert all(rows[key]["claim"].lower().startswith(words.lower()) for words, key in named), part
+        if verdict is not Verdict.UNRESOLVED:
+            assert len(named) == count[verdict], part
+    (line,) = [x for x in readme.splitlines() if x.startswith("- **Contradicted**")]
+    assert all(key in line for key, r in rows.items() if r["verdict"] == Verdict.CONTRADICTED)
 
 
 def test_every_module_that_a_page_names_can_be_found():

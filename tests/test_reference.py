@@ -108,3 +108,19 @@ def test_the_interval_is_that_of_the_figures():
     low, high = (100 * v for v in reference.interval(scores, 4000, critical))
     assert (low + high) / 2 == pytest.approx(fast.value)
     assert high - low == pytest.approx(fast.high - fast.low, rel=0.06)  # two bootstraps of 1,000 and 4,000 draws
+
+
+def test_the_numbers_of_minhash_agree_as_often_as_texts_are_alike():
+    one = "how long do hens lay eggs in a year"
+    for other in (one, "how long do hens lay eggs in a winter", "how long do hens lay eggs if the nights are cold", "a b c d"):
+        a, b = (reference.minhash(text, count=1000) for text in (one, other))
+        agree = sum(x == y for x, y in zip(a, b, strict=True)) / 1000
+        assert agree == pytest.approx(reference.jaccard(one, other), abs=0.05)
+    assert reference.minhash(one, 8) == reference.minhash(one, 128)[:8]
+
+
+def test_two_bands_agree_as_often_as_the_curve_says():
+    one, other = (reference.minhash(f"how long do hens lay eggs in a {x}", count=1600) for x in ("year", "winter"))
+    bands = [one[i : i + 4] == other[i : i + 4] for i in range(0, 1600, 4)]
+    found = [sum(bands[i : i + 8]) > 1 for i in range(0, 400, 8)]  # fifty times eight bands
+    assert sum(found) / 50 == pytest.approx(minhash.probability(0.75, bands=8, rows=4), abs=0.15)

@@ -1,7 +1,9 @@
 """What the notebooks import beside `speed_core`. `make setup` installs it, so that a notebook finds it wherever it runs.
 
+elsewhere  numbers of the recorded runs beside those of this one
 exercises  checkers of the exercises
+measure    log-probabilities of a text, score gains, near-duplicates the slow way
 pipeline   one drawing of all stages, the present one filled
-show       code of the package, marked tokens, word diffs
+show       code of the package, marked tokens, word diffs, bands of MinHash and their S-curve
 widgets    three things to move, and their still figures
 """

@@ -18,17 +18,19 @@ BOXES = (
     ("04", "senior", 4, 0, "10K", "senior.examples"),
     ("05", "revisor", 4, 1, "10K", "revisor.examples"),
     ("06", "synthesis", 5, 0, "920K", "synthesis.count"),
-    ("07", "guide's mask", 6, 1, "", ""),
+    ("07", "guide's mask", 5, 1, "", ""),
+    ("07b", "students", 6, 1, "", "study.student.examples"),
     ("08", "embedder", 6, 0, "920K", "embedding.examples"),
     ("09", "scores", 7, 0, "", ""),
     ("10", "compared", 7, 1, "", ""),
 )
 UNITS = {
-    "01": "topics", "02": "examples", "03": "examples", "04": "pairs", "05": "revisions", "06": "prompts", "08": "records",
+    "01": "topics", "02": "examples", "03": "examples", "04": "pairs", "05": "revisions", "06": "prompts", "07b": "examples",
+    "08": "records",
 }  # fmt: skip
 ARROWS = (
     ("", "01"), ("01", "02"), ("02", "03"), ("03", "04"), ("03", "05"), ("04", "06"), ("05", "06"), ("06", "08"), ("07", "08"),
-    ("08", "09"), ("09", "10"),
+    ("07", "07b"), ("08", "09"), ("09", "10"),
 )  # fmt: skip
 
 

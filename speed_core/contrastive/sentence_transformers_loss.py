@@ -155,6 +155,15 @@ class CachedGuidedContrastiveLoss(CachedLossMixin, GuidedContrastiveLoss):
         self.mini_batch_size, self.mini_batch_num_tokens = mini_batch_size, mini_batch_num_tokens
         self.show_progress_bar = show_progress_bar
 
+    def embed_minibatch(self, sentence_feature: dict[str, Any], begin: int, end: int, *given: Any, **more: Any) -> Any:
+        """The library's, without the padding that no text of the mini-batch needs."""
+        mask = sentence_feature.get("attention_mask")
+        if mask is not None and mask.dim() == 2:
+            width = int(mask[begin:end].any(0).nonzero().max()) + 1
+            same = {k: v[:, :width] for k, v in sentence_feature.items() if getattr(v, "shape", ())[:2] == mask.shape}
+            sentence_feature = {**sentence_feature, **same}
+        return super().embed_minibatch(sentence_feature, begin, end, *given, **more)
+
     def calculate_loss(self, reps: list[list[Tensor]], labels: Any = None, *, with_backward: bool = False) -> Tensor:
         """The loss of embeddings in mini-batches; `labels` carries (guide embeddings, text ids)."""
         loss = self.loss_of([torch.cat(column) for column in reps], *labels)

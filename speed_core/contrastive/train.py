@@ -18,13 +18,13 @@ from torch import Tensor
 from speed_core import console, machine
 from speed_core.contrastive.embedder import ADAPTER, build_embedder, instruct, strip_instruction
 from speed_core.contrastive.guide_cache import GuideCache, GuidedCollator
-from speed_core.contrastive.sentence_transformers_loss import GuidedContrastiveLoss
+from speed_core.contrastive.sentence_transformers_loss import CachedGuidedContrastiveLoss, GuidedContrastiveLoss
 from speed_core.files import UserError, write_json
 from speed_core.models import adapters, compute_type, loading, training
 from speed_core.profile import Embedding
 
 CPU_ROWS = 4  # texts in one forward pass on a CPU
-# ... where word vectors are trained too: each pass then fills a gradient as large as the vocabulary (a student of notebook 07
+# ... where word vectors are trained too: each pass then fills a gradient as large as the vocabulary (a student of notebook 07b
 # on one core: 7.2 s, with 4 texts at a time 12.2 s).
 CPU_ROWS_WHOLE = 64
 
@@ -62,8 +62,8 @@ def embed_by_length(model: SentenceTransformer, columns: Sequence[dict[str, Tens
     return list(embedded.split([len(c["attention_mask"]) for c in columns]))
 
 
-class _Loss(GuidedContrastiveLoss):
-    """The guided loss; on a CPU it embeds a batch in parts of like length."""
+class _WholeBatchLoss(GuidedContrastiveLoss):
+    """The guided loss with the activations of the whole batch; on a CPU it embeds the batch in parts of like length."""
 
     def forward(self, sentence_features: Any, labels: Any = None) -> Tensor:
         columns, guide, ids = self.split(sentence_features)
@@ -80,6 +80,8 @@ def train_embedder(
 ) -> dict[str, Any]:  # fmt: skip
     """Fine-tune `base` on synthetic records ({instruction, query, positive, negative|null}).
 
+    Every row of a batch is a candidate for every other, also over several processes. `settings.micro_batch` below a process's share
+    of the batch bounds the memory (GradCache, arXiv 2101.06983): each text is embedded twice, the loss is the same.
     Saves an adapter that `load_trained` reads (without `settings.lora`: a sentence-transformers model) in `output` and
     returns {"history", "rows", "guided"}. `settings.guided` decides between the guided loss and InfoNCE over the same candidates.
     """
@@ -89,38 +91,51 @@ def train_embedder(
         raise UserError(
             f"{label}: {len(rows)} records, one batch needs {settings.batch}; synthesise more or lower embedding.batch"
         )
-    if settings.micro_batch != settings.batch:
-        raise UserError(
-            f"{label}: micro_batch {settings.micro_batch} is not batch {settings.batch}; in-batch negatives need the whole batch at once"
-        )
+    share = max(1, settings.batch // training.processes())
     torch.manual_seed(seed)
     how: dict[str, Any] = {"max_length": settings.max_length, "dtype": settings.dtype, "pooling": settings.pooling}
     weights = compute_type.choose(settings.dtype, training=True, folder=loading.resolve(base)).weights
     model = build_embedder(base, **how | {"dtype": weights})
     body: Any = model[0]
     if settings.lora is not None:
-        body.model = get_peft_model(body.model, training.lora_config(settings.lora, "FEATURE_EXTRACTION"))
+        body.model = get_peft_model(body.model, training.lora_config(settings.lora, body.model, "FEATURE_EXTRACTION"))
     cache = GuideCache(loading.sentence_transformer(guide, "float32"), guide_cache)
+    # A process's share of the batch is one step of the trainer: gradients that are added up would have no common negatives.
     arguments = training.trainer_arguments(
-        settings, seed, output / "trainer", loading.resolve(base), batch_sampler=BatchSamplers.NO_DUPLICATES
+        settings.model_copy(update={"micro_batch": share}), seed, output / "trainer", loading.resolve(base),
+        batch_sampler=BatchSamplers.NO_DUPLICATES, gradient_checkpointing=settings.gradient_checkpointing,
+    )  # fmt: skip
+    loss_settings: dict[str, Any] = {
+        "guided": settings.guided, "temperature": settings.temperature, "margin": settings.margin,
+        "gather_across_devices": training.processes() > 1,
+    }  # fmt: skip
+    loss = (
+        CachedGuidedContrastiveLoss(model, mini_batch_size=settings.micro_batch, **loss_settings)
+        if settings.micro_batch < share
+        else _WholeBatchLoss(model, **loss_settings)
     )
     trainer: Any = SentenceTransformerTrainer(
         model=model,
         args=SentenceTransformerTrainingArguments(**arguments),
         train_dataset=Dataset.from_list(triplets(rows[: settings.examples], seed)),
-        loss=_Loss(model, guided=settings.guided, temperature=settings.temperature, margin=settings.margin),
+        loss=loss,
         callbacks=[training.bar_callback(label)],
     )
     trainer.data_collator = GuidedCollator(trainer.data_collator, cache if settings.guided else None, strip_instruction)
     training.remove_printer(trainer)
     trainer.train()
-    history = training.check_history(trainer.state.log_history, label)
-    if settings.lora is not None:
-        adapters.save_adapter(body.model, output / ADAPTER, base)
-        write_json(output / ADAPTER / "body.json", {"base": base, **how})
-    else:
-        body.model.to(compute_type.torch_type(weights))
-        model.save_pretrained(str(output), create_model_card=False)
-    facts = {"history": history, "rows": min(len(rows), settings.examples), "guided": settings.guided}
-    (output / "training.json").write_text(json.dumps(facts, indent=1))
+    facts = {
+        "history": training.check_history(trainer.state.log_history, label),
+        "rows": min(len(rows), settings.examples),
+        "guided": settings.guided,
+    }
+    if trainer.is_world_process_zero():
+        if settings.lora is not None:
+            adapters.save_adapter(body.model, output / ADAPTER, base)
+            write_json(output / ADAPTER / "body.json", {"base": base, **how})
+        else:
+            body.model.to(compute_type.torch_type(weights))
+            model.save_pretrained(str(output), create_model_card=False)
+        (output / "training.json").write_text(json.dumps(facts, indent=1))
+    trainer.accelerator.wait_for_everyone()
     return facts

@@ -22,7 +22,7 @@ from typing import Any
 import numpy as np
 
 from speed_core.data.records import KEYS
-from speed_core.files import ASSETS, UserError
+from speed_core.files import UserError
 
 BUILDER_VERSION = 1  # part of every record id: a changed builder makes new ids
 STS_TASK = "Retrieve semantically similar text."  # one instruction for all STS records (SPEED Fig. 9)
@@ -211,13 +211,6 @@ def record_id(**fields: Any) -> str:
 def rng_for(identifier: str) -> random.Random:
     """A private random generator that depends on the record id alone."""
     return random.Random(int(hashlib.sha256(identifier.encode()).hexdigest(), 16))
-
-
-def load_topics(path: Path | None = None) -> list[str]:
-    """Topic paths, one a line, '#' starts a comment. Default: the list of this repository."""
-    path = path or ASSETS / "topics.txt"
-    lines = (line.strip() for line in path.read_text(encoding="utf-8").splitlines())
-    return [line for line in lines if line and not line.startswith("#")]
 
 
 def truncate_topic(path: str, max_depth: int = 4) -> str:

@@ -6,11 +6,13 @@ assistant. They are not GPT-4o output and are labelled as ours wherever they app
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import Future
 from functools import lru_cache
 from typing import Any
 
+from speed_core.data import topics
 from speed_core.data.prompts import Prompt
 from speed_core.data.replies import Completion, without_secrets
 from speed_core.files import ASSETS, UserError, read_jsonl
@@ -57,18 +59,24 @@ def recorded_rows(name: str) -> tuple[dict[str, Any], ...]:
 
 
 class RecordedTeacher(Teacher):
-    """Answers a prompt that was recorded, found by the digest of its text; anything else is an error."""
+    """Answers a prompt that was recorded, found by the digest of its text; anything else is an error.
+
+    Tasks for a topic of the user's own come from a template (`topics.template_tasks`).
+    """
 
     label = LABEL
 
     def __init__(self) -> None:
         names = ("tasks", "tasks_five", "seeds", "revisions")
         self._answers = {row["prompt_digest"]: row["answer"] for name in names for row in recorded_rows(name)}
+        self._topics = {row["topic"] for name in names[:2] for row in recorded_rows(name)}
 
     def submit(self, prompt: Prompt, purpose: str, temperature: float | None = None) -> Future[Completion]:
         future: Future[Completion] = Future()
         if prompt.digest in self._answers:
             future.set_result(Completion(prompt.id, self._answers[prompt.digest]))
+        elif purpose == "brainstorm" and prompt.topic not in self._topics:
+            future.set_result(Completion(prompt.id, json.dumps(topics.template_tasks(prompt.kind, prompt.topic))))
         else:
             future.set_exception(Unrecorded(prompt.digest))
         return future

@@ -6,6 +6,7 @@ import difflib
 import logging
 import warnings
 from collections.abc import Mapping, Sequence
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -42,18 +43,35 @@ def resolve_tasks(names: Sequence[str], size: str = "tiny", data: Path | str | N
             out += [t for n, t in offline.items() if size != "smoke" or n in offline_tasks.ONE_OF_A_KIND]
         elif name in offline:
             out.append(offline[name])
-        elif name in (benchmarks := [b.name for b in mteb.get_benchmarks()]):
+        elif name in _benchmarks():
             out += list(mteb.get_benchmark(name).tasks)
-        else:
-            # Many of the 56 tasks of the papers are superseded by a second version; they are asked for by name.
-            known = [t.metadata.name for t in mteb.get_tasks(exclude_superseded=False)]
-            if name not in known:
-                close = difflib.get_close_matches(name, [*known, *benchmarks, *offline, "offline"], 3)
-                near = ", ".join(close) or "offline"
-                raise UserError(f"task {name!r}: unknown to mteb {mteb.__version__}; did you mean {near}?")
+        elif name in _tasks():
             out.append(mteb.get_task(name))
+        else:
+            near = ", ".join(_suggested(name, [*_tasks(), *_benchmarks(), *offline, "offline"]))
+            raise UserError(f"task {name!r}: unknown to mteb {mteb.__version__}; did you mean {near}?")
     # A task that is named twice, by itself and in a benchmark, is scored once.
     return local_data.prepare(list({t.metadata.name: t for t in out}.values()), data)
+
+
+@lru_cache(maxsize=1)  # reading each of these takes seconds
+def _benchmarks() -> list[str]:
+    return [b.name for b in mteb.get_benchmarks()]
+
+
+@lru_cache(maxsize=1)
+def _tasks() -> list[str]:
+    # Many of the 56 tasks of the papers are superseded by a second version; they are asked for by name.
+    return [t.metadata.name for t in mteb.get_tasks(exclude_superseded=False)]
+
+
+def _suggested(name: str, known: Sequence[str]) -> list[str]:
+    """Up to three of `known` for a name that is not among them: those that begin like it, else those that look like it."""
+    plain = {"".join(filter(str.isalnum, k.lower())): k for k in reversed(known)}
+    asked = "".join(filter(str.isalnum, name.lower()))
+    begin = sorted((k for k in plain if asked and k.startswith(asked)), key=len)
+    found = begin or difflib.get_close_matches(asked, plain, 3) or difflib.get_close_matches(asked, plain, 3, 0.4) or ["offline"]
+    return [plain.get(k, k) for k in found[:3]]
 
 
 def evaluate(model: Embedder, tasks: Sequence[Any], cache: Path, label: str = "") -> dict[str, Any]:

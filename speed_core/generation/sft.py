@@ -105,7 +105,7 @@ def train(
         ),
         train_dataset=Dataset.from_list(rows),
         processing_class=tokenizer,
-        peft_config=training.lora_config(settings.lora),
+        peft_config=training.lora_config(settings.lora, model),
         callbacks=[training.bar_callback(label)],
     )
     training.remove_printer(trainer)

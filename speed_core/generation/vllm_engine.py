@@ -147,7 +147,7 @@ class VllmEngine(Engine):
             folder = str(loading.merged_folder(model, adapter)) if adapter else loading.resolve(model)
             weights = LoadWeights(folder, dtype, max_length)
             self._worker.send(weights)
-            self._tokenizer = loading.load_tokenizer(folder)
+            self._tokenizer = loading.load_tokenizer(model)
             try:
                 self._worker.receive()
             except WorkerDied:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
+from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -52,11 +53,16 @@ def in_hub_cache(name: str) -> bool:
     return isinstance(try_to_load_from_cache(name, "config.json"), str)
 
 
-def load_tokenizer(folder: str) -> Any:
-    """Tokenizer with left padding and a pad token."""
+def load_tokenizer(name: str) -> Any:
+    """Tokenizer with left padding and a pad token. It is not to be changed: the next caller gets the same one."""
+    return _last_tokenizer(resolve(name))
+
+
+@lru_cache(maxsize=1)  # a stage needs it two or three times, and 262,144 words take 4 s to read
+def _last_tokenizer(folder: str) -> Any:
     from transformers import AutoTokenizer
 
-    tokenizer = AutoTokenizer.from_pretrained(resolve(folder))
+    tokenizer = AutoTokenizer.from_pretrained(folder)
     tokenizer.padding_side = "left"
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token

@@ -31,17 +31,27 @@ def refuse_surrogates(number: int, **texts: str) -> None:
             )
 
 
-def lora_config(lora: Lora, task_type: str = "CAUSAL_LM") -> Any:
-    """PEFT's configuration from a profile's values."""
+def lora_config(lora: Lora, model: Any, task_type: str = "CAUSAL_LM") -> Any:
+    """PEFT's configuration from a profile's values. The layers that a profile names by default are those of Llama and its like; where
+    `model` has none of them, all its linear layers are taken."""
     from peft import LoraConfig
 
+    default = lora.targets == Lora.model_fields["targets"].default
+    known = any(name.rpartition(".")[2] in lora.targets for name, _ in model.named_modules())
     return LoraConfig(
         r=lora.rank,
         lora_alpha=lora.alpha,
         lora_dropout=lora.dropout,
-        target_modules=list(lora.targets),
+        target_modules=list(lora.targets) if known or not default else "all-linear",
         task_type=task_type,
     )
+
+
+def processes() -> int:
+    """How many processes or GPUs train together: those that a launcher started, else the visible GPUs, at least one."""
+    import torch
+
+    return int(os.environ.get("WORLD_SIZE", max(1, torch.cuda.device_count())))
 
 
 def trainer_arguments(settings: Training, seed: int, output: Path, folder: str = "", **more: Any) -> dict[str, Any]:
@@ -49,7 +59,7 @@ def trainer_arguments(settings: Training, seed: int, output: Path, folder: str =
     import torch
 
     cuda, kind = torch.cuda.is_available(), compute_type.choose(settings.dtype, training=True, folder=folder).name
-    world = int(os.environ.get("WORLD_SIZE", max(1, torch.cuda.device_count())))
+    world = processes()
     if settings.batch % (settings.micro_batch * world):
         raise UserError(
             f"batch {settings.batch}: not micro_batch {settings.micro_batch} x {world} devices x a whole number; "

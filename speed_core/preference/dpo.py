@@ -278,7 +278,7 @@ def train(
     attention = "flex_attention" if torch.cuda.is_available() else "sdpa"  # the former has not run on a GPU yet
     dtype = compute_type.torch_type(kind.weights)
     model: Any = AutoModelForCausalLM.from_pretrained(start, dtype=dtype, attn_implementation=attention)
-    model = get_peft_model(model.to(machine.device()), training.lora_config(settings.lora))
+    model = get_peft_model(model.to(machine.device()), training.lora_config(settings.lora, model))
     token_logprobs.hidden_states_only(model)
     model.eval()
     pad = tokenizer.pad_token_id

@@ -33,10 +33,10 @@ PACKAGED = {
 SIZES = ((1_000, "n<1K"), (10_000, "1K<n<10K"), (100_000, "10K<n<100K"), (1_000_000, "100K<n<1M"), (10**12, "1M<n<10M"))
 
 
-def write(run: Run, name: str, out: Path) -> Path:
+def write(run: Run, name: str, out: Path, *, merged: bool = False) -> Path:
     """Write the card of artifact `name`, its files and, for a model, mteb's result files into the folder `out`.
 
-    Returns the card's path. Raises UserError for an artifact that is neither `embedder-...` nor `synthetic...`, and when
+    `merged`: in place of a model's adapter the whole model, which `SentenceTransformer(out)` loads. Returns the card's path. Raises UserError for an artifact that is neither `embedder-...` nor `synthetic...`, and when
     `out` is the artifact itself.
     """
     if not name.startswith(("embedder-", "synthetic")):
@@ -44,10 +44,13 @@ def write(run: Run, name: str, out: Path) -> Path:
     artifact = run.store.need(name)
     if out.resolve() == artifact.weights().resolve():
         raise UserError(f"{out}: this is the artifact itself; give another folder")
-    for file in artifact.manifest["files"]:
+    whole = merged and not name.startswith("synthetic")
+    for file in () if whole else artifact.manifest["files"]:
         (out / file).parent.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(artifact.file(file), out / file)
-    card = _dataset_card(run, artifact) if name.startswith("synthetic") else _model_card(run, artifact, out / "results")
+    if whole:
+        embedder.merged(artifact.weights(), out)
+    card = _dataset_card(run, artifact) if name.startswith("synthetic") else _model_card(run, artifact, out / "results", whole)
     card.save(out / "README.md")
     return out / "README.md"
 
@@ -59,16 +62,17 @@ def local_paths(out: Path) -> list[str]:
     return [f"{path.relative_to(out)}: {text}" for path, text in texts if text.count("/") > 1 and Path(text).exists()]
 
 
-def _model_card(run: Run, artifact: Artifact, target: Path) -> ModelCard:
-    """The card of an embedding model; mteb's result files go into the folder `target`."""
+def _model_card(run: Run, artifact: Artifact, target: Path, merged: bool) -> ModelCard:
+    """The card of an embedding model, its adapter alone or `merged`; mteb's result files go into the folder `target`."""
     m, training, adapter = artifact.manifest, artifact.json("training.json"), artifact.file("adapter/body.json")
     # An adapter names the model that it belongs to; a whole model was trained from the profile's.
     base = json.loads(adapter.read_text(encoding="utf-8"))["base"] if adapter.is_file() else run.profile.models.embedder
+    alone = adapter.is_file() and not merged
     hub, licence = _licence(base)
     scores, instructed = _scores(run, artifact)
     data = ModelCardData(
         base_model=hub,
-        library_name="peft" if adapter.is_file() else "sentence-transformers",
+        library_name="peft" if alone else "sentence-transformers",
         model_name=f"{artifact.name}-{run.profile.name}",
         eval_results=(_eval_results(run, scores, target) or None) if scores else None,
         **licence,  # type: ignore[arg-type]
@@ -78,7 +82,7 @@ def _model_card(run: Run, artifact: Artifact, target: Path) -> ModelCard:
         "training": training,
         "last": training["history"][-1] if training.get("history") else {},
         "settings": dotted(m["parameters"]["training"]),
-        "adapter": adapter.is_file(),
+        "adapter": alone,
         "scores": score_table(scores) if scores else "",
         "with_instruction": instructed,
         "instructed": repr(embedder.instruct("{task}", "{text}")),

@@ -29,6 +29,7 @@ import papermill.execute
 from papermill.exceptions import PapermillExecutionError
 
 from speed_core.files import UserError, digest, disk_errors, read_text, without_users
+from speed_core.store.artifacts import notebook_number
 
 PROGRESS = re.compile(r": making it \(|(?<!\d)\d{1,3}%\|[ #]*\|")
 LONGEST_PROGRESS = 1000  # characters of a line that shows progress; a longer line is a result
@@ -78,7 +79,7 @@ class Report:
 
 def notebooks(folder: Path) -> list[Path]:
     """The numbered notebooks, in order."""
-    return sorted(p for p in folder.glob("[0-9][0-9]_*.ipynb"))
+    return sorted(p for p in folder.glob("[0-9][0-9]*_*.ipynb") if notebook_number(p))
 
 
 def _read(path: Path) -> Any:
@@ -372,13 +373,19 @@ def unfinished(path: Path) -> str:
 
 
 def choose(folder: Path, only: Sequence[str] = (), start: str = "") -> list[Path]:
-    """The notebooks whose numbers `only` names (all, when it names none), from number `start` on. Refuses unknown numbers."""
-    found = {p.stem[:2]: p for p in notebooks(folder)}
+    """The notebooks whose numbers `only` names (all, when it names none), from number `start` on: "7" is 07 and 07b, "7b" is 07b
+    alone. Refuses unknown numbers."""
+    found = {notebook_number(p): p for p in notebooks(folder)}
     for option, numbers in (("--only", only), ("--from", [start] if start else [])):
-        if unknown := [n for n in numbers if n.zfill(2) not in found]:
+        if unknown := [n for n in numbers if _padded(n) not in found]:
             raise UserError(f"{option} {unknown[0]}: no such notebook; numbers are {', '.join(found)}")
-    wanted = {n.zfill(2) for n in only} or set(found)
-    chosen = [p for number, p in found.items() if number in wanted and number >= start.zfill(2)]
+    wanted = {_padded(n) for n in only} or set(found)
+    chosen = [p for number, p in found.items() if {number, number[:2]} & wanted and number >= _padded(start)]
     if not chosen:
         raise UserError(f"--only {','.join(only)} --from {start}: leaves no notebook; give one of the two")
     return chosen
+
+
+def _padded(number: str) -> str:
+    """ "7" as "07", "7b" as "07b"."""
+    return number.zfill(2 + number[-1:].isalpha())

@@ -1,4 +1,4 @@
-"""A scorecard for one's own texts: mteb tasks from a JSONL file.
+"""A scorecard of any model: on one's own texts (mteb tasks from a JSONL file), on MTEB's tasks by name, or on both.
 
 Each line is one of
     {"query": ..., "positive": ...}  with an optional "negative"        -> retrieval among all positives and negatives
@@ -100,17 +100,26 @@ def own_tasks(path: Path) -> list[Any]:
 
 
 def scorecard(
-    names: Sequence[str], data: Path, out: Path, *, instructed: bool = True, dtype: str = "auto"
+    names: Sequence[str],
+    out: Path,
+    *,
+    data: Path | None = None,
+    mteb_tasks: Sequence[str] = (),
+    instructed: bool = True,
+    dtype: str = "auto",
 ) -> list[dict[str, Any]]:
-    """Evaluate one or two models on a JSONL file; prints a table, writes `out`/scores.json and the figure.
+    """Evaluate one or two models on a JSONL file, on MTEB tasks or benchmarks by name, or on both; prints a table, writes
+    `out`/scores.json and the figure.
 
     Returns rows {label, value, low, high} in points: scores of one model, or those of the first minus the second
     (paired: the same texts are drawn for both).
     """
     if len(names) not in (1, 2):
         raise UserError(f"--model: {len(names)} given; give one, or two to compare")
-    tasks, results = own_tasks(data), []
+    if not data and not mteb_tasks:
+        raise UserError("evaluate: nothing to score on; give --data FILE, --tasks NAMES, or both")
     run = dataclasses.replace(open_run("smoke"), figures=out)
+    tasks, results = [*(own_tasks(data) if data else ()), *evaluate.resolve_tasks(mteb_tasks)], []
     for name in names:
         # mteb keeps scores by this name: those with and without the instruction must not be taken for one another.
         label = (Path(name).name.replace(":", "-") or "model") + ("" if instructed else "-without-instruction")
@@ -123,7 +132,8 @@ def scorecard(
         found = uncertainty.difference(one[0], one[1]) if len(one) == 2 else uncertainty.average(one[0])
         rows.append(found.row(task))
         print(f"{task:40} {found}")
-    title = f"{Path(names[0]).name} on {data.name}" if len(names) == 1 else f"{Path(names[0]).name} minus {Path(names[1]).name}"
+    where = data.name if data and not mteb_tasks else f"{len(tasks)} tasks"
+    title = f"{Path(names[0]).name} on {where}" if len(names) == 1 else f"{Path(names[0]).name} minus {Path(names[1]).name}"
     basic.estimates(run, "scorecard", rows, [], title, "points", line=0 if len(names) == 2 else None)
     print(f"figure and scores in {out}")
     return rows

@@ -198,6 +198,21 @@ def rows(run: Run, sweep: Sweep, found: Mapping[Any, Sequence[Any]]) -> list[dic
     return out
 
 
+def compare(run: Run) -> tuple[list[dict[str, Any]], list[Artifact], dict[Sweep, dict[Any, list[dict[str, Any]]]]]:
+    """(rows of the figure, artifacts behind them, {sweep: {value: scores}}) of the sweeps that have a point beside the profile's own
+    value; nothing for a point of a sweep, or where a profile leaves arms out."""
+    panels: list[dict[str, Any]] = []
+    inputs: list[Artifact] = []
+    found = {}
+    for sweep in SWEEPS if embedding_stages.compares_all(run) else ():
+        points, used = collect(run, sweep)
+        if len(points) > 1:
+            panels += rows(run, sweep, points)
+            inputs += used
+            found[sweep] = points
+    return panels, inputs, found
+
+
 def estimate(sweep: Sweep, found: Mapping[Any, Sequence[Any]], run: Run | None = None) -> dict[str, Any] | None:
     """The sweep's claim as one contrast: the best inner value minus an end ("hump", see `_inside`), the first value minus the
     others ("fall"), the last value minus the first ("flat"). None with too few values for it. Of a `run`, it says where the values

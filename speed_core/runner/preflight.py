@@ -21,8 +21,9 @@ from speed_core.files import UserError, inside, without_user
 from speed_core.models import compute_type, loading
 from speed_core.runner import paper_sweeps, replicates
 from speed_core.runner.notebook import choose
+from speed_core.store.artifacts import notebook_number
 from speed_core.store.run_context import ROOT, Run
-from speed_core.study import forecast, paper_values, planning
+from speed_core.study import forecast, generation_stages, paper_values, planning
 from speed_core.study.runs import open_run
 
 PACKAGES = ("torch", "transformers", "trl", "peft", "sentence-transformers", "mteb", "datasets", "papermill")
@@ -75,6 +76,8 @@ def checks(run: Run) -> list[Check]:
     if machine.device().type == "cuda" and not any(map(shutil.which, ("cc", "gcc", "clang"))):  # Triton compiles kernels
         remedy = "install gcc, or have your administrator do so: kernels for the GPU are compiled here"
         out.append(Check("C compiler", "none", remedy))
+    data, held_out = generation_stages.topics(run)
+    out.append(Check("topics", f"{len(data)} to write about, {len(held_out)} held out", generation_stages.few_topics(run)))
     out += [*_types(profile), *_weights(profile), *_carriers(profile), *_reach(profile)]
     return [*out, Check("predicted time", _time_text(run, todo))]
 
@@ -195,7 +198,7 @@ def _time_text(run: Run, todo: Sequence[planning.Step]) -> str:
             f"times {ahead.scale:.1f}: a layer takes that many times as long here" if compared else "not scaled to this machine"
         )
         source += f" in {there.get('compute_type', 'bfloat16')}, {said}"
-        due = {s.notebook for s in todo} | {"00", "12"}  # these two have no stages
+        due = {s.notebook for s in todo} | {"00", "07", "12"}  # these have no stages
         minutes = {n: seconds * ahead.scale / 60 for n, seconds in there.get("other", {}).items() if n in due}
     for s in known:
         minutes[s.notebook] = minutes.get(s.notebook, 0) + (s.seconds or 0) / 60
@@ -280,10 +283,10 @@ def plan_text(
 ) -> str:
     """The plan of a profile: sizes, teacher calls, tokens and cost, and which stages (of the chosen notebooks) would run."""
     run = open_run(profile, overrides, seed)
-    chosen = [path.stem[:2] for path in choose(ROOT / "notebooks", only, start)]
+    chosen = [notebook_number(path) for path in choose(ROOT / "notebooks", only, start)]
     p = run.profile
     calls = {"seed": p.seeds, "judge": 2 * p.senior.prompts if p.teacher.judge == "llm" else 0, "revise": p.revisor.examples}
-    brainstorm = p.topics.count * 8 // 3
+    brainstorm = len(generation_stages.brainstorm_prompts(run))
     kinds = ", ".join(f"{k} {n}" for k, n in tasks.split_count(p.synthesis.count).items())
     lines = [
         f"profile {p.name}: {p.description}",

@@ -20,6 +20,7 @@ from speed_core.files import UserError, canonical, write_json
 from speed_core.runner.run_archive import has_weights, whole_artifacts
 from speed_core.store.artifacts import Artifact, Store
 from speed_core.store.run_context import CARRIED, Run, runs_folder
+from speed_core.study import claims
 from speed_core.study.runs import open_run
 
 # How a run is computed, not what: with other values of these the texts ought to be the same.
@@ -155,7 +156,7 @@ def _verdicts(figures: Path) -> dict[str, dict[str, str]]:
     if not (figures / "claims.csv").is_file():
         return {}
     with (figures / "claims.csv").open(newline="", encoding="utf-8") as f:
-        return {r["id"]: {"ours": r["ours"], "verdict": r["verdict"]} for r in csv.DictReader(f)}
+        return claims.present_ids({r["id"]: {"ours": r["ours"], "verdict": r["verdict"]} for r in csv.DictReader(f)})
 
 
 def report(run: Run) -> str:
@@ -172,7 +173,7 @@ def report(run: Run) -> str:
     if others := [f"{k} is {mine[k]!r} here and {v!r} there" for k, v in theirs.items() if k in mine and mine[k] != v]:
         more = f", and {len(others) - 1} more values differ" if len(others) > 1 else ""
         return f"not compared with the recorded run of {name}: {others[0]}{more}"
-    then, now = known.get("verdicts"), _verdicts(run.figures)
+    then, now = claims.present_ids(known.get("verdicts") or {}), _verdicts(run.figures)
     found = compare(Store(folder), run.store, then, now)
     write_json(target, {"profile": name, **asdict(found)})
     said = text(found, f"the recorded run of {name}")

@@ -24,7 +24,7 @@ from typing import IO, Any
 from speed_core.data import curate
 from speed_core.files import ASSETS, NAME, TarInput, UserError, disk_errors, file_digest, inside, stream_digest
 from speed_core.profile import dotted
-from speed_core.store.artifacts import MANIFEST
+from speed_core.store.artifacts import MANIFEST, notebook_number
 from speed_core.store.run_context import Run
 from speed_core.study import generation_stages  # noqa: F401 - it declares the stages
 from speed_core.study.stage import rebuilt, trained_generators
@@ -170,7 +170,7 @@ def read_archive(source: Path) -> tuple[dict[str, Any], dict[str, bytes]]:
 
 def figures(run: Run) -> dict[str, str]:
     """{figure: digest of its plotted numbers} of the notebooks that a replay runs."""
-    found = sorted(p for p in run.figures.glob("*.json") if p.stem[:2] in NOTEBOOKS)
+    found = sorted(p for p in run.figures.glob("*.json") if notebook_number(p) in NOTEBOOKS)
     try:
         return {p.stem: json.loads(p.read_text(encoding="utf-8"))["data_sha256"] for p in found}
     except (ValueError, KeyError, TypeError) as error:

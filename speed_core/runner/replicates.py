@@ -14,12 +14,13 @@ from typing import Any
 
 import numpy as np
 
-from speed_core.evaluation import evaluate
+from speed_core.evaluation import evaluate, uncertainty
 from speed_core.profile import dotted
 from speed_core.runner.sweep import Point, folder_name
 from speed_core.store.artifacts import Artifact
 from speed_core.store.run_context import Run
-from speed_core.study import claims, embedding_stages, planning
+from speed_core.study import claims, embedding_stages, paper_values, planning
+from speed_core.study.embedding_stages import Arm
 from speed_core.study.runs import open_run
 
 KEY = "generators"  # of `study --only`
@@ -70,6 +71,51 @@ class Repeats:
     def means(self, own: Scores, arm: str) -> list[list[float]]:
         """Mean scores of an arm: for each training of the generators those of its embedding models."""
         return [[evaluate.category_means(r)["Avg"] for r in s[arm]] for s in (own, *self.scores) if s.get(arm)]
+
+    def trainings(self, own: Scores) -> list[str]:
+        """A line for each arm of `own`: its mean score in every training of the generators, and two standard deviations (`spread`)."""
+        out = []
+        for arm in own if self.runs else ():
+            means = self.means(own, arm)
+            between, within = spread(means)
+            shown = " ".join(f"{sum(m) / len(m):6.2f}" for m in means)
+            out.append(f"{arm:8} {shown}   of trainings {between:.1f} points, of embedding models {within:.1f}")
+        return out
+
+    def against_junior(
+        self, own: Scores, names: Mapping[str, str], *, draws: int = 1000
+    ) -> tuple[list[dict[str, Any]], dict[str, str]]:
+        """Table 2: (rows {label, value, low, high, ...} of each arm of `names` minus Jr, what would resolve the paper's difference).
+
+        `names`: {arm: label}; arms without scores are left out. The second maps the labels that are not resolved to words.
+        """
+        rows, needs = [], {}
+        for arm in [k for k in names if k in own and Arm.JR in own]:
+            both, groups = self.joined(own, (arm, Arm.JR))
+            e = uncertainty.difference(both[arm], both[Arm.JR], draws=draws, groups=groups)
+            rows.append(e.row(names[arm]))
+            if not e.resolved:
+                needs[names[arm]] = str(uncertainty.required_repeats(e, paper_values.MINUS_JUNIOR[arm]))
+        return rows, needs
+
+    def with_labels(
+        self, own: Mapping[str, Sequence[Artifact]], records: int, *, draws: int = 1000
+    ) -> tuple[dict[str, dict[str, Any]], list[Artifact]]:
+        """({"S2": evidence}, the artifacts behind it): labelled pairs joined by `records` of Sr+Re, minus by as many of the teacher.
+
+        `own`: {arm of `MIXED`: scores of its students} of the profile's own run; nothing where it has none.
+        """
+        if not own:
+            return {}, []
+        scores = {arm: [a.json("scores.json") for a in made] for arm, made in own.items()}
+        both, groups = self.joined(scores, embedding_stages.MIXED)
+        ours, theirs = (both[arm] for arm in embedding_stages.MIXED)
+        e = uncertainty.difference(ours, theirs, draws=draws, groups=groups)
+        what = (
+            f"labelled pairs and {records} records of Sr+Re minus labelled pairs and {records} of the teacher, smallest student"
+        )
+        inputs = [a for made in own.values() for a in made] + list(self.mixed)
+        return {"S2": e.row("S2") | {"what": what, "source": "mixed"}}, inputs
 
     def estimates(self, own: Scores, records: Sequence[Mapping[str, int]], *, draws: int = 1000) -> dict[str, dict[str, Any]]:
         """{claim: estimate} of the claims that compare generators, over all their trainings; none where there is only one.

@@ -425,5 +425,10 @@ def open_notebook() -> str:
     `notebook.execute` names it in SPEED_NOTEBOOK, Jupyter's server in JPY_SESSION_NAME.
     """
     path = os.environ.get("SPEED_NOTEBOOK") or os.environ.get("JPY_SESSION_NAME", "")
-    found = re.match(r"\d\d(?=_)", Path(path).name)
+    return notebook_number(path)
+
+
+def notebook_number(path: str | os.PathLike[str]) -> str:
+    """Number of a notebook by its file: "08" of 08_embedding_model.ipynb, "07b" of 07b_...; empty where the name begins otherwise."""
+    found = re.match(r"\d\d[a-z]?(?=_)", Path(path).name)
     return found.group() if found else ""

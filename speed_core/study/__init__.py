@@ -2,7 +2,11 @@
 
 stage              the registry: how a stage is declared, made and found
 generation_stages  notebooks 01 to 06
-embedding_stages   notebooks 07 to 11
+mask_quality       notebook 07: what the mask removes, against labels of people
+student_questions  notebook 07b: what the claims ask of the students
+embedding_stages   notebooks 07b to 11
+score_tables       notebook 09: scores side by side and their differences
+comparisons        notebooks 10 to 12: what is compared, the line over sizes, the evidence
 planning           every stage, why it would run, what it takes
 forecast           time, memory and disk from the recorded run
 runs               open a run

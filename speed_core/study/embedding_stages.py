@@ -1,4 +1,4 @@
-"""Notebooks 07 to 11: embedding models trained on the data sets that are compared, and their scores.
+"""Notebooks 07b to 11: embedding models trained on the data sets that are compared, and their scores.
 
 Stages like those of `generation_stages`, whose data sets they read. Each compared model is trained once for every seed of
 `training_seeds`.
@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 from speed_core.data import prompts
 from speed_core.files import digest, write_json
 from speed_core.models import compute_type, loading
-from speed_core.profile import Embedding, Profile, dotted
+from speed_core.profile import Embedding, Profile
 from speed_core.store.artifacts import Artifact, Draft
 from speed_core.store.run_context import Run
 from speed_core.study import generation_stages
@@ -51,7 +51,7 @@ TABLE2 = (Arm.JR, Arm.JR_RE, Arm.SR, Arm.SR_RE)
 ARMS = tuple(Arm)
 MIXED = {StudentArm.MIXED_SR_RE: Arm.SR_RE, StudentArm.MIXED_TEACHER: Arm.TEACHER}
 WHOLE = 0  # layers of a student that is the guide itself
-TOPIC = "Computers"  # the topic that notebook 07 leaves out of a student's data, then puts back in (G5)
+TOPIC = "Computers"  # the topic that notebook 07b leaves out of a student's data, then puts back in (G5)
 
 
 class Student(NamedTuple):
@@ -228,7 +228,7 @@ def _records(p: Profile, arm: str) -> float:
     _models,
     inputs=lambda run, arm, seed: [f"synthetic-{arm}" if arm in ARMS else "synthetic"],
     parameters=lambda run, data, arm, seed: {
-        "training": dotted(_learning(run, arm)),
+        "training": _learning(run, arm).cache_key_fields(),
         "seed": seed,
         "base": loading.model_id(run.profile.models.embedder),
         "guide": loading.named(run.profile.models.guide),
@@ -329,11 +329,11 @@ def scaling_sizes(run: Run) -> list[int]:
     return [n for n in run.profile.study.scaling if n < used] + [used]
 
 
-# --- 07: students -----------------------------------------------------------------------------------
+# --- 07b: students ----------------------------------------------------------------------------------
 
 
 def students(run: Run) -> list[Student]:
-    """Notebook 07's students; only the smallest gets the arms beside guided and plain, and the whole guide (`WHOLE`) none but
+    """Notebook 07b's students; only the smallest gets the arms beside guided and plain, and the whole guide (`WHOLE`) none but
     "uncovered" (G4)."""
     plan, mixed = run.profile.study.student, tuple(MIXED)
     more = [a for a in StudentArm if a not in (StudentArm.GUIDED, StudentArm.PLAIN, *mixed)]
@@ -369,7 +369,7 @@ def mixed_scores(run: Run) -> dict[str, list[Artifact]]:
 
 
 def _students(run: Run) -> Instances:
-    return [("07", s.keys) for s in students(run)] + [("10", s.keys) for s in mixed_students(run)]
+    return [("07b", s.keys) for s in students(run)] + [("10", s.keys) for s in mixed_students(run)]
 
 
 def _student_reads(run: Run, layers: int | str, arm: str, seed: int) -> list[str]:
@@ -403,7 +403,7 @@ def _labelled(run: Run, arm: str) -> list[dict[str, Any]]:
 
 def _student_parameters(run: Run, *read: Artifact, layers: int | str, arm: str, seed: int) -> dict[str, Any]:
     (base, guide), whole = _bases(run, layers, arm), run.profile.models.guide
-    out = {"training": dotted(_student_training(run, arm)), "seed": seed}
+    out = {"training": _student_training(run, arm).cache_key_fields(), "seed": seed}
     out["base"] = loading.weights_id(loading.resolve(base)) + loading.settings_id(whole)
     out["guide"] = loading.weights_id(loading.resolve(guide)) + loading.settings_id(whole)
     if rows := _labelled(run, arm):
@@ -529,7 +529,7 @@ def _named_scores(name: str, notebook: str, *, role: str, instructed: bool, on: 
     return stage(f"scores-{name}", Kind.SCORES, notebook, parameters=parameters, work=work)(write)
 
 
-guide_before = _named_scores("guide-topic", "07", role="guide", instructed=False, on=StudentArm.UNCOVERED)
+guide_before = _named_scores("guide-topic", "07b", role="guide", instructed=False, on=StudentArm.UNCOVERED)
 untrained_scores = _named_scores("untrained", "09", role="embedder", instructed=True)
 guide_scores = _named_scores("guide", "09", role="guide", instructed=False)
 

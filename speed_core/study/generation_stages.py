@@ -15,6 +15,7 @@ from typing import Any
 from speed_core import console
 from speed_core.data import asking, curate, prompts, records, tasks, teacher
 from speed_core.data.prompts import Prompt
+from speed_core.data.topics import RECORDS_PER_TOPIC, load_topics
 from speed_core.files import UserError, write_json, write_jsonl
 from speed_core.generation import generate, sft
 from speed_core.models import compute_type, loading, training
@@ -30,11 +31,32 @@ RUBRIC_GUIDE = "package:all-MiniLM-L6-v2"  # of the recorded runs; with another 
 
 def topics(run: Run) -> tuple[list[str], list[str]]:
     """(topics for data, held-out topics), as paths; the last `held_out` of the list never give data."""
-    everything = prompts.load_topics()
     t = run.profile.topics
-    if t.count > len(everything):
-        raise UserError(f"topics.count {t.count}: the list has {len(everything)}; lower it or add topics")
-    return everything[: t.count - t.held_out], everything[-t.held_out :]
+    paths = _paths(run)
+    count = t.count or len(paths)
+    if count > len(paths):
+        raise UserError(f"topics.count {count}: the list has {len(paths)}; lower it or add topics")
+    if t.held_out >= count:
+        raise UserError(f"topics.held_out {t.held_out}: leaves none of {count} topics to write about; lower it or add topics")
+    return paths[: count - t.held_out], paths[-t.held_out :]
+
+
+def _paths(run: Run) -> list[str]:
+    """The paths of the list; of several that are truncated to the same name, the first."""
+    paths = load_topics(run.profile.topics.file).paths
+    first = dict(zip(reversed(names(run, paths)), reversed(paths), strict=True))
+    return [p for p in paths if p in set(first.values())] if len(first) < len(paths) else list(paths)
+
+
+def few_topics(run: Run) -> str:
+    """What is wrong with so many records about so few topics; empty when nothing is."""
+    wanted, given = run.profile.synthesis.count, len(topics(run)[0])
+    if wanted <= RECORDS_PER_TOPIC * given:
+        return ""
+    return (
+        f"topics: {given} to write {wanted:,} records about, which would repeat one another; "
+        f"name a list of at least {-(-wanted // RECORDS_PER_TOPIC):,} in topics.file, or lower synthesis.count"
+    )
 
 
 def names(run: Run, paths: Sequence[str]) -> list[str]:
@@ -48,11 +70,10 @@ def names(run: Run, paths: Sequence[str]) -> list[str]:
 
 def brainstorm_prompts(run: Run) -> list[Prompt]:
     """Brainstorm prompts of the data topics and the held-out ones."""
-    everything = prompts.load_topics()
     used = {*topics(run)[0], *topics(run)[1]}
     p, t = run.profile.prompts, run.profile.topics
     how = t.model_dump(include={"max_depth", "truncate", "tasks_per_topic"})
-    planned = tasks.plan_brainstorm(everything, **how, style=p.style, clone=p.clone)
+    planned = tasks.plan_brainstorm(_paths(run), **how, style=p.style, clone=p.clone)
     wanted = set(names(run, sorted(used)))
     return [q for q in planned if q.topic in wanted]
 
@@ -74,6 +95,8 @@ def _asked(run: Run, planned: Sequence[Prompt]) -> dict[str, Any]:
 @stage("tasks", Kind.TEACHER, "01", parameters=lambda run: _asked(run, brainstorm_prompts(run)))
 def brainstorm(run: Run, draft: Draft) -> None:
     """The teacher's answers to the brainstorm prompts."""
+    if few := few_topics(run):
+        raise UserError(few)
     _ask_teacher(run, draft, "tasks", "brainstorm", brainstorm_prompts(run), parse=asking.parse_tasks)
 
 
@@ -113,7 +136,7 @@ def seed_plan(run: Run) -> list[Prompt]:
         return plan(run, "seed", run.profile.seeds)
     known = {row["record"] for row in teacher.recorded_rows("seeds")}
     table = {(r["kind"], r["topic"]): json.loads(r["answer"]) for r in teacher.recorded_rows("tasks")}
-    everything = [prompts.truncate_topic(path) for path in prompts.load_topics()[:60]]
+    everything = [prompts.truncate_topic(path) for path in load_topics().paths[:60]]
     full = tasks.plan_synthesis("seed", len(known), everything, table, attributes=run.profile.prompts.attributes)
     if run.profile.seeds > len(full):
         raise UserError(f"seeds {run.profile.seeds}: the recorded teacher has {len(full)}; lower it or use an endpoint")

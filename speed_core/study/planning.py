@@ -18,7 +18,7 @@ from typing import Any
 from speed_core import console, machine
 from speed_core.files import UserError, write_json
 from speed_core.models import compute_type, loading
-from speed_core.store.artifacts import Artifact, Difference, MissingArtifact, OtherPrompts, read_manifest
+from speed_core.store.artifacts import Artifact, Difference, MissingArtifact, OtherPrompts, notebook_number, read_manifest
 from speed_core.store.run_context import Run
 from speed_core.study import embedding_stages, forecast, generation_stages  # noqa: F401 - they declare the stages
 from speed_core.study.stage import Planned, planned
@@ -211,7 +211,8 @@ def _other(run: Run, made: Iterable[Step]) -> dict[str, float]:
     whole: dict[str, float] = {}
     for t in times:
         if t["status"] == "ok":  # the longest: another run of a notebook found its stages current
-            whole[t["notebook"][:2]] = max(t["seconds"], whole.get(t["notebook"][:2], 0.0))
+            number = notebook_number(t["notebook"])
+            whole[number] = max(t["seconds"], whole.get(number, 0.0))
     of_stages = {n: sum(s.seconds or 0 for s in made if s.notebook == n) for n in whole}
     return {n: round(max(0.0, seconds - of_stages[n]), 1) for n, seconds in whole.items()}
 

@@ -154,7 +154,7 @@ def find(run: Run, name: str) -> Planned | None:
 
 # Results of a few numbers that a notebook computes and notes down, by the notebook.
 FACTS = {
-    "judge-check": "04", "second-pass": "05", "mask": "07", "guided-gain": "07", "generators": "10", "mixed": "10",
+    "judge-check": "04", "second-pass": "05", "mask": "07", "guided-gain": "07b", "generators": "10", "mixed": "10",
     "hard-negatives": "10", "study": "10", "scaling": "11",
 }  # fmt: skip
 

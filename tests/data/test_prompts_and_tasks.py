@@ -8,11 +8,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from speed_core.data import prompts, records, tasks, teacher
+from speed_core.data.topics import load_topics
 from speed_core.files import UserError
 from speed_core.preference import judge
 
 TABLE = {(r["kind"], r["topic"]): json.loads(r["answer"]) for r in teacher.recorded_rows("tasks")}
-TOPICS = [prompts.truncate_topic(t) for t in prompts.load_topics()]
+TOPICS = [prompts.truncate_topic(t) for t in load_topics().paths]
 
 
 @given(st.lists(st.text("abc", min_size=1, max_size=3), min_size=1, max_size=9), st.integers(1, 6))
@@ -74,7 +75,7 @@ def test_the_recorded_teacher_is_as_large_as_it_says():
 def test_every_recorded_seed_answers_a_prompt_that_is_really_built():
     plan = tasks.plan_synthesis("seed", 322, TOPICS[:60], TABLE, attributes="short")
     assert {p.digest for p in plan} == {r["prompt_digest"] for r in teacher.recorded_rows("seeds")}
-    built = {p.digest for cut in (True, False) for p in tasks.plan_brainstorm(prompts.load_topics(), truncate=cut)}
+    built = {p.digest for cut in (True, False) for p in tasks.plan_brainstorm(load_topics().paths, truncate=cut)}
     assert built == {r["prompt_digest"] for r in teacher.recorded_rows("tasks")}
     for r in teacher.recorded_rows("revisions"):
         assert prompts.text_digest(prompts.revise(r["prompt"], r["weak"])) == r["prompt_digest"]

@@ -93,6 +93,21 @@ def test_a_missing_data_package_and_an_unknown_task_say_what_to_do():
         evaluate.resolve_tasks(["STSBenchmrk"])
 
 
+@pytest.mark.parametrize(
+    ("name", "wanted"),
+    [
+        ("STS-B", "STSBenchmark"),
+        ("Banking77", "Banking77Classification"),
+        ("scifact", "SciFact"),
+        ("!", "offline"),
+        ("", "offline"),
+    ],
+)
+def test_a_short_name_suggests_the_task_that_begins_like_it(name, wanted):
+    known = ["SciFact", "SciFact-PL", "STSBenchmark", "STSBenchmarkMultilingualSTS", "Banking77Classification"]
+    assert evaluate._suggested(name, known)[0] == wanted
+
+
 @pytest.fixture(scope="module")
 def results(tmp_path_factory):
     """MiniLM and a randomised copy of it, scored with one shared cache folder: the trap of mteb 2.26."""

@@ -95,9 +95,8 @@ def lora_model(base):
     from peft import get_peft_model
 
     torch.manual_seed(0)
-    model = get_peft_model(
-        AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32), training.lora_config(Lora(rank=2, alpha=4))
-    )
+    model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
+    model = get_peft_model(model, training.lora_config(Lora(rank=2, alpha=4), model))
     for name, p in model.named_parameters():
         if "lora_B" in name:
             p.data.normal_(0, 0.1)
@@ -231,6 +230,57 @@ def test_an_embedder_trains_saves_and_loads_alone(family, guided, tiny_model, tm
     if family != "bert":
         ids = model.tokenizer("a b")["input_ids"]
         assert ids[0] == model.tokenizer.bos_token_id and ids[-1] == model.tokenizer.eos_token_id
+
+
+def embedder_trained(base, folder, micro, guided=True, lora=True):
+    """(losses, weights by name) after five steps of eight records, `micro` texts at a time."""
+    how = {"lora": Lora(rank=2, alpha=4, targets=("q_proj", "v_proj")) if lora else None, "guided": guided}
+    s = settings("embedding", batch=8, micro_batch=micro, examples=40, lr=1e-3, **how)
+    facts = train_embedder(
+        base, records(40), s, guide="package:all-MiniLM-L6-v2", guide_cache=folder / "g", seed=0, output=folder / "m"
+    )
+    return [h["loss"] for h in facts["history"]], embedder_weights(folder / "m")
+
+
+def embedder_weights(folder):
+    (file,) = folder.rglob("*.safetensors")
+    return load_file(file)
+
+
+@pytest.mark.parametrize("guided", (True, False))
+@pytest.mark.parametrize("lora", (True, False))
+def test_an_embedder_that_reads_a_few_texts_at_a_time_learns_from_the_whole_batch(guided, lora, tiny_model, tmp_path):
+    base = tiny_model("mistral")
+    whole, a = embedder_trained(base, tmp_path / "whole", 8, guided, lora)
+    parts, b = embedder_trained(base, tmp_path / "parts", 2, guided, lora)
+    assert parts == pytest.approx(whole, abs=1e-5) and len(whole) == 5
+    assert a.keys() == b.keys() and max(float((v - b[k]).abs().max()) for k, v in a.items()) < 1e-5
+
+
+@pytest.mark.slow
+def test_two_processes_train_an_embedder_on_one_anothers_negatives(tiny_model, tmp_path):
+    base, folders = tiny_model("llama"), [str(Path(__file__).parent), str(Path(__file__).parents[2])]
+    script = tmp_path / "two.py"
+    script.write_text(
+        f"import sys; sys.path[:0] = {folders!r}\n"
+        "from pathlib import Path\nimport test_training\n"
+        f"test_training.embedder_trained({base!r}, Path({str(tmp_path / 'two')!r}), 2)\n"
+        "import torch\ntorch.distributed.destroy_process_group()\n"
+    )
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", str(script)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    losses, wanted = embedder_trained(base, tmp_path / "one", 8)
+    facts = json.loads((tmp_path / "two" / "m" / "training.json").read_text())
+    assert [h["loss"] for h in facts["history"]] == pytest.approx(losses, abs=1e-5)
+    found = embedder_weights(tmp_path / "two" / "m")
+    assert max(float((v - found[k]).abs().max()) for k, v in wanted.items()) < 1e-5
+
+
+def test_a_batch_that_processes_cannot_share_is_refused(tiny_model, tmp_path, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "3")
+    with pytest.raises(UserError, match="batch 8: not micro_batch 2 x 3 devices"):
+        embedder_trained(tiny_model("llama"), tmp_path, 8)
 
 
 @pytest.mark.parametrize("family", ("gemma3", "bert"))

@@ -2,39 +2,32 @@
 
 import math
 import re
+from types import SimpleNamespace
 
 import nbformat
 import numpy as np
 import pytest
 import torch
+from scipy.stats import norm
 
 import classroom
+from speed_core import profile as profiles
 from speed_core import reference
 from speed_core.data import prompts
 from speed_core.files import UserError
 from speed_core.runner import notebook
+from speed_core.store.artifacts import notebook_number
 from speed_core.store.run_context import ROOT
+from speed_core.study import claims, comparisons
 from workbook import exercises
 
-NOTEBOOKS = [p for p in notebook.notebooks(ROOT / "notebooks") if p.stem[:2] != "00"]
-
-
-def row(record, status="ok", kind="retrieval", raw=""):
-    return {"record": record, "status": status, "kind": kind, "raw": raw}
+NOTEBOOKS = notebook.notebooks(ROOT / "notebooks")
 
 
 def seed(query, positive, negative):
     return f'{{"user_query":"{query}","positive_document":"{positive}","hard_negative_document":"{negative}"}}'
 
 
-RETRIEVAL = [
-    row("a", raw=seed("red hen", "a red hen", "a red fox")),  # 2 and 1 words shared
-    row("b", raw=seed("red hen", "a hen", "a Red fox")),  # 1 and 1
-    row("c", raw=seed("red hen", "a fox", "a red hen")),  # 0 and 2
-    row("d", raw=seed("big red hen", "red hen", "fox")),  # 2 and 0
-    row("e", kind="sts", raw='{"S1":"a","S2":"b","S3":"c"}'),
-    row("f", status="invalid", raw="{"),
-]
 PAIRS = [
     {"chosen": "one two three", "rejected": "one two"},
     {"chosen": "one two", "rejected": "three four five"},
@@ -42,8 +35,6 @@ PAIRS = [
     {"chosen": "one two four", "rejected": "one"},
     {"chosen": "a", "rejected": "b c"},
 ]
-BASE = [row("a", "ok"), row("b", "invalid"), row("c", "invalid"), row("d", "ok"), row("e", "invalid"), row("f", "ok")]
-JUNIOR = [row(r, s) for r, s in zip("abcdef", ("ok", "ok", "ok", "invalid", "truncated", "ok"), strict=True)]
 POINTS = [
     {"guide": g, "labels": s, "margin": m, "precision": p, "recall": r}
     for g, s, values in (
@@ -57,20 +48,16 @@ POINTS = [
 DIFFERENCES = [
     {"label": n, "value": v, "low": v - 1, "high": v + 1} for n, v in (("Jr + Re", 2.0), ("Sr", 0.5), ("Sr + Re", -1.5))
 ]
-CALLS = {"brainstorm (the paper leaves it out)": 100, "seed": 200, "preference (a rubric makes none)": 0, "revision": 50}
 
 # What a checker is given beside the answer. `names` are what the solution cell finds in its notebook.
 FACTS = {
     "01.1": {"topics": ["Arts/Music/Jazz/Piano/Trio", "Home/Garden", "A/B/C"]},
-    "02.2": {"rows": RETRIEVAL},
-    "03.2": {"base": BASE, "junior": JUNIOR},
     "04.2": {"pairs": PAIRS},
     "05.2": {"gain": [1.0, -0.5, 0.0, 0.3]},
     "06.2": {"issued": 100, "valid": 80, "dropped": [{"dropped_by": "near-duplicate"}] * 6 + [{"dropped_by": "evaluation overlap"}] * 5},
     "07.2": {"points": POINTS},
     "10.1": {"rows": DIFFERENCES},
-    "12.1": {"calls": CALLS, "records": 100},
-    "12.2": {"calls": 250},
+    "00.1": {"prompts": 160},
 }  # fmt: skip
 
 
@@ -86,17 +73,14 @@ class Rows:
 
 def names(number):
     """What the cells before the exercises have left behind, as far as the solutions use it."""
-    from speed_core.data import records
-
     known = {
-        "02": {"records": records, "rows": RETRIEVAL},
-        "03": {"base": Rows(BASE), "after": Rows(JUNIOR)},
+        "02": {"prompts": prompts},
         "04": {"pairs": Rows(PAIRS)},
         "05": {"prompts": prompts, "gain": FACTS["05.2"]["gain"]},
-        "06": {"data": Rows(FACTS["06.2"]["dropped"]), "ok": 80},
-        "07": {"points": POINTS},
-        "10": {"rows": DIFFERENCES},
-        "12": {"counted": 250, "data": Rows([], kept=100)},
+        "06": {"dropped": FACTS["06.2"]["dropped"], "outcomes": {"ok": 80}},
+        "07": {"points": POINTS, "reference": reference},
+        "00": {"profiles": profiles, "run": SimpleNamespace(profile=profiles.load("tiny"))},
+        "12": {"claims": claims},
     }
     return {"np": np, "torch": torch} | known.get(number, {})
 
@@ -107,7 +91,7 @@ def parts(path):
     solutions, checkers = classroom.tagged(nb, "solution"), classroom.tagged(nb, "checker")
     assert len(solutions) == len(checkers)
     return [
-        (f"{path.stem[:2]}.{k}", s.source, s.metadata["speed"]["stub"], c.source)
+        (f"{notebook_number(path)}.{k}", s.source, s.metadata["speed"]["stub"], c.source)
         for k, (s, c) in enumerate(zip(solutions, checkers, strict=True), 1)
     ]
 
@@ -115,36 +99,63 @@ def parts(path):
 EVERY = [pytest.param(*p, id=p[0]) for path in NOTEBOOKS for p in parts(path)]
 
 
-def test_every_notebook_from_01_on_has_exercises_with_question_solution_and_checker():
+def test_every_notebook_has_exercises_with_question_solution_and_checker():
     assert sorted(p.values[0] for p in EVERY) == sorted(exercises.CHECKERS)
-    assert {p.values[0][:2] for p in EVERY} == {p.stem[:2] for p in NOTEBOOKS}
+    assert {p.values[0].split(".")[0] for p in EVERY} == {notebook_number(p) for p in NOTEBOOKS}
     for path in NOTEBOOKS:
         cells = nbformat.read(path, 4).cells
         for i in [i for i, c in enumerate(cells) if "solution" in c.metadata.get("tags", [])]:
-            assert "**Exercise" in cells[i - 1].source and "**Is it right?**" in cells[i + 1].source
-            assert cells[i + 2].metadata["tags"] == ["checker"]
+            assert "Exercise" in question(cells, i) and cells[next_code(cells, i)].metadata["tags"] == ["checker"]
 
 
-CHANGES = ("01.1", "04.1", "06.1", "08.1", "08.2")  # the reference code, changed by the reader
+def question(cells, i):
+    """The text above cell i."""
+    return next(c.source for c in reversed(cells[:i]) if c.cell_type == "markdown")
+
+
+def next_code(cells, i):
+    return next(k for k in range(i + 1, len(cells)) if cells[k].cell_type == "code")
+
+
+CHANGES = (
+    "01.1",
+    "02.1",
+    "03.2",
+    "04.1",
+    "05.1",
+    "06.1",
+    "07.3",
+    "08.1",
+    "08.2",
+    "09.2",
+    "12.2",
+)  # the reference code, changed by the reader
 
 
 def test_who_changes_the_reference_code_sees_the_effect_solved_or_not():
     for path in NOTEBOOKS:
         cells = nbformat.read(path, 4).cells
-        checkers = [i for i, c in enumerate(cells) if "checker" in c.metadata.get("tags", [])]
-        for k, i in enumerate(checkers, 1):
-            changes = f"{path.stem[:2]}.{k}" in CHANGES
-            assert ("Change the reference code" in cells[i - 3].source) == changes
+        solutions = [i for i, c in enumerate(cells) if "solution" in c.metadata.get("tags", [])]
+        for k, solved in enumerate(solutions, 1):
+            changes, i = f"{notebook_number(path)}.{k}" in CHANGES, next_code(cells, solved)
+            assert ("Change the reference code" in question(cells, solved)) == changes
             assert cells[i + 1].source.startswith("**The effect.**") == changes
-            assert not changes or f"answer_{k}" in cells[i + 2].source and "reference." in cells[i + 2].source
+            effect = cells[i + 2].source if changes else ""
+            assert not changes or f"answer_{k}" in effect and any(m in effect for m in ("reference.", "prompts.", "claims."))
 
 
 EFFECTS = {
     "01": {"deep": ["A/B/C/D/E/F"]},
+    "02": {"table": "paper"},
+    "03": {},
     "04": {},
+    "05": {"first": {"prompt": "Write one example.", "weak": "a weak sample"}},
     "06": {"three": ["how long do hens lay eggs in a year"]},
-    "08": {"unit": torch.nn.functional.normalize, "q": torch.randn(4, 8), "p": torch.randn(4, 8), "n": torch.randn(4, 8)}
+    "07": {"toy": np.eye(6, dtype=np.float32)},
+    "09": {"chosen": "t", "results": {a: [{"tasks": {"t": {"items": [0.1 * k, 0.5, 1.0]}}}] for k, a in enumerate(("guided", "plain"))}},
+    "08": {"toy": torch.nn.functional.normalize(torch.randn(3, 4, 8), dim=2)}
     | {"hidden": torch.randn(3, 5, 4), "read": {"attention_mask": torch.tensor([[1] * 5, [1] * 3 + [0] * 2, [1] * 4 + [0]])}},
+    "12": {"comparisons": comparisons, "rows": [{"id": "S4", "low": 0.2, "high": 1.4, "verdict": claims.Verdict.SMALLER}]},
 }  # fmt: skip
 
 
@@ -152,7 +163,7 @@ EFFECTS = {
 @pytest.mark.parametrize("name", CHANGES)
 def test_the_effect_is_shown_for_a_solution_and_for_a_stub(name, tried, capsys):
     number, k = name.split(".")
-    (path,) = [p for p in NOTEBOOKS if p.stem[:2] == number]
+    (path,) = [p for p in NOTEBOOKS if notebook_number(p) == number]
     _, solution, stub, _ = parts(path)[int(k) - 1]
     space = names(number) | EFFECTS[number] | {"reference": reference}
     exec({"solution": solution, "stub": stub}[tried], space)
@@ -172,7 +183,7 @@ def answer_of(source, number, k):
 @pytest.mark.parametrize("name, solution, stub, checker", EVERY)
 def test_the_solution_is_right_and_the_stub_is_told_that_it_is_unanswered(name, solution, stub, checker):
     number, k = name.split(".")
-    assert f'exercises.check("{name}", answer_{k}' in checker
+    assert re.search(rf'exercises\.(check|use)\("{name}", answer_{k}\b', checker)
     assert exercises.hint(name, answer_of(solution, number, k), **FACTS.get(name, {})) == ""
     assert exercises.UNANSWERED in exercises.hint(name, answer_of(stub, number, k), **FACTS.get(name, {}))
 
@@ -201,12 +212,44 @@ def own_texts(q, p, n, t, label=0):
     return torch.nn.functional.cross_entropy(own / t, torch.full((len(q),), label))
 
 
+def instead(low, high, expected, where):
+    """What the rule says, but "fails" for "open" where `where` holds."""
+    word = comparisons.in_a_word(low, high, expected)
+    return "fails" if where and word == "open" else word
+
+
+def flip(word):
+    return {"holds": "fails", "fails": "holds"}.get(word, word)
+
+
+def widened(low, high, expected, by):
+    middle, half = (low + high) / 2, (high - low) / 2 * by
+    return claims.verdict(middle - half, middle + half, expected)
+
+
+def copied(texts):
+    return torch.tensor([[a == b for b in texts] for a in texts])
+
+
+def two_gains(a, b, c, d):
+    return np.subtract(a, b) - np.subtract(c, d)
+
+
+def error(values):
+    return float(np.std(values, ddof=1) / np.sqrt(len(values)))
+
+
 def characters(a, b, size):
     return len(runs(a, size) & runs(b, size)) / len(runs(a, size) | runs(b, size))
 
 
 def runs(text, size):
     return {text.lower()[i : i + size] for i in range(len(text) - size + 1)}
+
+
+def row_losses(logits, ids, scored):
+    one = [reference.completion_loss(x[None], i[None], s[None]) for x, i, s in zip(logits, ids, scored, strict=True)]
+    return torch.stack(one)
 
 
 MISTAKES = [
@@ -223,24 +266,27 @@ MISTAKES = [
     ("01.2", {"read": "['a']", "refused": "[f("}, "Python itself"),
     ("01.2", {"read": "['a']", "refused": "[1, 2]"}, "no call inside"),
     ("01.2", {"read": "['a']", "refused": ...}, "refused"),
-    ("02.1", {"lost": "{", "kept": "{"}, "our parser says invalid"),
-    ("02.1", {"lost": seed("a", "b", "c"), "kept": "{"}, "the released parser says kept"),
-    ("02.1", {"lost": "so: " + seed("a", "b}", "c"), "kept": seed("a", "b", "c")}, "takes it as well"),
-    ("02.1", {"lost": "so: " + seed("a", "b}", "c"), "kept": "{"}, "must still be JSON"),
-    ("02.2", 1 / 4, "a tie counts"),
-    ("02.2", 50, "percentage"),
-    ("02.2", 2, "divide it"),
-    ("02.2", 2 / 5, "all seeds"),
-    ("02.2", 0.9, "another share"),
+    ("02.1", lambda i, table, name: prompts.draw_attribute(prompts.rng_for(i), table, name), "by the id alone"),
+    ("02.1", lambda i, table, name: prompts.draw_attribute(prompts.rng_for(name), table, name), "by the name alone"),
+    ("02.1", lambda i, table, name: prompts.draw_attribute(prompts.rng_for(f"{i}/{name}"), "paper", name), "table is not used"),
+    ("02.1", lambda i, table, name: prompts.draw_attribute(prompts.rng_for(f"{name}/{i}"), table, name), "changed places"),
+    ("02.1", lambda i, table, name: "clear", "cases differ"),
+    ("02.2", {"lost": "{", "kept": "{"}, "our parser says invalid"),
+    ("02.2", {"lost": seed("a", "b", "c"), "kept": "{"}, "the released parser says kept"),
+    ("02.2", {"lost": "so: " + seed("a", "b}", "c"), "kept": seed("a", "b", "c")}, "takes it as well"),
+    ("02.2", {"lost": "so: " + seed("a", "b}", "c"), "kept": "{"}, "must still be JSON"),
     ("03.1", lambda p, c, e: (p + c + [e], [1] * (len(p + c) + 1)), "the prompt is scored"),
     ("03.1", lambda p, c, e: (p + c, [0] * len(p) + [1] * len(c)), "never stops"),
     ("03.1", lambda p, c, e: (p + c + [e], [0] * len(p) + [1] * len(c) + [0]), "never learnt"),
     ("03.1", lambda p, c, e: (p + c + [e], [1] * len(p) + [0] * len(c + [e])), "wrong way round"),
     ("03.1", lambda p, c, e: (p + c + [e], [0] * len(p) + [1] * len(c)), "entries"),
     ("03.1", lambda p, c, e: p + c, "two lists"),
-    ("03.2", [2, 2, 1, 1], "wrong way round"),
-    ("03.2", [2, 1, 2, 0], "add up to 5 of 6"),
-    ("03.2", [3, 0, 2, 1], "field 'record'"),
+    ("03.2", reference.completion_loss, "the reference still"),
+    ("03.2", lambda x, i, s: row_losses(x, i, s), "for each row"),
+    ("03.2", lambda x, i, s: row_losses(x, i, s).sum(), "the sum over the rows"),
+    ("03.2", lambda x, i, s: row_losses(x, i, torch.ones_like(s)).mean(), "the prompt is scored"),
+    ("03.2", lambda x, i, s: -row_losses(x, i, s).mean(), "other sign"),
+    ("03.2", lambda x, i, s: 2.0, "6 of 6 cases differ"),
     ("04.1", lambda a, b, c, d, beta, e: reference.dpo_loss(a, b, c, d, beta), "Eq. 2 as it was"),
     ("04.1", lambda a, b, c, d, beta, e: dpo(b, a, d, c, beta, e), "changed places"),
     ("04.1", lambda a, b, c, d, beta, e: reference.dpo_loss(a, b, c, d, beta * (1 - 2 * e)), "mix the two losses"),
@@ -251,11 +297,11 @@ MISTAKES = [
     ("04.2", 0.6, "equal length"),
     ("04.2", 2, "divide it"),
     ("04.2", 0.75, "another share"),
-    ("05.1", lambda p, w, r: (prompts.revise(p, r), r), "learn to copy"),
-    ("05.1", lambda p, w, r: (prompts.revise(p, w), w), "weak sample once more"),
-    ("05.1", lambda p, w, r: (w, r), "prompt is missing"),
-    ("05.1", lambda p, w, r: (p, r), "weak sample is missing"),
-    ("05.1", lambda p, w, r: (p + w, r), "same words"),
+    ("05.1", prompts.revise, "the reference still"),
+    ("05.1", lambda p, s: s, "the sample alone"),
+    ("05.1", lambda p, s: prompts.revise("", s), "an empty line"),
+    ("05.1", lambda p, s: prompts.revise("", s).strip()[3:], "cases differ"),
+    ("05.1", lambda p, s: prompts.revise(p, "").removeprefix(f"{p}\n\n"), "the weak sample is missing"),
     ("05.2", (0.8, 1.3), "the first is a sum"),
     ("05.2", (0.2, 0.65), "forgets the records"),
     ("05.2", (0.2, 0.2), "first again"),
@@ -279,6 +325,25 @@ MISTAKES = [
     ("07.2", -0.1, "newsgroups"),
     ("07.2", 0.2, "weaker guide"),
     ("07.2", 0.07, "not tried"),
+    ("07.3", lambda g, t, m: reference.guide_mask(g, m).fill_diagonal_(False), "the reference still"),
+    ("07.3", lambda g, t, m: reference.guide_mask(g, m) | copied(t), "a copy of itself"),
+    ("07.3", lambda g, t, m: (g >= g.diagonal()[:, None] - m).fill_diagonal_(False), "another text may be exactly as alike"),
+    ("07.3", lambda g, t, m: copied(t).fill_diagonal_(False), "only copies are removed"),
+    ("07.3", lambda g, t, m: reference.guide_mask(g, m) & ~copied(t), "yours protects it"),
+    ("07.3", lambda g, t, m: ~(reference.guide_mask(g, m) | copied(t)).fill_diagonal_(False), "marks what stays"),
+    ("07.3", lambda g, t, m: g[0] > m, "True or False for each"),
+    ("07b.1", lambda a, b, c, d: two_gains(a, b, c, d).mean(), "keep a value for each seed"),
+    ("07b.1", lambda a, b, c, d: -two_gains(a, b, c, d), "turned round"),
+    ("07b.1", lambda a, b, c, d: two_gains(a, b, d, c), "the gains are added"),
+    ("07b.1", lambda a, b, c, d: np.subtract(a, b), "is to be subtracted"),
+    ("07b.1", lambda a, b, c, d: np.subtract(a, c), "without the mask"),
+    ("07b.1", lambda *arms: two_gains(*map(sorted, arms)), "the seeds are mixed up"),
+    ("07b.2", lambda a, b: float(np.hypot(error(a), error(b))), "seeds of their own"),
+    ("07b.2", lambda a, b: float(np.subtract(a, b).std(ddof=1)), "spread of single seeds"),
+    ("07b.2", lambda a, b: float(np.subtract(a, b).std() / len(a) ** 0.5), "one seed less"),
+    ("07b.2", lambda a, b: error(np.subtract(a, b)) ** 2, "this is a variance"),
+    ("07b.2", lambda a, b: float(np.subtract(a, b).mean()), "how sure is it"),
+    ("07b.2", lambda a, b: 1.96 * error(np.subtract(a, b)), "half the width"),
     ("08.1", reference.info_nce, "the reference still"),
     ("08.1", lambda q, p, n, t: own_texts(q, p, n, 1 / t), "multiplied"),
     ("08.1", lambda q, p, n, t: own_texts(q, p, n, 1), "temperature is not used"),
@@ -311,14 +376,23 @@ MISTAKES = [
     ("11.2", lambda n, s, g: n * (1 + g / s), "straight line"),
     ("11.2", lambda n, s, g: g / s, "how many doublings"),
     ("11.2", lambda n, s, g: 2 ** (g / s), "multiply by the records"),
-    ("12.1", {"paper": 920 / 45, "ours": 2.5}, "turn it over"),
-    ("12.1", {"paper": 45 / 500, "ours": 2.5}, "E5-mistral"),
-    ("12.1", {"paper": 0.0489, "ours": 3.5}, "brainstorm calls"),
-    ("12.1", {"paper": 0.0489, "ours": 0.4}, "turn it over"),
-    ("12.2", 250 * 45 / 920, "should divide"),
-    ("12.2", 250 * 500 / 45, "E5-mistral"),
-    ("12.2", 250, "as many records"),
-    ("12.2", 1000, "0.25 a record"),
+    ("12.1", lambda a, b, e: comparisons.in_a_word(a, b, abs(e)), "a claimed fall"),
+    ("12.1", lambda a, b, e: comparisons.in_a_word(a, b, e or 1), "a claim of no difference"),
+    ("12.1", lambda a, b, e: "holds" if a == 0 else comparisons.in_a_word(a, b, e), "still inside it"),
+    ("12.1", lambda a, b, e: instead(a, b, e, not e), "across the one-point margin"),
+    ("12.1", lambda a, b, e: instead(a, b, e, e), "does not contradict"),
+    ("12.1", lambda a, b, e: claims.verdict(a, b, e), "12 of 12 cases differ"),
+    ("12.1", lambda a, b, e: flip(comparisons.in_a_word(a, b, e)), "changed places"),
+    ("12.2", lambda a, b, e, n: claims.verdict(a, b, e), "nothing became wider"),
+    ("12.2", lambda a, b, e, n: widened(a, b, e, norm.ppf(1 - 0.05 / n) / norm.ppf(0.975)), "two sides"),
+    ("12.2", lambda a, b, e, n: widened(a, b, e, n), "multiplied by the number"),
+    ("12.2", lambda a, b, e, n: widened(a, b, e, norm.ppf(0.975) / norm.ppf(1 - 0.025 / n)), "became narrower"),
+    ("00.1", 160 / 1_150_000, "turn it over"),
+    ("00.1", 1_150_000, "divide by yours"),
+    ("00.1", 40, "another number"),
+    ("00.2", "junior.epocs", "the misspelled name itself"),
+    ("00.2", "epochs", "no setting"),
+    ("00.2", "junior.lr", "not the one"),
 ]  # fmt: skip
 
 
@@ -352,7 +426,7 @@ def test_check_prints_one_line_and_never_stops_a_notebook(capsys):
     exercises.check("09.1", lambda rank: 1 / np.log2(rank + 1) * (rank <= 10))
     first, second, third = capsys.readouterr().out.splitlines()
     assert first.startswith("09.1: not yet - ") and "KeyError" in second and third == "09.1: right"
-    with pytest.raises(ValueError, match="unknown; there are 01.1"):
+    with pytest.raises(ValueError, match="unknown; there are 00.1"):
         exercises.check("99.1", 0)
 
 
@@ -360,7 +434,7 @@ def test_the_students_copy_holds_no_solution_and_nothing_else_changes(tmp_path):
     for path in classroom.write(tmp_path / "copy"):
         ours, theirs = nbformat.read(ROOT / "notebooks" / path.name, 4), nbformat.read(path, 4)
         text = "\n".join(c.source for c in theirs.cells)
-        for _, solution, stub, _ in parts(ROOT / "notebooks" / path.name) if path.stem[:2] != "00" else []:
+        for _, solution, stub, _ in parts(ROOT / "notebooks" / path.name):
             own = [line.strip() for line in solution.splitlines() if line not in stub and len(line.strip()) > 15]
             assert own and not [line for line in own if line in text]
         assert '"solution"' not in path.read_text() and '"stub"' not in path.read_text()
@@ -369,6 +443,47 @@ def test_the_students_copy_holds_no_solution_and_nothing_else_changes(tmp_path):
                 assert "..." in b.source and a.source not in text
             else:
                 assert a == b
+
+
+def test_a_folded_students_copy_keeps_each_solution_closed_behind_its_checker(tmp_path):
+    for path in classroom.write(tmp_path / "lab", folded=True):
+        ours, theirs = nbformat.read(ROOT / "notebooks" / path.name, 4), nbformat.read(path, 4)
+        nbformat.validate(theirs)
+        folded = [i for i, c in enumerate(theirs.cells) if c.cell_type == "markdown" and c.id.endswith("-solution")]
+        solutions = classroom.tagged(ours, "solution")
+        assert len(folded) == len(solutions) and (solutions or path.stem[:2] == "00")
+        for i, solution in zip(folded, solutions, strict=True):
+            text = theirs.cells[i].source
+            assert text.startswith("<details><summary>Solution</summary>\n\n```python\n") and text.endswith("```\n\n</details>")
+            assert solution.source in text and theirs.cells[i].cell_type == "markdown"
+            assert "checker" in theirs.cells[i - 1].metadata["tags"]
+        assert not classroom.tagged(theirs, "solution")
+        assert [c for i, c in enumerate(theirs.cells) if i not in folded] == classroom.student_copy(
+            ROOT / "notebooks" / path.name
+        ).cells
+
+
+def test_a_copy_that_is_kept_gets_what_is_missing_and_no_work_is_lost(tmp_path):
+    first, second = classroom.write(tmp_path, folded=True, keep=True)[1:3]
+    first.write_text(first.read_text().replace("# your turn", "# my work"))
+    second.unlink()
+    classroom.write(tmp_path, folded=True, keep=True)
+    assert "my work" in first.read_text() and second.is_file()
+    with pytest.raises(UserError, match="--force overwrites"):
+        classroom.main(tmp_path, force=True, keep=True)
+
+
+def test_an_exercise_without_a_checker_is_refused(tmp_path):
+    nb = nbformat.read(NOTEBOOKS[0], 4)
+    nb.cells = [c for c in nb.cells if "checker" not in c.metadata.get("tags", [])]
+    nbformat.write(nb, tmp_path / "01_a.ipynb")
+    with pytest.raises(UserError, match="01_a.ipynb: 2 solutions and 0 checkers"):
+        classroom.student_copy(tmp_path / "01_a.ipynb")
+
+
+def test_make_lab_opens_the_folded_copy_and_keeps_what_is_there():
+    target = re.search(r"^lab: .*\n((?:\t.*\n)+)", (ROOT / "Makefile").read_text(), re.M).group(1)
+    assert "scripts/classroom.py lab --folded --keep" in target and " lab/00_preflight.ipynb" in target
 
 
 def test_work_of_a_student_is_not_overwritten(tmp_path):

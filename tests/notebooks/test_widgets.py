@@ -2,6 +2,7 @@
 
 import os
 import re
+from xml.etree import ElementTree
 
 import ipywidgets
 import matplotlib.pyplot as plt
@@ -12,6 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from speed_core.contrastive.guided_loss import false_negative_mask
+from speed_core.data import minhash
 from speed_core.runner import notebook
 from speed_core.store.run_context import ROOT
 from workbook import show, widgets
@@ -160,6 +162,27 @@ def test_marked_tokens_and_a_word_diff_hold_every_word_as_text_and_as_a_page():
     diff = show.word_diff("the old hen lays", "the young hen lays well")
     assert repr(diff) == "the [-old-] {+young+} hen lays {+well+}"
     assert "<del>old</del> <ins>young</ins>" in diff._repr_html_()
+
+
+def test_fields_of_a_record_are_shown_without_its_quotes_and_other_text_as_it_is():
+    assert show.fields('{"input_text":"a \\"b\\"","label":"c"}') == 'input_text: a "b"\nlabel: c'
+    assert show.fields('{"cut') == '{"cut' and show.fields("[1]") == "[1]"
+
+
+def test_bands_are_filled_where_a_text_agrees_with_the_first():
+    shown = show.bands({"one <b>": [1, 2, 3], "two": [1, 5, 3], "three": [4, 5, 6]})
+    assert repr(shown).splitlines() == ["###  3 bands: one <b>", "#.#  2 of 3 bands agree: two", "...  0 of 3 bands agree: three"]
+    drawn = ElementTree.fromstring(shown._repr_html_())
+    assert [r.get("fill") for r in drawn.iter("rect")].count("#0072B2") == 5 and "two" in drawn.get("aria-label")
+
+
+def test_the_s_curve_marks_pairs_and_says_their_probability():
+    shown = show.s_curve(32, 4, 0.7, [0.75, 0.33])
+    assert f"similarity 0.75: found with probability {minhash.probability(0.75, 32, 4):.4f}" in repr(shown).splitlines()
+    drawn = ElementTree.fromstring(shown._repr_html_())
+    circles = list(drawn.iter("circle"))
+    assert len(circles) == 2 and float(circles[0].get("cy")) < float(circles[1].get("cy"))
+    assert {t.text for t in drawn.iter("text")} >= {"pair at 0.75", "threshold 0.7"}
 
 
 @given(*[st.lists(st.sampled_from("a b c".split()), max_size=8).map(" ".join)] * 2)

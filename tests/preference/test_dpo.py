@@ -42,7 +42,7 @@ def policy(base, seed=0):
 
     torch.manual_seed(seed)
     model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
-    return get_peft_model(model, training.lora_config(Lora(rank=2, alpha=4)))
+    return get_peft_model(model, training.lora_config(Lora(rank=2, alpha=4), model))
 
 
 def shake(model):
@@ -100,9 +100,8 @@ def trl_trainer(base, folder, **more):
     from peft import get_peft_model
 
     torch.manual_seed(0)
-    model = get_peft_model(
-        AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32), training.lora_config(Lora(rank=2, alpha=4))
-    )
+    model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
+    model = get_peft_model(model, training.lora_config(Lora(rank=2, alpha=4), model))
     arguments = DPOConfig(output_dir=str(folder), gradient_checkpointing=False, **given)
     return DPOTrainer(model=model, args=arguments, train_dataset=Dataset.from_list(text), processing_class=tokenizer)
 
@@ -439,8 +438,8 @@ def test_layers_of_another_sort_are_refused(tiny_model):
 def test_a_head_that_is_trained_is_refused(tiny_model):
     from peft import get_peft_model
 
-    lora = training.lora_config(Lora(rank=2, alpha=4, targets=("q_proj", "lm_head")))
-    model = get_peft_model(AutoModelForCausalLM.from_pretrained(tiny_model("llama"), dtype=torch.float32), lora)
+    model = AutoModelForCausalLM.from_pretrained(tiny_model("llama"), dtype=torch.float32)
+    model = get_peft_model(model, training.lora_config(Lora(rank=2, alpha=4, targets=("q_proj", "lm_head")), model))
     with pytest.raises(UserError, match="a head with weights that are trained is not supported"):
         token_logprobs.hidden_states_only(model)
 

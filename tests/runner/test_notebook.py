@@ -20,6 +20,7 @@ from speed_core.__main__ import app as cli
 from speed_core.__main__ import main
 from speed_core.files import UserError
 from speed_core.runner import notebook
+from speed_core.store.artifacts import notebook_number
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -400,6 +401,16 @@ def test_what_names_no_notebook_or_does_nothing_is_refused_before_anything_runs(
 def test_a_number_without_its_zero_is_that_notebook(tmp_path):
     assert [p.stem for p in notebook.choose(ROOT / "notebooks", ["3", "04"])] == ["03_junior_generator", "04_senior_generator"]
     assert [p.stem[:2] for p in notebook.choose(ROOT / "notebooks", start="11")] == ["11", "12"]
+
+
+def test_a_number_is_all_of_its_parts_and_a_letter_is_one_of_them():
+    def chosen(*only, start=""):
+        return [notebook_number(p) for p in notebook.choose(ROOT / "notebooks", only, start)]
+
+    assert chosen("07") == chosen("7") == ["07", "07b"] and chosen("7b") == chosen("07b") == ["07b"]
+    assert chosen(start="07b")[:2] == ["07b", "08"] and chosen(start="8")[0] == "08"
+    with pytest.raises(UserError, match="--only 8b: no such notebook; .* 07, 07b, 08"):
+        chosen("8b")
 
 
 def test_past_predictions_are_compared_with_what_the_stages_took(tmp_path, monkeypatch):

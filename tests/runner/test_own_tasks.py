@@ -22,7 +22,7 @@ def some_rows():
 
 
 def test_each_shape_becomes_a_task_and_a_perfect_model_scores_one_hundred(tmp_path, capsys):
-    rows = own_tasks.scorecard(["package:all-MiniLM-L6-v2"], write(tmp_path / "my.jsonl", some_rows()), tmp_path / "out", instructed=False)  # fmt: skip
+    rows = own_tasks.scorecard(["package:all-MiniLM-L6-v2"], tmp_path / "out", data=write(tmp_path / "my.jsonl", some_rows()), instructed=False)  # fmt: skip
     found = {r["label"]: r for r in rows}
     assert set(found) == {"OwnRetrieval-my", "OwnSTS-my", "OwnClassification-my"}
     assert found["OwnRetrieval-my"]["value"] > 95 and found["OwnClassification-my"]["value"] > 90
@@ -43,7 +43,7 @@ def test_a_score_and_its_items_read_the_same_query_whatever_spaces_stand_around_
 
 def test_a_model_compared_with_itself_differs_by_nothing(tmp_path):
     data = write(tmp_path / "my.jsonl", some_rows()[:12])
-    rows = own_tasks.scorecard(["package:all-MiniLM-L6-v2"] * 2, data, tmp_path / "out", instructed=False)
+    rows = own_tasks.scorecard(["package:all-MiniLM-L6-v2"] * 2, tmp_path / "out", data=data, instructed=False)
     assert [(r["value"], r["low"], r["high"]) for r in rows] == [(0.0, 0.0, 0.0)]
 
 
@@ -115,7 +115,7 @@ def test_a_query_on_two_lines_has_two_relevant_texts(tmp_path):
     task.load_data()
     split = task.dataset["default"]["test"]
     assert len(split["queries"]) == 10 and {len(found) for found in split["relevant_docs"].values()} == {2}
-    (found,) = own_tasks.scorecard(["package:all-MiniLM-L6-v2"], tmp_path / "my.jsonl", tmp_path / "out", instructed=False)
+    (found,) = own_tasks.scorecard(["package:all-MiniLM-L6-v2"], tmp_path / "out", data=tmp_path / "my.jsonl", instructed=False)
     assert found["value"] > 95
 
 
@@ -126,10 +126,10 @@ def scores(folder):
 
 def test_a_file_that_was_edited_is_scored_anew(tmp_path):
     model, rows = ["package:all-MiniLM-L6-v2"], some_rows()[12:24]
-    own_tasks.scorecard(model, write(tmp_path / "my.jsonl", rows), tmp_path / "out", instructed=False)
+    own_tasks.scorecard(model, tmp_path / "out", data=write(tmp_path / "my.jsonl", rows), instructed=False)
     before = scores(tmp_path / "out")["OwnSTS-my"]
     write(tmp_path / "my.jsonl", [r | {"score": 1 - r["score"]} for r in rows])
-    own_tasks.scorecard(model, tmp_path / "my.jsonl", tmp_path / "out", instructed=False)
+    own_tasks.scorecard(model, tmp_path / "out", data=tmp_path / "my.jsonl", instructed=False)
     assert scores(tmp_path / "out")["OwnSTS-my"] == pytest.approx(-before)
 
 
@@ -140,7 +140,7 @@ def test_scores_without_the_instruction_are_not_those_with_it(tmp_path):
     for where in ("shared", "fresh"):
         for instructed in (True, False):
             folder = tmp_path / (where if where == "shared" else f"{where}{instructed}")
-            own_tasks.scorecard(["package:all-MiniLM-L6-v2"], data, folder, instructed=instructed)
+            own_tasks.scorecard(["package:all-MiniLM-L6-v2"], folder, data=data, instructed=instructed)
             kept[where, instructed] = scores(folder)
     assert kept["fresh", True] != kept["fresh", False]
     assert all(kept["shared", k] == kept["fresh", k] for k in (True, False))

@@ -15,6 +15,7 @@ from speed_core.evaluation import uncertainty
 from speed_core.files import UserError, write_json, write_jsonl
 from speed_core.plots import figures
 from speed_core.runner import paper_sweeps
+from speed_core.store.artifacts import notebook_number
 from speed_core.study import claims, embedding_stages, generation_stages
 from speed_core.study.runs import open_run
 
@@ -217,14 +218,14 @@ def test_what_is_not_resolved_says_what_would_resolve_the_papers_effect_or_else_
 
 def test_an_interval_without_the_papers_effect_says_so_and_no_line_says_that_it_would_have_been_resolved():
     narrow = uncertainty.Estimate(0.06, -0.07, 0.19, 5, 0.03, 0.03)
-    assert claims.judged("G1", narrow, "x", "a@1")["why"].endswith(
+    assert claims.judged("G1b", narrow, "x", "a@1")["why"].endswith(
         "smaller than the paper's effect: the interval leaves +0.27 out"
     )
     fell = uncertainty.Estimate(-1.04, -4.67, 2.59, 5, 1.0, 1.0)
     assert claims.judged("G4", fell, "x", "a@1", expected=-1)["why"].endswith("the interval leaves -7 out")
     margin = claims.judged("G9", uncertainty.Estimate(0.10, -0.04, 0.25, 5, 0.03, 0.03), "x", "a@1")["why"]
     assert "an effect of 1 is outside of the interval, the +0.10 seen would need about" in margin
-    inside = claims.judged("G1", uncertainty.Estimate(0.1, -0.01, 0.30, 5, 0.03, 0.03), "x", "a@1")["why"]
+    inside = claims.judged("G1b", uncertainty.Estimate(0.1, -0.01, 0.30, 5, 0.03, 0.03), "x", "a@1")["why"]
     assert "leaves" not in inside and "would need" in inside
     once = claims.judged("S5", uncertainty.Estimate(0.1, -0.1, 0.3, 5, 0.1, 0.0), "x", "a@1")["why"]
     assert "leaves" not in once, "an interval over embedding seeds cannot exclude an effect of generators"
@@ -285,15 +286,24 @@ def test_a_comparison_of_generators_that_leaves_zero_out_says_what_is_missing():
 
 def test_a_reader_is_told_what_was_tested_in_place_of_the_claim():
     row = uncertainty.difference(scores(0.6), scores(0.5)).row("") | {"what": "x", "source": "s"}
-    facts = {"estimates": dict.fromkeys(("S15", "S16", "E4", "G7", "S20", "G1"), row)}
-    arms = {"guided": noisy(0.5), "plain": noisy(0.48, 1)}
-    rows = claims.build(arms, facts, {"s": "s@1", "guided": "scores-guided-0@1", "plain": "scores-plain-0@1"})
+    facts = {"estimates": dict.fromkeys(("S15", "S16", "E4", "G7", "S20"), row)}
+    rows = claims.build({}, facts, {"s": "s@1"})
     why = {r["id"]: r["why"] for r in rows}
     assert all("optimum inside the range only" in why[k] and "were not compared" in why[k] for k in ("S15", "S16"))
     assert "learning rate was chosen with last-token pooling" in why["E4"] and "without allowance for their number" in why["G7"]
     assert "written by the rubric's authors" in why["S20"]
-    assert f"notebook 09 {uncertainty.difference(*arms.values())}" in why["G1"]
-    assert next(r for r in rows if r["id"] == "G1")["artifact"].split() == ["s@1", "scores-guided-0@1", "scores-plain-0@1"]
+
+
+def test_the_mask_has_a_row_for_the_model_of_notebook_09_and_one_for_students_whatever_a_recorded_run_calls_it():
+    arms = {"guided": noisy(0.5), "plain": noisy(0.48, 1)}
+    student = uncertainty.difference(scores(0.51), scores(0.5))
+    facts = {"estimates": {"G1": student.row("G1") | {"what": "students", "source": "s"}}}
+    digests = {"s": "s@1", "guided": "scores-guided-0@1", "plain": "scores-plain-0@1"}
+    by = {r["id"]: r for r in claims.build(arms, facts, digests)}
+    large = uncertainty.difference(*arms.values())
+    assert "G1" not in by and by["G1a"]["ours"] == round(large.value, 2) and by["G1b"]["ours"] == round(student.value, 2)
+    assert f"all tasks: {large} points" in by["G1a"]["why"] and by["G1a"]["artifact"] == "scores-guided-0@1 scores-plain-0@1"
+    assert by["G1b"]["why"].startswith("students: ") and by["G1b"]["artifact"] == "s@1"
 
 
 def made_at(run, rows, trained):
@@ -329,7 +339,7 @@ def test_a_value_that_stands_for_several_of_the_papers_has_all_their_differences
 
 def whole(rows: list[dict[str, str]]) -> bool:
     """Does a claim map hold every claim once, each with a known verdict, a reason, and artifacts where something was measured?"""
-    ids = [*(f"S{k}" for k in range(1, 23)), *(f"E{k}" for k in range(1, 6)), *(f"G{k}" for k in range(1, 10))]
+    ids = [*(f"S{k}" for k in range(1, 23)), *(f"E{k}" for k in range(1, 6)), "G1a", "G1b", *(f"G{k}" for k in range(2, 10))]
     digest = re.compile(r"[\w-]+@[0-9a-f]{8}( [\w-]+@[0-9a-f]{8})*")
     known = all(r["verdict"] in set(claims.Verdict) and len(r["why"]) > 20 for r in rows)
     return (
@@ -380,7 +390,7 @@ def test_a_claim_with_two_printed_differences_is_their_mean_and_at_the_papers_si
 def test_each_claim_that_can_be_measured_names_a_code_cell_of_its_notebook():
     cells = {}
     for path in sorted((ROOT / "notebooks").glob("*.ipynb")):
-        cells[path.name[:2]] = {c["id"] for c in json.loads(path.read_text())["cells"] if c["cell_type"] == "code"}
+        cells[notebook_number(path)] = {c["id"] for c in json.loads(path.read_text())["cells"] if c["cell_type"] == "code"}
     for key, _, notebook, cell in claims.CLAIMS:
         assert (cell == "") == (key in claims.NOT_POSSIBLE) and (not cell or cell in cells[notebook]), key
 

@@ -19,7 +19,7 @@ from speed_core.study.runs import open_run
 
 @pytest.fixture
 def run(tmp_path, monkeypatch):
-    """A smoke run with its seed examples, ready for notebook 07."""
+    """A smoke run with its seed examples, ready for notebook 07b."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("SPEED_RUNS", "runs")  # relative to where a notebook runs, which is not where the package lies
     monkeypatch.delenv("SPEED_WORKERS", raising=False)
@@ -67,7 +67,7 @@ def test_free_memory_is_what_a_containers_limit_leaves(tmp_path, monkeypatch):
 
 
 def test_each_model_is_followed_by_its_scores_and_what_is_current_is_left_out(run):
-    found = parallel.chains(run, "07")
+    found = parallel.chains(run, "07b")
     assert ["student-1-guided-0", "scores-student-1-guided-0"] in found and ["scores-guide-topic"] in found
     assert parallel.chains(run, "01") == []
 
@@ -81,10 +81,10 @@ def test_two_processes_make_what_the_notebook_then_finds(run, monkeypatch, capsy
         ["scores-guide-topic"],
     ]
     chains = parallel.chains
-    everything = chains(run, "07")
+    everything = chains(run, "07b")
     monkeypatch.setattr(parallel, "chains", lambda run, notebook: wanted)
-    assert parallel.make(run, "07") == 5
-    left = chains(run, "07")
+    assert parallel.make(run, "07b") == 5
+    left = chains(run, "07b")
     assert len(left) == len(everything) - 2 and ["scores-student-1-covered-0"] in left
     assert {run.store.need(c[0]).manifest["beside"] for c in wanted} == {2}
     assert "5 models and scores, 2 at a time" in capsys.readouterr().out
@@ -115,14 +115,14 @@ from speed_core.runner import parallel
 from speed_core.study.runs import open_run
 students = [f"student-1-{arm}-0" for arm in ("guided", "plain", "weak", "margin", "labelled", "both", "uncovered", "covered")]
 parallel.chains = lambda run, notebook: [students[:4], students[4:], [], []]
-parallel.make(open_run("smoke"), "07")
+parallel.make(open_run("smoke"), "07b")
 """
 
 
 def test_processes_whose_parent_is_gone_end_in_the_middle_of_their_stages(run, monkeypatch):
     monkeypatch.setenv("SPEED_WORKERS", "2")
     with subprocess.Popen([sys.executable, "-c", ORPHANS], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL) as parent:
-        logs = [run.folder / "workers" / f"07-{k}.log" for k in (0, 1)]
+        logs = [run.folder / "workers" / f"07b-{k}.log" for k in (0, 1)]
         while not all(log.is_file() and "making it" in log.read_text() for log in logs):
             assert parent.poll() is None
             time.sleep(0.2)
@@ -136,7 +136,7 @@ def test_a_process_that_is_killed_ends_the_others_and_says_what_may_be_the_reaso
     monkeypatch.setenv("SPEED_WORKERS", "2")
     students = [f"student-1-{arm}-0" for arm in ("guided", "plain", "weak", "margin")]
     monkeypatch.setattr(parallel, "chains", lambda run, notebook: [students[:2], students[2:], [], []])
-    log = run.folder / "workers" / "07-0.log"
+    log = run.folder / "workers" / "07b-0.log"
 
     def kill():
         while not (log.is_file() and "making it" in log.read_text()):
@@ -147,5 +147,5 @@ def test_a_process_that_is_killed_ends_the_others_and_says_what_may_be_the_reaso
         open_by[0].kill()
 
     threading.Thread(target=kill).start()
-    with pytest.raises(UserError, match="notebook 07: a process ended in the middle .* SPEED_WORKERS=1"):
-        parallel.make(run, "07")
+    with pytest.raises(UserError, match="notebook 07b: a process ended in the middle .* SPEED_WORKERS=1"):
+        parallel.make(run, "07b")

@@ -69,10 +69,17 @@ def test_a_stage_of_an_earlier_notebook_is_taken_as_shipped_only_when_it_would_b
 
 def test_the_open_notebook_is_told_by_its_path_and_each_stage_has_its_own(fresh, monkeypatch):
     run = open_run("tiny")
-    for path, number in (("11_scaling_law.ipynb", "11"), ("classroom/05_data_revisor.ipynb", "05"), ("mine.ipynb", ""), ("", "")):
+    for path, number in (
+        ("11_scaling_law.ipynb", "11"),
+        ("07b_what_students_gain.ipynb", "07b"),
+        ("classroom/05_data_revisor.ipynb", "05"),
+        ("mine.ipynb", ""),
+        ("", ""),
+    ):
         monkeypatch.setenv("JPY_SESSION_NAME", path)
         assert open_notebook() == number
     numbers = {"seeds": "02", "eval-junior": "03", "eval-senior": "04", "embedder-guided-0": "08", "scores-guided-0": "09"}
+    numbers |= {"mask": "07", "guided-gain": "07b", "student-1-guided-0": "07b", "scores-guide-topic": "07b"}
     numbers |= {"embedder-jr-0": "10", "scaling": "11", "embedder-of-nothing": ""}
     assert {name: notebook_of(run, name) for name in numbers} == numbers
 

@@ -64,7 +64,8 @@ def use(name: str, answer: Any, otherwise: Any, **facts: Any) -> Any:
 def brief(value: Any, most: int = 120) -> str:
     """One line of at most `most` characters that shows a value."""
     if hasattr(value, "tolist"):  # an array or a tensor, or one number of it
-        value = np.asarray(value).round(3).tolist() if getattr(value, "ndim", 0) else value.tolist()
+        array = np.asarray(value)
+        value = (array.round(3) if array.ndim and array.dtype.kind == "f" else array).tolist()
     text = " ".join((f"{value:.4g}" if isinstance(value, float) else repr(value)).split())
     return text if len(text) <= most else text[: most - 3] + "..."
 

@@ -69,6 +69,31 @@ def unread_answers(answer: Any) -> None:
 
 
 @exercise("02.1")
+def own_generators(answer: Any) -> None:
+    """`answer(identifier, table, name)`: the attribute `name`, drawn from a generator seeded by the id, a slash and the name."""
+
+    def seeded(seed: Callable[[str, str], str], fixed: str = "") -> Callable[[str, str, str], Any]:
+        return lambda i, table, name: prompts.draw_attribute(prompts.rng_for(seed(i, name)), fixed or table, name)
+
+    names = ("clarity", "difficulty", "sts_difficulty", "query_type", "document_words")
+    compare(
+        answer,
+        [(f"record {i}", table, name) for i in range(8) for table in ("paper", "short") for name in names],
+        seeded(lambda i, name: f"{i}/{name}"),
+        {
+            "the generator is seeded by the id alone, so two attributes with as many values always agree": seeded(
+                lambda i, name: i
+            ),
+            "the generator is seeded by the name alone, so all records get the same value": seeded(lambda i, name: name),
+            "the table is not used; the lengths differ from one to the other": seeded(lambda i, name: f"{i}/{name}", "paper"),
+            "id and name have changed places; the id comes first": seeded(lambda i, name: f"{name}/{i}"),
+            "there is nothing between the id and the name; put a slash there": seeded(lambda i, name: i + name),
+        },
+        "one value",
+    )
+
+
+@exercise("02.2")
 def two_parsers(answer: Any) -> None:
     """`answer`: a text that only our parser keeps, and one that only the released one keeps."""
     given = mapping(answer, ("lost", "kept"))
@@ -82,31 +107,6 @@ def two_parsers(answer: Any) -> None:
         raise Hint("'kept': our parser takes it as well; break a rule about the *meaning* of a record")
     if theirs["kept"] != "kept":
         raise Hint(f"'kept': the released parser says {theirs['kept']}; the text must still be JSON, with the query's key")
-
-
-@exercise("02.2")
-def near_negatives(answer: Any, *, rows: Rows) -> None:
-    """`answer`: share of retrieval seeds whose hard negative shares at least as many words with the query."""
-    found = [records.parse(e["raw"], e["kind"]).record for e in rows if e["status"] == "ok" and e["kind"] == "retrieval"]
-    shared: list[tuple[int, int]] = []
-    for record in found:
-        q, p, n = (set(str((record or {})[k]).lower().split()) for k in ("query", "positive", "negative"))
-        shared.append((len(q & p), len(q & n)))
-    total = max(1, len(shared))
-    right, strict = sum(n >= p for p, n in shared) / total, sum(n > p for p, n in shared) / total
-    everything = max(1, sum(e["status"] == "ok" for e in rows))
-    among(
-        answer,
-        right,
-        {
-            "at least as many: a tie counts, and yours leaves ties out": strict,
-            "a share lies between 0 and 1; this is a percentage": 100 * right,
-            "this is a count; divide it by the number of retrieval seeds": sum(n >= p for p, n in shared),
-            "this counts the queries that are nearer to the positive": 1 - right,
-            "this is divided by all seeds; only retrieval seeds are asked for": sum(n >= p for p, n in shared) / everything,
-        },
-        f"another share than ours over {len(shared)} retrieval seeds; are words lower-cased, split at spaces, and counted once?",
-    )
 
 
 @exercise("03.1")
@@ -147,21 +147,43 @@ def completion_mask(answer: Any) -> None:
 
 
 @exercise("03.2")
-def paired_counts(answer: Any, *, base: Rows, junior: Rows) -> None:
-    """`answer`: prompts on which (both, only base, only junior, neither) wrote a valid record."""
-    given = [number(v) for v in several(answer, 4, "four counts (both valid, only the base, only the junior, neither)")]
-    ok = {e["record"]: e["status"] == "ok" for e in junior}
-    pairs = [(e["status"] == "ok", ok[e["record"]]) for e in base]
-    right = [float(pairs.count(k)) for k in ((True, True), (True, False), (False, True), (False, False))]
-    if given == right:
-        return
-    if sum(given) != len(pairs):
-        raise Hint(f"each prompt belongs in one of four places; yours add up to {sum(given):g} of {len(pairs)} prompts")
-    if given == [right[0], right[2], right[1], right[3]]:
-        raise Hint("the second count is of prompts that only the base can do; yours are the wrong way round")
-    if given == right[::-1]:
-        raise Hint("the order is: both, only the base, only the junior, neither")
-    raise Hint("the four add up, but they are not ours; pair the rows by their field 'record'")
+def mean_of_rows(answer: Any) -> None:
+    """`answer(logits, input_ids, is_completion)`: Eq. 1 as the mean over the rows of each row's mean over its completion tokens."""
+    cases = []
+    for seed in range(6):
+        random_ = torch.Generator().manual_seed(seed)
+        logits = torch.randn(3, 9, 7, generator=random_, dtype=torch.float64)
+        ids = torch.randint(7, (3, 9), generator=random_)
+        cases.append((logits, ids, torch.arange(9)[None] >= torch.tensor([[2], [5], [7]])))
+
+    def each(logits: Tensor, ids: Tensor, scored: Tensor) -> Tensor:
+        rows = zip(logits, ids, scored, strict=True)
+        return torch.stack([reference.completion_loss(x[None], i[None], s[None]) for x, i, s in rows])
+
+    def unshifted(logits: Tensor, ids: Tensor, scored: Tensor) -> Tensor:
+        loss = -logits.log_softmax(-1).gather(-1, ids[..., None]).squeeze(-1) * scored
+        return (loss.sum(1) / scored.sum(1)).mean()
+
+    def everything(logits: Tensor, ids: Tensor, scored: Tensor) -> Tensor:
+        return each(logits, ids, torch.ones_like(scored)).mean()
+
+    compare(
+        answer,
+        cases,
+        lambda *case: each(*case).mean(),
+        {
+            "this is the reference still: every token counts the same, so a long answer counts more": reference.completion_loss,
+            "this is a loss for each row; their mean is asked for": each,
+            "this is the sum over the rows; their mean is asked for": lambda *case: each(*case).sum(),
+            "the prompt is scored too; `is_completion` says which tokens count": everything,
+            "the logits at token t predict token t + 1, and here they are compared with token t": unshifted,
+            "each row is a sum here; a long answer then counts more still": lambda x, i, s: (
+                each(x, i, s) * s[:, 1:].sum(1)
+            ).mean(),
+            "a loss has the other sign": lambda *case: -each(*case).mean(),
+        },
+        "one number",
+    )
 
 
 @exercise("04.1")
@@ -222,23 +244,23 @@ def longer_chosen(answer: Any, *, pairs: Rows) -> None:
 
 
 @exercise("05.1")
-def revision_row(answer: Any) -> None:
-    """`answer(prompt, weak, revision)`: (what the revisor reads, what it learns to write)."""
-    cases = [(f"Write one example for task {i}.", f'{{"input":"weak {i}"}}', f'{{"input":"better {i}"}}') for i in range(3)]
-    for p, w, r in cases:
-        read, written = map(str, several(call(answer, p, w, r), 2, "two texts, what is read and what is to be written,"))
-        if r in read:
-            raise Hint("the revision stands in what is read: the revisor would learn to copy, and has nothing to copy from later")
-        if w == written:
-            raise Hint("this teaches the revisor to write the weak sample once more")
-        if p not in read:
-            raise Hint("the revisor cannot know what was asked for; the prompt is missing from what it reads")
-        if w not in read:
-            raise Hint("the revisor cannot know what to mend; the weak sample is missing from what it reads")
-        if read != prompts.revise(p, w):
-            raise Hint("training and use must ask in the same words; the second cell of this notebook shows them")
-        if written != r:
-            raise Hint("what is to be written is not the revision as it stands")
+def without_the_prompt(answer: Any) -> None:
+    """`answer(prompt, sample)`: what `prompts.revise` gives, without the synthesis prompt and the empty line behind it."""
+    cases = [(f"Write one example for task {i}.\nRules: none.", f'{{"input":"weak {i}"}}') for i in range(4)]
+    compare(
+        answer,
+        cases,
+        lambda p, s: prompts.revise(p, s).removeprefix(f"{p}\n\n"),
+        {
+            "this is the reference still: the prompt is in it": prompts.revise,
+            "the weak sample is missing: there is nothing left to revise": lambda p, s: prompts.revise(p, "").removeprefix(
+                f"{p}\n\n"
+            ),
+            "an empty line is left where the prompt was": lambda p, s: prompts.revise("", s),
+            "this is the sample alone; the sentence that asks for a better one must stay": lambda p, s: s,
+        },
+        "a text",
+    )
 
 
 @exercise("05.2")

@@ -1,4 +1,4 @@
-"""Exercises of notebooks 07 and 08: the guide's mask and the contrastive loss."""
+"""Exercises of notebooks 07, 07b and 08: the guide's mask, gains of students, the contrastive loss."""
 
 from __future__ import annotations
 
@@ -78,6 +78,114 @@ def even_margin(answer: Any, *, points: Sequence[Mapping[str, Any]]) -> None:
     if value in nearest("TF-IDF", answered, "precision") | nearest("MiniLM, 2 of 6 layers", answered, "precision"):
         raise Hint("that is so for a weaker guide; the question is about MiniLM itself")
     raise Hint("as many right as wrong removals: which value has the precision then, and where is it nearest to that?")
+
+
+@exercise("07.3")
+def copies(answer: Any) -> None:
+    """`answer(guide_similarity, positives, margin)`: the reference mask, own pairs kept, and copies of the own positive removed too."""
+    cases = []
+    for seed, texts in enumerate((list("abca"), list("aabb"), list("abcd"), list("abac"), list("aaab"), list("abcb"))):
+        similarity = torch.rand(4, 4, generator=torch.Generator().manual_seed(seed)).mul(100).round() / 100
+        for j, text in enumerate(texts):
+            similarity[:, j] = similarity[:, texts.index(text)]  # equal texts are equally alike
+        if seed == 3:
+            similarity[0, 1] = similarity[0, 0]  # another text, exactly as alike
+        cases.append((similarity, texts, (0.0, 0.1, -0.1)[seed % 3]))
+    off = ~torch.eye(4, dtype=torch.bool)
+
+    def same(texts: Sequence[str]) -> Tensor:
+        return torch.tensor([[a == b for b in texts] for a in texts])
+
+    def right(g: Tensor, texts: Sequence[str], m: float) -> Tensor:
+        return (reference.guide_mask(g, m) | same(texts)) & off
+
+    compare(
+        answer,
+        cases,
+        right,
+        {
+            "this is the reference still: a copy of the own positive stays": lambda g, t, m: reference.guide_mask(g, m) & off,
+            "the own pair is removed: it is a copy of itself": lambda g, t, m: reference.guide_mask(g, m) | same(t),
+            "a tie is not yet a copy: another text may be exactly as alike; compare the texts": lambda g, t, m: (
+                (g >= g.diagonal()[:, None] - m) & off
+            ),
+            "only copies are removed; what the guide removes has to go as well": lambda g, t, m: same(t) & off,
+            "a copy has to go, and yours protects it: it is a right answer used as a wrong one": lambda g, t, m: (
+                reference.guide_mask(g, m) & ~same(t)
+            ),
+            "this marks what stays; mark what is removed": lambda g, t, m: ~right(g, t, m),
+        },
+        "True or False for each query and positive",
+    )
+
+
+def _seeds() -> list[tuple[list[float], ...]]:
+    """Four lists of scores, one value a training seed: what a seed does, it does to both arms."""
+    rng, cases = np.random.default_rng(77), []
+    for seeds in (3, 5, 4):
+        small, large = rng.normal(50, 2, seeds), rng.normal(60, 2, seeds)
+        arms = (small + rng.normal(1, 0.3, seeds), small, large + rng.normal(0.4, 0.3, seeds), large)
+        cases.append(tuple(arm.round(2).tolist() for arm in arms))
+    return cases
+
+
+@exercise("07b.1")
+def difference_of_gains(answer: Any) -> None:
+    """`answer(small_guided, small_plain, large_guided, large_plain)`: for each seed, the small student's gain minus the large one's."""
+
+    def gains(*arms: Sequence[float]) -> list[np.ndarray]:
+        a, b, c, d = (np.asarray(arm) for arm in arms)
+        return [a - b, c - d]
+
+    compare(
+        answer,
+        _seeds(),
+        lambda *arms: gains(*arms)[0] - gains(*arms)[1],
+        {
+            "this is one number, the mean; keep a value for each seed": lambda *arms: (gains(*arms)[0] - gains(*arms)[1]).mean(),
+            "turned round: the small student's gain comes first": lambda *arms: gains(*arms)[1] - gains(*arms)[0],
+            "the gains are added; G2 compares them": lambda *arms: gains(*arms)[0] + gains(*arms)[1],
+            "this is the small student's gain; the large one's is to be subtracted": lambda *arms: gains(*arms)[0],
+            "this compares the guided students alone; what do they score without the mask?": lambda a, b, c, d: (
+                np.asarray(a) - np.asarray(c)
+            ),
+            "the seeds are mixed up: sorting pairs one seed's score with another's": lambda *arms: np.subtract(
+                *gains(*(sorted(arm) for arm in arms))
+            ),
+        },
+        "one value for each seed",
+    )
+
+
+@exercise("07b.2")
+def error_over_seeds(answer: Any) -> None:
+    """`answer(guided, plain)`: the standard error of the mean gain over the seeds, which both arms share."""
+
+    def gains(guided: Sequence[float], plain: Sequence[float]) -> np.ndarray:
+        return np.subtract(guided, plain)
+
+    def error(values: Any) -> float:
+        return float(np.std(values, ddof=1) / np.sqrt(len(values)))
+
+    compare(
+        answer,
+        [case[:2] for case in _seeds()],
+        lambda a, b: error(gains(a, b)),
+        {
+            "as if the arms had seeds of their own; what a seed does to both cancels in their difference": lambda a, b: float(
+                np.hypot(error(a), error(b))
+            ),
+            "this is the spread of single seeds; the mean over them is surer": lambda a, b: float(np.std(gains(a, b), ddof=1)),
+            "divide by one seed less: the mean was taken from the same values": lambda a, b: float(
+                np.std(gains(a, b)) / np.sqrt(len(a))
+            ),
+            "the spread of single seeds, and by one seed too many": lambda a, b: float(np.std(gains(a, b))),
+            "this is a variance; its square root is asked for": lambda a, b: error(gains(a, b)) ** 2,
+            "this is the mean gain; how sure is it?": lambda a, b: float(gains(a, b).mean()),
+            "half the width of an interval; the standard error comes before Student's t": lambda a, b: 1.96 * error(gains(a, b)),
+        },
+        "one number",
+    )
 
 
 def _unit(count: int, rows: int, width: int, seed: int) -> list[Tensor]:

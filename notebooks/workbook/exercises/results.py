@@ -1,4 +1,4 @@
-"""Exercises of notebooks 09 to 12: scores, intervals, scaling, cost."""
+"""Exercises of notebooks 00 and 09 to 12: profiles, scores, intervals, scaling, verdicts."""
 
 from __future__ import annotations
 
@@ -7,10 +7,46 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
+from scipy.stats import norm
 
-from workbook.exercises import Hint, among, call, compare, exercise, mapping, number
+from speed_core import profile as profiles
+from speed_core.files import UserError
+from speed_core.study.claims import verdict
+from workbook.exercises import Hint, call, compare, exercise, number
 
 Rows = Sequence[Mapping[str, Any]]
+
+
+@exercise("00.1")
+def times_the_paper(answer: Any, *, prompts: int) -> None:
+    """`answer`: how many times more synthesis prompts the paper answered than this profile, which has `prompts`."""
+    paper = profiles.load("paper").synthesis.count
+    right, value = paper / prompts, number(answer)
+    if abs(value - right) <= 0.01 * right:
+        return
+    for text, wrong in {
+        "turn it over: how many times *more* is asked for": prompts / paper,
+        "this is how many the paper has; divide by yours": float(paper),
+    }.items():
+        if abs(value - wrong) <= 0.01 * abs(wrong):
+            raise Hint(text)
+    raise Hint("another number; divide `synthesis.count` of both profiles")
+
+
+@exercise("00.2")
+def offered_name(answer: Any) -> None:
+    """`answer`: the name that the error for a misspelled setting offers."""
+    wrong = "junior.epocs"
+    try:
+        profiles.load("tiny", {wrong: 2})
+    except UserError as error:
+        offered = str(error)
+    if answer == wrong:
+        raise Hint("this is the misspelled name itself; what does the end of the message offer?")
+    if not isinstance(answer, str) or answer not in profiles.dotted(profiles.load("tiny")):
+        raise Hint("this is no setting of a profile; copy the name from the end of the message")
+    if f"'{answer}'" not in offered:
+        raise Hint("a setting, but not the one that the message offers")
 
 
 @exercise("09.1")
@@ -63,8 +99,8 @@ def paired_interval(answer: Any) -> None:
 
 
 @exercise("10.1")
-def resolved(answer: Any, *, rows: Rows) -> None:
-    """`answer(rows)`: labels of the differences whose interval lies on one side of zero."""
+def resolved(answer: Any, *, rows: Rows = ()) -> None:
+    """`answer(rows)`, tried on made-up rows and on `rows`: labels of the differences whose interval lies on one side of zero."""
     table = [
         {"label": "clear gain", "value": 1.0, "low": 0.2, "high": 1.8},
         {"label": "large but wide", "value": 2.0, "low": -0.4, "high": 4.4},
@@ -161,53 +197,74 @@ def records_for(answer: Any) -> None:
     )
 
 
+INTERVALS = [
+    (0.2, 1.4, 1), (-1.2, -0.1, 1), (-0.3, 2.0, 1), (0.0, 0.9, 1), (-2.0, -0.4, -1), (0.3, 0.8, -1), (-0.5, 0.1, -1),
+    (-0.4, 0.6, 0), (-0.2, 1.3, 0), (1.2, 2.5, 0), (-9.0, -1.1, 0), (-3.0, 3.0, 0),
+]  # fmt: skip
+
+
+def _word(low: float, high: float, expected: int, margin: float = 1.0) -> str:
+    if not expected:
+        holds, fails = -margin < low and high < margin, low > margin or high < -margin
+    else:
+        holds, fails = (low > 0, high < 0) if expected > 0 else (high < 0, low > 0)
+    return "holds" if holds else "fails" if fails else "open"
+
+
+def _flipped(word: str) -> str:
+    return {"holds": "fails", "fails": "holds"}.get(word, word)
+
+
 @exercise("12.1")
-def calls_per_record(answer: Any, *, calls: Mapping[str, int], records: int) -> None:
-    """`answer`: {"paper", "ours"}, teacher calls for each training record."""
-    given = mapping(answer, ("paper", "ours"))
-    paper = 45 / 920
-    with_brainstorm, counted = sum(calls.values()), sum(n for name, n in calls.items() if not name.startswith("brainstorm"))
-    small = 0.0004  # of a few hundredths
-    among(
-        given["paper"],
-        paper,
+def verdict_rule(answer: Any) -> None:
+    """`answer(low, high, expected)`: "holds", "fails" or "open"."""
+    compare(
+        answer,
+        INTERVALS,
+        _word,
         {
-            "'paper': this is records a call; turn it over": 1 / paper,
-            "'paper': only the seed calls; the other two kinds are calls as well": 25 / 920,
-            "'paper': this is the share of E5-mistral's calls; the question is about records": 45 / 500,
-            "'paper': calls and records are both in thousands here; this mixes the units": 45 / 920_000,
+            "a claimed fall is judged as if a rise were claimed": lambda a, b, e: _word(a, b, abs(e)),
+            "a claim of no difference is judged as if a rise were claimed": lambda a, b, e: _word(a, b, e or 1),
+            "zero at the very end of an interval is still inside it": lambda a, b, e: "holds" if a == 0 and e > 0 else _word(a, b, e),
+            "an interval across the one-point margin decides nothing: part of it is within": (
+                lambda a, b, e: "fails" if not e and _word(a, b, e) == "open" else _word(a, b, e)
+            ),
+            "an interval that contains zero does not contradict a claim: nothing is decided": (
+                lambda a, b, e: "fails" if e and _word(a, b, e) == "open" else _word(a, b, e)
+            ),
+            "*holds* and *fails* have changed places": lambda a, b, e: _flipped(_word(a, b, e)),
         },
-        "'paper': not ours; which calls, for how many records?",
-        tolerance=small,
-    )
-    among(
-        given["ours"],
-        counted / max(1, records),
-        {
-            "'ours': brainstorm calls are in it; the paper leaves them out, so the two would not compare": with_brainstorm
-            / max(1, records),
-            "'ours': this is records a call; turn it over": records / max(1, counted),
-            "'ours': only the seed calls; the other kinds are calls as well": calls.get("seed", 0) / max(1, records),
-        },
-        "'ours': not ours; the sum of `calls` without brainstorm, for how many records in `data`?",
-    )
+        'one of three words, "holds", "fails" or "open"',
+    )  # fmt: skip
 
 
 @exercise("12.2")
-def records_to_match(answer: Any, *, calls: int) -> None:
-    """`answer`: records at which `calls` are as few a record as the paper's 45 for 920."""
-    right = calls * 920 / 45
-    value = number(answer)
-    if abs(value - right) <= 1 + 0.01 * right:  # 0.049 is near enough
-        return
-    for text, wrong in {
-        "this multiplies by the paper's share, where it should divide: fewer calls a record need more records": calls * 45 / 920,
-        "this is the call share against E5-mistral's; the question is about records": calls * 500 / 45,
-        "this counts calls against the paper's calls; how many records does the paper have for each call?": 45_000 / calls,
-        "as many records as calls: then each record costs one call, and the paper's cost far less": float(calls),
-    }.items():
-        if abs(value - wrong) <= max(1e-3, 0.01 * wrong):
-            raise Hint(text)
-    raise Hint(
-        f"with {value:g} records, {calls} calls are {calls / value if value else math.inf:.3g} a record; not the paper's yet"
+def many_claims(answer: Any) -> None:
+    """`answer(low, high, expected, count)`: the verdict of the interval at the level 1 - 0.05 / count."""
+
+    def widened(by: Any) -> Any:
+        def judge(low: float, high: float, expected: int, count: int) -> str:
+            middle, half = (low + high) / 2, (high - low) / 2 * by(count)
+            return str(verdict(middle - half, middle + half, expected))
+
+        return judge
+
+    def ratio(tail: Any) -> Any:
+        return widened(lambda count: norm.ppf(1 - tail(count)) / norm.ppf(0.975))
+
+    compare(
+        answer,
+        [(*case, count) for case in [*INTERVALS, (0.5, 3.0, 1), (0.9, 3.0, 1), (-0.7, 0.7, 0)] for count in (1, 10, 37)],
+        ratio(lambda count: 0.025 / count),
+        {
+            "this is the interval as it was: nothing became wider": ratio(lambda count: 0.025),
+            "an interval has two sides, and each gets half of the level": ratio(lambda count: 0.05 / count),
+            "the width is multiplied by the number of intervals; a level is divided by it, and the width follows from the quantiles": (
+                widened(lambda count: count)
+            ),
+            "the interval became narrower; more claims need a wider one": (
+                widened(lambda count: norm.ppf(0.975) / norm.ppf(1 - 0.025 / count))
+            ),
+        },
+        "a verdict, as `claims.verdict` returns it",
     )

@@ -1,0 +1,220 @@
+"""Collect what every recorded run of `tiny` got for the numbers that another machine may change: speed_core/assets/elsewhere.json.
+
+    python scripts/elsewhere.py     # in a checkout with its history, after scripts/record.py has recorded a run of tiny
+
+The runs are those that the package carried at the commits of `EARLIER`, and the one that it carries now. An entry of a number names
+the settings that decide it and were others than today's (`other`); only entries without any are one range.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import re
+import subprocess
+import tarfile
+import tempfile
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from speed_core.evaluation import uncertainty
+from speed_core.files import ASSETS, read_jsonl, write_json
+from speed_core.preference import pairs
+from speed_core.profile import dotted
+from speed_core.store.run_context import ROOT
+from speed_core.study import generation_stages
+from speed_core.study.runs import open_run
+
+PROFILE = "tiny"
+EARLIER = ("a7bb3d9", "d9b76a7", "4b68a4f", "403d77a", "6720f75")  # commits that recorded a run of it, oldest first
+TARGET = ASSETS / "elsewhere.json"
+PAGE, MARKS = ROOT / "docs" / "results.md", ("<!-- elsewhere -->", "<!-- end -->")
+SHIPPED, SETTINGS = f"speed_core/assets/shipped/{PROFILE}", f"speed_core/profiles/{PROFILE}.json"
+TIMES = "speed_core/assets/recorded_times.json"
+
+# Settings by the beginning of their names: each list decides what stands on it.
+TEXTS = ("models.generator", "topics", "prompts", "seeds", "seed", "data_seed", "generation.temperature", "generation.top_p")
+UNSEEN = (*TEXTS, "generation.max_new_tokens", "synthesis.evaluation_prompts")
+JUNIOR = (*UNSEEN, "junior.examples", "junior.epochs", "junior.lr", "junior.batch", "junior.lora")
+TRAINING = ("examples", "epochs", "lr", "batch", "lora", "beta", "warmup_ratio")
+SENIOR = (*JUNIOR, "senior.candidates", "senior.prompts", *(f"senior.{k}" for k in TRAINING))
+REVISOR = (*JUNIOR, *(f"revisor.{k}" for k in TRAINING))
+DATA = (*SENIOR, *REVISOR, "synthesis.count", "curate")
+SCORES = ("models.embedder", "evaluation.size", "evaluation.tasks", "evaluation.max_length")
+EMBEDDERS = (
+    *DATA,
+    *SCORES,
+    "models.guide",
+    "study.seeds",
+    *(f"embedding.{k}" for k in (*TRAINING, "guided", "temperature", "pooling")),
+)
+ABLATION = (*EMBEDDERS, "study.ablation_examples")
+GUIDE = ("models.guide", "evaluation.size", "data_seed")
+STUDENTS = (*GUIDE, "seeds", "study.student", "embedding.temperature")
+
+
+@dataclass(frozen=True)
+class Recorded:
+    """One recorded run: `folder` holds its artifacts, `settings` is its profile, `now` today's."""
+
+    folder: Path
+    settings: Mapping[str, Any]
+    now: Mapping[str, Any]
+
+    def json(self, artifact: str, name: str = "") -> Any:
+        path = self.folder / artifact / (name or f"{artifact}.json")
+        return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
+
+    def scores(self, arm: str) -> list[Any]:
+        found = [self.json(f"scores-{arm}-{seed}", "scores.json") for seed in range(3)]
+        return found if all(found) else []
+
+    def other(self, decided_by: tuple[str, ...]) -> list[str]:
+        """The settings of this run that decide a number and are others now, as "junior.examples 322, now 160"."""
+        names = [k for k in self.settings if any(k == p or k.startswith(f"{p}.") for p in decided_by)]
+        return [f"{k} {self.settings[k]}, now {self.now[k]}" for k in names if k in self.now and self.settings[k] != self.now[k]]
+
+
+def valid(generator: str) -> Callable[[Recorded], float | None]:
+    def share(r: Recorded) -> float | None:
+        found = r.json(f"eval-{generator}", "manifest.json")
+        return found["outcomes"]["ok"] / sum(found["outcomes"].values()) if found else None
+
+    return share
+
+
+def minus(a: str, b: str) -> Callable[[Recorded], float | None]:
+    def difference(r: Recorded) -> float | None:
+        before = r.json("scores-untrained", "scores.json")
+        ours, theirs = r.scores(a), [before] * bool(before) if b == "untrained" else r.scores(b)
+        return uncertainty.difference(ours, theirs).value if ours and theirs else None
+
+    return difference
+
+
+def noted(artifact: str, claim: str) -> Callable[[Recorded], float | None]:
+    return lambda r: (r.json(artifact) or {}).get(claim, {}).get("value")
+
+
+def mean(arm: str) -> Callable[[Recorded], float | None]:
+    def average(r: Recorded) -> float | None:
+        found = [r.json("scores-untrained", "scores.json")] if arm == "untrained" else r.scores(arm)
+        return uncertainty.average(found).value if all(found) and found else None
+
+    return average
+
+
+def senior_wins(r: Recorded) -> float | None:
+    """By today's rubric; None where the run answered other prompts than today's."""
+    run = open_run(PROFILE, {"synthesis.evaluation_prompts": r.settings["synthesis.evaluation_prompts"]})
+    planned = generation_stages.unseen(run)
+    junior, senior = (list(read_jsonl(r.folder / f"eval-{name}" / "data.jsonl")) for name in ("junior", "senior"))
+    by_id = {q.id: q for q in planned}
+    if [e["record"] for e in junior] != [e["record"] for e in senior] or any(e["record"] not in by_id for e in junior):
+        return None
+    answered = [by_id[e["record"]] for e in junior]
+    rubric = generation_stages.rubric(run, junior + senior, answered)
+    return float(np.mean(pairs.win_rate(rubric, list(zip(answered, senior, junior, strict=True)))))
+
+
+def kept(r: Recorded) -> float | None:
+    found = r.json("synthetic", "manifest.json")
+    return found["kept"] if found else None
+
+
+# name -> (what decides it, how it is read, whether it is computed in float32 whatever the run's compute type)
+NUMBERS: dict[str, tuple[tuple[str, ...], Callable[[Recorded], float | None], bool]] = {
+    "base valid": (UNSEEN, valid("base"), False),
+    "junior valid": (JUNIOR, valid("junior"), False),
+    "senior valid": (SENIOR, valid("senior"), False),
+    "senior wins": (SENIOR, senior_wins, False),
+    "second revision, hundredths": (REVISOR, noted("second-pass", "S19"), False),
+    "records kept": (DATA, kept, False),
+    "mask precision": (GUIDE, lambda r: (r.json("mask") or {}).get("precision"), True),
+    "mask recall": (GUIDE, lambda r: (r.json("mask") or {}).get("recall"), True),
+    "students, guided minus plain": (STUDENTS, noted("guided-gain", "G1"), True),
+    "untrained": (SCORES, mean("untrained"), False),
+    "guided": (EMBEDDERS, mean("guided"), False),
+    "guided minus untrained": (EMBEDDERS, minus("guided", "untrained"), False),
+    "guided minus plain": (EMBEDDERS, minus("guided", "plain"), False),
+    "with minus without instructions": (EMBEDDERS, minus("guided", "bare"), False),
+    "Sr + Re minus Jr": (ABLATION, minus("sr_re", "jr"), False),
+    "base model minus Jr": (ABLATION, minus("base", "jr"), False),
+    "sound negatives, senior minus base": (DATA, noted("hard-negatives", "S18"), False),
+    "points per doubling": ((*EMBEDDERS, "study.scaling"), noted("scaling", "S17"), False),
+}
+
+
+def _git(*arguments: str) -> bytes:
+    return subprocess.run(["git", *arguments], cwd=ROOT, check=True, capture_output=True).stdout
+
+
+def _flat(values: Mapping[str, Any], before: str = "") -> dict[str, Any]:
+    out: dict[str, Any] = {}
+    for k, v in values.items():
+        out |= _flat(v, f"{before}{k}.") if isinstance(v, Mapping) else {before + k: v}
+    return out
+
+
+def collect() -> dict[str, Any]:
+    """{"profile", "runs": {commit: {date, compute_type, cpu}}, "numbers": {name: [{run, value, compute_type, other}]}}."""
+    now = json.loads(json.dumps(dotted(open_run(PROFILE).profile)))
+    latest = _git("log", "-1", "--format=%h", "--", SHIPPED).decode().strip()
+    runs: dict[str, Any] = {}
+    numbers: dict[str, list[Any]] = {name: [] for name in NUMBERS}
+    for commit in (*EARLIER, latest):
+        with tempfile.TemporaryDirectory() as scratch:
+            tarfile.open(fileobj=io.BytesIO(_git("archive", commit, SHIPPED))).extractall(scratch, filter="data")
+            settings = _flat(json.loads(_git("show", f"{commit}:{SETTINGS}")))
+            r = Recorded(Path(scratch) / SHIPPED, settings, now)
+            machine = json.loads(_git("show", f"{commit}:{TIMES}"))[PROFILE]
+            # Before the compute type was chosen every model of these runs was bfloat16.
+            kind = machine.get("compute_type", "bfloat16")
+            runs[commit] = {"date": machine["date"], "compute_type": kind, "cpu": re.sub(r"\(R\)| Processor", "", machine["cpu"])}
+            for name, (decided_by, read, single) in NUMBERS.items():
+                if (value := read(r)) is not None:
+                    entry = {"run": commit, "value": round(value, 4), "compute_type": "float32" if single else kind}
+                    numbers[name].append(entry | {"other": r.other(decided_by)})
+    return {"profile": PROFILE, "runs": runs, "numbers": numbers}
+
+
+def table(found: Mapping[str, Any]) -> str:
+    """The recorded numbers as a table of docs/results.md: float32, bfloat16 at the same settings, bfloat16 at others."""
+    lines = ["| number | float32 | bfloat16, same settings | bfloat16, other settings |", "|---|---|---|---|"]
+    kinds = {commit: run["compute_type"] for commit, run in found["runs"].items()}
+    for name, entries in found["numbers"].items():
+        columns: dict[tuple[str, bool], list[float]] = {}
+        for e in entries:
+            columns.setdefault((kinds[e["run"]], bool(e["other"])), []).append(e["value"])
+        cells = [_ends(columns.get(key, [])) for key in (("float32", False), ("bfloat16", False), ("bfloat16", True))]
+        lines.append(f"| {name}{' (always in float32)' * NUMBERS[name][2]} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def _ends(values: Sequence[float]) -> str:
+    ends = list(dict.fromkeys(f"{v:.2f}" for v in (min(values), max(values)))) if values else ["-"]
+    return " to ".join(ends)
+
+
+def into_page(text: str, found: Mapping[str, Any]) -> str:
+    """The page with the table between its two marks."""
+    before, rest = text.split(MARKS[0])
+    return f"{before}{MARKS[0]}\n\n{table(found)}\n\n{MARKS[1]}{rest.split(MARKS[1])[1]}"
+
+
+def main() -> None:
+    """Write `TARGET` and the table of `PAGE`, and print each number's recorded values."""
+    found = collect()
+    write_json(TARGET, found)
+    PAGE.write_text(into_page(PAGE.read_text(encoding="utf-8"), found), encoding="utf-8")
+    for name, entries in found["numbers"].items():
+        print(f"{name:36}", *(f"{e['value']:.2f}{'*' * bool(e['other'])}" for e in entries))
+    print(f"{TARGET.name}: {len(found['runs'])} runs; * with other settings than today's")
+
+
+if __name__ == "__main__":
+    main()
