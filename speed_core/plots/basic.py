@@ -107,6 +107,22 @@ def counts(
     save(run, name, figure, rows, inputs)
 
 
+def resolved(row: Mapping[str, Any]) -> bool:
+    """Does the interval of a difference {low, high} leave zero out?"""
+    return bool(row["low"] > 0 or row["high"] < 0)
+
+
+def finding(rows: Sequence[Mapping[str, Any]]) -> str:
+    """What a figure of differences {label, value, low, high} found, for its title."""
+    found = [f"{r['label']} ({r['value']:+.1f})" for r in rows if resolved(r)]
+    if not found:
+        return "no difference is resolved (hollow: the interval holds zero)"
+    if len(found) == len(rows):
+        return "resolved: all of them" if len(rows) > 1 else "resolved"
+    listed = f"resolved (filled): {'; '.join(found)}"
+    return listed if len(listed) < 80 else f"{len(found)} of {len(rows)} are resolved (filled)"
+
+
 def estimates(
     run: Run, name: str, rows: Sequence[Mapping[str, Any]], inputs: Sequence[Artifact], title: str, xlabel: str,
     paper: Mapping[str, float] | None = None, line: float | None = None,
@@ -114,7 +130,8 @@ def estimates(
     """Estimates with intervals: rows {label, value, low, high}; the paper's value (same units) as a black diamond.
 
     `each` in a row holds the values of single training seeds, or of single trainings of the generators where a row counts
-    several: small marks below the estimate. `line`: the value that says "no difference", drawn dashed.
+    several: small marks below the estimate. `line`: the value that says "no difference", drawn dashed. Where it is zero the title says
+    which differences are resolved, and the marks of the others are hollow.
     """
     if any("low" not in r or "high" not in r for r in rows):
         raise UserError(f"figure {name}: a compared score without an interval; give low and high")
@@ -130,7 +147,8 @@ def estimates(
         return label
 
     for i, r in enumerate(rows):
-        ax.errorbar(r["value"], i, xerr=bars([r]), fmt="o", color=OURS, capsize=4, label=once("ours, 95% interval"))
+        fill = OURS if line != 0 or resolved(r) else "white"
+        ax.errorbar(r["value"], i, xerr=bars([r]), fmt="o", color=OURS, mfc=fill, capsize=4, label=once("ours, 95% interval"))
         if len(seeds := r.get("each", ())) > 1:
             mark = "one training of the generators" if r.get("generators", 1) > 1 else "one seed"
             ax.plot(seeds, [i + 0.22] * len(seeds), "|", color=OURS, ms=6, label=once(mark))
@@ -139,7 +157,7 @@ def estimates(
     if line is not None:
         ax.axvline(line, color=GREY, lw=1, ls="--")
     row_axis(ax, [r["label"] for r in rows])
-    ax.set(title=title, xlabel=xlabel)
+    ax.set(title=f"{title}\n{finding(rows)}" if line == 0 else title, xlabel=xlabel)
     legend_below(figure, 3)
     save(run, name, figure, [dict(r) | {"paper": paper.get(r["label"], "")} for r in rows], inputs)
 

@@ -3,7 +3,7 @@
 import pytest
 
 from speed_core.evaluation import uncertainty
-from speed_core.plots import rows
+from speed_core.plots import basic, rows
 
 
 def test_depths_are_counted_before_and_after_over_the_same_levels():
@@ -44,3 +44,18 @@ def test_a_packed_example_holds_a_few_tokens_of_each_text():
 
     batch = rows.packed_example(tokenizer, [{"prompt": "p" * 20, "chosen": "c" * 20, "rejected": "r" * 20}] * 2)
     assert batch["input_ids"].shape == (1, 38) and batch["segment_ids"][0].tolist()[:19] == [0] * 8 + [1] * 6 + [2] * 5
+
+
+@pytest.mark.parametrize(
+    ("intervals", "said"),
+    [
+        ({"a": (-1, 1)}, "no difference is resolved (hollow: the interval holds zero)"),
+        ({"a": (1, 3)}, "resolved"),
+        ({"a": (1, 3), "b": (-3, -1)}, "resolved: all of them"),
+        ({"all, a": (1, 3), "b": (-2, 2), "c": (-3, -1)}, "resolved (filled): all, a (+2.0); c (-2.0)"),
+        ({f"a rather long label {i}": (i, i + 2) for i in range(6)}, "5 of 6 are resolved (filled)"),
+    ],
+)
+def test_a_title_says_which_differences_are_resolved(intervals, said):
+    found = [{"label": k, "value": (low + high) / 2, "low": low, "high": high} for k, (low, high) in intervals.items()]
+    assert basic.finding(found) == said

@@ -66,18 +66,15 @@ class Endpoint(FaultyEndpoint):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("teacher", ("recorded", "endpoint"))
-def test_twenty_topics_become_a_data_set_a_model_and_a_scorecard(teacher, runs, monkeypatch):
-    values = {}
-    if teacher == "endpoint":
-        server = Endpoint(faults=0.2, hang_seconds=0.5)
-        threading.Thread(target=server.serve_forever, daemon=True).start()
-        monkeypatch.setenv("OPENAI_API_KEY", "any")
-        values = {"teacher": {"kind": "openai", "model": MODEL, "base_url": server.url, "timeout_seconds": 3, "attempts": 3}}
+def test_twenty_topics_and_a_faulty_endpoint_become_a_data_set_a_model_and_a_scorecard(runs, monkeypatch):
+    server = Endpoint(faults=0.2, hang_seconds=0.5)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    monkeypatch.setenv("OPENAI_API_KEY", "any")
+    teacher = {"kind": "openai", "model": MODEL, "base_url": server.url, "timeout_seconds": 3, "attempts": 3}
     out = runs / "out"
-    own_domain.build(open_run(profile(runs, **values)), out, texts(runs))
+    own_domain.build(open_run(profile(runs, teacher=teacher)), out, texts(runs))
     rows = [json.loads(line) for line in (out / "dataset" / "train.jsonl").read_text(encoding="utf-8").splitlines()]
-    assert rows and all("Bee" in r["task"] + r["instruction"] or r["kind"] == "sts" for r in rows if teacher == "recorded")
+    assert rows and server.struck.total() > server.struck["none"], "no fault struck"
     assert "SentenceTransformer(FOLDER)" in (out / "model" / "README.md").read_text(encoding="utf-8")
     model = SentenceTransformer(str(out / "model"), device="cpu")
     assert model.encode(["How do I keep bees?"]).shape == (1, 640)
