@@ -474,12 +474,13 @@ def _revision_pairs(run: Run) -> list[tuple[str, str]]:
     "revisor",
     Kind.GENERATOR,
     "05",
-    parameters=lambda run: (
+    inputs=lambda run: ["revisions"] if _with_endpoint(run) else [],
+    parameters=lambda run, *revisions: (
         _trained(run, run.profile.revisor) | {"data": prompts.text_digest("".join(a + b for a, b in _revision_pairs(run)))}
     ),
     work=lambda p: _steps(p, "revisor"),
 )
-def revisor(run: Run, draft: Draft) -> None:
+def revisor(run: Run, draft: Draft, *revisions: Artifact) -> None:
     """SFT from the unaligned base on (prompt, weak sample) -> revision (Eq. 3)."""
     base, settings = run.profile.models.generator, run.profile.revisor
     draft.info |= _computed(run, settings)

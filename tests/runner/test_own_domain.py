@@ -39,6 +39,9 @@ def test_only_what_the_model_needs_is_made(runs):
     assert [s.name for s in stages] == [
         "tasks", "seeds", "junior", "root", "pairs", "senior", "revisor", "raw", "revised", "synthetic", "embedder-guided-0",
     ]  # fmt: skip
+    endpoint = {"kind": "openai", "model": MODEL, "base_url": "http://localhost:1/v1"}
+    asked = own_domain.needed(open_run(profile(runs, teacher=endpoint)), "synthetic", Kind.EMBEDDER)
+    assert {s.name for s in asked} - {s.name for s in stages} == {"revisions"}
 
 
 def test_topics_and_texts_that_will_not_do_are_refused_before_anything_is_made(runs):
