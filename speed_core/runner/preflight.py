@@ -295,6 +295,7 @@ def plan_text(
         f"teacher: {p.teacher.model or p.teacher.kind}; {brainstorm} brainstorm calls, "
         + ", ".join(f"{n} {k}" for k, n in calls.items()),
         _teacher_tokens(p.teacher, calls),
+        *filter(None, [generation_stages.few_topics(run)]),
         f"root data: {p.senior.prompts} prompts x {p.senior.candidates} candidates; DPO on up to {p.senior.examples} pairs, beta {p.senior.beta}",
         f"synthesis: {p.synthesis.count} prompts ({kinds})",
         generation_text(run, tokens_per_second),

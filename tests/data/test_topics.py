@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 
 from speed_core.data import prompts, tasks, teacher, topics
 from speed_core.files import UserError
+from speed_core.runner import preflight
 from speed_core.study import generation_stages
 from speed_core.study.runs import open_run
 
@@ -131,6 +132,12 @@ def test_too_many_records_for_the_topics_are_refused_before_anything_is_asked(tm
     monkeypatch.setenv("SPEED_RUNS", str(tmp_path))
     with pytest.raises(UserError, match=r"topics: 60 to write 1,150,000 records about.* at least 1,150 in topics.file"):
         generation_stages.brainstorm(open_run("smoke", {"topics.count": 72, "topics.held_out": 12, "synthesis.count": 1150000}))
+
+
+def test_the_plan_of_the_papers_size_says_that_it_needs_topics_of_ones_own(tmp_path, monkeypatch):
+    monkeypatch.setenv("SPEED_RUNS", str(tmp_path))
+    assert "topics: 60 to write 1,150,000 records about" in preflight.plan_text("paper")
+    assert "would repeat one another" not in preflight.plan_text("smoke")
 
 
 @pytest.mark.parametrize(
