@@ -51,6 +51,8 @@ def _paths(run: Run) -> list[str]:
 def few_topics(run: Run) -> str:
     """What is wrong with so many records about so few topics; empty when nothing is."""
     wanted, given = run.profile.synthesis.count, len(topics(run)[0])
+    if given < 2:
+        return f"topics: {given} to write about, too few for every kind of record; name at least two, and those held out, in topics.file"
     if wanted <= RECORDS_PER_TOPIC * given:
         return ""
     return (

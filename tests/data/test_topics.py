@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from speed_core.data import prompts, tasks, teacher, topics
+from speed_core.data import prompts, records, tasks, teacher, topics
 from speed_core.files import UserError
 from speed_core.runner import preflight
 from speed_core.study import generation_stages
@@ -132,6 +132,17 @@ def test_too_many_records_for_the_topics_are_refused_before_anything_is_asked(tm
     monkeypatch.setenv("SPEED_RUNS", str(tmp_path))
     with pytest.raises(UserError, match=r"topics: 60 to write 1,150,000 records about.* at least 1,150 in topics.file"):
         generation_stages.brainstorm(open_run("smoke", {"topics.count": 72, "topics.held_out": 12, "synthesis.count": 1150000}))
+
+
+def test_one_topic_is_too_few_for_every_kind_of_record(tmp_path, monkeypatch):
+    monkeypatch.setenv("SPEED_RUNS", str(tmp_path / "runs"))
+    values = {"topics.file": write(tmp_path, "two.txt", "A\nB\n"), "topics.count": 0, "topics.held_out": 1}
+    with pytest.raises(UserError, match="topics: 1 to write about, too few for every kind of record"):
+        generation_stages.brainstorm(open_run("smoke", values))
+    three = values | {"topics.file": write(tmp_path, "three.txt", "A\nB\nC\n")}
+    run = open_run("smoke", three)
+    generation_stages.brainstorm(run)
+    assert {p.kind for p in generation_stages.plan(run, "raw", 40)} == set(records.KINDS)
 
 
 def test_the_plan_of_the_papers_size_says_that_it_needs_topics_of_ones_own(tmp_path, monkeypatch):
