@@ -199,7 +199,7 @@ def execute(
                 language="python",
                 execution_timeout=cell_timeout,
                 interrupt_on_timeout=True,
-                iopub_timeout=60,  # of nbclient, 4 s: on a busy machine output that is under way would be given up
+                iopub_timeout=600,  # of nbclient, 4 s: a busy machine takes minutes to read twenty thousand updates that are under way
                 coalesce_streams=True,
                 # ipykernel warns on every start that it talks TCP, as every local kernel does.
                 extra_arguments=["--IPKernelApp.log_level=40", f"--IPKernelApp.exec_lines={PRINTABLE}"],
