@@ -18,7 +18,7 @@ import common
 import guided_training_step
 import torch
 
-SIZES = ((64, 64), (256, 256), (64, 16), (256, 16), (1536, 16), (1536, 64))  # batch, texts at a time
+SIZES = ((64, 64), (256, 256), (64, 16), (256, 16), (1536, 16))  # batch, texts at a time
 QUICK = ((32, 32), (32, 8))
 
 
