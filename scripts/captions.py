@@ -18,7 +18,9 @@ from pathlib import Path
 
 import nbformat
 
+from speed_core.evaluation.uncertainty import leaves_zero_out
 from speed_core.runner.notebook import notebooks
+from speed_core.store.artifacts import notebook_number
 from speed_core.store.run_context import OFFICIAL, ROOT
 
 Rows = Sequence[dict[str, str]]
@@ -39,7 +41,7 @@ def _interval(row: dict[str, str], spec: str = "+.1f") -> str:
 
 
 def _resolved(row: dict[str, str]) -> bool:
-    return _f(row, "low") > 0 or _f(row, "high") < 0
+    return leaves_zero_out(_f(row, "low"), _f(row, "high"))
 
 
 def _by_label(rows: Rows) -> dict[str, dict[str, str]]:
@@ -263,7 +265,7 @@ def under_pictures(text: str, figures: Path) -> str:
 def write(figures: Path = ROOT / "figures", only: Sequence[str] = ()) -> int:
     """Bring the sentences in the notebooks (in those with the numbers `only`) up to the figures; returns how many cells changed."""
     changed = 0
-    for path in [p for p in notebooks(ROOT / "notebooks") if not only or p.stem[:2] in only]:
+    for path in [p for p in notebooks(ROOT / "notebooks") if not only or notebook_number(p) in only]:
         nb = nbformat.read(path, as_version=4)
         for cell in (c for c in nb.cells if c.cell_type == "markdown"):
             new = under_pictures(cell.source, figures)

@@ -153,13 +153,6 @@ def _git(*arguments: str) -> bytes:
     return subprocess.run(["git", *arguments], cwd=ROOT, check=True, capture_output=True).stdout
 
 
-def _flat(values: Mapping[str, Any], before: str = "") -> dict[str, Any]:
-    out: dict[str, Any] = {}
-    for k, v in values.items():
-        out |= _flat(v, f"{before}{k}.") if isinstance(v, Mapping) else {before + k: v}
-    return out
-
-
 def collect() -> dict[str, Any]:
     """{"profile", "runs": {commit: {date, compute_type, cpu}}, "numbers": {name: [{run, value, compute_type, other}]}}."""
     now = json.loads(json.dumps(dotted(open_run(PROFILE).profile)))
@@ -169,7 +162,7 @@ def collect() -> dict[str, Any]:
     for commit in (*EARLIER, latest):
         with tempfile.TemporaryDirectory() as scratch:
             tarfile.open(fileobj=io.BytesIO(_git("archive", commit, SHIPPED))).extractall(scratch, filter="data")
-            settings = _flat(json.loads(_git("show", f"{commit}:{SETTINGS}")))
+            settings = dotted(json.loads(_git("show", f"{commit}:{SETTINGS}")))
             r = Recorded(Path(scratch) / SHIPPED, settings, now)
             machine = json.loads(_git("show", f"{commit}:{TIMES}"))[PROFILE]
             # Before the compute type was chosen every model of these runs was bfloat16.

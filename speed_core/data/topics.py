@@ -17,6 +17,7 @@ import json
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from xml.etree import ElementTree
 
@@ -48,6 +49,13 @@ def load_topics(file: str = "") -> Topics:
         path = PACKAGE.parent / path
     if not path.is_file():
         raise UserError(f"topics.file {file!r}: no such file; give a .txt, .csv, .jsonl or .rdf file of topics")
+    stat = path.stat()
+    return _read(path, stat.st_mtime_ns, stat.st_size)
+
+
+@lru_cache(maxsize=2)  # every plan of a run asks for the topics many times, and a dump takes minutes to read
+def _read(path: Path, written: int, size: int) -> Topics:
+    """The topics of a file as it stood at the time `written`, with so many bytes."""
     found = [clean for raw in _raw(path) if (clean := _clean(raw))]
     distinct = tuple(dict.fromkeys(found))
     if len(distinct) < 2:

@@ -35,6 +35,11 @@ Result = Mapping[str, Any]  # what `evaluate.evaluate` returns
 Term = tuple[float, Sequence[Result], Sequence[str] | None]
 
 
+def leaves_zero_out(low: float, high: float) -> bool:
+    """Whether an interval lies on one side of zero: what makes a difference resolved."""
+    return low > 0 or high < 0
+
+
 @dataclass(frozen=True)
 class Estimate:
     """A contrast in points (0-100) with its interval [low, high].
@@ -66,7 +71,7 @@ class Estimate:
     @property
     def resolved(self) -> bool:
         """Whether the interval leaves zero out; one without the choice of texts resolves nothing."""
-        return not self.no_texts and (self.low > 0 or self.high < 0)
+        return not self.no_texts and leaves_zero_out(self.low, self.high)
 
     @property
     def no_texts(self) -> bool:

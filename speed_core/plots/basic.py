@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 
+from speed_core.evaluation.uncertainty import leaves_zero_out
 from speed_core.files import UserError
 from speed_core.plots.provenance import save
 from speed_core.store.artifacts import Artifact
@@ -107,14 +108,9 @@ def counts(
     save(run, name, figure, rows, inputs)
 
 
-def resolved(row: Mapping[str, Any]) -> bool:
-    """Does the interval of a difference {low, high} leave zero out?"""
-    return bool(row["low"] > 0 or row["high"] < 0)
-
-
 def finding(rows: Sequence[Mapping[str, Any]]) -> str:
     """What a figure of differences {label, value, low, high} found, for its title."""
-    found = [f"{r['label']} ({r['value']:+.1f})" for r in rows if resolved(r)]
+    found = [f"{r['label']} ({r['value']:+.1f})" for r in rows if leaves_zero_out(r["low"], r["high"])]
     if not found:
         return "no difference is resolved (hollow: the interval holds zero)"
     if len(found) == len(rows):
@@ -147,7 +143,7 @@ def estimates(
         return label
 
     for i, r in enumerate(rows):
-        fill = OURS if line != 0 or resolved(r) else "white"
+        fill = OURS if line != 0 or leaves_zero_out(r["low"], r["high"]) else "white"
         ax.errorbar(r["value"], i, xerr=bars([r]), fmt="o", color=OURS, mfc=fill, capsize=4, label=once("ours, 95% interval"))
         if len(seeds := r.get("each", ())) > 1:
             mark = "one training of the generators" if r.get("generators", 1) > 1 else "one seed"

@@ -73,12 +73,6 @@ def categories(run: Run, name: str, rows: Sequence[Mapping[str, Any]], inputs: S
 
 def mask_matrix(run: Run, name: str, view: Any, inputs: Sequence[Artifact], title: str) -> None:
     """The masking microscope: which in-batch candidates the guide removed, in each block."""
-    figure, rows = mask_picture(view, title)
-    save(run, name, figure, rows, inputs)
-
-
-def mask_picture(view: Any, title: str) -> tuple[Any, list[dict[str, Any]]]:
-    """(figure, plotted rows) of the masking microscope for a `MaskView`; nothing is written."""
     from matplotlib.colors import Normalize
 
     blocks = [b for b in ("ap", "an", "aa", "pp") if b in view.removed]
@@ -99,7 +93,7 @@ def mask_picture(view: Any, title: str) -> tuple[Any, list[dict[str, Any]]]:
             for i in range(gone.shape[0]) for j in range(gone.shape[1])
         ]  # fmt: skip
     figure.colorbar(image, ax=axes, label="guide similarity", shrink=0.8)
-    return figure, rows
+    save(run, name, figure, rows, inputs)
 
 
 def mask_before_and_after(similarity: Any, removed: Any, topics: Sequence[str]) -> None:

@@ -27,7 +27,7 @@ def build(run: Run, out: Path, data: Path | None = None) -> None:
     if data:
         own_tasks(data)
     print(load_topics(run.profile.topics.file))
-    stages = needed(run, "synthetic", Kind.EMBEDDER)
+    stages = needed(run, Kind.EMBEDDER)
     for number, one in enumerate(stages, 1):
         print(f"{number} of {len(stages)}: {one.name} ({one.kind})")
         one.make(run)
@@ -38,14 +38,13 @@ def build(run: Run, out: Path, data: Path | None = None) -> None:
         scorecard([str(out / "model"), run.profile.models.embedder], out / "scorecard", data=data)
 
 
-def needed(run: Run, name: str, kind: Kind) -> list[Planned]:
-    """The stages of artifact `name`, of the first one of `kind`, and of everything that they read, in the order of making."""
-    every = planned(run)
-    todo, found = [name, next(p.name for p in every if p.kind is kind)], set()
+def needed(run: Run, kind: Kind) -> list[Planned]:
+    """The first stage of `kind` and everything that it reads, near and far, in the order of making."""
+    every = {p.name: p for p in planned(run)}
+    todo, found = [next(p.name for p in every.values() if p.kind is kind)], set()
     while todo:
-        one = next(p for p in every if p.name == todo[-1])
-        todo.pop()
-        if one.name not in found:
-            found.add(one.name)
-            todo += one.reads(run)
-    return [p for p in every if p.name in found]
+        name = todo.pop()
+        if name not in found:
+            found.add(name)
+            todo += every[name].reads(run)
+    return [p for p in every.values() if p.name in found]

@@ -79,7 +79,7 @@ def category_rows(run: Run) -> tuple[list[dict[str, Any]], list[Artifact]]:
 
 def resolved(rows: Sequence[Mapping[str, Any]]) -> list[str]:
     """Labels of the rows {label, low, high} whose interval leaves zero out, on either side."""
-    return [r["label"] for r in rows if r["low"] > 0 or r["high"] < 0]
+    return [r["label"] for r in rows if uncertainty.leaves_zero_out(r["low"], r["high"])]
 
 
 def row_lines(rows: Sequence[Mapping[str, Any]], needs: Mapping[str, str] | None = None) -> list[str]:

@@ -43,9 +43,10 @@ def topics(run: Run) -> tuple[list[str], list[str]]:
 
 def _paths(run: Run) -> list[str]:
     """The paths of the list; of several that are truncated to the same name, the first."""
-    paths = load_topics(run.profile.topics.file).paths
-    first = dict(zip(reversed(names(run, paths)), reversed(paths), strict=True))
-    return [p for p in paths if p in set(first.values())] if len(first) < len(paths) else list(paths)
+    paths, first = load_topics(run.profile.topics.file).paths, dict[str, str]()
+    for name, path in zip(names(run, paths), paths, strict=True):
+        first.setdefault(name, path)
+    return list(first.values())
 
 
 def few_topics(run: Run) -> str:
@@ -72,11 +73,11 @@ def names(run: Run, paths: Sequence[str]) -> list[str]:
 
 def brainstorm_prompts(run: Run) -> list[Prompt]:
     """Brainstorm prompts of the data topics and the held-out ones."""
-    used = {*topics(run)[0], *topics(run)[1]}
+    data, held_out = topics(run)
     p, t = run.profile.prompts, run.profile.topics
     how = t.model_dump(include={"max_depth", "truncate", "tasks_per_topic"})
     planned = tasks.plan_brainstorm(_paths(run), **how, style=p.style, clone=p.clone)
-    wanted = set(names(run, sorted(used)))
+    wanted = set(names(run, [*data, *held_out]))
     return [q for q in planned if q.topic in wanted]
 
 

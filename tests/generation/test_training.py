@@ -170,18 +170,23 @@ def test_accumulated_micro_batches_equal_one_batch(tiny_model, tmp_path):
     assert close(a, b)
 
 
-def test_two_processes_equal_one_with_the_whole_batch(tiny_model, tmp_path):
-    base, folders = tiny_model("llama"), [str(Path(__file__).parent), str(Path(__file__).parents[2])]
-    script = tmp_path / "two.py"
+def in_two_processes(folder, line):
+    """Run a line of Python in two processes that train together; this file is `test_training` there."""
+    folders = [str(Path(__file__).parent), str(Path(__file__).parents[2])]
+    script = folder / "two.py"
     script.write_text(
         f"import os, sys; sys.path[:0] = {folders!r}\n"
-        "from pathlib import Path\nimport test_training\n"
-        f"test_training.trained({base!r}, Path({str(tmp_path)!r}) / os.environ['RANK'], 2)\n"
+        f"from pathlib import Path\nimport test_training\n{line}\n"
         "import torch\ntorch.distributed.destroy_process_group()\n"  # left open, gloo's threads may outlive the interpreter and abort
     )
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", str(script)]
     done = subprocess.run(command, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
+
+
+def test_two_processes_equal_one_with_the_whole_batch(tiny_model, tmp_path):
+    base = tiny_model("llama")
+    in_two_processes(tmp_path, f"test_training.trained({base!r}, Path({str(tmp_path)!r}) / os.environ['RANK'], 2)")
     losses, adapter = trained(base, tmp_path / "one", 4)
     facts = json.loads((tmp_path / "0" / "training.json").read_text())
     assert [h["loss"] for h in facts["history"]] == pytest.approx(losses, rel=1e-4)
@@ -259,17 +264,8 @@ def test_an_embedder_that_reads_a_few_texts_at_a_time_learns_from_the_whole_batc
 
 @pytest.mark.slow
 def test_two_processes_train_an_embedder_on_one_anothers_negatives(tiny_model, tmp_path):
-    base, folders = tiny_model("llama"), [str(Path(__file__).parent), str(Path(__file__).parents[2])]
-    script = tmp_path / "two.py"
-    script.write_text(
-        f"import sys; sys.path[:0] = {folders!r}\n"
-        "from pathlib import Path\nimport test_training\n"
-        f"test_training.embedder_trained({base!r}, Path({str(tmp_path / 'two')!r}), 2)\n"
-        "import torch\ntorch.distributed.destroy_process_group()\n"
-    )
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", str(script)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr
+    base = tiny_model("llama")
+    in_two_processes(tmp_path, f"test_training.embedder_trained({base!r}, Path({str(tmp_path / 'two')!r}), 2)")
     losses, wanted = embedder_trained(base, tmp_path / "one", 8)
     facts = json.loads((tmp_path / "two" / "m" / "training.json").read_text())
     assert [h["loss"] for h in facts["history"]] == pytest.approx(losses, abs=1e-5)

@@ -35,12 +35,12 @@ def runs(tmp_path, monkeypatch):
 
 
 def test_only_what_the_model_needs_is_made(runs):
-    stages = own_domain.needed(open_run(profile(runs)), "synthetic", Kind.EMBEDDER)
+    stages = own_domain.needed(open_run(profile(runs)), Kind.EMBEDDER)
     assert [s.name for s in stages] == [
         "tasks", "seeds", "junior", "root", "pairs", "senior", "revisor", "raw", "revised", "synthetic", "embedder-guided-0",
     ]  # fmt: skip
     endpoint = {"kind": "openai", "model": MODEL, "base_url": "http://localhost:1/v1"}
-    asked = own_domain.needed(open_run(profile(runs, teacher=endpoint)), "synthetic", Kind.EMBEDDER)
+    asked = own_domain.needed(open_run(profile(runs, teacher=endpoint)), Kind.EMBEDDER)
     assert {s.name for s in asked} - {s.name for s in stages} == {"revisions"}
 
 

@@ -48,14 +48,14 @@ def hint(name: str, answer: Any, **facts: Any) -> str:
 
 def check(name: str, answer: Any, **facts: Any) -> None:
     """Print "03.1: right" or "03.1: not yet - HINT"."""
-    why = hint(name, answer, **facts)
-    print(f"{name}: not yet - {why}" if why else f"{name}: right")
+    use(name, answer, None, **facts)
 
 
 def use(name: str, answer: Any, otherwise: Any, **facts: Any) -> Any:
     """`check`, then what the notebook goes on with: the reader's answer when it is right, else `otherwise`."""
-    check(name, answer, **facts)
-    return otherwise if hint(name, answer, **facts) else answer
+    why = hint(name, answer, **facts)
+    print(f"{name}: not yet - {why}" if why else f"{name}: right")
+    return otherwise if why else answer
 
 
 # --- what the checkers are made of ----------------------------------------------------------------
