@@ -226,7 +226,7 @@ class Embedding(Training):
 
 class Evaluation(ConfigSection):
     tasks: tuple[str, ...] = ("offline",)
-    size: Literal["smoke", "half", "tiny", "full"] = "tiny"
+    size: Literal["smoke", "quarter", "half", "tiny", "full"] = "tiny"
     bootstrap: int = Field(1000, ge=100)
     batch_size: int = Field(32, ge=1)
     max_length: int = Field(512, ge=16)

@@ -21,6 +21,7 @@ from speed_core.files import UserError, digest
 # Texts of each task by size: queries, or texts, or pairs.
 SIZES = {
     "smoke": {"retrieval": 40, "continuation": 20, "rerank": 20, "train": 2, "test": 24, "pairs": 40, "lee": 10, "runs": 2},
+    "quarter": {"retrieval": 50, "continuation": 25, "rerank": 25, "train": 2, "test": 32, "pairs": 100, "lee": 15, "runs": 5},
     "half": {"retrieval": 75, "continuation": 40, "rerank": 40, "train": 4, "test": 48, "pairs": 150, "lee": 20, "runs": 10},
     "tiny": {"retrieval": 150, "continuation": 80, "rerank": 80, "train": 4, "test": 80, "pairs": 150, "lee": 20, "runs": 10},
     "full": {"retrieval": 700, "continuation": 400, "rerank": 300, "train": 16, "test": 400, "pairs": 999, "lee": 50, "runs": 10},
@@ -174,7 +175,7 @@ def _words(file: str, count: int, seed: int) -> list[tuple[str, str, float]]:
 
 
 def offline_tasks(size: str = "tiny", names: Sequence[str] | None = None) -> list[Any]:
-    """The offline tasks at `size` (smoke, half, tiny, full), or those named. Raises UserError for an unknown size or name."""
+    """The offline tasks at `size` (smoke, quarter, half, tiny, full), or those named. Raises UserError for an unknown size or name."""
     if size not in SIZES:
         raise UserError(f"evaluation.size {size!r}: unknown; use one of {', '.join(SIZES)}")
     n = SIZES[size]

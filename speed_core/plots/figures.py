@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 
+from speed_core.evaluation.uncertainty import leaves_zero_out
 from speed_core.plots.basic import (
     FOURTH,
     GREY,
@@ -186,12 +187,16 @@ def loss_cost(run: Run, name: str, path: Path) -> None:
     """
     result = json.loads(path.read_text(encoding="utf-8"))
     machine = result["machine"].get("gpu", result["machine"]["cpu"])
-    figure, axes = canvas(9, 3.6, 2, title=f"The loss alone, {machine}, recorded {result['written']}")
     names = {
         "ours": "ours", "matmul": "plain matrix product", "gist": "GISTEmbedLoss", "cached_gist": "CachedGISTEmbedLoss",
         "unguided": "ours, no guide",
     }  # fmt: skip
     rows = [r for r in result["rows"] if r["method"] in names]
+    took = {m: {r["batch"]: r["seconds"] for r in rows if r["method"] == m and r["status"] == "ok"} for m in ("ours", "gist")}
+    both = max(took["ours"].keys() & took["gist"].keys())
+    times = took["gist"][both] / took["ours"][both]
+    title = f"At batch {both:,} GISTEmbedLoss takes {times:.3g} times as long as ours ({machine}, {result['written']})"
+    figure, axes = canvas(9, 3.6, 2, title=title)
     panels = {"seconds": "seconds, forward and backward", "peak_mb": "peak memory, MB"}
     for ax, (key, ylabel) in zip(axes, panels.items(), strict=True):
         for i, (method, label) in enumerate(names.items()):
@@ -207,19 +212,20 @@ def loss_cost(run: Run, name: str, path: Path) -> None:
 
 
 def scaling(
-    run: Run, name: str, rows: Sequence[Mapping[str, float]], fit: Mapping[str, float], band: Any, inputs: Sequence[Artifact]
-) -> None:
+    run: Run, name: str, rows: Sequence[Mapping[str, float]], fit: Mapping[str, float], band: Any, inputs: Sequence[Artifact],
+    title: str,
+) -> None:  # fmt: skip
     """Fig. 4: score against the number of synthetic records, and the paper's two points beside it.
 
     Three panels: the log-linear fit with its band, what it leaves over, the paper. Rows {records, value, low, high, fit, fit_low,
     fit_high, residual, residual_low, residual_high}.
     """
-    figure, (left, middle, right) = canvas(10.4, 3.4, 3)
+    figure, (left, middle, right) = canvas(10.4, 3.6, 3, title=title)
     x = np.array([r["records"] for r in rows])
     marks = {"fmt": "o", "color": OURS, "capsize": 4}
     left.errorbar(x, [r["value"] for r in rows], yerr=bars(rows), label="ours, 95% interval", **marks)
     grid = np.geomspace(x.min(), x.max(), 50)
-    left.plot(grid, fit["intercept"] + fit["slope"] * np.log2(grid), color=OURS, label=f"{fit['slope']:+.2f} points a doubling")
+    left.plot(grid, fit["intercept"] + fit["slope"] * np.log2(grid), color=OURS, label=f"{fit['slope']:+.2f} points per doubling")
     left.fill_between(grid, band[0], band[1], color=OURS, alpha=0.15)
     left.set(title="ours", ylabel="mean score of the offline tasks")
     left.legend(fontsize=8)
@@ -233,7 +239,7 @@ def scaling(
     printed = paper_values.SCORE_BY_RECORDS
     thousands, scores = [n / 1000 for n, _ in printed], [score for _, score in printed]
     doubling = (scores[-1] - scores[0]) / np.log2(thousands[-1] / thousands[0])
-    right.plot(thousands, scores, "D-", color=PAPER, mfc="none", label=f"{doubling:+.1f} points a doubling")
+    right.plot(thousands, scores, "D-", color=PAPER, mfc="none", label=f"{doubling:+.1f} points per doubling")
     right.set_xscale("log", base=2)
     right.set_xticks(thousands, [f"{n:g}K" for n in thousands])
     right.set(title="paper (Tables 1 and 2)", xlabel="synthetic records", ylabel="MTEB average, 56 tasks", ylim=(62.5, 64))
@@ -251,6 +257,9 @@ def sweeps(run: Run, name: str, rows: Sequence[Mapping[str, Any]], inputs: Seque
     panels = distinct([r["panel"] for r in rows])
     columns = min(3, len(panels))
     lines = -(-len(panels) // columns)
+    beside = [r for r in rows if not r["own"]]
+    clear = sum(leaves_zero_out(r["low"], r["high"]) for r in beside)
+    title = f"{title}: {clear} of {len(beside)} differences resolved"
     figure, axes = canvas(3.2 * columns, 2.7 * lines + 0.4, columns, lines, title)
     axes = np.atleast_2d(axes)
     for ax in axes.flat[len(panels) :]:
@@ -278,7 +287,8 @@ def sweeps(run: Run, name: str, rows: Sequence[Mapping[str, Any]], inputs: Seque
 
 def cost(run: Run, name: str, per_record: Mapping[str, tuple[float, float]], inputs: Sequence[Artifact]) -> None:
     """Table 5 for each training record: {who: (teacher calls, teacher tokens)} on logarithmic axes, the paper's in black and white."""
-    figure, axes = canvas(8.4, 0.9 + 0.42 * len(per_record), 2, title="What a training record costs")
+    calls = ", ".join(f"{w} {v[0]:.2g}" for w, v in per_record.items())
+    figure, axes = canvas(8.4, 0.9 + 0.42 * len(per_record), 2, title=f"Teacher calls for a training record: {calls}")
     who = list(per_record)
     for k, (ax, unit) in enumerate(zip(axes, ("teacher calls", "teacher tokens"), strict=True)):
         low, high = (f(v[k] for v in per_record.values() if v[k] > 0) for f in (min, max))

@@ -92,11 +92,11 @@ def test_a_figure_of_a_benchmark_is_stale_when_its_file_was_written_again(drawn,
     run, folder, runs = drawn
     file = runs / "results" / "loss.json"
     row = {"method": "ours", "batch": 64, "status": "ok", "seconds": 0.1, "peak_mb": 2.0}
-    write_json(file, {"rows": [row], "machine": {"cpu": "a CPU"}, "written": "2026-01-01"})
+    write_json(file, {"rows": [row, row | {"method": "gist"}], "machine": {"cpu": "a CPU"}, "written": "2026-01-01"})
     monkeypatch.setattr(provenance, "ROOT", runs)
     figures.loss_cost(run, "07_loss_cost", file)
     assert provenance.check(folder) == []
-    write_json(file, {"rows": [row | {"seconds": 0.2}], "machine": {"cpu": "a CPU"}, "written": "2026-01-02"})
+    write_json(file, {"rows": [row | {"seconds": 0.2}, row | {"method": "gist"}], "machine": {"cpu": "a CPU"}, "written": "2026-01-02"})
     assert provenance.check(folder) == ["07_loss_cost: stale, results/loss.json moved since it was drawn; run its notebook again"]
 
 

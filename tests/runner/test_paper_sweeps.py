@@ -424,13 +424,13 @@ def test_a_point_that_learned_from_fewer_records_says_so_in_the_figure(run):
 def test_the_scaling_figure_keeps_the_intervals_of_its_residuals(run):
     rows = [{"records": n, "value": 1.0, "low": 0.0, "high": 2.0, "residual": r, "residual_low": r - 1, "residual_high": r + 1}
             for n, r in ((8, 0.5), (16, -0.5))]  # fmt: skip
-    figures.scaling(run, "11_scaling", rows, {"slope": 0.0, "intercept": 1.0}, [[0.0] * 50, [2.0] * 50], [])
+    figures.scaling(run, "11_scaling", rows, {"slope": 0.0, "intercept": 1.0}, [[0.0] * 50, [2.0] * 50], [], "Score")
     with (run.figures / "11_scaling.csv").open() as f:
         ours = [r for r in csv.DictReader(f) if r["source"] == "ours"]
     assert [(r["residual_low"], r["residual_high"]) for r in ours] == [("-0.5", "1.5"), ("-1.5", "0.5")]
     drawn = (run.figures / "11_scaling.svg").read_text(encoding="utf-8")
     narrow = [r | {"residual_low": r["residual"], "residual_high": r["residual"]} for r in rows]
-    figures.scaling(run, "11_scaling", narrow, {"slope": 0.0, "intercept": 1.0}, [[0.0] * 50, [2.0] * 50], [])
+    figures.scaling(run, "11_scaling", narrow, {"slope": 0.0, "intercept": 1.0}, [[0.0] * 50, [2.0] * 50], [], "Score")
     assert drawn != (run.figures / "11_scaling.svg").read_text(encoding="utf-8")
 
 
