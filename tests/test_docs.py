@@ -57,16 +57,19 @@ def test_the_pages_count_and_name_the_claims_as_the_claim_map_does():
     readme, results = (p.read_text(encoding="utf-8") for p in (ROOT / "README.md", ROOT / "docs" / "results.md"))
     assert f"{count[Verdict.UNRESOLVED]} of the {len(rows)} claims are not resolved" in readme
     assert f"Of the papers' {len(rows)} claims, {count[Verdict.UNRESOLVED]} are not resolved at this size, " in results
-    assert f"{count[Verdict.SMALLER]} hold" in results and f"{count[Verdict.CONTRADICTED]} are contradicted" in results
-    parts = dict(
-        zip(("contradicted", "same", "open"), re.split(r"\*\*(?:Contradicted|Same|Not resolved)", results)[1:], strict=True)
-    )
-    for part, verdict in {"contradicted": Verdict.CONTRADICTED, "same": Verdict.SMALLER, "open": Verdict.UNRESOLVED}.items():
-        named = re.findall(r"^- \*(.+?)\*[^(]*\(([SEG]\d+[ab]?)\b", parts[part], re.M)
-        assert named and all(rows[key]["verdict"] == verdict for _, key in named), part
-        assert all(rows[key]["claim"].lower().startswith(words.lower()) for words, key in named), part
+    assert f"{count[Verdict.SMALLER]} hold" in results and f"{count[Verdict.CONTRADICTED]} is contradicted" in results
+    assert f"{count[Verdict.INACTIVE]} had a" in results and f"{count[Verdict.INACTIVE]} claims without an answer" in readme
+    names = ("Contradicted", "Same direction", "Not resolved, and why", "Treatment inactive")
+    parts = re.split("|".join(rf"\*\*{n}\*\*" for n in names), results)[1:]
+    verdicts = (Verdict.CONTRADICTED, Verdict.SMALLER, Verdict.UNRESOLVED)
+    for part, verdict in zip(parts, verdicts, strict=False):
+        named = re.findall(r"^- \*(.+?)\*[^(]*\(([SEG]\d+[ab]?)\b", part, re.M)
+        assert named and all(rows[key]["verdict"] == verdict for _, key in named), verdict
+        assert all(rows[key]["claim"].lower().startswith(words.lower()) for words, key in named), verdict
         if verdict is not Verdict.UNRESOLVED:
-            assert len(named) == count[verdict], part
+            assert len(named) == count[verdict], verdict
+    inactive = re.findall(r"^\| (.+) \(([SEG]\d+[ab]?)\) \|", parts[3].partition("\n## ")[0], re.M)
+    assert {key: claim for claim, key in inactive} == {k: r["claim"] for k, r in rows.items() if r["verdict"] == Verdict.INACTIVE}
     (line,) = [x for x in readme.splitlines() if x.startswith("- **Contradicted**")]
     assert all(key in line for key, r in rows.items() if r["verdict"] == Verdict.CONTRADICTED)
 

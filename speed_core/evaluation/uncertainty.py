@@ -25,6 +25,7 @@ from functools import partial
 from typing import Any
 
 import numpy as np
+from scipy.optimize import brentq
 from scipy.stats import binomtest, norm, t
 
 from speed_core.evaluation.resampling import has_values, resampled_scores, statistic
@@ -77,6 +78,27 @@ class Estimate:
     def no_texts(self) -> bool:
         """Whether nothing is known of what the choice of texts does."""
         return math.isnan(self.sd_items)
+
+    def degrees(self, level: float = 0.95) -> float:
+        """Student's degrees of freedom that the interval was drawn with, at its `level`; inf for a normal one."""
+        quantile = (self.high - self.low) / (2 * self.error)
+        if quantile <= norm.ppf((1 + level) / 2) * 1.0001:
+            return math.inf
+        return float(brentq(lambda free: t.ppf((1 + level) / 2, free) - quantile, 0.3, 1e7))
+
+    def p_value(self, expected: int = 1, margin: float = 0.0, level: float = 0.95) -> float:
+        """Two-sided p of a difference of zero. With an `expected` of 0 the claim is that the difference lies within `margin`: then
+        the larger of both one-sided p (two one-sided tests) where it does, else twice the p of one that reaches the margin."""
+        free, size = self.degrees(level), abs(self.value) / self.error
+        if expected:
+            return 2 * float(t.sf(size, free))
+        beyond = (abs(self.value) - margin) / self.error
+        return 2 * float(t.sf(beyond, free)) if beyond > 0 else float(t.cdf(beyond, free))
+
+    def within(self, margin: float, level: float = 0.95) -> bool:
+        """Whether the difference is smaller than `margin` either way, by two one-sided tests at 5%: the 90% interval lies inside."""
+        half = float(t.ppf(0.95, self.degrees(level))) * self.error
+        return abs(self.value) + half < margin
 
     def row(self, label: str) -> dict[str, Any]:
         """{label, value, low, high, ...}, the row of a figure; its label says where there is no interval over texts."""
@@ -293,6 +315,15 @@ def _repeats(one: float, items: float, effect: float, target: float, power: floa
         if (t.ppf((1 + level) / 2, free) + t.ppf(power, free)) * math.sqrt(both) <= abs(effect):
             return k
         k += 1
+
+
+def holm(p_values: Mapping[str, float]) -> dict[str, float]:
+    """{name: p} adjusted for how many there are (Holm's step-down): one false positive among them stays below the level."""
+    out, largest = {}, 0.0
+    for k, name in enumerate(sorted(p_values, key=lambda n: p_values[n])):
+        largest = max(largest, min(1.0, (len(p_values) - k) * p_values[name]))
+        out[name] = largest
+    return out
 
 
 # --- intervals of one model's own values ---------------------------------------------------------------

@@ -39,7 +39,9 @@ from speed_core.study.claims import EQUIVALENCE_MARGIN, EXPECTED, Verdict
 COLOURS = {
     Verdict.REPRODUCED: THIRD,
     Verdict.SMALLER: THIRD,
+    Verdict.EQUIVALENT: SECOND,
     Verdict.UNRESOLVED: GREY,
+    Verdict.INACTIVE: GREY,
     Verdict.CONTRADICTED: WARNING,
     Verdict.IMPOSSIBLE: "#CCCCCC",
     Verdict.UNTESTED: "#CCCCCC",
@@ -306,7 +308,10 @@ def cost(run: Run, name: str, per_record: Mapping[str, tuple[float, float]], inp
 
 
 QUESTIONS = {"S": "SPEED: who writes the data", "E": "E5-mistral: how the model is trained", "G": "GISTEmbed: the guide"}
-MARKERS = {Verdict.REPRODUCED: "o", Verdict.SMALLER: "o", Verdict.CONTRADICTED: "X", Verdict.UNRESOLVED: "s"}
+MARKERS = {
+    Verdict.REPRODUCED: "o", Verdict.SMALLER: "o", Verdict.EQUIVALENT: "D", Verdict.CONTRADICTED: "X", Verdict.UNRESOLVED: "s",
+    Verdict.INACTIVE: "x",
+}  # fmt: skip
 NO_DIFFERENCE = ("S3", "S22")  # their numbers are shares of calls and of records
 IN_HUNDREDTHS = {"G6": 100}  # the number of this claim is a share, the others' are points
 
@@ -319,7 +324,7 @@ def claim_map(run: Run, name: str, rows: Sequence[Mapping[str, Any]], inputs: Se
         lines += [question, *(r for r in rows if r["id"].startswith(letter))]
     count = Counter(Verdict(r["verdict"]) for r in rows)
     title = f"{len(rows)} claims: {'; '.join(f'{count[v]} {v}' for v in Verdict if count[v])}"
-    figure, ax = canvas(9.5, 1.1 + 0.26 * len(lines), title=title)
+    figure, ax = canvas(9.5, 1.3 + 0.26 * len(lines), title=textwrap.fill(title, 95))
     ax.axvspan(-EQUIVALENCE_MARGIN, EQUIVALENCE_MARGIN, color="#EEEEEE", zorder=0)
     ax.axvline(0, color="black", linewidth=0.8, zorder=1)
     beside = ax.get_yaxis_transform()

@@ -15,7 +15,7 @@ import numpy as np
 from speed_core.evaluation import evaluate, uncertainty
 from speed_core.store.artifacts import Artifact
 from speed_core.store.run_context import Run
-from speed_core.study import claims, embedding_stages, generation_stages, paper_values
+from speed_core.study import claims, embedding_stages, gates, generation_stages, paper_values
 from speed_core.study.claims import Verdict
 from speed_core.study.embedding_stages import Arm
 
@@ -289,6 +289,7 @@ def evidence(run: Run, spent: Cost) -> Evidence:
     if "mask" in noted:
         facts["mask"] = noted["mask"].json("mask.json")
     scores = {arm: [a.json("scores.json") for a in made] for arm, made in found.items()}
+    facts["gates"] = gates.gates(run)
     inputs = [a for made in found.values() for a in made] + [data, *noted.values()]
     return Evidence(scores, facts, digests, embedding_stages.records(run, arms), inputs)
 
@@ -307,14 +308,14 @@ def held_back(rows: Iterable[Mapping[str, Any]], rule: Callable[[float, float, i
     out = []
     for r in _differences(rows):
         word = rule(r["low"], r["high"], claims.EXPECTED.get(r["id"], 1))
-        if word != "open" and r["verdict"] == Verdict.UNRESOLVED:
+        if word != "open" and r["verdict"] in (Verdict.UNRESOLVED, Verdict.EQUIVALENT, Verdict.INACTIVE):
             out.append(f"{r['id']:4} [{r['low']:+}, {r['high']:+}] alone {word}: {r['claim']}")
     return out or ["none"]
 
 
 def decided(rows: Iterable[Mapping[str, Any]]) -> list[tuple[float, float, int, str]]:
     """(low, high, expected sign, claim) of the claims that are differences and have a verdict in the map."""
-    open_ = (Verdict.UNRESOLVED, Verdict.IMPOSSIBLE, Verdict.UNTESTED)
+    open_ = (Verdict.UNRESOLVED, Verdict.EQUIVALENT, Verdict.INACTIVE, Verdict.IMPOSSIBLE, Verdict.UNTESTED)
     found = [r for r in _differences(rows) if r["verdict"] not in open_]
     return [(r["low"], r["high"], claims.EXPECTED.get(r["id"], 1), r["id"]) for r in found]
 

@@ -385,6 +385,11 @@ def _bases(run: Run, layers: int | str, arm: str) -> tuple[str, str]:
     return str(base), whole if arm != StudentArm.WEAK else str(loading.shallow_encoder(whole, 2))
 
 
+def _student_base(run: Run, layers: int | str) -> str:
+    base, _ = _bases(run, layers, "")
+    return loading.weights_id(loading.resolve(base)) + loading.settings_id(run.profile.models.guide)
+
+
 def _student_training(run: Run, arm: str) -> Embedding:
     plan = run.profile.study.student
     changes = {"lora": None, "dtype": "float32", "guided": arm != StudentArm.PLAIN, "micro_batch": plan.batch}
@@ -402,9 +407,9 @@ def _labelled(run: Run, arm: str) -> list[dict[str, Any]]:
 
 
 def _student_parameters(run: Run, *read: Artifact, layers: int | str, arm: str, seed: int) -> dict[str, Any]:
-    (base, guide), whole = _bases(run, layers, arm), run.profile.models.guide
+    (_, guide), whole = _bases(run, layers, arm), run.profile.models.guide
     out = {"training": _student_training(run, arm).cache_key_fields(), "seed": seed}
-    out["base"] = loading.weights_id(loading.resolve(base)) + loading.settings_id(whole)
+    out["base"] = _student_base(run, layers)
     out["guide"] = loading.weights_id(loading.resolve(guide)) + loading.settings_id(whole)
     if rows := _labelled(run, arm):
         out["labelled"] = prompts.text_digest("".join(r["query"] + r["positive"] for r in rows))
@@ -512,6 +517,19 @@ def _to_embed(p: Profile, tasks: Sequence[str] = ()) -> float:
 def student_scores(run: Run, draft: Draft, model: Artifact, *, layers: int | str, arm: str, seed: int) -> None:
     """Scores of a student."""
     _score(run, draft, model.name, model, _scoring(run, tasks=_topic_questions(arm)))
+
+
+@stage(
+    "scores-student-{layers}-untrained",
+    Kind.SCORES,
+    lambda run: each("07b", layers=run.profile.study.student.layers),
+    parameters=lambda run, layers: _scoring(run) | {"model": _student_base(run, layers), "dtype": "float32"},
+    work=lambda p, layers: _to_embed(p),
+)
+def untrained_student_scores(run: Run, draft: Draft, *, layers: int) -> None:
+    """Scores of a student before it learns anything, which say whether its training did something (`gates`)."""
+    base, _ = _bases(run, layers, "")
+    _score(run, draft, f"student-{layers}-untrained", base, _scoring(run) | {"dtype": "float32"})
 
 
 def _named_scores(name: str, notebook: str, *, role: str, instructed: bool, on: str = "") -> Stage:

@@ -96,7 +96,9 @@ def test_a_figure_of_a_benchmark_is_stale_when_its_file_was_written_again(drawn,
     monkeypatch.setattr(provenance, "ROOT", runs)
     figures.loss_cost(run, "07_loss_cost", file)
     assert provenance.check(folder) == []
-    write_json(file, {"rows": [row | {"seconds": 0.2}, row | {"method": "gist"}], "machine": {"cpu": "a CPU"}, "written": "2026-01-02"})
+    write_json(
+        file, {"rows": [row | {"seconds": 0.2}, row | {"method": "gist"}], "machine": {"cpu": "a CPU"}, "written": "2026-01-02"}
+    )
     assert provenance.check(folder) == ["07_loss_cost: stale, results/loss.json moved since it was drawn; run its notebook again"]
 
 

@@ -1,0 +1,81 @@
+"""Did the treatments act? A comparison says something about a claim only where what it compares differs.
+
+The senior has to win at least 0.55 of the unseen prompts, with an interval above one half; the revisor to change at least half of the
+records and to raise their rubric; every student to gain at least ten points by its training. (The gates were set after an audit of the
+recorded run at `overnight`.) The claims behind a gate that stays closed (`claims.GATED`) end as *treatment inactive*, whatever their
+interval says.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import numpy as np
+
+from speed_core.evaluation import uncertainty
+from speed_core.generation import generate
+from speed_core.preference import pairs
+from speed_core.store.run_context import Run
+from speed_core.study import claims, generation_stages
+from speed_core.study.embedding_stages import Student, StudentArm
+
+LEAST_WINS, LEAST_CHANGED, LEAST_GAIN = 0.55, 0.5, 10.0  # shares of prompts and of records; points
+
+
+class Gate(NamedTuple):
+    """Whether a treatment acted, and in words what was measured."""
+
+    is_open: bool
+    said: str
+
+    def __str__(self) -> str:
+        return f"{'open' if self.is_open else 'closed'}: {self.said}"
+
+
+def gates(run: Run) -> dict[str, Gate]:
+    """{treatment: gate} of those that this run can measure."""
+    found = {claims.SENIOR: _senior(run), claims.REVISOR: _revisor(run), claims.STUDENTS: _students(run)}
+    return {name: gate for name, gate in found.items() if gate}
+
+
+def _senior(run: Run) -> Gate | None:
+    made = [run.store.get(f"eval-{name}") for name in ("senior", "junior")]
+    if not all(made):
+        return None
+    unseen, (new, old) = generation_stages.unseen(run), (a.rows() for a in made if a)
+    wins = pairs.win_rate(generation_stages.rubric(run, [*old, *new], unseen), list(zip(unseen, new, old, strict=True)))
+    low, high = uncertainty.bootstrap_interval(wins.tolist(), "mean")
+    said = f"the senior wins {wins.mean():.2f} [{low:.2f}, {high:.2f}] of {len(wins)} unseen prompts against the junior by the rubric"
+    return Gate(wins.mean() >= LEAST_WINS and low > 0.5, f"{said} ({LEAST_WINS} wanted, all above one half)")
+
+
+def _revisor(run: Run) -> Gate | None:
+    raw, revised = run.store.get("raw"), run.store.get("revised")
+    if not (raw and revised):
+        return None
+    planned = generation_stages.synthesis_prompts(run)
+    valid = [e for e in raw.rows() if e["status"] == "ok"]
+    after = {e["record"]: e for e in revised.rows() if e["status"] == "ok"}
+    # A revision that is no record is not used, so the record stays as it was.
+    both = [(e, after.get(e["record"], e), q) for e, q in generation_stages.with_prompts(valid, planned)]
+    changed = np.mean([generate.outcome_of(a).record != generate.outcome_of(b).record for a, b, _ in both])
+    rubric = generation_stages.rubric(run, [e for a, b, _ in both for e in (a, b)], [q for _, _, q in both])
+    gain = [rubric.score(b["raw"], q)[0] - rubric.score(a["raw"], q)[0] for a, b, q in both]
+    low, high = (100 * end for end in uncertainty.bootstrap_interval(gain, "mean"))
+    said = f"the revisor changes {changed:.2f} of {len(both)} records ({LEAST_CHANGED} wanted) and moves their rubric by "
+    said += f"{100 * np.mean(gain):+.2f} hundredths [{low:+.2f}, {high:+.2f}]"
+    return Gate(bool(changed >= LEAST_CHANGED and low > 0), said)
+
+
+def _students(run: Run) -> Gate | None:
+    plan, gains = run.profile.study.student, {}
+    for layers in plan.layers:
+        names = [f"scores-{Student(layers, seed, StudentArm.GUIDED).name}" for seed in plan.seeds]
+        trained = [a.json("scores.json") for name in names if (a := run.store.get(name))]
+        before = run.store.get(f"scores-student-{layers}-untrained")
+        if not before or len(trained) < len(names):
+            return None
+        gains[layers] = uncertainty.difference(trained, [before.json("scores.json")])
+    said = ", ".join(f"{e} with {layers} layer{'s' * (layers > 1)}" for layers, e in gains.items())
+    enough = min(e.value for e in gains.values()) >= LEAST_GAIN
+    return Gate(enough, f"training moves the students by {said} ({LEAST_GAIN:g} points wanted)")
