@@ -1,17 +1,20 @@
 """Did the treatments act? A comparison says something about a claim only where what it compares differs.
 
-The senior has to win at least 0.55 of the unseen prompts, with an interval above one half; the revisor to change at least half of the
-records and to raise their rubric; every student to gain at least ten points by its training. (The gates were set after an audit of the
-recorded run at `overnight`.) The claims behind a gate that stays closed (`claims.GATED`) end as *treatment inactive*, whatever their
-interval says.
+The senior has to win at least 0.55 of the unseen prompts, with an interval above one half, by a blind reader where one has read the
+answers; the revisor to change at least half of the records and to raise their rubric; every student to gain at least ten points by its
+training. (The gates were set after an audit of the recorded run at `overnight`.) The claims behind a gate that stays closed
+(`claims.GATED`) end as *treatment inactive*, whatever their interval says.
 """
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 import numpy as np
 
+from speed_core.data import teacher
+from speed_core.data.prompts import Prompt
 from speed_core.evaluation import uncertainty
 from speed_core.generation import generate
 from speed_core.preference import pairs
@@ -43,10 +46,30 @@ def _senior(run: Run) -> Gate | None:
     if not all(made):
         return None
     unseen, (new, old) = generation_stages.unseen(run), (a.rows() for a in made if a)
-    wins = pairs.win_rate(generation_stages.rubric(run, [*old, *new], unseen), list(zip(unseen, new, old, strict=True)))
-    low, high = uncertainty.bootstrap_interval(wins.tolist(), "mean")
-    said = f"the senior wins {wins.mean():.2f} [{low:.2f}, {high:.2f}] of {len(wins)} unseen prompts against the junior by the rubric"
-    return Gate(wins.mean() >= LEAST_WINS and low > 0.5, f"{said} ({LEAST_WINS} wanted, all above one half)")
+    answers = list(zip(unseen, new, old, strict=True))
+    wins, by = _read(answers), "a blind reader"
+    if not wins:
+        rubric = generation_stages.rubric(run, [*old, *new], unseen)
+        wins, by = pairs.win_rate(rubric, answers).tolist(), "the rubric, which made its training pairs too"
+    low, high = uncertainty.bootstrap_interval(wins, "mean")
+    said = f"the senior wins {np.mean(wins):.2f} [{low:.2f}, {high:.2f}] of {len(wins)} unseen prompts against the junior by {by}"
+    return Gate(bool(np.mean(wins) >= LEAST_WINS and low > 0.5), f"{said} ({LEAST_WINS} wanted, all above one half)")
+
+
+def _read(answers: Sequence[tuple[Prompt, dict[str, Any], dict[str, Any]]]) -> list[float]:
+    """1 where the recorded judgement of a reader (`judgements.jsonl`) ranks the first answer higher, 0.5 for a tie, 0 otherwise; empty
+    where it does not know all answers, which are another run's then."""
+    lists: dict[str, list[dict[str, int]]] = {}
+    for r in teacher.recorded_rows("judgements"):  # two prompts may be alike
+        lists.setdefault(r["prompt_digest"], []).append(dict(zip(r["candidates"], r["ranks"], strict=True)))
+    wins = []
+    for prompt, first, second in answers:
+        ranks = next((known for known in lists.get(prompt.digest, ()) if {first["raw"], second["raw"]} <= known.keys()), None)
+        if ranks is None:
+            return []
+        one, other = ranks[first["raw"]], ranks[second["raw"]]
+        wins.append(0.5 if one == other else float(one < other))
+    return wins
 
 
 def _revisor(run: Run) -> Gate | None:

@@ -26,6 +26,7 @@ from speed_core.store.artifacts import Artifact, Draft, OtherPrompts
 from speed_core.store.run_context import Run
 from speed_core.study.stage import Instances, Kind, Stage, each, stage
 
+RECORDED_PLANS = ((60, 322), (240, 2060))  # (topics, seed prompts) that recorded answers were written for
 RUBRIC_GUIDE = "package:all-MiniLM-L6-v2"  # of the recorded runs; with another one the pairs are others
 
 
@@ -132,18 +133,19 @@ def plan(run: Run, purpose: str, count: int, *, held_out: bool = False) -> list[
 def seed_plan(run: Run) -> list[Prompt]:
     """Prompts of the seed data.
 
-    Recorded answers exist for the plan over all 60 data topics, their paths truncated; a smaller profile takes the first of
-    those prompts (they are in order of record id, so any prefix mixes the kinds).
+    Recorded answers exist for the plans of `RECORDED_PLANS`, whose topics are truncated; a smaller profile takes the first prompts of
+    the smallest plan that has enough (they are in order of record id, so any prefix mixes the kinds).
     """
     if run.profile.teacher.kind != "recorded":
         return plan(run, "seed", run.profile.seeds)
-    known = {row["record"] for row in teacher.recorded_rows("seeds")}
     table = {(r["kind"], r["topic"]): json.loads(r["answer"]) for r in teacher.recorded_rows("tasks")}
-    everything = [prompts.truncate_topic(path) for path in load_topics().paths[:60]]
-    full = tasks.plan_synthesis("seed", len(known), everything, table, attributes=run.profile.prompts.attributes)
-    if run.profile.seeds > len(full):
-        raise UserError(f"seeds {run.profile.seeds}: the recorded teacher has {len(full)}; lower it or use an endpoint")
-    return full[: run.profile.seeds]
+    full: list[Prompt] = []
+    for topics_, count in RECORDED_PLANS:
+        known = [prompts.truncate_topic(path) for path in load_topics().paths[:topics_]]
+        full = tasks.plan_synthesis("seed", count, known, table, attributes=run.profile.prompts.attributes)
+        if run.profile.seeds <= count:
+            return full[: run.profile.seeds]
+    raise UserError(f"seeds {run.profile.seeds}: the recorded teacher has {len(full)}; lower it or use an endpoint")
 
 
 @stage("seeds", Kind.TEACHER, "02", inputs=["tasks"], parameters=lambda run, tasks: _asked(run, seed_plan(run)))

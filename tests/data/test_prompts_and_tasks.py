@@ -11,9 +11,11 @@ from speed_core.data import prompts, records, tasks, teacher
 from speed_core.data.topics import load_topics
 from speed_core.files import UserError
 from speed_core.preference import judge
+from speed_core.study.generation_stages import RECORDED_PLANS
 
 TABLE = {(r["kind"], r["topic"]): json.loads(r["answer"]) for r in teacher.recorded_rows("tasks")}
 TOPICS = [prompts.truncate_topic(t) for t in load_topics().paths]
+RECORDED = (*load_topics().paths[:60], *load_topics().paths[-12:])  # the topics of the recorded runs
 
 
 @given(st.lists(st.text("abc", min_size=1, max_size=3), min_size=1, max_size=9), st.integers(1, 6))
@@ -65,25 +67,30 @@ def test_a_changed_attribute_table_changes_the_id():
 
 def test_the_recorded_teacher_is_as_large_as_it_says():
     seeds, revisions = teacher.recorded_rows("seeds"), teacher.recorded_rows("revisions")
-    assert len(seeds) >= 300 and {r["kind"] for r in seeds} == set(records.KINDS)
-    assert len({r["topic"] for r in seeds}) >= 60
-    assert len(teacher.recorded_rows("tasks")) >= 60 and len(revisions) >= 80
+    assert len(seeds) >= 2000 and {r["kind"] for r in seeds} == set(records.KINDS)
+    assert len({r["topic"] for r in seeds}) == 240
+    assert len(teacher.recorded_rows("tasks")) >= 640 and len(revisions) >= 400
     assert all(records.parse(r["answer"], r["kind"]).status == "ok" for r in (*seeds, *revisions))
     assert len({r["answer"] for r in seeds}) == len(seeds)
 
 
 def test_every_recorded_seed_answers_a_prompt_that_is_really_built():
-    plan = tasks.plan_synthesis("seed", 322, TOPICS[:60], TABLE, attributes="short")
-    assert {p.digest for p in plan} == {r["prompt_digest"] for r in teacher.recorded_rows("seeds")}
-    built = {p.digest for cut in (True, False) for p in tasks.plan_brainstorm(load_topics().paths, truncate=cut)}
-    assert built == {r["prompt_digest"] for r in teacher.recorded_rows("tasks")}
+    built = {
+        q.digest
+        for topics, count in RECORDED_PLANS
+        for q in tasks.plan_synthesis("seed", count, TOPICS[:topics], TABLE, attributes="short")
+    }
+    assert built == {r["prompt_digest"] for r in teacher.recorded_rows("seeds")}
+    brainstormed = {q.digest for q in tasks.plan_brainstorm(load_topics().paths)}
+    brainstormed |= {q.digest for q in tasks.plan_brainstorm(RECORDED, truncate=False)}
+    assert brainstormed == {r["prompt_digest"] for r in teacher.recorded_rows("tasks")}
     for r in teacher.recorded_rows("revisions"):
         assert prompts.text_digest(prompts.revise(r["prompt"], r["weak"])) == r["prompt_digest"]
 
 
 def test_who_uses_more_than_three_tasks_of_a_topic_asks_for_as_many():
-    three, five = (tasks.plan_brainstorm(TOPICS, tasks_per_topic=n) for n in (3, 5))
-    assert three == tasks.plan_brainstorm(TOPICS) and "about 5" in five[0].text and "about 3" in three[0].text
+    three, five = (tasks.plan_brainstorm(RECORDED, tasks_per_topic=n) for n in (3, 5))
+    assert three == tasks.plan_brainstorm(RECORDED) and "about 5" in five[0].text and "about 3" in three[0].text
     answers = {r["prompt_digest"]: json.loads(r["answer"]) for r in teacher.recorded_rows("tasks_five")}
     assert {q.digest for q in five} == set(answers)
     for short, long in zip(three, five, strict=True):

@@ -128,6 +128,16 @@ def test_a_recorded_prompt_keeps_its_recorded_answer_and_another_one_is_still_an
         t.submit(strange, "brainstorm").result()
 
 
+def test_a_larger_profile_gets_recorded_seed_examples_on_four_times_as_many_topics(tmp_path, monkeypatch):
+    monkeypatch.setenv("SPEED_RUNS", str(tmp_path))
+    small, large = (generation_stages.seed_plan(open_run("smoke", {"seeds": n})) for n in (322, 2000))
+    known = {r["prompt_digest"] for r in teacher.recorded_rows("seeds")}
+    assert {q.digest for q in (*small, *large)} <= known and len(large) == 2000
+    assert len({q.topic for q in small}) == 60 and len({q.topic for q in large}) == 240
+    with pytest.raises(UserError, match="seeds 3000: the recorded teacher has 2060"):
+        generation_stages.seed_plan(open_run("smoke", {"seeds": 3000}))
+
+
 def test_too_many_records_for_the_topics_are_refused_before_anything_is_asked(tmp_path, monkeypatch):
     monkeypatch.setenv("SPEED_RUNS", str(tmp_path))
     with pytest.raises(UserError, match=r"topics: 60 to write 1,150,000 records about.* at least 1,150 in topics.file"):
@@ -154,7 +164,7 @@ def test_the_plan_of_the_papers_size_says_that_it_needs_topics_of_ones_own(tmp_p
 @pytest.mark.parametrize(
     ("values", "complaint"),
     [
-        ({"topics.count": 73}, "topics.count 73: the list has 72"),
+        ({"topics.count": 253}, "topics.count 253: the list has 252"),
         ({"topics.count": 4, "topics.held_out": 4}, "topics.held_out 4: leaves none of 4 topics"),
     ],
 )

@@ -7,6 +7,8 @@ from hypothesis import assume, given
 from hypothesis import strategies as st
 from scipy.stats import t
 
+from speed_core.data import teacher
+from speed_core.data.prompts import parse_prompt_attributes, text_digest
 from speed_core.evaluation import uncertainty
 from speed_core.evaluation.uncertainty import Estimate
 from speed_core.study import claims, gates
@@ -85,6 +87,23 @@ def test_a_claim_behind_a_closed_gate_is_not_judged_and_an_open_gate_changes_not
     assert "not judged (smaller scale, same direction by its interval), because training moves" in shut["G1b"]["why"]
     assert rows(measured, gates={"students": gates.Gate(True, "")})["G1b"]["verdict"] == Verdict.SMALLER
     assert shut["S7"]["verdict"] == Verdict.UNTESTED, "what was not measured stays so"
+
+
+def test_a_blind_readers_ranks_decide_where_they_cover_every_answer():
+    read = [r for r in teacher.recorded_rows("judgements") if r["list"] == "unseen"]
+    prompts = [parse_prompt_attributes(r["kind"], r["task"], r["prompt"]) for r in read]
+    answers = [(q, *({"raw": text} for text in r["candidates"][:2])) for q, r in zip(prompts, read, strict=True)]
+    better = [r["ranks"][0] < r["ranks"][1] for r in read]
+    assert [w == 1 for w in gates._read(answers)] == better and any(better) and not all(better)
+    assert gates._read([*answers[:3], (prompts[3], {"raw": "another text"}, answers[3][2])]) == []
+
+
+def test_recorded_judgements_rank_every_candidate_and_equal_texts_alike():
+    rows_ = teacher.recorded_rows("judgements")
+    assert len(rows_) == 240 and all(text_digest(r["prompt"]) == r["prompt_digest"] for r in rows_)
+    for r in rows_:
+        assert len(r["ranks"]) == len(r["candidates"]) and sorted(set(r["ranks"])) == list(range(1, max(r["ranks"]) + 1))
+        assert len({(text, rank) for text, rank in zip(r["candidates"], r["ranks"], strict=True)}) == len(set(r["candidates"]))
 
 
 def test_the_gates_of_the_recorded_run_are_measured_on_its_texts(tmp_path, monkeypatch):
