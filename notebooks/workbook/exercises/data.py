@@ -34,11 +34,11 @@ def truncate(answer: Any, *, topics: Sequence[str]) -> None:
         [(path, n) for n in (5, 4, 3, 2) for path in ("A/B/C/D/E/F", "A/B", "A/B/C/D/E", *topics)],
         right,
         {
-            "this is the reference still: at an odd number of levels its beginning keeps one more": reference.truncate_topic,
+            "this is the reference still: with an odd number of levels it keeps one more at the beginning": reference.truncate_topic,
             "the end of a path is its subject, and yours cuts it off": lambda p, n: ends(p, n, 0, n),
             "the beginning of a path says which field it is, and yours cuts it off": lambda p, n: ends(p, 0, n, n),
-            "a list of levels comes back; join them to a path again": lambda p, n: right(p, n).split("/"),
-            "at an odd number of levels yours keeps one too few": lambda p, n: ends(p, n // 2, n // 2, n),
+            "your function returns a list of levels; join them into a path": lambda p, n: right(p, n).split("/"),
+            "with an odd number of levels yours keeps one too few": lambda p, n: ends(p, n // 2, n // 2, n),
             "`levels` says how many stay; yours always leaves four": lambda p, n: right(p, 4),
         },
     )
@@ -59,11 +59,11 @@ def unread_answers(answer: Any) -> None:
     else:
         raise Hint("'read': this is JSON already; which quotes would a Python programmer type?")
     if not records.parse_string_list(texts["refused"])[1]:
-        raise Hint("'refused': the reader takes it, so nothing in it would have to be run")
+        raise Hint("'refused': the reader takes it, so it holds nothing that would run")
     try:
         tree = ast.parse(texts["refused"].strip(), mode="eval").body
     except SyntaxError:
-        raise Hint("'refused': Python itself cannot read this, so an evaluator would not have run it either") from None
+        raise Hint("'refused': Python itself cannot read this, so `eval` would not run it either") from None
     if not isinstance(tree, ast.List) or not any(isinstance(n, ast.Call) for n in ast.walk(tree)):
         raise Hint("'refused': there is no call inside a list here; what in it could do harm?")
 
@@ -81,13 +81,13 @@ def own_generators(answer: Any) -> None:
         [(f"record {i}", table, name) for i in range(8) for table in ("paper", "short") for name in names],
         seeded(lambda i, name: f"{i}/{name}"),
         {
-            "the generator is seeded by the id alone, so two attributes with as many values always agree": seeded(
+            "the generator is seeded by the id alone, so two attributes with equally many values always agree": seeded(
                 lambda i, name: i
             ),
             "the generator is seeded by the name alone, so all records get the same value": seeded(lambda i, name: name),
             "the table is not used; the lengths differ from one to the other": seeded(lambda i, name: f"{i}/{name}", "paper"),
             "id and name have changed places; the id comes first": seeded(lambda i, name: f"{name}/{i}"),
-            "there is nothing between the id and the name; put a slash there": seeded(lambda i, name: i + name),
+            "put a slash between the id and the name": seeded(lambda i, name: i + name),
         },
         "one value",
     )
@@ -206,14 +206,14 @@ def smoothed_dpo_loss(answer: Any) -> None:
             "the two labels have changed places: the judge is right with probability 1 - smoothing": (
                 lambda a, b, c, d, beta, e: loss(a, b, c, d, beta, 1 - e)
             ),
-            "the rewards are mixed here; mix the two losses, that of the pair and that of the pair turned round": (
+            "the rewards are mixed here; mix the two losses, that of the pair and that of the swapped pair": (
                 lambda a, b, c, d, beta, e: loss(a, b, c, d, beta * (1 - 2 * e), 0)
             ),
             "beta is not used, or used as 1": lambda a, b, c, d, beta, e: loss(a, b, c, d, 1, e),
-            "the reference model is missing: this pulls away from it without any limit": (
+            "the reference model is missing: nothing holds the policy near it": (
                 lambda a, b, c, d, beta, e: loss(a, b, 0 * c, 0 * d, beta, e)
             ),
-            "this grows when the pair is told apart better; a loss has the other sign": lambda *case: -loss(*case),
+            "this grows when the model tells the pair apart better; a loss has the other sign": lambda *case: -loss(*case),
         },
         "one number",
     )
@@ -239,7 +239,7 @@ def longer_chosen(answer: Any, *, pairs: Rows) -> None:
             "this compares characters; the question says words": share(len),
             "this counts the pairs whose rejected text is the longer one": 1 - share(words, strict=False),
         },
-        f"another share than ours over {len(pairs)} pairs; count the words with split(), in 'chosen' and 'rejected'",
+        f"we get another share over {len(pairs)} pairs; count the words with split(), in 'chosen' and 'rejected'",
     )
 
 
@@ -276,12 +276,12 @@ def keep_the_better(answer: Any, *, gain: Sequence[float]) -> None:
         better,
         right[1],
         {
-            "the second forgets the records that stay as they were: they count with a gain of nothing": right[1] * count / improved,
+            "the second forgets the records that stay as they were: they count with a gain of zero": right[1] * count / improved,
             "the second is a sum; the mean is asked for": right[1] * count,
             "the second is the first again; what happens to a record whose revision is worse?": right[0],
         },
-        "the second is not ours" + ("; it cannot be smaller than the first" if better < right[0] else "; which gain has a record "
-        "that keeps its old text?"),
+        "we get another second mean" + ("; it cannot be smaller than the first" if better < right[0] else "; what is the gain of a "
+        "record that keeps its old text?"),
     )  # fmt: skip
 
 
@@ -315,15 +315,13 @@ def jaccard_of_characters(answer: Any) -> None:
         [(*texts, size) for texts in _TEXTS for size in (5, 3)],
         right,
         {
-            "these are runs of words still": reference.jaccard,
+            "these are still runs of words": reference.jaccard,
             "these are single characters; a run has `size` of them": lambda one, other, size: right(one, other, 1),
             "a space is a character too, and yours leaves it out": lambda one, other, size: right(
                 one.replace(" ", ""), other.replace(" ", ""), size
             ),
-            "the shared runs are counted twice below the line; what is in both sets is in the union once": over(
-                lambda a, b: len(a) + len(b)
-            ),
-            "below the line stands the smaller set: a short text inside a long one would count as its duplicate": over(
+            "the denominator counts the shared runs twice; the union holds each only once": over(lambda a, b: len(a) + len(b)),
+            "the denominator is the smaller set: a short text inside a long one would count as its duplicate": over(
                 lambda a, b: min(len(a), len(b))
             ),
             "a capital letter makes equal words differ": over(lambda a, b: len(a | b), letters=str),
@@ -349,6 +347,6 @@ def kept_by_deduplication(answer: Any, *, issued: int, valid: int, dropped: Rows
             "this is the share that is dropped": 1 - right,
             "this is a percentage; give a share between 0 and 1": 100 * right,
         },
-        "another share than ours; which rule of `dropped_by` is deduplication, and of how many records?",
+        "we get another share; which rule of `dropped_by` is deduplication, and how many records does it start from?",
         tolerance=0.002,
     )
