@@ -262,6 +262,16 @@ def test_a_header_of_many_megabytes_is_refused_before_it_is_in_memory(tmp_path):
         tracemalloc.stop()
 
 
+def test_long_headers_of_many_members_count_together(tmp_path):
+    with tarfile.open(tmp_path / "a.tar.gz", "w:gz", format=tarfile.PAX_FORMAT) as tar:
+        for k in range(6):
+            entry = tarfile.TarInfo(f"log/{k}.jsonl")
+            entry.pax_headers = {"comment": "a" * 300_000}
+            tar.addfile(entry)
+    with pytest.raises(UserError, match="not a whole export .ReadError"):
+        replay.check_archive(tmp_path / "a.tar.gz")
+
+
 def test_a_manifest_that_names_a_file_outside_of_its_artifact_is_never_followed(tmp_path, monkeypatch):
     from speed_core.runner import run_archive
 
