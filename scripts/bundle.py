@@ -244,7 +244,7 @@ def verify(archive: Path) -> int:
                 if (found := stream_digest(stream)) != sums.get(name):
                     raise bad(f"{name} has digest {found[:12]}, {SUMS} says {sums.get(name, 'nothing')[:12]}; copy it again")
                 seen.add(name)
-    except (tarfile.TarError, EOFError, OSError, ValueError) as error:
+    except (tarfile.TarError, EOFError, OSError, ValueError, RecursionError) as error:
         raise bad(f"not a whole bundle ({type(error).__name__}); copy it again") from None
     if not sums:
         raise bad(f"holds no {SUMS}; give a bundle made by `make bundle`")

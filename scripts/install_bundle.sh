@@ -22,6 +22,8 @@ cp SHA256SUMS .sums
 if [ -f .installed ]; then
   find wheels ! -type d 2>/dev/null | LC_ALL=C sort > .have || true
 else
+  odd=$(find . -path ./.venv -prune -o ! -type d ! -type f -print | cut -c3- | head -n 1)
+  [ -z "$odd" ] || die "$odd is no plain file; unpack the bundle again"
   find . -path ./.venv -prune -o ! -type d -print | cut -c3- | grep -vE '^(SHA256SUMS|\.sums|\.have|\.named|\.installed)$|/__pycache__/|(^|/)(\.DS_Store|\._[^/]*|\.ipynb_checkpoints/.*)$' | LC_ALL=C sort > .have
 fi
 cut -c67- SHA256SUMS | LC_ALL=C sort > .named

@@ -21,7 +21,7 @@ from typing import IO, Any
 from speed_core.settings import BUNDLED, PACKAGE, Settings
 
 ASSETS = PACKAGE / "assets"
-HEADER = 2**20  # bytes of a tar member's name and records
+HEADERS, HEADER = 2**20, 2**12  # bytes of a tar's names and records, and so many more for each member
 
 
 class UserError(Exception):
@@ -42,7 +42,8 @@ class MissingArtifact(UserError):
 
 @contextmanager
 def disk_errors(where: Path | None = None) -> Iterator[None]:
-    """Turn a full or read-only disk, an exhausted quota or a file size limit into one line that says what is kept.
+    """Turn a full or read-only disk, an exhausted quota, a file size limit or a place that no file can have into one line that says
+    what is kept.
 
     `where`: what is being written, where the system's error does not name it.
     """
@@ -51,7 +52,7 @@ def disk_errors(where: Path | None = None) -> Iterator[None]:
     except Exception as error:
         named = where or Path(str(getattr(error, "filename", None) or "a file"))
         code, why = (error.errno, (error.strerror or "").lower()) if isinstance(error, OSError) else (None, str(error))
-        if code in (errno.EROFS, errno.EACCES, errno.EPERM):
+        if code in (errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOTDIR, errno.EISDIR, errno.EEXIST, errno.ENAMETOOLONG):
             raise UserError(
                 f"{named}: cannot be read or written ({why}); choose a folder that is yours, for runs with SPEED_RUNS"
             ) from None
@@ -111,21 +112,21 @@ def file_digest(path: Path) -> str:
 
 
 class TarInput:
-    """What tarfile reads an archive from (mode "r|"). tarfile takes a member's header into memory whole, however long the archive says
-    it is: one of more than a megabyte raises ReadError."""
+    """What tarfile reads an archive from (mode "r|"). tarfile takes a member's header into memory whole and keeps it, however long the
+    archive says it is: headers of more than a megabyte, and 4 KB more for each member, raise ReadError."""
 
     def __init__(self, stream: IO[bytes]):
-        self.stream, self.left = stream, HEADER
+        self.stream, self.left = stream, HEADERS
 
     def read(self, count: int) -> bytes:
         self.left -= count
         if self.left < 0:
-            raise tarfile.ReadError("a header of more than a megabyte")
+            raise tarfile.ReadError("headers of more than a megabyte")
         return self.stream.read(count)
 
     def begins(self, member: tarfile.TarInfo) -> None:
         """Its contents come next, then another header."""
-        self.left = member.size + HEADER
+        self.left += member.size + HEADER
 
 
 def stream_digest(stream: IO[bytes]) -> str:

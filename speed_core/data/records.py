@@ -104,9 +104,11 @@ def _objects(raw: str, opening: str = "{") -> list[Span]:
     return found
 
 
-_NAMES = "think|thinking|thought|reasoning"
-OPENS = re.compile(rf"(?i)<(?:{_NAMES})>|\[think\]|<\|begin_of_thought\|>|<\|channel\|>(?:analysis|commentary)")
-CLOSES = re.compile(rf"(?i)</(?:{_NAMES})>|\[/think\]|<\|end_of_thought\|>|<\|channel\|>final|assistantfinal")
+_NAMES = "(?:seed:)?think(?:ing)?|thoughts?|reasoning|reflection|scratchpad"
+OPENS = re.compile(
+    rf"(?i)<(?:{_NAMES})>|[\[◁]think[\]▷]|<\|(?:begin_of_thought|start_thinking)\|>|<\|channel\|>(?:analysis|commentary)"
+)
+CLOSES = re.compile(rf"(?i)</(?:{_NAMES})>|[\[◁]/think[\]▷]|<\|end_(?:of_thought|thinking)\|>|<\|channel\|>final|assistantfinal")
 
 
 def _thought(text: str) -> int:

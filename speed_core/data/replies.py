@@ -76,7 +76,7 @@ def read(body: str | bytes, request: str, prompt_tokens: float) -> Completion:
         for p in (content if isinstance(content, list) else [content])
     ]
     refusal = message.get("refusal") or " ".join(str(p.get("refusal") or "") for p in parts if p.get("type") == "refusal").strip()
-    texts = [p.get("text") for p in parts if p.get("type") in ("text", "output_text")]
+    texts = [p.get("text") for p in parts if p.get("type", "text") in ("text", "output_text")]
     text = str(refusal) if refusal else "".join(t for t in texts if isinstance(t, str))
     text = re.sub("[\ud800-\udfff]", "\ufffd", text)
     word = str(choice.get("finish_reason") or ("none" if choices else "no_choices")).lower()

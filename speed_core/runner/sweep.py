@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from speed_core import machine
-from speed_core.files import UserError, digest
+from speed_core.files import UserError, digest, without_users
 from speed_core.runner import notebook
 from speed_core.store.artifacts import Store
 from speed_core.store.run_context import ROOT
@@ -49,7 +49,7 @@ def points(grid: Mapping[str, Sequence[Any]], seeds: Sequence[int]) -> list[Poin
     out = []
     for values in itertools.product(*grid.values()):
         for seed in seeds or (None,):
-            overrides = dict(zip(grid, values, strict=True))
+            overrides = without_users(dict(zip(grid, values, strict=True)))
             varied = {k: v for k, v in overrides.items() if len(grid[k]) > 1} | ({"seed": seed} if len(seeds) > 1 else {})
             name = ",".join(f"{k}={v}" for k, v in varied.items())
             out.append(Point(folder_name(name), overrides, seed))

@@ -361,6 +361,8 @@ PARTS = [{"type": "text", "text": GOOD[:9]}, {"type": "thinking", "thinking": "{
         (message(GOOD, finish="SAFETY"), "refused", "safety"),
         (message(GOOD, finish="error"), "invalid", "finish_reason:server_error"),
         (message([None, 5, {"type": "text"}, *PARTS]), "ok", ""),
+        (message([{"text": GOOD}]), "ok", ""),
+        (message({"text": GOOD}), "ok", ""),
         (message(GOOD, usage={"prompt_tokens": 0, "completion_tokens": 0, "total_tokens": 0}), "ok", ""),
         (message(None, finish="content_filter"), "refused", "content_filter"),
         (message(None, refusal="I will not."), "refused", "refusal"),

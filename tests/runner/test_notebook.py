@@ -292,6 +292,20 @@ def test_a_disk_that_takes_nothing_ends_in_one_line(tmp_path, monkeypatch, capsy
     assert stop.value.code == 2 and says in error and "SPEED_RUNS" in error and "\n" not in error
 
 
+@pytest.mark.parametrize("where", ["file/runs", "x" * 300])
+@pytest.mark.parametrize("words", [["plan", "--profile", "smoke"], ["import"], ["execute", "a.ipynb", "WHERE/a.ipynb"]])
+def test_a_folder_that_cannot_be_made_ends_in_one_line(tmp_path, monkeypatch, capsys, words, where):
+    (tmp_path / "file").write_text("")
+    small_notebook(tmp_path / "a.ipynb")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("SPEED_RUNS", str(tmp_path / where))
+    monkeypatch.setattr("sys.argv", ["speed_core", *(w.replace("WHERE", where) for w in words)])
+    with pytest.raises(SystemExit) as stop:
+        main()
+    error = capsys.readouterr().err.strip()
+    assert stop.value.code == 2 and "cannot be read or written" in error and "\n" not in error
+
+
 @pytest.mark.parametrize("profile", ["smoke", "tiny", "workshop", "paper"])
 def test_every_profile_prints_a_plan(profile, tmp_path, monkeypatch):
     from speed_core.__main__ import app

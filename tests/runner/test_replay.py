@@ -238,6 +238,15 @@ def test_an_archive_that_unpacks_to_far_more_than_an_export_is_refused_before_it
         replay.check_archive(source)
 
 
+def test_an_archive_of_too_many_files_and_folders_is_refused_before_their_names_fill_the_memory(tmp_path, monkeypatch):
+    monkeypatch.setattr(replay, "MOST_NAMES", 100)
+    files = [(f"log/{k}/" + "d/" * 20 + "a.jsonl", b"{}") for k in range(10)]
+    with pytest.raises(UserError, match="no plain file with a name of its own") as error:
+        replay.check_archive(archive(tmp_path / "a.tar.gz", files, naming(*files)))
+    assert "'log/4/" in str(error.value)
+    assert replay.check_archive(archive(tmp_path / "a.tar.gz", files[:4], naming(*files[:4])))["profile"] == "smoke"
+
+
 def test_a_header_of_many_megabytes_is_refused_before_it_is_in_memory(tmp_path):
     entry = tarfile.TarInfo(replay.CONTENTS)
     entry.pax_headers = {"comment": "a" * (100 << 20)}
@@ -251,6 +260,16 @@ def test_a_header_of_many_megabytes_is_refused_before_it_is_in_memory(tmp_path):
         assert tracemalloc.get_traced_memory()[1] < 20 << 20
     finally:
         tracemalloc.stop()
+
+
+def test_long_headers_of_many_members_count_together(tmp_path):
+    with tarfile.open(tmp_path / "a.tar.gz", "w:gz", format=tarfile.PAX_FORMAT) as tar:
+        for k in range(6):
+            entry = tarfile.TarInfo(f"log/{k}.jsonl")
+            entry.pax_headers = {"comment": "a" * 300_000}
+            tar.addfile(entry)
+    with pytest.raises(UserError, match="not a whole export .ReadError"):
+        replay.check_archive(tmp_path / "a.tar.gz")
 
 
 def test_a_manifest_that_names_a_file_outside_of_its_artifact_is_never_followed(tmp_path, monkeypatch):

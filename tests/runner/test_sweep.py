@@ -11,6 +11,7 @@ from pathlib import Path
 import psutil
 import pytest
 
+from speed_core import files
 from speed_core.files import UserError
 from speed_core.runner import sweep
 from speed_core.runner.arguments import grid, seeds
@@ -42,6 +43,14 @@ def test_every_combination_is_a_point_with_a_name_of_its_own():
     assert all(p.overrides["junior.epochs"] == 2 for p in found)
     with pytest.raises(UserError, match="same name"):
         sweep.points({"embedding.margin": [0.1, 0.1]}, [0])
+
+
+def test_the_user_of_an_address_stands_in_no_name_and_no_command_of_a_point(monkeypatch):
+    monkeypatch.setenv("SPEED_URL_USERS", "{}")
+    made = sweep.points({"teacher.base_url": ["http://me:secret-77@one:1/v1", "http://me:secret-77@two:1/v1"]}, [])
+    assert [p.name for p in made] == [f"teacher.base_url=http_{host}_1_v1" for host in ("one", "two")]
+    assert "secret-77" not in " ".join(word for p in made for word in sweep.command("smoke", p, (), ""))
+    assert files.with_user("http://one:1/v1") == "http://me:secret-77@one:1/v1"
 
 
 def test_the_name_of_a_point_with_long_values_fits_every_file_system():

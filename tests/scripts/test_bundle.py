@@ -155,6 +155,12 @@ def test_a_header_of_many_megabytes_is_refused(tmp_path):
         tar.addfile(entry)
     with pytest.raises(UserError, match="not a whole bundle"):
         bundle.verify(tmp_path / "b.tar")
+    # One name for the next name, and so on: tarfile reads each in another call.
+    entry = tarfile.TarInfo("././@LongLink")
+    entry.type, entry.size = tarfile.GNUTYPE_LONGNAME, 2
+    (tmp_path / "b.tar").write_bytes((entry.tobuf() + b"a".ljust(512, b"\0")) * 900)
+    with pytest.raises(UserError, match="not a whole bundle .RecursionError"):
+        bundle.verify(tmp_path / "b.tar")
 
 
 @pytest.mark.slow
@@ -170,6 +176,7 @@ def test_a_header_of_many_megabytes_is_refused(tmp_path):
         (lambda here: ((here / "wheels").mkdir(), (here / "wheels/evil.whl").write_text("x")), "wheels/evil.whl is not named"),
         (lambda here: (here / "README.md").unlink(), "README.md is damaged or missing"),
         (lambda here: (here / "setup.py").write_text("x"), "setup.py is not named"),
+        (lambda here: ((here / "README.md").unlink(), os.mkfifo(here / "README.md")), "README.md is no plain file"),
         (lambda here: (here / bundle.SUMS).write_text(f"{'0' * 64}  ../a.txt\n"), "names ../a.txt, which is no file of a bundle"),
     ],
 )
