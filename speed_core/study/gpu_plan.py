@@ -64,7 +64,8 @@ def training(run: Run, one: Planned, gpus: int, usable: float) -> Need:
 
     def parts(s: Any) -> dict[str, float]:
         rows, length, padded, share = s.micro_batch, s.max_length, s.micro_batch > 1, s.batch // gpus
-        out = {"weights": a.parameters * (4 if s.dtype == "float16" else e), "optimizer": trained * (12 if s.lora else 8)}
+        out: dict[str, float] = {"weights": a.parameters * (4 if s.dtype == "float16" else e)}
+        out["optimizer"] = trained * (12 if s.lora else 8)  # two moments, and LoRA itself in float32
         out["gradients"] = trained * 4 * (1 + (gpus > 1))  # processes exchange them in a copy
         if contrastive:
             rows, padded = rows if rows < share else 3 * share, True
@@ -117,7 +118,7 @@ def generation(run: Run, one: Planned, usable: float) -> Need:
     e, vllm = 4 if g.dtype == "float32" else 2, g.engine != "transformers"
     cache = 2 * e * a.config.num_hidden_layers * a.key * g.max_length
     texts, tokens = (1, max(4096, g.max_length)) if vllm else (g.batch_size, g.batch_size * g.max_length)
-    parts = {"weights": a.parameters * e, "KV cache": cache * texts}
+    parts: dict[str, float] = {"weights": a.parameters * e, "KV cache": cache * texts}
     parts["activations"] = tokens * e * (4 * a.config.hidden_size + 3 * a.config.intermediate_size)
     parts["logits"] = 8 * a.config.vocab_size * (256 if vllm else texts)
     call = CALL["revision" if "revis" in one.name else "seed"]
