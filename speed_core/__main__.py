@@ -91,6 +91,8 @@ def plan(
     start: FirstNumber = "",
     seed: Annotated[int | None, typer.Option(help="training and sampling seed")] = None,
     why: Annotated[str, typer.Option(metavar="ARTIFACT", help="only what this artifact is made from, and how")] = "",
+    gpus: Annotated[int, typer.Option(min=0, help="with --gpu-gb: does the profile fit so many GPUs")] = 0,
+    gpu_gb: Annotated[float, typer.Option(min=0, help="memory of each, in GB")] = 0.0,
 ) -> None:
     """Say what a profile would do: models, counts, teacher calls and cost, GPU-hours, what is already made."""
     from speed_core.runner import preflight
@@ -101,7 +103,11 @@ def plan(
     if why:
         print(planning.why_text(open_run(profile, overrides, seed), why))
         return
+    if bool(gpus) != bool(gpu_gb):
+        raise UserError("--gpus and --gpu-gb belong together: how many GPUs, and the memory of each; give both")
     print(preflight.plan_text(profile, overrides, tokens_per_second, seed=seed, only=numbers, start=start))
+    if gpus:
+        preflight.dry_run(open_run(profile, overrides, seed), gpus, gpu_gb, tokens_per_second)
 
 
 @app.command()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.metadata
 import json
+import math
 import os
 import re
 import shutil
@@ -23,7 +24,7 @@ from speed_core.runner import paper_sweeps, replicates
 from speed_core.runner.notebook import choose
 from speed_core.store.artifacts import notebook_number
 from speed_core.store.run_context import ROOT, Run
-from speed_core.study import forecast, generation_stages, paper_values, planning
+from speed_core.study import forecast, generation_stages, gpu_plan, paper_values, planning
 from speed_core.study.runs import open_run
 
 PACKAGES = ("torch", "transformers", "trl", "peft", "sentence-transformers", "mteb", "datasets", "papermill")
@@ -257,11 +258,12 @@ def generation_text(run: Run, tokens_per_second: float = 0.0) -> str:
         where = f"measured by this run on {raw.manifest['device']}, start included"
     if tokens_per_second:
         rate, where, on_gpu = tokens_per_second, "given", True
-    recorded = [f for d in ("cuda", "cpu") if (f := ROOT / "benchmarks" / "results" / f"generation.{d}.json").is_file()]
+    files = [f for d in ("cuda", "cpu") if (f := ROOT / "benchmarks" / "results" / f"generation.{d}.json").is_file()]
+    recorded = [r for r in (json.loads(f.read_text(encoding="utf-8")) for f in files) if r["benchmark"] == "generation"]
     if not rate and recorded:
-        result = json.loads(recorded[0].read_text(encoding="utf-8"))
+        result = recorded[0]
         rate = next(r["tokens_s"] for r in result["rows"] if r["engine"] == "ours_vllm" and r["status"] == "ok")
-        on, on_gpu = result["machine"].get("gpu"), recorded[0].name == "generation.cuda.json"
+        on, on_gpu = result["machine"].get("gpu"), result["device"] == "cuda"
         on = on or f"{result['machine']['cores']} CPU cores"
         where = f"gemma-3-270m on {on}, benchmarks/results; another model or machine: --tokens-per-second"
     tokens, count = 2 * p.synthesis.count * mean, p.synthesis.count
@@ -285,8 +287,7 @@ def plan_text(
     run = open_run(profile, overrides, seed)
     chosen = [notebook_number(path) for path in choose(ROOT / "notebooks", only, start)]
     p = run.profile
-    calls = {"seed": p.seeds, "judge": 2 * p.senior.prompts if p.teacher.judge == "llm" else 0, "revise": p.revisor.examples}
-    brainstorm = len(generation_stages.brainstorm_prompts(run))
+    brainstorm, calls = len(generation_stages.brainstorm_prompts(run)), _calls(p)
     kinds = ", ".join(f"{k} {n}" for k, n in tasks.split_count(p.synthesis.count).items())
     lines = [
         f"profile {p.name}: {p.description}",
@@ -308,6 +309,28 @@ def plan_text(
         lines.append(f"sweeps, after the notebooks (`study`): {_points(run)} runs of parts of them, not in the minutes below")
     asked = _asked(p, calls | {"brainstorm": brainstorm}) if p.teacher.kind == "openai" else {}
     return "\n".join([*lines, planning.text(run, chosen, asked)])
+
+
+def dry_run(run: Run, gpus: int, gpu_gb: float, tokens_per_second: float = 0.0) -> None:
+    """Print what the profile needs of GPUs (`gpu_plan`). Raises UserError with the first that does not fit, and what to change."""
+    text, problems = gpu_plan.report(run, gpus, gpu_gb, tokens_per_second)
+    print(text)
+    t = run.profile.teacher
+    for purpose, calls in _calls(run.profile).items() if t.kind == "openai" else ():
+        usd = math.ceil(t.cost(calls * PAPER_TOKENS[purpose] / 2, calls * PAPER_TOKENS[purpose] / 2))
+        if calls > t.max_calls:
+            problems.append(f"teacher.max_calls {t.max_calls:,}: {calls:,} {purpose} calls; set teacher.max_calls={calls}")
+        if usd > t.max_usd > 0:
+            problems.append(
+                f"teacher.max_usd {t.max_usd:g}: {calls:,} {purpose} calls cost about {usd} USD; set teacher.max_usd={usd}"
+            )
+    if problems:
+        raise UserError("; then ".join(problems))
+
+
+def _calls(p: profiles.Profile) -> dict[str, int]:
+    """The teacher's calls without brainstorming, by purpose."""
+    return {"seed": p.seeds, "judge": 2 * p.senior.prompts if p.teacher.judge == "llm" else 0, "revise": p.revisor.examples}
 
 
 def _teacher_tokens(teacher: profiles.Teacher, calls: Mapping[str, int]) -> str:

@@ -9,6 +9,7 @@ score_tables       notebook 09: scores side by side and their differences
 comparisons        notebooks 10 to 12: what is compared, the line over sizes, the evidence
 planning           every stage, why it would run, what it takes
 forecast           time, memory and disk from the recorded run
+gpu_plan           memory, hours and disk on GPUs, by formula
 runs               open a run
 claims             each claim, the evidence, a verdict by rule
 paper_values       the numbers that the papers print

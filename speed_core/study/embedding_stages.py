@@ -390,7 +390,7 @@ def _student_base(run: Run, layers: int | str) -> str:
     return loading.weights_id(loading.resolve(base)) + loading.settings_id(run.profile.models.guide)
 
 
-def _student_training(run: Run, arm: str) -> Embedding:
+def student_training(run: Run, arm: str) -> Embedding:
     plan = run.profile.study.student
     changes = {"lora": None, "dtype": "float32", "guided": arm != StudentArm.PLAIN, "micro_batch": plan.batch}
     changes |= {k: getattr(plan, k) for k in ("examples", "epochs", "batch", "lr")}
@@ -408,7 +408,7 @@ def _labelled(run: Run, arm: str) -> list[dict[str, Any]]:
 
 def _student_parameters(run: Run, *read: Artifact, layers: int | str, arm: str, seed: int) -> dict[str, Any]:
     (_, guide), whole = _bases(run, layers, arm), run.profile.models.guide
-    out = {"training": _student_training(run, arm).cache_key_fields(), "seed": seed}
+    out = {"training": student_training(run, arm).cache_key_fields(), "seed": seed}
     out["base"] = _student_base(run, layers)
     out["guide"] = loading.weights_id(loading.resolve(guide)) + loading.settings_id(whole)
     if rows := _labelled(run, arm):
@@ -436,7 +436,7 @@ def student(run: Run, draft: Draft, *read: Artifact, layers: int | str, arm: str
         rows = read[0].rows("train.jsonl")[: mixed_size(run)] + rows
     elif arm != StudentArm.LABELLED:
         rows = generation_stages.teacher_records(run)[: run.profile.study.student.examples] + rows
-    settings = _student_training(run, arm).model_copy(update={"examples": len(rows)})
+    settings = student_training(run, arm).model_copy(update={"examples": len(rows)})
     draft.info |= compute_type.facts(settings.dtype)
     label = STUDENT.format(layers=layers, arm=arm, seed=seed)
     train_embedder(base, rows, settings, guide=guide, guide_cache=run.folder / "guide", seed=seed, output=draft.path, label=label)
