@@ -30,7 +30,7 @@ from speed_core.study import generation_stages
 from speed_core.study.runs import open_run
 
 PROFILE = "tiny"
-EARLIER = ("a7bb3d9", "d9b76a7", "4b68a4f", "403d77a", "6720f75")  # commits that recorded a run of it, oldest first
+EARLIER = ("a7bb3d9", "d9b76a7", "4b68a4f", "403d77a", "6720f75", "65112af")  # commits that recorded a run of it, oldest first
 TARGET = ASSETS / "elsewhere.json"
 PAGE, MARKS = ROOT / "docs" / "results.md", ("<!-- elsewhere -->", "<!-- end -->")
 SHIPPED, SETTINGS = f"speed_core/assets/shipped/{PROFILE}", f"speed_core/profiles/{PROFILE}.json"
@@ -176,14 +176,16 @@ def collect() -> dict[str, Any]:
 
 
 def table(found: Mapping[str, Any]) -> str:
-    """The recorded numbers as a table of docs/results.md: float32, bfloat16 at the same settings, bfloat16 at others."""
-    lines = ["| number | float32 | bfloat16, same settings | bfloat16, other settings |", "|---|---|---|---|"]
-    kinds = {commit: run["compute_type"] for commit, run in found["runs"].items()}
+    """The recorded numbers as a table of docs/results.md: the present run, and the ranges of the earlier ones by compute type; a star
+    where all runs of a range had today's settings."""
+    lines = ["| number | present run | earlier, float32 | earlier, bfloat16 |", "|---|---|---|---|"]
+    kinds, latest = {commit: run["compute_type"] for commit, run in found["runs"].items()}, list(found["runs"])[-1]
     for name, entries in found["numbers"].items():
-        columns: dict[tuple[str, bool], list[float]] = {}
-        for e in entries:
-            columns.setdefault((kinds[e["run"]], bool(e["other"])), []).append(e["value"])
-        cells = [_ends(columns.get(key, [])) for key in (("float32", False), ("bfloat16", False), ("bfloat16", True))]
+        cells = [_ends([e["value"] for e in entries if e["run"] == latest])]
+        for kind in ("float32", "bfloat16"):
+            earlier = [e for e in entries if e["run"] != latest and kinds[e["run"]] == kind]
+            same = bool(earlier) and not any(e["other"] for e in earlier)
+            cells.append(_ends([e["value"] for e in earlier]) + "*" * same)
         lines.append(f"| {name}{' (always in float32)' * NUMBERS[name][2]} | {' | '.join(cells)} |")
     return "\n".join(lines)
 
