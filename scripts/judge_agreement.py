@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 from scipy.stats import kendalltau
 
-from speed_core.data import teacher
+from speed_core.data import records, teacher
 from speed_core.data.prompts import parse_prompt_attributes
 from speed_core.evaluation.uncertainty import bootstrap_interval
 from speed_core.preference.judge import RubricJudge
@@ -28,6 +28,8 @@ def agreement(rubric: RubricJudge, rows: Sequence[Mapping[str, Any]]) -> list[di
     `best`, `worst`: whether the rubric's best (worst) candidate has the reader's first (last) rank; `chance`: the share of candidates
     that have the first rank; `tau`: Kendall's tau-b of both orders.
     """
+    valid = [records.parse(text, r["kind"]).record for r in rows for text in r["candidates"]]
+    rubric.precompute_embeddings([t for found in valid if found for t in found.values() if t])
     out = []
     for r in rows:
         ranks, prompt = np.array(r["ranks"]), parse_prompt_attributes(r["kind"], r["task"], r["prompt"])

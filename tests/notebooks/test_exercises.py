@@ -57,7 +57,7 @@ FACTS = {
     "06.2": {"issued": 100, "valid": 80, "dropped": [{"dropped_by": "near-duplicate"}] * 6 + [{"dropped_by": "evaluation overlap"}] * 5},
     "07.2": {"points": POINTS},
     "10.1": {"rows": DIFFERENCES},
-    "00.1": {"prompts": 160},
+    "00.1": {"prompts": 120},
 }  # fmt: skip
 
 

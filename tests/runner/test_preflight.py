@@ -10,7 +10,7 @@ from speed_core.study import forecast, planning
 from speed_core.study.runs import open_run
 
 ENTRY = {"device": "cpu", "cpu": "some processor", "cores": 2, "date": "2026-01-01", "compute_type": "float32"}
-WORK = 160  # records times epochs of the junior at tiny
+WORK = 128  # records times epochs of the junior at tiny
 ENTRY |= {"layer_seconds": 0.1, "other": {"00": 40.0, "03": 60.0}, "artifacts": {"junior": [600.0, 1, 1, None, "junior", WORK]}}
 
 

@@ -85,9 +85,9 @@ def test_a_store_over_a_base_takes_what_is_current_there_and_makes_only_what_dif
 
 def test_the_points_of_a_sweep_share_the_run_below_and_a_failure_is_told(tmp_path):
     assert speed(tmp_path, "run", "--profile", "smoke", "--only", "01").returncode == 0
-    done = speed(tmp_path, "run", "--profile", "smoke", "--only", "02", "--set", "seeds=24,32,999", "--jobs", "2")
+    done = speed(tmp_path, "run", "--profile", "smoke", "--only", "02", "--set", "seeds=24,32,9999", "--jobs", "2")
     assert done.returncode == 1, done.stdout + done.stderr
-    assert re.search(r"^seeds=999: failed \(2\): .*lower it or use an endpoint", done.stdout, re.MULTILINE), (
+    assert re.search(r"^seeds=9999: failed \(2\): .*lower it or use an endpoint", done.stdout, re.MULTILINE), (
         "said when it happened"
     )
     variants = tmp_path / "smoke" / "variants"
@@ -95,9 +95,9 @@ def test_the_points_of_a_sweep_share_the_run_below_and_a_failure_is_told(tmp_pat
         assert {r["run"]: r["status"] for r in csv.DictReader(f)} == {
             "seeds=24": "ok",
             "seeds=32": "ok",
-            "seeds=999": "failed (2)",
+            "seeds=9999": "failed (2)",
         }
-    assert "lower it or use an endpoint" in (variants / "seeds=999" / "run.log").read_text()
+    assert "lower it or use an endpoint" in (variants / "seeds=9999" / "run.log").read_text()
     for n in (24, 32):
         made = variants / f"seeds={n}" / "artifacts"
         assert len((made / "seeds" / "data.jsonl").read_text().splitlines()) == n and not (made / "tasks").exists()

@@ -108,6 +108,7 @@ def test_recorded_judgements_rank_every_candidate_and_equal_texts_alike():
 
 def test_the_gates_of_the_recorded_run_are_measured_on_its_texts(tmp_path, monkeypatch):
     monkeypatch.setenv("SPEED_RUNS", str(tmp_path))
+    monkeypatch.delenv("SPEED_SHIPPED")
     run = open_run("tiny")
     found = gates.gates(run)
     assert set(found) == {"senior", "revisor"}, "students are scored by the run itself"

@@ -25,7 +25,7 @@ def test_at_the_recorded_size_the_forecast_is_the_recording(run):
 
 
 def test_twice_the_prompts_take_twice_the_time_after_the_start(run):
-    ahead, before = Forecast.of(profiles.load("tiny", {"synthesis.count": 320})), Forecast.of(run.profile)
+    ahead, before = Forecast.of(profiles.load("tiny", {"synthesis.count": 240})), Forecast.of(run.profile)
     raw, junior = find(run, "raw"), find(run, "junior")
     one, two = before.expected(raw), ahead.expected(raw)
     assert two.seconds - before.start == pytest.approx(2 * (one.seconds - before.start))
