@@ -387,7 +387,7 @@ MISTAKES = [
     ("12.2", lambda a, b, e, n: widened(a, b, e, norm.ppf(1 - 0.05 / n) / norm.ppf(0.975)), "two sides"),
     ("12.2", lambda a, b, e, n: widened(a, b, e, n), "multiplied by the number"),
     ("12.2", lambda a, b, e, n: widened(a, b, e, norm.ppf(0.975) / norm.ppf(1 - 0.025 / n)), "became narrower"),
-    ("00.1", 160 / 1_150_000, "turn it over"),
+    ("00.1", 120 / 1_150_000, "turn it over"),
     ("00.1", 1_150_000, "divide by yours"),
     ("00.1", 40, "another number"),
     ("00.2", "junior.epocs", "the misspelled name itself"),
