@@ -3,7 +3,8 @@
     python scripts/judge_agreement.py     # prints the table of docs/results.md; a minute on two cores
 
 The lists are the 120 root prompts of the recorded run at `overnight` (four candidates of the junior) and its 120 unseen prompts (junior,
-senior and, where there is one, the revised junior, in random order). The reader was not told who wrote what.
+senior and, where there is one, the revised junior, in random order). The reader, an AI writing assistant, was not told who
+wrote what.
 """
 
 from __future__ import annotations

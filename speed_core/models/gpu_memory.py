@@ -23,7 +23,8 @@ from speed_core.files import UserError
 from speed_core.models import loading
 from speed_core.profile import Lora
 
-# The models of profile paper, by the config.json of their pages on the hub; a configuration in the hub's cache goes before these.
+# The models of profile paper. Their shapes were written from memory, and a test holds them to the published numbers of parameters only;
+# a configuration in the hub's cache goes before these.
 _LARGE = {"hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32, "num_attention_heads": 32}
 KNOWN: dict[str, tuple[str, dict[str, Any]]] = {
     "meta-llama/Meta-Llama-3-8B": ("llama", _LARGE | {"num_key_value_heads": 8, "vocab_size": 128256}),

@@ -348,7 +348,8 @@ def build(
 
     `scores` maps arms (untrained, guided, bare, jr, jr_re, sr, sr_re, base, teacher) to their results, one a training seed;
     `facts` holds estimates by claim (`estimates`: {id: {value, low, high, seeds, sd_items, sd_seeds, what, source}}), the
-    mask's precision, the share of kept records, teacher calls and the `gates` (`gates.gates`); `digests` maps what a verdict rests on to its artifacts.
+    mask's precision, the share of kept records, teacher calls and the `gates` (`gates.gates`); `digests` maps what a verdict rests on to
+    its artifacts.
     `records`: how many each arm's models learned from; a comparison of unequally many says so, and with `PAPER_RECORDS` or more
     the same direction is "reproduced" (`SIZED`).
     """
@@ -366,9 +367,9 @@ def build(
             missing = " and ".join(a for a in arms if not scores.get(a))
             absent[key] = f"no scores of {missing}; an arm with too few valid records is left out"
     for key, f in estimates.items():
-        how = {"trained": f.get("trained", True), "level": f.get("level", 0.95)}
-        found[key] = judged(key, _estimate(f), f["what"], digests[f["source"]], expected=EXPECTED.get(key, 1), **how)
-        tests[key] = Test(_estimate(f), **how)
+        e, how = _estimate(f), {"trained": f.get("trained", True), "level": f.get("level", 0.95)}
+        found[key] = judged(key, e, f["what"], digests[f["source"]], expected=EXPECTED.get(key, 1), **how)
+        tests[key] = Test(e, **how)
     if "S17" in found:
         found["S17"] = _with_curvature(found["S17"], estimates["S17"].get("bend"))
     if "mask" in facts:

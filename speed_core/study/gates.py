@@ -1,9 +1,9 @@
 """Did the treatments act? A comparison says something about a claim only where what it compares differs.
 
-The senior has to win at least 0.55 of the unseen prompts, with an interval above one half, by a blind reader where one has read the
-answers; the revisor to change at least half of the records and to raise their rubric; every student to gain at least ten points by its
-training. (The gates were set after an audit of the recorded run at `overnight`.) The claims behind a gate that stays closed
-(`claims.GATED`) end as *treatment inactive*, whatever their interval says.
+The senior has to win at least 0.55 of the unseen prompts, with an interval above one half, by a blind reader (an AI writing assistant)
+where one has read the answers. The revisor has to change at least half of the records and to raise their rubric. Every student has to gain
+at least ten points by its training. (The gates were set after an audit of the recorded run at `overnight`.) The claims behind a gate that
+stays closed (`claims.GATED`) end as *treatment inactive*, whatever their interval says.
 """
 
 from __future__ import annotations

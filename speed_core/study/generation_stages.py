@@ -139,13 +139,13 @@ def seed_plan(run: Run) -> list[Prompt]:
     if run.profile.teacher.kind != "recorded":
         return plan(run, "seed", run.profile.seeds)
     table = {(r["kind"], r["topic"]): json.loads(r["answer"]) for r in teacher.recorded_rows("tasks")}
-    full: list[Prompt] = []
-    for topics_, count in RECORDED_PLANS:
-        known = [prompts.truncate_topic(path) for path in load_topics().paths[:topics_]]
-        full = tasks.plan_synthesis("seed", count, known, table, attributes=run.profile.prompts.attributes)
-        if run.profile.seeds <= count:
-            return full[: run.profile.seeds]
-    raise UserError(f"seeds {run.profile.seeds}: the recorded teacher has {len(full)}; lower it or use an endpoint")
+    large_enough = (plan for plan in RECORDED_PLANS if run.profile.seeds <= plan[1])
+    topics_, count = next(large_enough, RECORDED_PLANS[-1])
+    if run.profile.seeds > count:
+        raise UserError(f"seeds {run.profile.seeds}: the recorded teacher has {count}; lower it or use an endpoint")
+    known = [prompts.truncate_topic(path) for path in load_topics().paths[:topics_]]
+    full = tasks.plan_synthesis("seed", count, known, table, attributes=run.profile.prompts.attributes)
+    return full[: run.profile.seeds]
 
 
 @stage("seeds", Kind.TEACHER, "02", inputs=["tasks"], parameters=lambda run, tasks: _asked(run, seed_plan(run)))

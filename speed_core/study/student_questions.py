@@ -52,8 +52,6 @@ def made(run: Run) -> Scores:
         embedding_stages.student(run, **one.keys)
         result = embedding_stages.student_scores(run, **one.keys).json("scores.json")
         out.setdefault((one.layers, one.arm), []).append(result)
-    for layers in run.profile.study.student.layers:
-        embedding_stages.untrained_student_scores(run, layers=layers)
     return out
 
 
