@@ -1,10 +1,10 @@
-"""How far the rubric agrees with a blind reader: `assets/recorded/judgements.jsonl` ranks the candidates of 240 lists.
+"""How far the rubric agrees with a blind reader: `assets/recorded/judgements.jsonl` ranks the candidates of 264 lists.
 
     python scripts/judge_agreement.py     # prints the table of docs/results.md; a minute on two cores
 
-The lists are the 120 root prompts of the recorded run at `overnight` (four candidates of the junior) and its 120 unseen prompts (junior,
-senior and, where there is one, the revised junior, in random order). The reader, an AI writing assistant, was not told who
-wrote what.
+The lists are the 120 root prompts of the recorded run at `overnight` (four candidates of the junior), its 120 unseen prompts (junior,
+senior and, where there is one, the revised junior, in random order), and the 24 root prompts of the recorded run at `tiny`, which
+are among the 120 but were answered by another junior. The reader, an AI writing assistant, was not told who wrote what.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ def agreement(rubric: RubricJudge, rows: Sequence[Mapping[str, Any]]) -> list[di
 def main() -> None:
     found = agreement(RubricJudge(guide(open_run("overnight"))), teacher.recorded_rows("judgements"))
     print("| lists | n | best (chance) | worst | Kendall's tau |\n|---|---|---|---|---|")
-    groups = {"root": [r for r in found if r["list"] == "root"], "unseen": [r for r in found if r["list"] == "unseen"]}
+    groups = {name: [r for r in found if r["list"] == name] for name in ("root", "unseen", "root, tiny")}
     groups |= {f"root, {kind}": [r for r in groups["root"] if r["kind"] == kind] for kind in sorted({r["kind"] for r in found})}
     for name, rows in groups.items():
         shown = []
