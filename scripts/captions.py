@@ -1,4 +1,4 @@
-"""One sentence for each figure of the recorded run, made from the numbers in the CSV beside it.
+"""One sentence for each figure of the recorded `overnight` run, made from the numbers in the CSV beside it.
 
     python scripts/captions.py              # write the sentences into the notebooks again, after figures/ has changed
     python scripts/captions.py 01 02        # into these notebooks alone
@@ -22,6 +22,7 @@ from speed_core.evaluation.uncertainty import leaves_zero_out
 from speed_core.runner.notebook import notebooks
 from speed_core.store.artifacts import notebook_number
 from speed_core.store.run_context import OFFICIAL, ROOT
+from speed_core.study.claims import Verdict
 
 Rows = Sequence[dict[str, str]]
 
@@ -40,6 +41,10 @@ def _interval(row: dict[str, str], spec: str = "+.1f") -> str:
     return f"{_f(row):{spec}} [{_f(row, 'low'):{spec}}, {_f(row, 'high'):{spec}}]"
 
 
+def _points(row: dict[str, str], spec: str = "+.1f") -> str:
+    return f"{_f(row):{spec}} points [{_f(row, 'low'):{spec}}, {_f(row, 'high'):{spec}}]"
+
+
 def _resolved(row: dict[str, str]) -> bool:
     return leaves_zero_out(_f(row, "low"), _f(row, "high"))
 
@@ -56,12 +61,19 @@ def _those(found: Sequence[str], one: str, many: str) -> str:
     return f"{_listed(found) or 'none'} {many if len(found) > 1 else one}"
 
 
+def _data_of(label: str) -> str:
+    """A data set of the figure of generators in words: "base model, 150 records" is "the base model's"."""
+    name = label.partition(",")[0]
+    return f"{'the ' * name.islower()}{name}'s"
+
+
 def _differences(rows: Rows, whole: str, spec: str = "+.1f") -> str:
     """Reading of a figure of differences in points: the one over all tasks, then which others leave zero out."""
     by = _by_label(rows)
-    found = [f"{r['label']} {_interval(r, spec)}" for r in rows if r["label"] != whole and _resolved(r)]
-    first = f"over {whole} {_interval(by[whole], spec)} points, {'resolved' if _resolved(by[whole]) else 'not resolved'}"
-    return f"{first}; of the parts {_those(found, 'is', 'are')} resolved."
+    found = [f"{r['label'].replace(', ', ' on ')} {_interval(r, spec)}" for r in rows if r["label"] != whole and _resolved(r)]
+    over = whole.replace(", all ", " and all ")
+    first = f"{_points(by[whole], spec)} over {over}, {'resolved' if _resolved(by[whole]) else 'not resolved'}"
+    return f"{first}; of the parts, {_those(found, 'is', 'are')} resolved."
 
 
 def _depth(rows: Rows) -> str:
@@ -70,18 +82,22 @@ def _depth(rows: Rows) -> str:
     return f"{sum(n for k, n in raw.items() if k > most)} of {sum(raw.values())} topics were deeper than {most} levels and lost their middle."
 
 
+LOST = {
+    "answered": "had no answer", "complete": "were cut off", "valid records": "were invalid",
+    "no near-duplicate": "were near-duplicates", "no evaluation overlap": "shared words with an evaluation text",
+}  # fmt: skip
+
+
 def _steps(rows: Rows) -> str:
     counts = [(r["step"], int(_f(r, "records"))) for r in rows]
-    lost = [f"{n - m} at *{step}*" for (_, n), (step, m) in zip(counts, counts[1:], strict=False) if n != m]
-    kept = f"{counts[-1][1]} of {counts[0][1]} are left"
-    return f"{kept}; " + (f"lost are {_listed(lost)}." if lost else "nothing was lost on the way.")
+    lost = [f"{n - m} {LOST[step]}" for (_, n), (step, m) in zip(counts, counts[1:], strict=False) if n != m]
+    return f"{counts[-1][1]} of {counts[0][1]} are left: {_listed(lost) or 'nothing was lost on the way'}."
 
 
 def _valid(rows: Rows) -> str:
     by = _by_label(rows)
-    base, junior = by["base"], by["junior"]
-    better = "clearly more often" if _f(junior, "low") > _f(base, "high") else "not clearly more often"
-    return f"without a grammar the junior writes a valid record in {_interval(junior, '.2f')} of the cases, the base model in {_interval(base, '.2f')}: {better}."
+    junior, base = (_interval(by[name], ".0%") for name in ("junior", "base"))
+    return f"without a grammar the junior writes a valid record for {junior} of the prompts, the base model for {base}."
 
 
 def _dpo(rows: Rows) -> str:
@@ -90,22 +106,22 @@ def _dpo(rows: Rows) -> str:
     chosen = [_f(r, "reward_chosen") for r in rows[-3:]]
     likely = "less" if max(chosen) < 0 else "more" if min(chosen) > 0 else "neither clearly more nor less"
     return (
-        f"in {len(rows)} steps the reward margin goes {moved}, and the last batch ranks {_f(last, 'accuracy'):.0%} of its pairs as "
-        f"the judge did; the chosen texts of the last three steps are {likely} likely than under the junior."
+        f"in {len(rows)} steps the reward margin goes {moved}, and the policy ranks {_f(last, 'accuracy'):.0%} of the last batch's "
+        f"pairs as the judge did; the chosen texts of the last three steps are {likely} likely than under the junior."
     )
 
 
 def _packed(rows: Rows) -> str:
     parts = len({(r["group"], r["part"]) for r in rows})
-    return f"{len(rows)} tokens of {len({r['group'] for r in rows})} prompts and their completions, {parts} pieces in all, are read in one row."
+    prompts = len({r["group"] for r in rows})
+    return f"one row holds {len(rows)} tokens: {prompts} prompts and their completions, {parts} pieces in all."
 
 
 def _senior(rows: Rows) -> str:
     won = _by_label(rows)["senior wins over junior"]
-    above = (
-        "the interval contains one half: no difference is resolved" if _f(won, "low") <= 0.5 <= _f(won, "high") else "resolved"
-    )
-    return f"the senior wins on {_interval(won, '.2f')} of the unseen prompts; {above}."
+    open_ = _f(won, "low") <= 0.5 <= _f(won, "high")
+    above = "the interval contains one half, so no difference is resolved" if open_ else "a resolved difference"
+    return f"by the rubric the senior wins {_interval(won, '.2f')} of the unseen prompts; {above}."
 
 
 def _revision(rows: Rows) -> str:
@@ -122,9 +138,9 @@ def _kept(rows: Rows) -> str:
     valid = sum(int(r["valid"]) for r in rows)
     lost = valid - sum(int(r["kept"]) for r in rows)
     if not lost:
-        return f"of {valid} valid records none was dropped."
+        return f"none of {valid} valid records was dropped."
     said = [f"{_f(r):.0%} [{_f(r, 'low'):.0%}, {_f(r, 'high'):.0%}] ({r['label']})" for r in (low, high)]
-    return f"of {valid} valid records {lost} were dropped; the share kept goes from {said[0]} to {said[-1]}."
+    return f"{lost} of {valid} valid records were dropped; the share kept runs from {said[0]} to {said[-1]}."
 
 
 def _mask(rows: Rows) -> str:
@@ -135,9 +151,9 @@ def _mask(rows: Rows) -> str:
 
 def _quality(rows: Rows) -> str:
     at = [r for r in rows if _f(r, "margin") == 0 and r["labels"] == rows[0]["labels"]]
-    said = "; ".join(f"{r['guide']}: {_f(r, 'precision'):.2f} and {_f(r, 'recall'):.2f}" for r in at)
-    chance = f"removing at random would have precision {_f(at[0], 'base_rate'):.2f}"
-    return f"precision and recall at margin 0 on {at[0]['labels']} ({said}); {chance}."
+    said = [f"{_f(r, 'precision'):.2f} and {_f(r, 'recall'):.2f} ({r['guide']})" for r in at]
+    chance = f"removal at random has precision {_f(at[0], 'base_rate'):.2f}"
+    return f"at margin 0, precision and recall on {at[0]['labels']} are {_listed(said)}; {chance}."
 
 
 def _cost(rows: Rows) -> str:
@@ -156,45 +172,52 @@ def _training(rows: Rows) -> str:
     said = []
     for name in dict.fromkeys(r["series"] for r in rows):
         mine = [r for r in rows if r["series"] == name]
-        said.append(f"{name} from {_f(mine[0], 'loss'):.1f} to {_f(mine[-1], 'loss'):.1f}")
-    return f"the loss falls, {_listed(said)}."
+        said.append(f"from {_f(mine[0], 'loss'):.1f} to {_f(mine[-1], 'loss'):.1f} ({name})")
+    return f"the loss falls {_listed(said)}."
 
 
 def _generators(rows: Rows) -> str:
-    found = [f"{r['label']} ({_interval(r)} points)" for r in rows if _resolved(r)]
+    found = [r for r in rows if _resolved(r)]
     times = max(int(r.get("generators") or 1) for r in rows)
-    over = f" over {times} trainings of the generators" if times > 1 else ""
-    return f"of {len(rows)} data sets {_those(found, 'differs', 'differ')} from Jr by more than the noise{over}."
+    over = f"over {times} trainings of the generators, " if times > 1 else ""
+    if not found:
+        return f"{over}no data set differs from Jr's by more than the noise."
+    only = "only " * (len(found) < len(rows))
+    whose, by = _listed([_data_of(r["label"]) for r in found]), _listed([_points(r) for r in found])
+    return f"{over}{only}{whose} data differ from Jr's by more than the noise: {by}."
 
 
 def _sweeps(rows: Rows) -> str:
     others = [r for r in rows if r["own"] != "True"]
     found = [f"{r['panel'].split(': ')[-1]} {r['x']} ({_interval(r)} points)" for r in others if _resolved(r)]
-    return f"of {len(others)} other values {_those(found, 'differs', 'differ')} from the profile's own by more than texts and embedding seeds explain."
+    many = f"{len(found) or 'none'} of {len(others)} changed values {'differ' if len(found) > 1 else 'differs'}"
+    return f"{many} from the profile's own by more than texts and embedding seeds explain{': ' * bool(found)}{_listed(found)}."
 
 
 def _scaling(rows: Rows) -> str:
     ours = [r for r in rows if r["source"] == "ours"]
-    said = [f"{_interval(r, '.1f')} points at {r['records']} records" for r in ours]
+    said = [f"{_interval(r, '.1f')} at {r['records']}" for r in ours]
     off = max(ours, key=lambda r: abs(_f(r, "residual")))
     around = f" [{_f(off, 'residual_low'):+.1f}, {_f(off, 'residual_high'):+.1f}]" if off.get("residual_low") else ""
-    return f"{_listed(said)}; the line misses by {_f(off, 'residual'):+.1f}{around} points at most, at {off['records']} records."
+    residual = f"the largest residual is {_f(off, 'residual'):+.1f} points{around}, at {off['records']} records"
+    return f"the score is {_listed(said)} records; {residual}."
 
 
 def _per_record(rows: Rows) -> str:
     ours, paper = (next(r for r in rows if r["who"] == who) for who in ("this run", "paper: SPEED"))
     calls, tokens = (_f(ours, k) / _f(paper, k) for k in ("calls", "tokens"))
-    return f"{_f(ours, 'calls'):.2f} teacher calls and {_f(ours, 'tokens'):.0f} tokens a record, {calls:.0f} and {tokens:.0f} times SPEED's."
+    return f"{_f(ours, 'calls'):.2f} teacher calls and {_f(ours, 'tokens'):.0f} tokens per record, {calls:.0f} and {tokens:.0f} times as many as SPEED."
 
 
 def _asked(rows: Rows) -> str:
-    said = [f"{r['label']} {_interval(r, '+.2f')}" for r in rows if _resolved(r)]
-    return f"of {len(rows)} questions {len(said)} {'is' if len(said) == 1 else 'are'} resolved{': ' if said else ''}{'; '.join(said)}."
+    said = [f"{r['label']} ({_interval(r, '+.2f')} points)" for r in rows if _resolved(r)]
+    are = "are" if len(said) > 1 else "is"
+    return f"{len(said) or 'none'} of {len(rows)} questions {are} resolved{': ' * bool(said)}{'; '.join(said)}."
 
 
 def _tasks(rows: Rows) -> str:
     low, high = min(rows, key=_f), max(rows, key=_f)
-    return f"from {_interval(low, '.1f')} points ({low['label']}) to {_interval(high, '.1f')} ({high['label']}) over {len(rows)} tasks."
+    return f"scores run from {_interval(low, '.1f')} points ({low['label']}) to {_interval(high, '.1f')} ({high['label']}) over {len(rows)} tasks."
 
 
 def _categories(rows: Rows) -> str:
@@ -203,17 +226,29 @@ def _categories(rows: Rows) -> str:
     for model in dict.fromkeys(r["model"] for r in rows):
         mine = [r for r in rows if r["model"] == model and r["category"] != "Avg"]
         best, worst = max(mine, key=_f), min(mine, key=_f)
-        said.append(f"{model}: best at {best['category']} ({_f(best):.1f}), worst at {worst['category']} ({_f(worst):.1f})")
+        said.append(f"{model}, {best['category']} ({_f(best):.1f}) and {worst['category']} ({_f(worst):.1f})")
     if printed:
         best, worst = (pick(printed, key=lambda r: _f(r, "paper")) for pick in (max, min))
-        ends = f"best at {best['category']} ({_f(best, 'paper'):.1f}), worst at {worst['category']} ({_f(worst, 'paper'):.1f})"
-        said.append(f"the paper: {ends}")
-    return "; ".join(said) + "."
+        ends = f"{best['category']} ({_f(best, 'paper'):.1f}) and {worst['category']} ({_f(worst, 'paper'):.1f})"
+        said.append(f"the paper, {ends}")
+    return f"the best and the worst category: {'; '.join(said)}."
+
+
+ENDED = {  # of one claim, and of several
+    Verdict.REPRODUCED: ("is reproduced", "are reproduced"),
+    Verdict.SMALLER: ("goes the same way", "go the same way"),
+    Verdict.EQUIVALENT: ("is equivalent within the margin", "are equivalent within the margin"),
+    Verdict.UNRESOLVED: ("is not resolved", "are not resolved"),
+    Verdict.INACTIVE: ("had an inactive treatment", "had an inactive treatment"),
+    Verdict.CONTRADICTED: ("is contradicted", "are contradicted"),
+    Verdict.IMPOSSIBLE: ("cannot be tested", "cannot be tested"),
+    Verdict.UNTESTED: ("is not yet tested", "are not yet tested"),
+}
 
 
 def _claims(rows: Rows) -> str:
-    counted = Counter(r["verdict"] for r in rows).most_common()
-    return f"of {len(rows)} claims {_listed([f'{n} {v}' for v, n in counted])}."
+    counted = Counter(Verdict(r["verdict"]) for r in rows).most_common()
+    return f"of {len(rows)} claims, {_listed([f'{n} {ENDED[v][n > 1]}' for v, n in counted])}."
 
 
 READINGS: dict[str, Callable[[Rows], str]] = {

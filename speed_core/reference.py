@@ -118,14 +118,14 @@ def guided_loss(
 
 
 def jaccard(one: str, other: str, size: int = 3) -> float:
-    """Runs of `size` words that both texts have, over the runs of either: how near-duplicates are told."""
+    """The share of all runs of `size` words that both texts have; near-duplicates share most of them."""
     words = one.lower().split(), other.lower().split()
     a, b = ({tuple(w[i : i + size]) for i in range(len(w) - size + 1)} for w in words)
     return len(a & b) / len(a | b)
 
 
 def minhash(text: str, count: int = 128, size: int = 3) -> list[int]:
-    """`count` numbers: of each of `count` random hash functions, the least hash of the text's runs of `size` words.
+    """For each of `count` random hash functions, the smallest hash of any run of `size` words.
 
     Two texts agree on one of these numbers with a probability that equals their `jaccard`.
     """

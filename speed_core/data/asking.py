@@ -1,4 +1,4 @@
-"""Asking a teacher many prompts: one logged outcome a prompt, whatever happens."""
+"""Asking a teacher many prompts: one logged outcome per prompt, whatever happens."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def ask(
     temperature: float | None = None,
     attempts: int = 1,
 ) -> list[dict[str, Any]]:
-    """Ask the teacher every prompt; log each answer as it comes; return one entry a prompt, in order.
+    """Ask the teacher every prompt; log each answer as it comes; return one entry per prompt, in order.
 
     Every entry has a status: ok, invalid, refused, truncated, or error (no recorded answer, a refused request, a budget that ran
     out). The counts add up to the prompts. An `error` is asked again the next time unless the endpoint refused the request itself

@@ -61,14 +61,14 @@ def probability(similarity: float, bands: int, rows: int) -> float:
 
     A band agrees with p = s^rows, so 1 - (1 - p)^bands - bands p (1 - p)^(bands - 1). One band would find a little
     more, but two let through far fewer of the many pairs that only share a phrase: at 32 bands of 4 and s = 0.22,
-    0.3 % instead of 7 %, and it is these that take the time in a set written after templates.
+    0.3 % instead of 7 %, and comparing those takes most of the time where texts follow templates.
     """
     p = similarity**rows
     return 1 - (1 - p) ** bands - bands * p * (1 - p) ** (bands - 1)
 
 
 def banding(threshold: float, permutations: int) -> tuple[int, int]:
-    """(bands, rows a band): the longest bands with which a pair at the threshold is found with probability >= 0.99.
+    """(bands, rows per band): the longest bands with which a pair at the threshold is found with probability >= 0.99.
 
     Every band that the permutations allow is used: 0.7 and 128 give 32 bands of 4, which find a pair at 0.7 with
     probability 0.998, one at 0.8 with 0.999999. Raises UserError where even bands of one row are too few.
@@ -85,7 +85,7 @@ def duplicates(texts: Sequence[str], *, threshold: float, permutations: int, shi
 
     In order, a text is a duplicate when its Jaccard similarity to an earlier text that was kept is at least
     `threshold`; a repetition of a text that was itself dropped does not count. See `banding` for what may be
-    overlooked. Deterministic. Memory beyond the texts: 8 bytes a band and text (256 MB a million at 32 bands).
+    overlooked. Deterministic. Memory beyond the texts: 8 bytes a band and text (256 MB per million at 32 bands).
     """
     bands, rows = banding(threshold, permutations)
     out = np.full(len(texts), -1, np.int64)

@@ -88,7 +88,7 @@ def plan_synthesis(
         usable = [t for t in topics if kind == "sts" or chosen.get((kind, t))]
         if number and not usable:
             raise ValueError(f"kind {kind!r}: none of {len(topics)} topics has a task; brainstorm it first")
-        # At a fixed size several tasks a topic mean fewer topics (Table 3).
+        # At a fixed size several tasks per topic mean fewer topics (Table 3).
         usable = usable[: -(-number // tasks_per_topic)]
         for j in range(number):
             topic = usable[j % len(usable)]

@@ -217,14 +217,14 @@ def average(a: Sequence[Result], types: Sequence[str] | None = None, *, draws: i
 
 
 def slope(results: Mapping[int, Sequence[Result]], *, draws: int = 1000) -> Estimate:
-    """Points a doubling: least squares of the mean score on log2 of the size, as a contrast of the sizes."""
+    """Points per doubling: least squares of the mean score on log2 of the size, as a contrast of the sizes."""
     x = np.log2(list(results))
     weights = (x - x.mean()) / ((x - x.mean()) ** 2).sum()
     return contrast([(float(w), r, None) for w, r in zip(weights, results.values(), strict=True)], draws=draws)
 
 
 def curvature(results: Mapping[int, Sequence[Result]], *, draws: int = 1000) -> Estimate:
-    """Points a doubling between the two largest sizes minus between the two smallest: negative where returns diminish."""
+    """Points per doubling between the two largest sizes minus between the two smallest: negative where returns diminish."""
     sizes = sorted(results)
     if len(sizes) < 3:
         raise UserError(f"curvature: {len(sizes)} sizes; three are needed")

@@ -112,7 +112,7 @@ def finding(rows: Sequence[Mapping[str, Any]]) -> str:
     """What a figure of differences {label, value, low, high} found, for its title."""
     found = [f"{r['label']} ({r['value']:+.1f})" for r in rows if leaves_zero_out(r["low"], r["high"])]
     if not found:
-        return "no difference is resolved (hollow: the interval holds zero)"
+        return "no difference is resolved (hollow: the interval contains zero)"
     if len(found) == len(rows):
         return "resolved: all of them" if len(rows) > 1 else "resolved"
     listed = f"resolved (filled): {'; '.join(found)}"

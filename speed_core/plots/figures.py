@@ -290,7 +290,7 @@ def sweeps(run: Run, name: str, rows: Sequence[Mapping[str, Any]], inputs: Seque
 def cost(run: Run, name: str, per_record: Mapping[str, tuple[float, float]], inputs: Sequence[Artifact]) -> None:
     """Table 5 for each training record: {who: (teacher calls, teacher tokens)} on logarithmic axes, the paper's in black and white."""
     calls = ", ".join(f"{w} {v[0]:.2g}" for w, v in per_record.items())
-    figure, axes = canvas(8.4, 0.9 + 0.42 * len(per_record), 2, title=f"Teacher calls for a training record: {calls}")
+    figure, axes = canvas(8.4, 0.9 + 0.42 * len(per_record), 2, title=f"Teacher calls per training record: {calls}")
     who = list(per_record)
     for k, (ax, unit) in enumerate(zip(axes, ("teacher calls", "teacher tokens"), strict=True)):
         low, high = (f(v[k] for v in per_record.values() if v[k] > 0) for f in (min, max))
@@ -303,7 +303,7 @@ def cost(run: Run, name: str, per_record: Mapping[str, tuple[float, float]], inp
         ax.set_xscale("log")
         ax.set_yticks(range(len(who)), who if k == 0 else [""] * len(who))
         ax.invert_yaxis()
-        ax.set(xlabel=f"{unit} a record", xlim=(low / 3, high * 4))
+        ax.set(xlabel=f"{unit} per record", xlim=(low / 3, high * 4))
     save(run, name, figure, [{"who": w, "calls": v[0], "tokens": v[1]} for w, v in per_record.items()], inputs)
 
 

@@ -66,7 +66,7 @@ def yaml_values(text: str, option: str) -> dict[str, Any]:
     except Exception as error:  # yaml's constructors raise many types
         raise UserError(f"{option}: {type(error).__name__}; give JSON or YAML, name: value") from None
     if not isinstance(found, dict):
-        raise UserError(f"{option}: holds no name: value pairs; write one a line")
+        raise UserError(f"{option}: holds no name: value pairs; write one per line")
     if odd := [k for k in found if not isinstance(k, str)]:
         raise UserError(f"{option}: {odd[0]!r} is no name; write name: value")
     return _finite(found, option)

@@ -42,7 +42,7 @@ def read(path: Path) -> dict[tuple[str, str], Rows]:
         raise UserError(f"--data {path}: no such file; give a JSONL file, one object a line")
     text = read_text(path)
     if text.lstrip().startswith("["):
-        raise UserError(f"{path.name}: one JSON list; write its objects one a line, without the brackets")
+        raise UserError(f"{path.name}: one JSON list; write one object per line, without the brackets")
     out: dict[tuple[str, str], Rows] = {}
     own_name = re.sub(r"[^A-Za-z0-9._-]+", "-", path.stem).lstrip("._-")[:64] or "texts"
     for number, line in enumerate(text.split("\n"), 1):

@@ -69,14 +69,14 @@ SWEEPS = (
     Sweep(
         "T3",
         "S9",
-        "tasks a topic",
+        "tasks per topic",
         "topics.tasks_per_topic",
         "jr",
         ("01", "02", "10"),  # of more than three tasks the brainstorm prompts ask for more
-        SWEPT["tasks a topic"],
+        SWEPT["tasks per topic"],
         (1, 3, 5),
         kind="fall",
-        printed=paper_values.TASKS_A_TOPIC,
+        printed=paper_values.TASKS_PER_TOPIC,
     ),
     Sweep(
         "T3",
@@ -216,7 +216,7 @@ def compare(run: Run) -> tuple[list[dict[str, Any]], list[Artifact], dict[Sweep,
 def estimate(sweep: Sweep, found: Mapping[Any, Sequence[Any]], run: Run | None = None) -> dict[str, Any] | None:
     """The sweep's claim as one contrast: the best inner value minus an end ("hump", see `_inside`), the first value minus the
     others ("fall"), the last value minus the first ("flat"). None with too few values for it. Of a `run`, it says where the values
-    left unequally many records to learn from, and how many tasks and topics these have where tasks a topic are the value.
+    left unequally many records to learn from, and how many tasks and topics these have where tasks per topic are the value.
     """
     values = list(found)
     if len(values) < (3 if sweep.kind == "hump" else 2):
@@ -265,10 +265,10 @@ def variety(run: Run, sweep: Sweep, value: Any) -> tuple[int, int]:
 
 
 def _more_tasks(found: Sequence[tuple[int, int]]) -> str:
-    """What tasks a topic changed in the data: at the paper's size more of them leave fewer topics, and so less variety."""
+    """What the tasks per topic changed in the data: at the paper's size more of them leave fewer topics, and so less variety."""
     tasks, topics = (" / ".join(map(str, column)) for column in zip(*found, strict=True))
     said = f"{tasks} distinct tasks on {topics} topics"
-    return f"{said}: more a topic varies tasks more here, less in the paper" if found[-1][0] > found[0][0] else said
+    return f"{said}: more per topic varies tasks more here, less in the paper" if found[-1][0] > found[0][0] else said
 
 
 def _minus(
@@ -307,7 +307,7 @@ def write(run: Run, facts: Mapping[str, Any], given: Sequence[Artifact], name: s
 
 
 def _away(e: Mapping[str, Any]) -> tuple[float, float]:
-    """How far an interval lies from zero: (its nearer end, 0 when it holds zero; its farther end)."""
+    """How far an interval lies from zero: (its nearer end, 0 when it contains zero; its farther end)."""
     return max(e["low"], -e["high"], 0.0), max(abs(e["low"]), abs(e["high"]))
 
 

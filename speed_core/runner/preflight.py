@@ -339,14 +339,14 @@ def _teacher_tokens(teacher: profiles.Teacher, calls: Mapping[str, int]) -> str:
     usd = teacher.cost(tokens / 2, tokens / 2)  # half of the tokens in, half out
     endpoint = teacher.kind == "openai"
     cost = f", about {usd:.2f} USD" if usd else ", no price in teacher.prices" if endpoint else ", no cost"
-    text = f"teacher tokens about {tokens:,} for the whole profile without brainstorming (paper's tokens a call){cost}"
+    text = f"teacher tokens about {tokens:,} for the whole profile without brainstorming (the paper's tokens per call){cost}"
     if not endpoint:
         return text
     minutes = [asked * CALL_SECONDS / teacher.concurrency / 60]
     minutes += [asked / teacher.requests_per_minute] if teacher.requests_per_minute else []
     minutes += [tokens / teacher.tokens_per_minute] if teacher.tokens_per_minute else []
     limits = f"{teacher.max_calls:,} calls, {teacher.max_usd:g} USD or {teacher.max_minutes:g} minutes a stage"
-    return f"{text}, {max(minutes):,.0f} minutes at {CALL_SECONDS:g} s a call; stops at {limits}"
+    return f"{text}, {max(minutes):,.0f} minutes at {CALL_SECONDS:g} s per call; stops at {limits}"
 
 
 def _points(run: Run) -> int:

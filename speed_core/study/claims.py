@@ -49,7 +49,7 @@ CLAIMS = [
     Claim("S6", "order Jr < Jr+Re < Sr < Sr+Re", "10", "table2"),
     Claim("S7", "the revisor helps", "10", "table2"),
     Claim("S8", "DPO helps", "10", "table2"),
-    Claim("S9", "more tasks a topic at fixed size hurts", "10", "sweeps"),
+    Claim("S9", "more tasks per topic at fixed size hurts", "10", "sweeps"),
     Claim("S10", "over-specific topics hurt", "10", "sweeps"),
     Claim("S11", "works across base models", "10", "sweeps"),
     Claim("S12", "generation temperature has an interior optimum", "10", "sweeps"),
@@ -167,7 +167,7 @@ def judged(
     said = verdict(e.low, e.high, expected)
     seeds = f"{e.seeds} embedding seeds and the texts" if e.seeds > 1 else "the texts; one training seed"
     if e.generators > 1:
-        seeds = f"{e.generators} trainings of the generators ({e.seeds} embedding models an arm) and the texts"
+        seeds = f"{e.generators} trainings of the generators ({e.seeds} embedding models per arm) and the texts"
     if e.no_texts:
         seeds = f"{e.seeds} embedding seeds"
     why = f"{what}: {e} points, interval over {seeds if trained else 'the texts'}"
@@ -346,7 +346,7 @@ def build(
 ) -> list[dict[str, Any]]:
     """Rows {id, claim, paper, effect (in points, where the paper prints one), ours, low, high, verdict, why, notebook, cell, artifact} for every claim.
 
-    `scores` maps arms (untrained, guided, bare, jr, jr_re, sr, sr_re, base, teacher) to their results, one a training seed;
+    `scores` maps arms (untrained, guided, bare, jr, jr_re, sr, sr_re, base, teacher) to their results, one per training seed;
     `facts` holds estimates by claim (`estimates`: {id: {value, low, high, seeds, sd_items, sd_seeds, what, source}}), the
     mask's precision, the share of kept records, teacher calls and the `gates` (`gates.gates`); `digests` maps what a verdict rests on to
     its artifacts.
@@ -424,10 +424,10 @@ def _kept_row(kept: int, valid: int) -> dict[str, Any]:
 
 
 def _calls_row(calls: int, tokens: int, records: int, share: float, **_: Any) -> dict[str, Any]:
-    """S3: teacher calls and tokens a record."""
+    """S3: teacher calls and tokens per record."""
     (speed_calls, speed_tokens), (e5_calls, e5_tokens) = paper_values.SPEED_A_RECORD, paper_values.E5_A_RECORD
     papers = f"SPEED {speed_calls:.2f} and {speed_tokens:.0f}, E5-mistral {e5_calls:.0f} and {e5_tokens:.0f}"
-    why = f"{calls} teacher answers for {records} records: {share:.2f} calls and {tokens / records:.0f} tokens a record ({papers}), judged by the calls"
+    why = f"{calls} teacher answers for {records} records: {share:.2f} calls and {tokens / records:.0f} tokens per record ({papers}), judged by the calls"
     decided = Verdict.REPRODUCED if share < 0.1 else Verdict.CONTRADICTED
     if records < PAPER_RECORDS:
         decided = Verdict.IMPOSSIBLE

@@ -200,7 +200,7 @@ def scaling_evidence(run: Run, results: Mapping[int, Sequence[Any]], fit: Line) 
     """{"S17": evidence}: the slope, with three sizes or more the bend, and in words how many optimizer steps each size took."""
     settings, sizes = run.profile.embedding, list(results)
     steps = [int(np.ceil(np.ceil(n / settings.batch) * settings.epochs)) for n in sizes]
-    what = f"points a doubling over {'/'.join(map(str, sizes))} records, in {'/'.join(map(str, steps))}"
+    what = f"points per doubling over {'/'.join(map(str, sizes))} records, in {'/'.join(map(str, steps))}"
     what += " optimizer steps at one learning rate, so more records are more steps"
     if fit.missed:
         what += f" (the line misses {' and '.join(map(str, fit.missed))} by more than the noise)"

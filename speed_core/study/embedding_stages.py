@@ -277,7 +277,7 @@ def learned(run: Run, arm: str) -> str:
 
 
 def records(run: Run, arms: Iterable[str]) -> dict[str, int]:
-    """{arm: records that each of its embedding models learned from}, without arms of which none was trained."""
+    """{arm: records that each of its embedding models learned from}, without the arms that have no trained model."""
     return {arm: n for arm in arms if (n := trained_on(run, arm))}
 
 

@@ -150,7 +150,7 @@ def seed_plan(run: Run) -> list[Prompt]:
 
 @stage("seeds", Kind.TEACHER, "02", inputs=["tasks"], parameters=lambda run, tasks: _asked(run, seed_plan(run)))
 def seed_data(run: Run, draft: Draft, tasks: Artifact) -> None:
-    """The teacher's examples, one outcome a prompt."""
+    """The teacher's examples, one outcome per prompt."""
     _ask_teacher(run, draft, "seeds", "seed", seed_plan(run))
 
 

@@ -16,8 +16,8 @@ MINUS_JUNIOR = {"jr_re": 0.2, "sr": 0.3, "sr_re": 0.6, "base": -1.6, "teacher": 
 # SPEED, Tables 1 and 2: (records, score) of SPEED's own data.
 SCORE_BY_RECORDS = ((230_000, 63.2), (920_000, 63.4))
 
-# SPEED, Table 3: score at a value of task brainstorming minus that of one task a topic with truncated topics (62.6).
-TASKS_A_TOPIC = ((3, -1.0), (5, -1.7))
+# SPEED, Table 3: score at a value of task brainstorming minus that of one task per topic with truncated topics (62.6).
+TASKS_PER_TOPIC = ((3, -1.0), (5, -1.7))
 TOPICS_NOT_TRUNCATED = -0.8
 
 # SPEED, Table 4: score of three other base models (Qwen-2.5-7B, LLaMA-2-7B, Gemma-7B) minus that of LLaMA-3-8B.
@@ -100,7 +100,7 @@ SWEPT = {
     "beta of DPO": "0.1 best of 0.05-0.3",  # SPEED, Fig. 3c
     "preference pairs": "10K chosen of 5K-15K",  # SPEED, Fig. 3d
     "revisions": "10K chosen of 5K-50K",  # SPEED, Fig. 3e
-    "tasks a topic": "62.6, 61.6, 60.9 at 1, 3, 5",  # SPEED, Table 3
+    "tasks per topic": "62.6, 61.6, 60.9 at 1, 3, 5",  # SPEED, Table 3
     "topics truncated": "62.6 with, 61.8 without",  # SPEED, Table 3
     "base model": "-0.1, -0.2, -0.3 for three others",  # SPEED, Table 4
     "LoRA rank": "+0.3, 0, +0.1 at 8, 16, 32",  # E5-mistral, Table 5

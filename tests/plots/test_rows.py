@@ -49,7 +49,7 @@ def test_a_packed_example_holds_a_few_tokens_of_each_text():
 @pytest.mark.parametrize(
     ("intervals", "said"),
     [
-        ({"a": (-1, 1)}, "no difference is resolved (hollow: the interval holds zero)"),
+        ({"a": (-1, 1)}, "no difference is resolved (hollow: the interval contains zero)"),
         ({"a": (1, 3)}, "resolved"),
         ({"a": (1, 3), "b": (-3, -1)}, "resolved: all of them"),
         ({"all, a": (1, 3), "b": (-2, 2), "c": (-3, -1)}, "resolved (filled): all, a (+2.0); c (-2.0)"),

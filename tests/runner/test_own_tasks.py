@@ -90,7 +90,7 @@ def test_a_file_that_is_missing_or_no_json_is_refused(tmp_path):
 @pytest.mark.parametrize(
     ("data", "says"),
     [
-        (b'[{"query": "a", "positive": "b"}]', "one JSON list; write its objects one a line"),
+        (b'[{"query": "a", "positive": "b"}]', "one JSON list; write one object per line"),
         ('{"text": "caf\u00e9", "label": "x"}'.encode("latin-1"), "line 1 is no UTF-8"),
         ('{"text": "a", "label": "x"}'.encode("utf-16"), "written as UTF-16; save it as UTF-8"),
         (b"[" * 100_000, "one JSON list"),

@@ -118,7 +118,7 @@ def test_with_labelled_data_the_teachers_records_are_claimed_to_win_by_a_tenth_o
 
 def test_sweeps_are_chosen_by_key_and_one_key_may_name_several():
     assert [s.label for s in paper_sweeps.named(["E4", "T4"])] == ["LoRA rank", "pooling", "base model"]
-    assert [s.label for s in paper_sweeps.named(["T3"])] == ["tasks a topic", "topics truncated"]
+    assert [s.label for s in paper_sweeps.named(["T3"])] == ["tasks per topic", "topics truncated"]
     assert paper_sweeps.named([]) == list(paper_sweeps.SWEEPS)
     with pytest.raises(UserError, match="'4z': unknown; use 3a, 3b"):
         paper_sweeps.named(["4z"])
@@ -157,7 +157,7 @@ def test_a_best_value_at_an_end_contradicts_no_optimum():
 
 
 def test_what_falls_is_the_first_value_against_all_others():
-    found = paper_sweeps.estimate(by_label("tasks a topic"), {1: scores(0.5), 3: scores(0.48), 5: scores(0.44)})
+    found = paper_sweeps.estimate(by_label("tasks per topic"), {1: scores(0.5), 3: scores(0.48), 5: scores(0.44)})
     assert found["value"] == pytest.approx(4.0)
 
 
@@ -315,7 +315,7 @@ def made_at(run, rows, trained):
 
 
 def test_the_sweep_of_tasks_a_topic_says_how_the_data_varied(run):
-    sweep = by_label("tasks a topic")
+    sweep = by_label("tasks per topic")
     made_at(run, [{"task": f"t{k % 2}", "topic": f"p{k % 4}"} for k in range(9)], 8)
     for value in (2, 3):
         made_at(
@@ -323,7 +323,7 @@ def test_the_sweep_of_tasks_a_topic_says_how_the_data_varied(run):
         )
     assert paper_sweeps.variety(run, sweep, 1) == (2, 4) and paper_sweeps.variety(run, sweep, 3) == (6, 3)
     what = paper_sweeps.estimate(sweep, {1: scores(0.5), 2: scores(0.48), 3: scores(0.44)}, run)["what"]
-    assert "2 / 4 / 6 distinct tasks on 4 / 3 / 3 topics: more a topic varies tasks more here" in what
+    assert "2 / 4 / 6 distinct tasks on 4 / 3 / 3 topics: more per topic varies tasks more here" in what
     assert paper_sweeps._more_tasks([(5, 9), (5, 4)]) == "5 / 5 distinct tasks on 9 / 4 topics"
 
 
@@ -441,7 +441,8 @@ def test_category_means_stand_beside_the_papers_where_it_prints_one_and_are_read
     drawn = (run.figures / "10_table1_categories.svg").read_text(encoding="utf-8")
     assert "compare no levels" in drawn and all(f">{word}<" in drawn for word in ("STS", "Pair", "untrained", "Sr + Re"))
     said = captions.reading("10_table1_categories", run.figures)
-    assert "untrained: best at Pair (30.0), worst at STS (10.0)" in said and "the paper: best at STS (82.6)" in said
+    assert said.startswith("the best and the worst category: untrained, Pair (30.0) and STS (10.0); ")
+    assert said.endswith("; the paper, STS (82.6) and STS (82.6).")
 
 
 def test_only_models_that_this_run_scored_with_every_seed_count_as_scored(run):

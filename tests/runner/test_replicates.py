@@ -101,7 +101,7 @@ def test_an_interval_over_three_trainings_of_the_generators_may_decide_and_one_o
     assert (
         claim(3.0, 1.0, 3)["verdict"] == claims.Verdict.SMALLER and claim(-3.0, 1.0, 3)["verdict"] == claims.Verdict.CONTRADICTED
     )
-    assert "over 3 trainings of the generators (9 embedding models an arm) and the texts" in claim(3.0, 1.0, 3)["why"]
+    assert "over 3 trainings of the generators (9 embedding models per arm) and the texts" in claim(3.0, 1.0, 3)["why"]
     twice = claim(3.0, 1.0, 2)
     assert twice["verdict"] == claims.Verdict.UNRESOLVED
     assert twice["why"].endswith("rests on two trainings of each generator: it takes generators trained three times at least")
