@@ -34,7 +34,6 @@ ARCHIVE = ASSETS / "recorded_notebooks.tar.xz"
 SHIPPED = "tiny"  # the profile whose executed notebooks ship
 ABOUT = "replay.json"  # what `replay.pack` calls the description in an archive
 LINK = re.compile(r"\]\((?![a-z]+:|#)([^)\s#]+)(#[^)\s]*)?\)")
-MERMAID = re.compile(r"^```mermaid\n.*?^```$", re.MULTILINE | re.DOTALL)
 PAGES = ("README.md", "notebooks/README.md", "docs/*.md", "benchmarks/README.md")
 
 Notebooks = dict[str, Any]  # file name: executed notebook
@@ -145,10 +144,10 @@ def on_site(text: str, page: PurePosixPath, linked: set[PurePosixPath]) -> str:
 
 
 def first_page(text: str, info: Mapping[str, str], others: Sequence[PurePosixPath], notebooks: Sequence[str]) -> str:
-    """README as the first page: its drawing needs no script, it says which run the outputs are of, and it lists all pages."""
+    """README as the first page: a drawing of all stages, which run the outputs are of, and a list of all pages."""
     drawing = pipeline.show("none", info["profile"]).html
-    text = MERMAID.sub(lambda _: f"```{{raw}} html\n{drawing}\n```", text)
     lead, rule, rest = text.partition("\n## ")
+    lead = f"{lead.rstrip()}\n\n```{{raw}} html\n{drawing}\n```"
     lists = {"Notebooks": [f"notebooks/{name}" for name in notebooks], "More": [str(p) for p in others]}
     trees = (
         f"```{{toctree}}\n:hidden:\n:caption: {caption}\n" + "\n".join(names) + "\n```\n" for caption, names in lists.items()

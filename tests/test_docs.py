@@ -5,11 +5,13 @@ import re
 from collections import Counter
 from pathlib import Path
 
+import nbformat
 import pytest
 from typer.main import get_command
 
 from speed_core.__main__ import MOVED, app, main
-from speed_core.study.claims import Verdict
+from speed_core.runner.notebook import notebooks
+from speed_core.study.claims import CLAIMS, Verdict
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGES = [
@@ -55,7 +57,12 @@ def test_the_pages_count_and_name_the_claims_as_the_claim_map_does():
         rows = {r["id"]: r for r in csv.DictReader(f)}
     count = Counter(r["verdict"] for r in rows.values())
     readme, results = (p.read_text(encoding="utf-8") for p in (ROOT / "README.md", ROOT / "docs" / "results.md"))
-    assert f"{count[Verdict.UNRESOLVED]} of the {len(rows)} claims are not resolved" in readme
+    counted = (
+        f"{count[Verdict.UNRESOLVED]} of the {len(rows)} claims are not resolved at this size, {count[Verdict.SMALLER]} go the paper's "
+        f"way, {count[Verdict.CONTRADICTED]} is contradicted, {count[Verdict.IMPOSSIBLE]} cannot be tested here, and "
+        f"{count[Verdict.INACTIVE]} concern a step that changed too little"
+    )
+    assert counted in " ".join(readme.split())
     assert f"Of the papers' {len(rows)} claims, {count[Verdict.UNRESOLVED]} are not resolved at this size, " in results
     assert f"{count[Verdict.SMALLER]} hold" in results and f"{count[Verdict.CONTRADICTED]} is contradicted" in results
     assert f"{count[Verdict.INACTIVE]} had a" in results and f"{count[Verdict.INACTIVE]} claims without an answer" in readme
@@ -72,6 +79,20 @@ def test_the_pages_count_and_name_the_claims_as_the_claim_map_does():
     assert {key: claim for claim, key in inactive} == {k: r["claim"] for k, r in rows.items() if r["verdict"] == Verdict.INACTIVE}
     (line,) = [x for x in readme.splitlines() if x.startswith("- **Contradicted**")]
     assert all(key in line for key, r in rows.items() if r["verdict"] == Verdict.CONTRADICTED)
+
+
+@pytest.mark.parametrize("page", [*PAGES, *notebooks(ROOT / "notebooks")], ids=lambda p: str(p.relative_to(ROOT)))
+def test_a_claim_in_italics_has_the_words_of_the_map(page):
+    if page.suffix == ".ipynb":
+        cells = nbformat.read(page, as_version=4).cells
+        text = " ".join(c.source for c in cells if c.cell_type == "markdown")
+    else:
+        text = page.read_text(encoding="utf-8")
+    known = {c.id: c.claim.lower() for c in CLAIMS}
+    named = re.findall(r"(?<!\*)\*(?!\*)([^*]+)\*(?!\*) \(([SEG]\d+[ab]?)\b", " ".join(text.split()))
+    assert [(words, key) for words, key in named if not known[key].startswith(words.lower())] == []
+    if page == ROOT / "README.md":
+        assert {"E1", "S4", "G1a", "E4"} <= {key for _, key in named}
 
 
 def test_every_module_that_a_page_names_can_be_found():

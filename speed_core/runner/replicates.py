@@ -25,7 +25,9 @@ from speed_core.study.runs import open_run
 
 KEY = "generators"  # of `study --only`
 NOTEBOOKS = ("03", "04", "05", "10")
-SEEDS = 2  # embedding models per arm and repetition: further trainings of the generators are worth more than further ones of these
+SEEDS = (
+    2  # embedding models per arm and repetition: further trainings of the generators are worth more than further ones of these
+)
 UNSEEN = 12  # texts of the notebooks' own comparisons on unseen prompts, which no claim takes from a repetition
 Scores = Mapping[str, Sequence[Any]]  # arm -> what `evaluate.evaluate` returned, one a training seed
 
