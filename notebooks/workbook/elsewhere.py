@@ -29,7 +29,7 @@ def show(run: Run, name: str, value: float, digits: int = 2) -> None:
 
 
 def text(profile: str, name: str, value: float, digits: int = 2) -> str:
-    """One line, as "junior valid: 0.53 here; 0.53 in 1 recorded run (float32)". At other sizes than the recorded one it says so.
+    """One line, as "junior valid: 0.53 here; 0.53 in 1 recorded tiny run (float32)". At other sizes than the recorded one it says so.
 
     Raises KeyError for a name that no recorded run has.
     """
@@ -38,7 +38,11 @@ def text(profile: str, name: str, value: float, digits: int = 2) -> str:
     if profile != profile_of_all:
         return f"{said} ({profile}; the recorded runs are at {profile_of_all})"
     same, other = ([n for n in found if bool(n["other"]) == differs] for differs in (False, True))
-    parts = [f"{_values(same, digits)} in {len(same)} recorded run{'s' * (len(same) > 1)} ({_types(same)})"] if same else []
+    parts = (
+        [f"{_values(same, digits)} in {len(same)} recorded {profile_of_all} run{'s' * (len(same) > 1)} ({_types(same)})"]
+        if same
+        else []
+    )
     if other:
         parts.append(
             f"{_values(other, digits)} in {len(other)} earlier run{'s' * (len(other) > 1)} with other settings ({_types(other)})"
