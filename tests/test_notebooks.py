@@ -164,6 +164,8 @@ def test_every_notebook_runs_at_the_smoke_size(smoke):
     for path in (runs / "smoke" / "notebooks").glob("*.ipynb"):
         for cell in nbformat.read(path, 4).cells:
             for output in cell.get("outputs", []):
+                result = output.get("data", {}).get("text/plain", "")
+                assert not result.startswith("Artifact("), f"{path.stem}: a cell ends in an artifact: {result[:100]}"
                 shown = output.get("text", "") if output.output_type == "stream" else ""
                 assert "Warning" not in shown, f"{path.stem}: a warning in a cell's output: {shown[:300]}"
 

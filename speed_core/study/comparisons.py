@@ -5,7 +5,6 @@ The functions join scores and names into rows that figures draw; the stages that
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -40,12 +39,16 @@ Results = Mapping[str, Sequence[Any]]  # arm -> what `evaluate.evaluate` returne
 
 
 def same_prompt(data: Mapping[str, Artifact]) -> dict[str, dict[str, Any]]:
-    """{arm: record} of the prompt that most generators of `data` answered with a record, the first of several; the teacher answered
-    other prompts."""
+    """{arm: record} of the prompt that the generators of `data` answered with the most different records, the first of several; the
+    teacher answered other prompts."""
     rows = {arm: {r["id"]: r for r in a.rows("train.jsonl")} for arm, a in data.items() if arm != Arm.TEACHER}
-    answered = Counter(key for of in rows.values() for key in of)
-    most = max(answered, key=answered.__getitem__, default=None)
-    return {arm: of[most] for arm, of in rows.items() if most in of}
+    found = {key: {arm: of[key] for arm, of in rows.items() if key in of} for of in rows.values() for key in of}
+
+    def different(key: str) -> tuple[int, int]:
+        return len({(r["query"], r["positive"]) for r in found[key].values()}), len(found[key])
+
+    most = max(found, key=different, default=None)
+    return found[most] if most else {}
 
 
 def fewer(data: Mapping[str, Artifact], equal: int) -> dict[str, int]:
