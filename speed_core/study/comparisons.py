@@ -65,6 +65,11 @@ def names(short: Iterable[str], counts: Sequence[Mapping[str, int]]) -> dict[str
     return {arm: f"{name}, {many[arm]} records" if arm in many else name for arm, name in DATA_SETS.items()}
 
 
+def published(names: Mapping[str, str]) -> dict[str, float]:
+    """{label: the paper's difference to Jr} for the figure of Table 2; `names`: {arm: label}."""
+    return {names[arm]: value for arm, value in paper_values.MINUS_JUNIOR.items()}
+
+
 def category_rows(run: Run) -> tuple[list[dict[str, Any]], list[Artifact]]:
     """(rows {category, model, paper, value, low, high, ...}, artifacts) of the figure of Table 1: the mean score of each category for
     the untrained model and for `TABLE1`. No rows without the untrained model's scores."""
@@ -90,6 +95,11 @@ def row_lines(rows: Sequence[Mapping[str, Any]], needs: Mapping[str, str] | None
     more = {label: f"   to see the paper's effect: {words}" for label, words in (needs or {}).items()}
     width = max((len(r["label"]) for r in rows), default=0)
     return [f"{r['label']:{width}} {_interval(r)}{more.get(r['label'], '')}" for r in rows]
+
+
+def items_for(low: float, high: float, items: int, effect: float) -> float:
+    """How many items give a half-width of `effect`, where `items` give the interval [low, high]."""
+    return items * ((high - low) / 2 / effect) ** 2
 
 
 def fact_lines(facts: Mapping[str, Mapping[str, Any]]) -> list[str]:
@@ -151,6 +161,11 @@ def sound_negatives_gain(found: Mapping[str, Negatives], *, draws: int = 2000) -
 def per_doubling(small: float, score_small: float, large: float, score_large: float) -> float:
     """Points per doubling between two sizes of the training set."""
     return float((score_large - score_small) / np.log2(large / small))
+
+
+def records_for(records: float, slope: float, gain: float) -> float:
+    """How many records score `gain` points more than `records` do, at `slope` points per doubling."""
+    return float(records * 2 ** (gain / slope))
 
 
 @dataclass(frozen=True)
@@ -273,6 +288,10 @@ class Evidence:
     def rows(self) -> list[dict[str, Any]]:
         """The claim map: a row for each claim, with its verdict."""
         return claims.build(self.scores, self.facts, self.digests, self.records)
+
+    def p_values(self) -> dict[str, tuple[float, float]]:
+        """{claim: (its p alone, its p among the tests of its paper)} of the claims that are tested (`claims.p_values`)."""
+        return claims.p_values(self.scores, self.facts, self.digests)
 
 
 def evidence(run: Run, spent: Cost) -> Evidence:

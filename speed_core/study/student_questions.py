@@ -13,7 +13,7 @@ from speed_core.evaluation import uncertainty
 from speed_core.evaluation.uncertainty import Result, Term
 from speed_core.store.artifacts import Artifact
 from speed_core.store.run_context import Run
-from speed_core.study import claims, embedding_stages, mask_quality
+from speed_core.study import claims, embedding_stages, mask_quality, paper_values
 from speed_core.study.embedding_stages import WHOLE, StudentArm
 
 Scores = Mapping[tuple[int, str], Sequence[Result]]  # (layers, arm) -> results, in the order of the seeds
@@ -162,6 +162,12 @@ def text(facts: Mapping[str, Mapping[str, Any]]) -> str:
         return value if math.isnan(f["low"]) else f"{value} [{f['low']:+.2f}, {f['high']:+.2f}]"
 
     return "\n".join(f"{claim} {f['what']}: {said(f)}" for claim, f in claims.present_ids(facts).items())
+
+
+def published(rows: Sequence[Mapping[str, Any]]) -> dict[str, float]:
+    """{label: the paper's effect} of those rows of `shown` whose claim has a printed one."""
+    effects = paper_values.EFFECTS
+    return {r["label"]: effects[claim] for r in rows if (claim := r["label"].partition(",")[0]) in effects}
 
 
 def shown(questions: Sequence[Question], facts: Mapping[str, Mapping[str, Any]]) -> list[dict[str, Any]]:

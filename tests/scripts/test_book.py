@@ -121,7 +121,7 @@ def test_the_archive_has_the_text_of_the_repository_and_is_refused_where_the_cod
         nbformat.read(ROOT / "notebooks" / name, 4).cells,
     )
     assert packed.pop(k + 1).source == "profile = 'smoke'" and [c.source for c in packed] == [c.source for c in own]
-    notebooks[name].cells[k].source += "  # changed"
+    notebooks[name].cells[k - 1].source += "  # changed"  # a cell was deleted above
     with pytest.raises(UserError, match=f"{name} was changed since it was executed; run it again with --only 01"):
         book.packed(notebooks)
 
