@@ -42,8 +42,7 @@ Notebooks = dict[str, Any]  # file name: executed notebook
 def of_run(folder: Path) -> tuple[dict[str, str], Notebooks]:
     """(what is known of a run, its executed notebooks) of a run folder; raises UserError where a notebook is missing.
 
-    Cells and outputs are as they were executed. Only the names of this machine's folders go, and links lead to where they lead
-    from notebooks/.
+    Cells and outputs are as they were executed, but for folders and links (`read`).
     """
     found = {}
     for source in sorted((ROOT / "notebooks").glob("[0-9][0-9]*.ipynb")):
@@ -53,13 +52,18 @@ def of_run(folder: Path) -> tuple[dict[str, str], Notebooks]:
                 f"book: {source.stem} was not executed in this run; "
                 f"python -m speed_core run --profile {folder.name} --from {source.name[:2]}"
             )
-        nb = without_folders(nbformat.read(path, as_version=4))
-        nb.metadata.pop("speed_check", None)  # of the cells as they were
-        for cell in nb.cells:
-            if cell.cell_type == "markdown":
-                cell.source = LINK.sub(lambda link: f"]({from_notebooks(link[1])}{link[2] or ''})", cell.source)
-        found[source.name] = nb
+        found[source.name] = read(path)
     return about(folder), found
+
+
+def read(path: Path) -> Any:
+    """An executed notebook without the names of this machine's folders; its links lead to where they lead from notebooks/."""
+    nb = without_folders(nbformat.read(path, as_version=4))
+    nb.metadata.pop("speed_check", None)  # of the cells as they were
+    for cell in nb.cells:
+        if cell.cell_type == "markdown":
+            cell.source = LINK.sub(lambda link: f"]({from_notebooks(link[1])}{link[2] or ''})", cell.source)
+    return nb
 
 
 def about(folder: Path) -> dict[str, str]:
@@ -90,9 +94,25 @@ def from_notebooks(link: str) -> str:
     return os.path.relpath(inside, "notebooks") if inside else link
 
 
+def with_present_text(name: str, executed: Any) -> Any:
+    """An executed notebook with the Markdown cells as the repository has them now. Raises UserError where its code is another."""
+    own = nbformat.read(ROOT / "notebooks" / name, as_version=4)
+    given = [c for c in executed.cells if "injected-parameters" in c.metadata.get("tags", [])]
+    ran = [c for c in executed.cells if c.cell_type == "code" and c not in given]
+    if [c.source for c in ran] != [c.source for c in own.cells if c.cell_type == "code"]:
+        raise UserError(f"book: code of {name} was changed since it was executed; run it again with --only {name.split('_')[0]}")
+    cells, rest = [], iter(ran)
+    for cell in own.cells:
+        cells.append(cell if cell.cell_type == "markdown" else next(rest))
+        if "parameters" in cell.metadata.get("tags", []):
+            cells += given
+    return nbformat.from_dict({**executed, "cells": cells})
+
+
 def packed(notebooks: Notebooks) -> dict[str, bytes]:
-    """The notebooks as files of the archive that ships: {name: bytes}. `scripts/record.py` writes it."""
-    return {name: (nbformat.writes(nb) + "\n").encode() for name, nb in notebooks.items()}
+    """The notebooks as files of the archive that ships, with the text of the repository: {name: bytes}. `scripts/record.py` writes it."""
+    present = {name: with_present_text(name, nb) for name, nb in notebooks.items()}
+    return {name: (nbformat.writes(nb) + "\n").encode() for name, nb in present.items()}
 
 
 def of_archive(path: Path) -> tuple[dict[str, str], Notebooks]:

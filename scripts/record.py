@@ -7,17 +7,19 @@ python scripts/record.py --profile overnight     # after `python -m speed_core r
 from __future__ import annotations
 
 import shutil
+import tempfile
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
 import book
 import captions
 from speed_core.console import user_errors
-from speed_core.runner import recorded, replay
+from speed_core.files import UserError
+from speed_core.runner import notebook, recorded, replay
 from speed_core.store.artifacts import MANIFEST
-from speed_core.store.run_context import CARRIED, OFFICIAL, Run
+from speed_core.store.run_context import CARRIED, OFFICIAL, ROOT, Run
 from speed_core.study import forecast, planning
 from speed_core.study.runs import open_run
 
@@ -36,6 +38,17 @@ def carry(run: Run, target: Path = CARRIED) -> list[str]:
     return sorted(found)
 
 
+def before_the_run(profile: str) -> dict[str, Any]:
+    """{name: notebook 00} as a run begins with it, executed in an empty run folder: afterwards its plan says that all is current."""
+    (source,) = notebook.choose(ROOT / "notebooks", ["0"])
+    with tempfile.TemporaryDirectory() as runs, notebook.environment(SPEED_RUNS=runs, SPEED_SHIPPED=runs):
+        target = Path(runs, profile, "notebooks", source.name)
+        report = notebook.execute(source, target, {"profile": profile}, show=False)
+        if not report.ok:
+            raise UserError(f"record: {source.stem}: {report.detail}")
+        return {source.name: book.read(target)}
+
+
 def main(profile: Annotated[str, typer.Option(help="smoke, tiny, overnight, workshop, paper, or a .json file")] = "tiny") -> None:
     """Take a finished run into the package. Of a profile that the package does not carry, only the times are kept."""
     run = open_run(profile)
@@ -46,6 +59,7 @@ def main(profile: Annotated[str, typer.Option(help="smoke, tiny, overnight, work
         print(f"assets/shipped/{profile}: {len(carried)} artifacts, values and verdicts in {known.name}")
     if profile == book.SHIPPED:
         info, notebooks = book.of_run(run.folder)
+        notebooks |= before_the_run(profile)
         print(f"{book.ARCHIVE.name}: sha256 {replay.pack(info, book.packed(notebooks), book.ARCHIVE)}")
     if profile == OFFICIAL:
         print(f"{replay.RECORDED.name}: sha256 {replay.export_logs(run, replay.RECORDED)}")

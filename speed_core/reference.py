@@ -72,6 +72,13 @@ def last_token_pooling(hidden: Tensor, attention_mask: Tensor) -> Tensor:
     return torch.nn.functional.normalize(hidden[torch.arange(len(hidden)), last], dim=1)
 
 
+def mean_pooling(hidden: Tensor, attention_mask: Tensor) -> Tensor:
+    """(B, D) unit vectors: the mean of a text's hidden states (B, T, D), its padding left out, as in MiniLM."""
+    kept = hidden * attention_mask[:, :, None]
+    mean = kept.sum(dim=1) / attention_mask.sum(dim=1, keepdim=True)
+    return torch.nn.functional.normalize(mean, dim=1)
+
+
 def info_nce(
     queries: Tensor, positives: Tensor, negatives: Tensor, temperature: float = 0.02
 ) -> Tensor:  # fmt: skip

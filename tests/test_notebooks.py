@@ -48,11 +48,15 @@ def test_a_committed_notebook_is_clean_and_keeps_the_grammar(path):
 
 @pytest.mark.parametrize("path", NOTEBOOKS[1:], ids=lambda p: p.stem)
 def test_the_idea_is_shown_in_short_code_of_the_package(path):
-    code = [c.source for c in nbformat.read(path, 4).cells if c.cell_type == "code"]
-    text = "\n".join(c.source for c in nbformat.read(path, 4).cells if c.cell_type == "markdown")
-    headings = re.findall(r"^## The idea in code$", text, re.M)
+    cells = nbformat.read(path, 4).cells
+    code, section, inside = [c.source for c in cells if c.cell_type == "code"], "", []
+    for cell in cells:
+        for heading in re.findall(r"^## (.+)$", cell.source, re.M) if cell.cell_type == "markdown" else ():
+            section = heading
+        if cell.cell_type == "code" and section == "The idea in code":
+            inside.append(cell.source)
+    assert any("show.source(" in source for source in inside), "no source in the section of the idea"
     shown = [name for source in code for call in re.findall(r"show\.source\(([^)]*)\)", source) for name in call.split(", ")]
-    assert len(headings) == 1 and shown
     imports = "\n".join(line for source in code for line in source.splitlines() if line.startswith("from "))
     known: dict = {}
     exec(imports, known)
@@ -164,6 +168,8 @@ def test_every_notebook_runs_at_the_smoke_size(smoke):
     for path in (runs / "smoke" / "notebooks").glob("*.ipynb"):
         for cell in nbformat.read(path, 4).cells:
             for output in cell.get("outputs", []):
+                result = output.get("data", {}).get("text/plain", "")
+                assert not result.startswith("Artifact("), f"{path.stem}: a cell ends in an artifact: {result[:100]}"
                 shown = output.get("text", "") if output.output_type == "stream" else ""
                 assert "Warning" not in shown, f"{path.stem}: a warning in a cell's output: {shown[:300]}"
 
@@ -211,6 +217,20 @@ def test_an_unsolved_copy_runs_to_its_end_and_says_what_is_missing(smoke, tmp_pa
             assert report.status == "ok", report.detail
             lines = said(tmp_path / "done" / path.name)
             assert lines and all("not yet - " in line and exercises.UNANSWERED in line for line in lines)
+
+
+@on_alone
+@pytest.mark.parametrize("number", ["01", "07"])
+def test_every_cell_can_run_twice_in_a_row(smoke, number, tmp_path, monkeypatch):
+    runs, _ = smoke
+    monkeypatch.setenv("SPEED_RUNS", str(runs))
+    (path,) = [p for p in NOTEBOOKS if notebook_number(p) == number]
+    nb = nbformat.read(path, 4)
+    parameters, *rest = [c for c in nb.cells if c.cell_type == "code"]
+    nb.cells = [parameters] + [nbformat.v4.new_code_cell(c.source) for c in rest for _ in range(2)]
+    nbformat.write(nb, tmp_path / path.name)
+    report = notebook.execute(tmp_path / path.name, tmp_path / "done.ipynb", {"profile": "smoke"}, cwd=path.parent, show=False)
+    assert report.status == "ok", report.detail
 
 
 @on_alone

@@ -5,6 +5,7 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from sentence_transformers.sentence_transformer.modules import Pooling
 from sklearn.metrics import ndcg_score
 
 from speed_core import reference
@@ -67,6 +68,9 @@ def test_pooling_takes_the_vector_that_the_embedding_model_gives(tiny_model):
         hidden = model[0].model(**read).last_hidden_state
     fast = model.encode(texts, normalize_embeddings=True, convert_to_tensor=True, show_progress_bar=False)
     assert torch.allclose(reference.last_token_pooling(hidden, read["attention_mask"]), fast.cpu(), atol=1e-5)
+    mean = Pooling(hidden.shape[2], pooling_mode="mean")({"token_embeddings": hidden, "attention_mask": read["attention_mask"]})
+    fast = F.normalize(mean["sentence_embedding"], dim=1)
+    assert torch.allclose(reference.mean_pooling(hidden, read["attention_mask"]), fast, atol=1e-5)
 
 
 @given(SEEDS, st.integers(1, 6), st.sampled_from([0.02, 0.2]))

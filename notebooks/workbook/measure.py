@@ -88,6 +88,14 @@ def token_log_probs(model: Any, tokenizer: Any, read: str, written: str) -> tupl
     return [tokenizer.decode([t]) for t in ids[scored].tolist()[:-1]], found.tolist()[:-1]
 
 
+def rewritten(
+    after: Sequence[Mapping[str, Any]], before: Sequence[Mapping[str, Any]], prompts: Sequence[Prompt]
+) -> list[tuple[str, str, Prompt]]:
+    """(new text, old text, prompt) of each valid outcome of `after`; outcomes {record, status, raw} are joined by their record."""
+    old, asked = {e["record"]: e["raw"] for e in before}, {q.id: q for q in prompts}
+    return [(e["raw"], old[e["record"]], asked[e["record"]]) for e in after if e["status"] == "ok"]
+
+
 def gains(judge: RubricJudge, texts: Sequence[tuple[str, str, Prompt]]) -> list[float]:
     """For each (new text, old text, prompt): the judge's score of the new one minus that of the old one."""
     return [judge.score(new, q)[0] - judge.score(old, q)[0] for new, old, q in texts]

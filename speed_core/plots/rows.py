@@ -60,6 +60,11 @@ def mean(label: str, values: Sequence[float], scale: float = 1.0) -> Row:
     return {"label": label} | {k: scale * v for k, v in found.items()}
 
 
+def evidence(row: Row, what: str) -> Row:
+    """What notebook 12 reads of a row without repeated training (`uncertainty.claim_evidence`); `what` says what was measured."""
+    return uncertainty.claim_evidence(row["value"], row["low"], row["high"], what)
+
+
 def kept_by_kind(records: Sequence[Mapping[str, Any]], kept: Sequence[Mapping[str, Any]]) -> list[Row]:
     """For each kind, the share of its valid `records` that curation `kept` (Table 6); a row has `kind`, `valid`, `kept` as well."""
     valid, left = (Counter(r["kind"] for r in some) for some in (records, kept))

@@ -306,6 +306,12 @@ def write(run: Run, facts: Mapping[str, Any], given: Sequence[Artifact], name: s
     return stage.note(run, name, facts, [_Used(a.path, a.manifest, a.shipped, now.key(a)) for a in given])
 
 
+def keep(run: Run, facts: Mapping[str, Any], given: Sequence[Artifact], name: str = "study") -> None:
+    """`write` where there is something to write: a run without estimates replaces those that it made before and begins none."""
+    if facts or (not run.point and run.store.made(name)):
+        write(run, facts, given, name)
+
+
 def _away(e: Mapping[str, Any]) -> tuple[float, float]:
     """How far an interval lies from zero: (its nearer end, 0 when it contains zero; its farther end)."""
     return max(e["low"], -e["high"], 0.0), max(abs(e["low"]), abs(e["high"]))

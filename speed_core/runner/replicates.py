@@ -70,6 +70,10 @@ class Repeats:
         every = [own, *(self.scores[k] for k in self.having(arms))]
         return {arm: [r for s in every for r in s[arm]] for arm in arms}, tuple(len(s[arms[0]]) for s in every)
 
+    def behind(self, run: Run, arms: Iterable[str]) -> list[Artifact]:
+        """The artifacts of all these scores: of the profile's own run those of `arms`, and of the repetitions all."""
+        return [a for arm in arms for a in embedding_stages.scored(run, arm)] + list(self.inputs)
+
     def means(self, own: Scores, arm: str) -> list[list[float]]:
         """Mean scores of an arm: for each training of the generators those of its embedding models."""
         return [[evaluate.category_means(r)["Avg"] for r in s[arm]] for s in (own, *self.scores) if s.get(arm)]

@@ -265,23 +265,34 @@ class Test(NamedTuple):
         return bool(e.error) and not (e.no_texts or _once(key, e) or (self.trained and e.seeds == 1))
 
 
-def _test_together(found: dict[str, dict[str, Any]], tests: Mapping[str, Test]) -> None:
-    """Allow for the number of tests of each paper (Holm, at 5%), then call what is left open equivalent where it is."""
-    decisive = {key: one for key, one in tests.items() if one.decides(key)}
+def _decisive(tests: Mapping[str, Test]) -> dict[str, Test]:
+    return {key: one for key, one in tests.items() if one.decides(key)}
+
+
+def _p_values(tests: Mapping[str, Test]) -> list[dict[str, tuple[float, float]]]:
+    """{claim: (its p alone, its p among the tests of its paper by Holm)} of each paper."""
+    decisive, out = _decisive(tests), []
     for paper in sorted({key[0] for key in decisive}):
         p = {
             key: one.estimate.p_value(EXPECTED.get(key, 1), EQUIVALENCE_MARGIN, one.level)
             for key, one in decisive.items()
             if key.startswith(paper)
         }
-        for key, adjusted in uncertainty.holm(p).items():
+        out.append({key: (p[key], adjusted) for key, adjusted in uncertainty.holm(p).items()})
+    return out
+
+
+def _test_together(found: dict[str, dict[str, Any]], tests: Mapping[str, Test]) -> None:
+    """Allow for the number of tests of each paper (Holm, at 5%), then call what is left open equivalent where it is."""
+    for of_paper in _p_values(tests):
+        for key, (p, adjusted) in of_paper.items():
             row = found[key]
             if row["verdict"] in (Verdict.SMALLER, Verdict.CONTRADICTED) and adjusted >= 0.05:
                 row["why"] += (
-                    f"; alone it would be {row['verdict']} (p = {p[key]:.3f}), among the {len(p)} tests of its paper it is not (Holm: p = {adjusted:.2f})"
+                    f"; alone it would be {row['verdict']} (p = {p:.3f}), among the {len(of_paper)} tests of its paper it is not (Holm: p = {adjusted:.2f})"
                 )
                 row["verdict"] = Verdict.UNRESOLVED
-    for key, one in decisive.items():
+    for key, one in _decisive(tests).items():
         row, effect = found[key], paper_values.EFFECTS.get(key)
         open_ = row["verdict"] == Verdict.UNRESOLVED and EXPECTED.get(key, 1) != 0
         if open_ and one.estimate.within(EQUIVALENCE_MARGIN, one.level):
@@ -338,25 +349,13 @@ def compared_words(key: str, records: Mapping[str, int]) -> str:
     return f"{what}, {many if len(set(counts.values())) > 1 else 'equally many'}"
 
 
-def build(
-    scores: Mapping[str, Sequence[Any]],
-    facts: Mapping[str, Any],
-    digests: Mapping[str, str],
-    records: Mapping[str, int] | None = None,
-) -> list[dict[str, Any]]:
-    """Rows {id, claim, paper, effect (in points, where the paper prints one), ours, low, high, verdict, why, notebook, cell, artifact} for every claim.
-
-    `scores` maps arms (untrained, guided, bare, jr, jr_re, sr, sr_re, base, teacher) to their results, one per training seed;
-    `facts` holds estimates by claim (`estimates`: {id: {value, low, high, seeds, sd_items, sd_seeds, what, source}}), the
-    mask's precision, the share of kept records, teacher calls and the `gates` (`gates.gates`); `digests` maps what a verdict rests on to
-    its artifacts.
-    `records`: how many each arm's models learned from; a comparison of unequally many says so, and with `PAPER_RECORDS` or more
-    the same direction is "reproduced" (`SIZED`).
-    """
+def _alone(
+    scores: Mapping[str, Sequence[Any]], facts: Mapping[str, Any], digests: Mapping[str, str], records: Mapping[str, int]
+) -> tuple[dict[str, dict[str, Any]], dict[str, Test], dict[str, str]]:
+    """({claim: its row, judged by its interval alone}, {claim: its test}, {claim: what it lacks}); arguments as of `build`."""
     found: dict[str, dict[str, Any]] = {}
     tests: dict[str, Test] = {}
     absent: dict[str, str] = {}
-    records = records or {}
     estimates = present_ids(facts.get("estimates", {}))
     for key in (k for k in COMPARED if k not in estimates):  # notebook 10 may have estimated it over several trainings
         arms = arms_of(key)
@@ -376,6 +375,34 @@ def build(
         found["G6"] = _mask_row(facts["mask"]) | {"artifact": digests["mask"]}
         gain, low, high = (100 * facts["mask"][k] for k in ("gain", "gain_low", "gain_high"))
         tests["G6"] = Test(_estimate(uncertainty.claim_evidence(gain, low, high, "")), trained=False)
+    return found, tests, absent
+
+
+def p_values(
+    scores: Mapping[str, Sequence[Any]], facts: Mapping[str, Any], digests: Mapping[str, str]
+) -> dict[str, tuple[float, float]]:
+    """{claim: (its p alone, its p among the tests of its paper by Holm)} of the claims that are tested; arguments as of `build`."""
+    tests = _alone(scores, facts, digests, {})[1]
+    return {key: both for of_paper in _p_values(tests) for key, both in of_paper.items()}
+
+
+def build(
+    scores: Mapping[str, Sequence[Any]],
+    facts: Mapping[str, Any],
+    digests: Mapping[str, str],
+    records: Mapping[str, int] | None = None,
+) -> list[dict[str, Any]]:
+    """Rows {id, claim, paper, effect (in points, where the paper prints one), ours, low, high, verdict, why, notebook, cell, artifact} for every claim.
+
+    `scores` maps arms (untrained, guided, bare, jr, jr_re, sr, sr_re, base, teacher) to their results, one per training seed;
+    `facts` holds estimates by claim (`estimates`: {id: {value, low, high, seeds, sd_items, sd_seeds, what, source}}), the
+    mask's precision, the share of kept records, teacher calls and the `gates` (`gates.gates`); `digests` maps what a verdict rests on to
+    its artifacts.
+    `records`: how many each arm's models learned from; a comparison of unequally many says so, and with `PAPER_RECORDS` or more
+    the same direction is "reproduced" (`SIZED`).
+    """
+    records = records or {}
+    found, tests, absent = _alone(scores, facts, digests, records)
     _test_together(found, tests)
     _call_inactive(found, facts.get("gates", {}))
     if "kept" in facts:

@@ -5,7 +5,6 @@ The functions join scores and names into rows that figures draw; the stages that
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -40,12 +39,16 @@ Results = Mapping[str, Sequence[Any]]  # arm -> what `evaluate.evaluate` returne
 
 
 def same_prompt(data: Mapping[str, Artifact]) -> dict[str, dict[str, Any]]:
-    """{arm: record} of the prompt that most generators of `data` answered with a record, the first of several; the teacher answered
-    other prompts."""
+    """{arm: record} of the prompt that the generators of `data` answered with the most different records, the first of several; the
+    teacher answered other prompts."""
     rows = {arm: {r["id"]: r for r in a.rows("train.jsonl")} for arm, a in data.items() if arm != Arm.TEACHER}
-    answered = Counter(key for of in rows.values() for key in of)
-    most = max(answered, key=answered.__getitem__, default=None)
-    return {arm: of[most] for arm, of in rows.items() if most in of}
+    found = {key: {arm: of[key] for arm, of in rows.items() if key in of} for of in rows.values() for key in of}
+
+    def different(key: str) -> tuple[int, int]:
+        return len({(r["query"], r["positive"]) for r in found[key].values()}), len(found[key])
+
+    most = max(found, key=different, default=None)
+    return found[most] if most else {}
 
 
 def fewer(data: Mapping[str, Artifact], equal: int) -> dict[str, int]:
@@ -60,6 +63,11 @@ def names(short: Iterable[str], counts: Sequence[Mapping[str, int]]) -> dict[str
     """
     many = {arm: "/".join(str(n[arm]) for n in counts if arm in n) for arm in short}
     return {arm: f"{name}, {many[arm]} records" if arm in many else name for arm, name in DATA_SETS.items()}
+
+
+def published(names: Mapping[str, str]) -> dict[str, float]:
+    """{label: the paper's difference to Jr} for the figure of Table 2; `names`: {arm: label}."""
+    return {names[arm]: value for arm, value in paper_values.MINUS_JUNIOR.items()}
 
 
 def category_rows(run: Run) -> tuple[list[dict[str, Any]], list[Artifact]]:
@@ -87,6 +95,11 @@ def row_lines(rows: Sequence[Mapping[str, Any]], needs: Mapping[str, str] | None
     more = {label: f"   to see the paper's effect: {words}" for label, words in (needs or {}).items()}
     width = max((len(r["label"]) for r in rows), default=0)
     return [f"{r['label']:{width}} {_interval(r)}{more.get(r['label'], '')}" for r in rows]
+
+
+def items_for(low: float, high: float, items: int, effect: float) -> float:
+    """How many items give a half-width of `effect`, where `items` give the interval [low, high]."""
+    return items * ((high - low) / 2 / effect) ** 2
 
 
 def fact_lines(facts: Mapping[str, Mapping[str, Any]]) -> list[str]:
@@ -148,6 +161,11 @@ def sound_negatives_gain(found: Mapping[str, Negatives], *, draws: int = 2000) -
 def per_doubling(small: float, score_small: float, large: float, score_large: float) -> float:
     """Points per doubling between two sizes of the training set."""
     return float((score_large - score_small) / np.log2(large / small))
+
+
+def records_for(records: float, slope: float, gain: float) -> float:
+    """How many records score `gain` points more than `records` do, at `slope` points per doubling."""
+    return float(records * 2 ** (gain / slope))
 
 
 @dataclass(frozen=True)
@@ -270,6 +288,10 @@ class Evidence:
     def rows(self) -> list[dict[str, Any]]:
         """The claim map: a row for each claim, with its verdict."""
         return claims.build(self.scores, self.facts, self.digests, self.records)
+
+    def p_values(self) -> dict[str, tuple[float, float]]:
+        """{claim: (its p alone, its p among the tests of its paper)} of the claims that are tested (`claims.p_values`)."""
+        return claims.p_values(self.scores, self.facts, self.digests)
 
 
 def evidence(run: Run, spent: Cost) -> Evidence:

@@ -13,7 +13,7 @@ from speed_core.evaluation import uncertainty
 from speed_core.evaluation.uncertainty import Result, Term
 from speed_core.store.artifacts import Artifact
 from speed_core.store.run_context import Run
-from speed_core.study import embedding_stages, mask_quality
+from speed_core.study import claims, embedding_stages, mask_quality, paper_values
 from speed_core.study.embedding_stages import WHOLE, StudentArm
 
 Scores = Mapping[tuple[int, str], Sequence[Result]]  # (layers, arm) -> results, in the order of the seeds
@@ -72,12 +72,13 @@ def guided_minus_plain(scores: Scores, layers: Sequence[int]) -> list[tuple[str,
 
 
 def of_the_mask(scores: Scores, layers: Sequence[int], points: Sequence[Mapping[str, Any]], pairs: int) -> list[Question]:
-    """G1 to G3, G7 and G9: gains of the mask, and other masks. `points`: of notebook 07 (`mask_quality.points`), from `pairs` pairs of
+    """G1b, G2, G3, G7 and G9: gains of the mask, and other masks. `points`: of notebook 07 (`mask_quality.points`), from `pairs` pairs of
     newsgroup posts."""
     small, large, every = min(layers), max(layers), list(layers)
     removed = [mask_quality.at_margin_zero(points, g)["removed"] for g in (mask_quality.WHOLE, mask_quality.SHALLOW)]
     gone = f"{removed[0]:,} and {removed[1]:,} of {pairs * (pairs - 1):,}"
     return [
+        # Stored as G1, as recorded runs have it; `claims.present_ids` reads it as G1b.
         Question("G1", gain(scores, every), "guided against plain, all students and tasks"),
         Question(
             "G2",
@@ -154,13 +155,19 @@ def answered(questions: Sequence[Question]) -> dict[str, dict[str, Any]]:
 
 
 def text(facts: Mapping[str, Mapping[str, Any]]) -> str:
-    """`answered` as lines: claim, words, estimate with its interval."""
+    """`answered` as lines: claim by its present id, words, estimate with its interval."""
 
     def said(f: Mapping[str, Any]) -> str:
         value = f"{f['value']:+.2f}"
         return value if math.isnan(f["low"]) else f"{value} [{f['low']:+.2f}, {f['high']:+.2f}]"
 
-    return "\n".join(f"{f['label']} {f['what']}: {said(f)}" for f in facts.values())
+    return "\n".join(f"{claim} {f['what']}: {said(f)}" for claim, f in claims.present_ids(facts).items())
+
+
+def published(rows: Sequence[Mapping[str, Any]]) -> dict[str, float]:
+    """{label: the paper's effect} of those rows of `shown` whose claim has a printed one."""
+    effects = paper_values.EFFECTS
+    return {r["label"]: effects[claim] for r in rows if (claim := r["label"].partition(",")[0]) in effects}
 
 
 def shown(questions: Sequence[Question], facts: Mapping[str, Mapping[str, Any]]) -> list[dict[str, Any]]:

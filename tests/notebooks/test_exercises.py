@@ -14,11 +14,12 @@ import classroom
 from speed_core import profile as profiles
 from speed_core import reference
 from speed_core.data import prompts
+from speed_core.evaluation import uncertainty
 from speed_core.files import UserError
 from speed_core.runner import notebook
 from speed_core.store.artifacts import notebook_number
 from speed_core.store.run_context import ROOT
-from speed_core.study import claims, comparisons
+from speed_core.study import claims, comparisons, student_questions
 from workbook import exercises
 
 NOTEBOOKS = notebook.notebooks(ROOT / "notebooks")
@@ -45,18 +46,13 @@ POINTS = [
     )
     for m, p, r in values
 ]
-DIFFERENCES = [
-    {"label": n, "value": v, "low": v - 1, "high": v + 1} for n, v in (("Jr + Re", 2.0), ("Sr", 0.5), ("Sr + Re", -1.5))
-]
-
 # What a checker is given beside the answer. `names` are what the solution cell finds in its notebook.
 FACTS = {
     "01.1": {"topics": ["Arts/Music/Jazz/Piano/Trio", "Home/Garden", "A/B/C"]},
     "04.2": {"pairs": PAIRS},
     "05.2": {"gain": [1.0, -0.5, 0.0, 0.3]},
     "06.2": {"issued": 100, "valid": 80, "dropped": [{"dropped_by": "near-duplicate"}] * 6 + [{"dropped_by": "evaluation overlap"}] * 5},
-    "07.2": {"points": POINTS},
-    "10.1": {"rows": DIFFERENCES},
+    "07.3": {"points": POINTS},
     "00.1": {"prompts": 120},
 }  # fmt: skip
 
@@ -80,6 +76,8 @@ def names(number):
         "06": {"dropped": FACTS["06.2"]["dropped"], "outcomes": {"ok": 80}},
         "07": {"points": POINTS, "reference": reference},
         "00": {"profiles": profiles, "run": SimpleNamespace(profile=profiles.load("tiny"))},
+        "08": {"reference": reference},
+        "10": {"claims": claims},
         "12": {"claims": claims},
     }
     return {"np": np, "torch": torch} | known.get(number, {})
@@ -124,12 +122,16 @@ CHANGES = (
     "04.1",
     "05.1",
     "06.1",
-    "07.3",
+    "07.2",
+    "07b.1",
     "08.1",
     "08.2",
     "09.2",
+    "10.1",
+    "11.1",
     "12.2",
 )  # the reference code, changed by the reader
+CHANGED = ("reference.", "prompts.", "claims.", "uncertainty.", "student_questions.")  # where that code is
 
 
 def test_who_changes_the_reference_code_sees_the_effect_solved_or_not():
@@ -141,7 +143,12 @@ def test_who_changes_the_reference_code_sees_the_effect_solved_or_not():
             assert ("Change the reference code" in question(cells, solved)) == changes
             assert cells[i + 1].source.startswith("**The effect.**") == changes
             effect = cells[i + 2].source if changes else ""
-            assert not changes or f"answer_{k}" in effect and any(m in effect for m in ("reference.", "prompts.", "claims."))
+            assert not changes or f"answer_{k}" in effect and any(m in effect for m in CHANGED)
+
+
+def toy_results(*scores):
+    """Results of one training seed for each score."""
+    return [{"tasks": {"toy": {"type": "STS", "score": v / 100, "items": []}}} for v in scores]
 
 
 EFFECTS = {
@@ -155,6 +162,10 @@ EFFECTS = {
     "09": {"chosen": "t", "results": {a: [{"tasks": {"t": {"items": [0.1 * k, 0.5, 1.0]}}}] for k, a in enumerate(("guided", "plain"))}},
     "08": {"toy": torch.nn.functional.normalize(torch.randn(3, 4, 8), dim=2)}
     | {"hidden": torch.randn(3, 5, 4), "read": {"attention_mask": torch.tensor([[1] * 5, [1] * 3 + [0] * 2, [1] * 4 + [0]])}},
+    "07b": {"np": np, "uncertainty": uncertainty, "student_questions": student_questions}
+    | {"toy_scores": {(k, arm): toy_results(50.0 + k, 51.0) for k in (1, 4) for arm in ("guided", "plain")}},
+    "10": {},
+    "11": {"uncertainty": uncertainty, "results": {n: toy_results(20.0 + n) for n in (2, 4)}, "sizes": [2, 4], "y": [22.0, 24.0]},
     "12": {"comparisons": comparisons, "rows": [{"id": "S4", "low": 0.2, "high": 1.4, "verdict": claims.Verdict.SMALLER}]},
 }  # fmt: skip
 
@@ -231,8 +242,16 @@ def copied(texts):
     return torch.tensor([[a == b for b in texts] for a in texts])
 
 
-def two_gains(a, b, c, d):
-    return np.subtract(a, b) - np.subtract(c, d)
+def terms_of(scores, layers, weight):
+    return [t for k in layers for t in ((weight(k), scores[k, "guided"], None), (-weight(k), scores[k, "plain"], None))]
+
+
+def place(mask):
+    return mask.cumsum(1) * mask
+
+
+def fit(scores, log, weights):
+    return float(np.polyfit(log(list(scores)), list(scores.values()), 1, w=weights)[0])
 
 
 def error(values):
@@ -321,23 +340,22 @@ MISTAKES = [
     ("07.1", lambda g, m: mask_rule(np.greater_equal)(g, m) & ~np.eye(4, dtype=bool), "exactly as alike"),
     ("07.1", lambda g, m: ~(mask_rule(np.greater)(g, m) & ~np.eye(4, dtype=bool)), "marks what stays"),
     ("07.1", lambda g, m: g[0] > m, "a 4 x 4 array"),
-    ("07.2", 0.1, "half of the false negatives"),
-    ("07.2", -0.1, "newsgroups"),
-    ("07.2", 0.2, "weaker guide"),
-    ("07.2", 0.07, "not tried"),
-    ("07.3", lambda g, t, m: reference.guide_mask(g, m).fill_diagonal_(False), "the reference still"),
-    ("07.3", lambda g, t, m: reference.guide_mask(g, m) | copied(t), "a copy of itself"),
-    ("07.3", lambda g, t, m: (g >= g.diagonal()[:, None] - m).fill_diagonal_(False), "another text may be exactly as alike"),
-    ("07.3", lambda g, t, m: copied(t).fill_diagonal_(False), "only copies are removed"),
-    ("07.3", lambda g, t, m: reference.guide_mask(g, m) & ~copied(t), "yours protects it"),
-    ("07.3", lambda g, t, m: ~(reference.guide_mask(g, m) | copied(t)).fill_diagonal_(False), "marks what stays"),
-    ("07.3", lambda g, t, m: g[0] > m, "True or False for each"),
-    ("07b.1", lambda a, b, c, d: two_gains(a, b, c, d).mean(), "keep a value for each seed"),
-    ("07b.1", lambda a, b, c, d: -two_gains(a, b, c, d), "turned round"),
-    ("07b.1", lambda a, b, c, d: two_gains(a, b, d, c), "the gains are added"),
-    ("07b.1", lambda a, b, c, d: np.subtract(a, b), "is to be subtracted"),
-    ("07b.1", lambda a, b, c, d: np.subtract(a, c), "without the mask"),
-    ("07b.1", lambda *arms: two_gains(*map(sorted, arms)), "the seeds are mixed up"),
+    ("07.3", 0.1, "half of the false negatives"),
+    ("07.3", -0.1, "newsgroups"),
+    ("07.3", 0.2, "weaker guide"),
+    ("07.3", 0.07, "not tried"),
+    ("07.2", lambda g, t, m: reference.guide_mask(g, m).fill_diagonal_(False), "the reference still"),
+    ("07.2", lambda g, t, m: reference.guide_mask(g, m) | copied(t), "a copy of itself"),
+    ("07.2", lambda g, t, m: (g >= g.diagonal()[:, None] - m).fill_diagonal_(False), "another text may be exactly as alike"),
+    ("07.2", lambda g, t, m: copied(t).fill_diagonal_(False), "only copies are removed"),
+    ("07.2", lambda g, t, m: reference.guide_mask(g, m) & ~copied(t), "yours protects it"),
+    ("07.2", lambda g, t, m: ~(reference.guide_mask(g, m) | copied(t)).fill_diagonal_(False), "marks what stays"),
+    ("07.2", lambda g, t, m: g[0] > m, "True or False for each"),
+    ("07b.1", student_questions.gain, "the reference still"),
+    ("07b.1", lambda s, layers: terms_of(s, layers, lambda k: k), "sum to more than 1"),
+    ("07b.1", lambda s, layers: terms_of(s, layers, lambda k: 1 / k / sum(1 / n for n in layers)), "a small student counts more"),
+    ("07b.1", lambda s, layers: terms_of(s, layers, lambda k: -k / sum(layers)), "turned round"),
+    ("07b.1", lambda s, layers: 0.7, "a list of terms"),
     ("07b.2", lambda a, b: float(np.hypot(error(a), error(b))), "seeds of their own"),
     ("07b.2", lambda a, b: float(np.subtract(a, b).std(ddof=1)), "spread of single seeds"),
     ("07b.2", lambda a, b: float(np.subtract(a, b).std() / len(a) ** 0.5), "one seed less"),
@@ -350,10 +368,11 @@ MISTAKES = [
     ("08.1", lambda q, p, n, t: own_texts(q, p, n, t, label=1), "taken for the positive"),
     ("08.1", lambda *case: -own_texts(*case), "other sign"),
     ("08.1", lambda q, p, n, t: len(q) * own_texts(q, p, n, t), "sum over the queries"),
-    ("08.2", reference.last_token_pooling, "the reference still"),
-    ("08.2", lambda h, m: torch.nn.functional.normalize(h.mean(1), dim=1), "the padding is in the mean"),
-    ("08.2", lambda h, m: (h * m[..., None]).sum(1) / m.sum(1)[:, None], "not of length 1"),
-    ("08.2", lambda h, m: torch.nn.functional.normalize(h[:, 0], dim=1), "first token"),
+    ("08.2", reference.mean_pooling, "the reference still"),
+    ("08.2", reference.last_token_pooling, "the last token alone"),
+    ("08.2", lambda h, m: reference.mean_pooling(h, torch.ones_like(m).cumsum(1)), "the padding is in the mean"),
+    ("08.2", lambda h, m: (h * place(m)[..., None]).sum(1) / place(m).sum(1)[:, None], "not of length 1"),
+    ("08.2", lambda h, m: torch.nn.functional.normalize((h * (place(m) - 1).clamp(0)[..., None]).sum(1), dim=1), "begin at 1"),
     ("08.2", lambda h, m: h[:, -1, 0], "a vector for each text"),
     ("09.1", lambda r: 1 / math.log2(r + 1), "what does @10 say"),
     ("09.1", lambda r: 1 / r if r <= 10 else 0, "reciprocal rank"),
@@ -363,16 +382,20 @@ MISTAKES = [
     ("09.2", lambda a, b: np.quantile(a - b, [0.025, 0.975]), "single items"),
     ("09.2", lambda a, b: np.quantile(draws(a - b, 0), [0.975, 0.025]), "above the high end"),
     ("09.2", lambda a, b: np.quantile(draws(a - b, 0), [0.25, 0.75]), "narrower"),
-    ("10.1", lambda t: [r["label"] for r in t if r["low"] > 0], "a loss is a result"),
-    ("10.1", lambda t: [r["label"] for r in t if r["value"] > 0], "estimate alone"),
-    ("10.1", lambda t: [r["label"] for r in t if r["low"] <= 0 <= r["high"]], "*not* resolved"),
-    ("10.1", lambda t: [r for r in t if r["low"] > 0 or r["high"] < 0], "only their labels"),
+    ("10.1", lambda a, b, m: claims.verdict(a, b), "the reference still"),
+    ("10.1", lambda a, b, m: claims.verdict(a + m, b + m), "the wrong way"),
+    ("10.1", lambda a, b, m: claims.verdict(a - m, a - m), "decides nothing"),
+    ("10.1", lambda a, b, m: claims.verdict(a - m, b) if a > m or b < 0 else claims.verdict(-1, 1), "contradicts the claim"),
+    ("10.1", lambda a, b, m: claims.verdict(b - m, b - m), "not its upper end alone"),
+    ("10.1", lambda a, b, m: comparisons.in_a_word(a - m, b - m), "24 of 24 cases differ"),
     ("10.2", lambda a, b, n, e: n * (b - a) / 2 / e, "square root"),
     ("10.2", lambda a, b, n, e: n * ((b - a) / e) ** 2, "whole width"),
     ("10.2", lambda a, b, n, e: ((b - a) / 2 / e) ** 2, "how many times more"),
-    ("11.1", lambda a, x, b, y: (y - x) / (b / a), "how many doublings"),
-    ("11.1", lambda a, x, b, y: (y - x) / math.log(b / a), "natural"),
-    ("11.1", lambda a, x, b, y: (y - x) / (b - a), "points a record"),
+    ("11.1", lambda s: float(np.polyfit(np.log2(list(s)), list(s.values()), 1)[0]), "the reference still"),
+    ("11.1", lambda s: fit(s, np.log, np.sqrt(list(s))), "natural"),
+    ("11.1", lambda s: fit(s, np.array, np.sqrt(list(s))), "points a record"),
+    ("11.1", lambda s: fit(s, np.log2, 1 / np.sqrt(list(s))), "few records count most"),
+    ("11.1", lambda s: fit(s, np.log2, np.sqrt(np.log2(list(s)))), "the records themselves"),
     ("11.2", lambda n, s, g: n * (1 + g / s), "straight line"),
     ("11.2", lambda n, s, g: g / s, "how many doublings"),
     ("11.2", lambda n, s, g: 2 ** (g / s), "multiply by the records"),

@@ -17,6 +17,7 @@ from speed_core.console import user_errors
 from speed_core.files import UserError
 from speed_core.runner import notebook, replay
 from speed_core.store.run_context import ROOT
+from workbook import elsewhere
 
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 PYTHON = ROOT / ".venv-book" / "bin" / "python"
@@ -103,6 +104,42 @@ def test_the_archive_gives_back_what_was_packed_without_a_folder_of_the_machine(
     path.unlink()
     assert book.executed("smoke") == (info, notebooks), "unless it is not whole"
     assert "--from 01; until then the recorded notebooks are shown" in capsys.readouterr().out
+
+
+def test_the_archive_has_the_text_of_the_repository_and_is_refused_where_the_code_is_another(run):
+    name = "01_task_brainstorming.ipynb"
+    path = run / "notebooks" / name
+    nb = nbformat.read(path, 4)
+    (k,) = [i for i, c in enumerate(nb.cells) if "parameters" in c.metadata.get("tags", [])]
+    nb.cells.insert(k + 1, nbformat.v4.new_code_cell("profile = 'smoke'", metadata={"tags": ["injected-parameters"]}))
+    nb.cells[0].source = "# an earlier text"
+    del nb.cells[1]
+    nbformat.write(nb, path)
+    _, notebooks = book.of_run(run)
+    packed, own = (
+        nbformat.reads(book.packed(notebooks)[name].decode(), 4).cells,
+        nbformat.read(ROOT / "notebooks" / name, 4).cells,
+    )
+    assert packed.pop(k + 1).source == "profile = 'smoke'" and [c.source for c in packed] == [c.source for c in own]
+    notebooks[name].cells[k - 1].source += "  # changed"  # a cell was deleted above
+    with pytest.raises(UserError, match=f"{name} was changed since it was executed; run it again with --only 01"):
+        book.packed(notebooks)
+
+
+@pytest.mark.xfail(
+    reason="remove this mark when the archive was packed anew: scripts/elsewhere.py came after its last run", strict=False
+)
+def test_the_archive_says_of_the_recorded_runs_what_a_notebook_would_say_now():
+    said = [
+        found
+        for nb in book.of_archive(book.ARCHIVE)[1].values()
+        for cell in nb.cells
+        for output in cell.get("outputs", [])
+        for found in re.finditer(r"^(.+): ([-\d.]+) here; .*$", output.get("text", ""), re.M)
+    ]
+    assert len(said) > 10
+    for line in said:
+        assert line[0] == elsewhere.text(book.SHIPPED, line[1], float(line[2]), len(line[2].partition(".")[2]))
 
 
 def test_without_a_run_and_without_an_archive_one_line_says_what_to_run(run, tmp_path, monkeypatch):

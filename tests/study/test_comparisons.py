@@ -29,15 +29,13 @@ def scores(*values, tasks=2, texts=30):
     ]
 
 
-def test_one_prompt_is_shown_with_the_record_of_every_generator_that_answered_it():
-    data = {
-        "jr": Data([{"id": "a"}, {"id": "b", "query": "of jr"}]),
-        "sr": Data([{"id": "b", "query": "of sr"}, {"id": "c"}]),
-        "base": Data(),
-        "teacher": Data([{"id": "b"}]),
-    }
-    assert comparisons.same_prompt(data) == {"jr": {"id": "b", "query": "of jr"}, "sr": {"id": "b", "query": "of sr"}}
-    assert comparisons.same_prompt({}) == comparisons.same_prompt({"teacher": Data([{"id": "b"}])}) == {}
+def test_the_prompt_is_shown_to_which_the_generators_wrote_most_differently():
+    def made(**queries):
+        return Data([{"id": key, "query": q, "positive": "the same"} for key, q in queries.items()])
+
+    data = {"jr": made(a="one", b="of jr"), "sr": made(a="one", b="of sr", c="x"), "base": Data(), "teacher": made(a="x", b="y")}
+    assert {arm: r["query"] for arm, r in comparisons.same_prompt(data).items()} == {"jr": "of jr", "sr": "of sr"}
+    assert comparisons.same_prompt({}) == comparisons.same_prompt({"teacher": made(b="y")}) == {}
 
 
 def test_a_data_set_with_fewer_records_says_how_many_of_each_training():

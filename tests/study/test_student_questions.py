@@ -80,7 +80,7 @@ def test_each_contrast_is_the_weighted_sum_of_mean_scores(scores):
     labels = [r["label"] for r in student_questions.shown(asked, facts)]
     assert labels == ["G7, stronger guide", "G9, margin 0.05", "E2, seed data added", "G8, own collection"]
     line = student_questions.text(facts).splitlines()[0]
-    assert line.startswith(f"G1 guided against plain, all students and tasks: {found['G1']:+.2f} [")
+    assert line.startswith(f"G1b guided against plain, all students and tasks: {found['G1']:+.2f} [")
 
 
 def test_without_a_task_on_newsgroups_the_collection_is_not_asked_for(scores):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from speed_core import reference
+from speed_core.evaluation import uncertainty
 from workbook.exercises import Hint, call, compare, exercise, number
 
 
@@ -57,30 +58,6 @@ def removed(answer: Any) -> None:
 
 
 @exercise("07.2")
-def even_margin(answer: Any, *, points: Sequence[Mapping[str, Any]]) -> None:
-    """`answer`: the tried margin at which MiniLM, on the answered questions, is nearest to as many right as wrong removals."""
-    value = number(answer)
-
-    def nearest(guide: str, labels: str, key: str) -> set[float]:
-        mine = [r for r in points if (r["guide"], r["labels"]) == (guide, labels)]
-        best = min(abs(r[key] - 0.5) for r in mine)
-        return {r["margin"] for r in mine if abs(abs(r[key] - 0.5) - best) < 1e-9}
-
-    answered, other = "several answers to a question", "20 Newsgroups"
-    if value in nearest("MiniLM", answered, "precision"):
-        return
-    if value not in {r["margin"] for r in points}:
-        raise Hint(f"{value:g} was not tried; the margins in `points` were")
-    if value in nearest("MiniLM", answered, "recall"):
-        raise Hint("there half of the false negatives are found; the question is about what was removed")
-    if value in nearest("MiniLM", other, "precision"):
-        raise Hint("that is so for the newsgroups; the question is about questions with several answers")
-    if value in nearest("TF-IDF", answered, "precision") | nearest("MiniLM, 2 of 6 layers", answered, "precision"):
-        raise Hint("that is so for a weaker guide; the question is about MiniLM itself")
-    raise Hint("as many right as wrong removals: which value has the precision then, and where is it nearest to that?")
-
-
-@exercise("07.3")
 def copies(answer: Any) -> None:
     """`answer(guide_similarity, positives, margin)`: the reference mask, own pairs kept, and copies of the own positive removed too."""
     cases = []
@@ -119,6 +96,30 @@ def copies(answer: Any) -> None:
     )
 
 
+@exercise("07.3")
+def even_margin(answer: Any, *, points: Sequence[Mapping[str, Any]]) -> None:
+    """`answer`: the tried margin at which MiniLM, on the answered questions, is nearest to as many right as wrong removals."""
+    value = number(answer)
+
+    def nearest(guide: str, labels: str, key: str) -> set[float]:
+        mine = [r for r in points if (r["guide"], r["labels"]) == (guide, labels)]
+        best = min(abs(r[key] - 0.5) for r in mine)
+        return {r["margin"] for r in mine if abs(abs(r[key] - 0.5) - best) < 1e-9}
+
+    answered, other = "several answers to a question", "20 Newsgroups"
+    if value in nearest("MiniLM", answered, "precision"):
+        return
+    if value not in {r["margin"] for r in points}:
+        raise Hint(f"{value:g} was not tried; the margins in `points` were")
+    if value in nearest("MiniLM", answered, "recall"):
+        raise Hint("there half of the false negatives are found; the question is about what was removed")
+    if value in nearest("MiniLM", other, "precision"):
+        raise Hint("that is so for the newsgroups; the question is about questions with several answers")
+    if value in nearest("TF-IDF", answered, "precision") | nearest("MiniLM, 2 of 6 layers", answered, "precision"):
+        raise Hint("that is so for a weaker guide; the question is about MiniLM itself")
+    raise Hint("as many right as wrong removals: which value has the precision then, and where is it nearest to that?")
+
+
 def _seeds() -> list[tuple[list[float], ...]]:
     """Four lists of scores, one value a training seed: what a seed does, it does to both arms."""
     rng, cases = np.random.default_rng(77), []
@@ -130,28 +131,43 @@ def _seeds() -> list[tuple[list[float], ...]]:
 
 
 @exercise("07b.1")
-def difference_of_gains(answer: Any) -> None:
-    """`answer(small_guided, small_plain, large_guided, large_plain)`: for each seed, the small student's gain minus the large one's."""
+def gain_by_layers(answer: Any) -> None:
+    """`answer(scores, layers)`: terms of the mean gain in which a student of k layers has a weight in proportion to k."""
+    tasks = [
+        [{"tasks": {"toy": {"type": "STS", "score": v / 100, "items": []}}} for v in arm] for case in _seeds() for arm in case
+    ]
+    keys = [(k, arm) for k in (1, 4) for arm in ("guided", "plain")]
+    scores = [dict(zip(keys, tasks[4 * i : 4 * i + 4], strict=True)) for i in range(3)]
+    cases = [(s, layers) for s in scores for layers in ([1, 4], [4], [1])]
+    for case in cases:
+        terms = call(answer, *case)
+        if not isinstance(terms, list) or not all(isinstance(one, tuple) and len(one) == 3 for one in terms):
+            raise Hint("a list of terms is asked for, each (weight, results, tasks), as `gain` returns them")
 
-    def gains(*arms: Sequence[float]) -> list[np.ndarray]:
-        a, b, c, d = (np.asarray(arm) for arm in arms)
-        return [a - b, c - d]
+    def each(f: Callable[..., Any]) -> Callable[..., Any]:
+        """The value for each seed of the terms that `f` gives."""
+        return lambda i: uncertainty.contrast(f(*cases[i])).each
+
+    def gain(weight: Callable[[int, Sequence[int]], float], sign: int = 1) -> Callable[..., Any]:
+        def terms(scores: Any, layers: Sequence[int]) -> list[Any]:
+            weights = {k: sign * weight(k, layers) for k in layers}
+            return [t for k, w in weights.items() for t in ((w, scores[k, "guided"], None), (-w, scores[k, "plain"], None))]
+
+        return terms
 
     compare(
-        answer,
-        _seeds(),
-        lambda *arms: gains(*arms)[0] - gains(*arms)[1],
+        each(answer),
+        [(i,) for i in range(len(cases))],
+        each(gain(lambda k, layers: k / sum(layers))),
         {
-            "this is one number, the mean; keep a value for each seed": lambda *arms: (gains(*arms)[0] - gains(*arms)[1]).mean(),
-            "turned round: the small student's gain comes first": lambda *arms: gains(*arms)[1] - gains(*arms)[0],
-            "the gains are added; G2 compares them": lambda *arms: gains(*arms)[0] + gains(*arms)[1],
-            "this is the small student's gain; the large one's is to be subtracted": lambda *arms: gains(*arms)[0],
-            "this compares the guided students alone; what do they score without the mask?": lambda a, b, c, d: (
-                np.asarray(a) - np.asarray(c)
+            "this is the reference still: all students count alike": each(gain(lambda k, layers: 1 / len(layers))),
+            "the weights of the guided students sum to more than 1: divide by all layers together": each(
+                gain(lambda k, layers: k)
             ),
-            "the seeds are mixed up: sorting pairs one seed's score with another's": lambda *arms: np.subtract(
-                *gains(*(sorted(arm) for arm in arms))
+            "a small student counts more here; the weight grows with the layers": each(
+                gain(lambda k, layers: (1 / k) / sum(1 / other for other in layers))
             ),
+            "turned round: the guided student comes first": each(gain(lambda k, layers: k / sum(layers), sign=-1)),
         },
         "one value for each seed",
     )
@@ -226,27 +242,38 @@ def own_candidates(answer: Any) -> None:
 
 
 @exercise("08.2")
-def mean_pooling(answer: Any) -> None:
-    """`answer(hidden, attention_mask)`: the unit vector along the mean of each text's real tokens, (B, D)."""
+def weighted_pooling(answer: Any) -> None:
+    """`answer(hidden, attention_mask)`: the mean of each text's real tokens, token t weighted by t, as unit vectors (B, D)."""
     cases = []
     for longest in (3, 5, 8):
         lengths = torch.tensor([longest, 2, 1, longest, 2])
         mask = (torch.arange(longest + 2)[None] < lengths[:, None]).long()
         cases.append((torch.stack(_unit(5, longest + 2, 4, seed=longest)) + 0.5, mask))
+
+    def position(mask: Tensor) -> Tensor:
+        return mask.cumsum(1) * mask
+
+    def summed(hidden: Tensor, weights: Tensor) -> Tensor:
+        return (hidden * weights[..., None]).sum(1)
+
     unit = torch.nn.functional.normalize
-
-    def mean(hidden: Tensor, mask: Tensor) -> Tensor:
-        return (hidden * mask[..., None]).sum(1) / mask.sum(1, keepdim=True)
-
     compare(
         answer,
         cases,
-        lambda h, m: unit(mean(h, m), dim=1),
+        lambda h, m: unit(summed(h, position(m)), dim=1),
         {
-            "this is the reference still: it reads the last token alone": reference.last_token_pooling,
-            "the padding is in the mean; the mask says which tokens are real": lambda h, m: unit(h.mean(1), dim=1),
-            "the vectors are not of length 1": mean,
-            "this reads the first token, which has seen nothing of the text": lambda h, m: unit(h[:, 0], dim=1),
+            "this is the reference still: all tokens count alike": reference.mean_pooling,
+            "this reads the last token alone": reference.last_token_pooling,
+            "the padding is in the mean; the mask says which tokens are real": lambda h, m: unit(
+                summed(h, torch.ones_like(m).cumsum(1)), dim=1
+            ),
+            "the vectors are not of length 1": lambda h, m: summed(h, position(m)) / position(m).sum(1, keepdim=True),
+            "positions begin at 1; from 0 the first token is lost": lambda h, m: unit(
+                summed(h, (position(m) - 1).clamp(min=0)), dim=1
+            ),
+            "the first token counts most here; it has read nothing but itself": lambda h, m: unit(
+                summed(h, (m.sum(1, keepdim=True) + 1 - position(m)) * m), dim=1
+            ),
         },
         "a vector for each text",
     )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -11,10 +11,8 @@ from scipy.stats import norm
 
 from speed_core import profile as profiles
 from speed_core.files import UserError
-from speed_core.study.claims import verdict
+from speed_core.study.claims import Verdict, verdict
 from workbook.exercises import Hint, call, compare, exercise, number
-
-Rows = Sequence[Mapping[str, Any]]
 
 
 @exercise("00.1")
@@ -99,32 +97,33 @@ def paired_interval(answer: Any) -> None:
 
 
 @exercise("10.1")
-def resolved(answer: Any, *, rows: Rows = ()) -> None:
-    """`answer(rows)`, tried on made-up rows and on `rows`: labels of the differences whose interval lies on one side of zero."""
-    table = [
-        {"label": "clear gain", "value": 1.0, "low": 0.2, "high": 1.8},
-        {"label": "large but wide", "value": 2.0, "low": -0.4, "high": 4.4},
-        {"label": "clear loss", "value": -0.6, "low": -1.0, "high": -0.2},
-        {"label": "small loss", "value": -0.1, "low": -0.9, "high": 0.7},
-        {"label": "touches zero", "value": 0.5, "low": 0.0, "high": 1.0},
-    ]
+def at_least(answer: Any) -> None:
+    """`answer(low, high, least)`: the verdict on the claim that a difference is `least` points or more."""
+    intervals = [(0.2, 1.4), (1.2, 2.5), (-1.2, 0.4), (-2.0, -0.3), (0.1, 0.9), (0.6, 3.0), (2.1, 2.2), (-0.5, 4.0)]
+
+    def said(holds: Any, fails: Any) -> Any:
+        words = Verdict.SMALLER, Verdict.CONTRADICTED, Verdict.UNRESOLVED
+        return lambda a, b, m: words[0] if holds(a, b, m) else words[1] if fails(a, b, m) else words[2]
+
     compare(
         answer,
-        [(table,), (list(rows),)],
-        lambda t: [r["label"] for r in t if r["low"] > 0 or r["high"] < 0],
+        [(*ends, least) for ends in intervals for least in (1.0, 0.5, 2.0)],
+        lambda a, b, m: verdict(a - m, b - m),
         {
-            "a difference can be resolved on the other side too: a loss is a result": lambda t: [r["label"] for r in t if r["low"] > 0],
-            "this looks at the estimate alone; which part of a row says how sure it is?": lambda t: [
-                r["label"] for r in t if r["value"] > 0
-            ],
-            "zero at the very end of an interval is still inside it": lambda t: [
-                r["label"] for r in t if r["low"] >= 0 or r["high"] <= 0
-            ],
-            "these are the ones that are *not* resolved": lambda t: [r["label"] for r in t if r["low"] <= 0 <= r["high"]],
-            "the rows come back; only their labels are asked for": lambda t: [r for r in t if r["low"] > 0 or r["high"] < 0],
+            "this is the reference still: a rise of any size will do": lambda a, b, m: verdict(a, b),
+            "the interval is moved the wrong way: a larger `least` must be harder to reach": lambda a, b, m: verdict(
+                a + m, b + m
+            ),
+            "an interval that holds `least` decides nothing": said(lambda a, b, m: a > m, lambda a, b, m: a < m),
+            "a rise that is surely smaller than `least` contradicts the claim": said(
+                lambda a, b, m: a > m, lambda a, b, m: b < 0
+            ),
+            "the whole interval has to lie above `least`, not its upper end alone": said(
+                lambda a, b, m: b > m, lambda a, b, m: b < m
+            ),
         },
-        "a list of labels, in the order of the rows",
-    )  # fmt: skip
+        "a verdict, as `claims.verdict` returns it",
+    )
 
 
 @exercise("10.2")
@@ -155,24 +154,36 @@ def items_needed(answer: Any) -> None:
 
 
 @exercise("11.1")
-def per_doubling(answer: Any) -> None:
-    """`answer(small, score_small, large, score_large)`: points a doubling."""
-    cases = [(230, 63.2, 920, 63.4), (16, 31.0, 128, 50.5), (100, 40.0, 1000, 45.0), (64, 50.0, 128, 49.0)]
+def weighted_slope(answer: Any) -> None:
+    """`answer(scores)` of {records: score}: the least-squares slope on log2 of the records, each size weighted by its records."""
+    cases = [
+        ({16: 40.0, 64: 52.0, 256: 58.0},),
+        ({21: 35.7, 42: 43.5, 84: 53.9, 168: 61.9, 336: 62.3},),
+        ({100: 40.0, 150: 39.0, 1000: 45.0},),
+    ]
 
-    def slope(log: Any) -> Any:
-        return lambda a, x, b, y: (y - x) / log(b / a)
+    def slope(weigh: Any, log: Any = np.log2, middle: Any = None) -> Any:
+        def fitted(scores: Mapping[int, float]) -> float:
+            n, y = np.array(list(scores), float), np.array(list(scores.values()))
+            x, w = log(n), weigh(n)
+            apart = x - np.average(x, weights=w if middle is None else middle(n))
+            return float((w * apart) @ y / (w * apart**2).sum())
+
+        return fitted
 
     compare(
         answer,
         cases,
-        slope(math.log2),
+        slope(lambda n: n),
         {
-            "this is divided by how many *times* larger; how many doublings is that?": slope(lambda r: r),
-            "the logarithm is natural: this is points for each 2.7-fold": slope(math.log),
-            "the logarithm is to base 10: this is points for each tenfold": slope(math.log10),
-            "this is points a record; a doubling is a step in the logarithm": lambda a, x, b, y: (y - x) / (b - a),
-            "the sign is turned round: a falling score has a negative slope": lambda a, x, b, y: (x - y) / math.log2(b / a),
-            "this is doublings a point; turn it over": lambda a, x, b, y: math.log2(b / a) / (y - x),
+            "this is the reference still: every size counts the same": slope(np.ones_like),
+            "the middle is the plain mean of the logarithms; the weights belong into it too": slope(
+                lambda n: n, middle=np.ones_like
+            ),
+            "the weights are the logarithms; the records themselves are asked for": slope(np.log2),
+            "the logarithm is natural: this is points for each 2.7-fold": slope(lambda n: n, np.log),
+            "this is points a record; a doubling is a step in the logarithm": slope(lambda n: n, lambda n: n),
+            "few records count most here": slope(lambda n: 1 / n),
         },
         "one number",
     )
