@@ -138,7 +138,7 @@ def arm_data(run: Run, draft: Draft, raw: Artifact, revised: Artifact | None = N
     elif revised:
         rows = generation_stages.revised_records(run, raw, revised, prompts_, source)
     else:
-        rows = generation_stages.to_records(run, raw.rows(), prompts_, source)
+        rows = generation_stages.to_records(run, raw.stored(), prompts_, source)
     if arm in (Arm.SR, Arm.SR_RE):
         ids = {q.id for q in _compared(run)}
         rows = [r for r in rows if r["id"] in ids]
