@@ -12,6 +12,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import closing
 from dataclasses import asdict, replace
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -78,9 +79,10 @@ def generate_all(
         raise ValueError("requests: two of them share an id; ids must differ")
     attempt_of = bytearray(b"\1" * len(keys))
 
-    def latest(i: int) -> Request:
+    @lru_cache(maxsize=1024)
+    def request(i: int, attempt: int) -> Request:  # an engine reads it, and its completion needs it again soon after
         r = requests[i]
-        while r.attempt < attempt_of[i]:
+        while r.attempt < attempt:
             r = r.again()
         return r
 
@@ -95,7 +97,10 @@ def generate_all(
             )
         try:
             for attempt in range(1, attempts + 1):
-                todo = Lazy(latest, [i for i, key in enumerate(keys) if attempt_of[i] == attempt and key not in entries])
+                todo = Lazy(
+                    partial(request, attempt=attempt),
+                    [i for i, key in enumerate(keys) if attempt_of[i] == attempt and key not in entries],
+                )
                 if todo and opened is None and options:
                     # By all requests: what is left of a stopped run is answered by the engine that began it.
                     name = choose_engine(options.name, len(requests), decoding.max_new_tokens)
@@ -106,13 +111,13 @@ def generate_all(
                     with closing(bar), closing(opened.generate(prefix_order(todo), decoding)) as completions:
                         for c in completions:
                             i = place[c.id]
-                            outcomes.append(_entry(c, latest(i), keys[i], model_id, opened.name, parse))
+                            outcomes.append(_entry(c, request(i, attempt=attempt), keys[i], model_id, opened.name, parse))
                             bar.update()
                 if attempt < attempts:
                     for i, key in enumerate(keys):
                         if attempt_of[i] == attempt and _weak(entries.get(key)):
                             attempt_of[i] += 1
-                            keys[i] = request_id(latest(i), model_id, decoding, dtype)
+                            keys[i] = request_id(request(i, attempt=attempt + 1), model_id, decoding, dtype)
         except BaseException:
             if opened and options:
                 opened.close()
