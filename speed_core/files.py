@@ -13,13 +13,17 @@ import json
 import os
 import re
 import tarfile
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+import tempfile
+from array import array
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, TypeVar, overload
 
 from speed_core.settings import BUNDLED, PACKAGE, Settings
 
+T = TypeVar("T")
 ASSETS = PACKAGE / "assets"
 HEADERS, HEADER = 2**20, 2**12  # bytes of a tar's names and records, and so many more for each member
 
@@ -95,6 +99,36 @@ def cache_dir() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME", "~/.cache")).expanduser() / "speed-step-by-step"
 
 
+class Lazy(Sequence[T]):
+    """A sequence whose items are made each time they are read, as `make(key)` for each of `keys`; a slice is one too.
+
+    A million requests or records are held as keys of a few bytes each.
+    """
+
+    def __init__(self, make: Callable[[Any], T], keys: Sequence[Any]):
+        self.make, self.keys = make, keys
+
+    def __len__(self) -> int:
+        return len(self.keys)
+
+    @overload
+    def __getitem__(self, at: int) -> T: ...
+    @overload
+    def __getitem__(self, at: slice) -> Lazy[T]: ...
+    def __getitem__(self, at: int | slice) -> T | Lazy[T]:
+        return Lazy(self.make, self.keys[at]) if isinstance(at, slice) else self.make(self.keys[at])
+
+    def __iter__(self) -> Iterator[T]:
+        return map(self.make, self.keys)
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Sequence) and list(self) == list(other)
+
+    def where(self, test: Callable[[T], bool]) -> Lazy[T]:
+        """The items that pass `test`."""
+        return Lazy(self.make, [key for key in self.keys if test(self.make(key))])
+
+
 def canonical(value: Any) -> str:
     """Canonical JSON: sorted keys, no spaces. The text that digests are taken of."""
     return json.dumps(value, sort_keys=True, ensure_ascii=False, separators=(",", ":"), default=str)
@@ -137,19 +171,26 @@ def stream_digest(stream: IO[bytes]) -> str:
     return h.hexdigest()
 
 
-def write_atomically(path: Path, data: bytes) -> None:
+@contextmanager
+def atomic_file(path: Path) -> Iterator[IO[bytes]]:
     """Write a file so that a reader, or a crash, never meets half of it. Its folder is made where it is missing."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         with temporary.open("wb") as f:
-            f.write(data)
+            yield f
             f.flush()
             os.fsync(f.fileno())
         os.replace(temporary, path)
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise
+
+
+def write_atomically(path: Path, data: bytes) -> None:
+    """`data` as a whole file, see `atomic_file`."""
+    with atomic_file(path) as f:
+        f.write(data)
 
 
 def write_json(path: Path, value: Any) -> None:
@@ -160,12 +201,15 @@ def write_json(path: Path, value: Any) -> None:
 
 
 def write_jsonl(path: Path, rows: Iterable[Mapping[str, Any]]) -> int:
-    """Write rows as JSON lines, atomically; returns the number of rows."""
-    lines = [json.dumps(row, ensure_ascii=False) for row in rows]
-    write_atomically(
-        path, "".join(line + "\n" for line in lines).encode("utf-8", "backslashreplace")
-    )  # as JSON escapes half a pair
-    return len(lines)
+    """Write rows as JSON lines, one at a time and atomically; returns the number of rows."""
+    count = 0
+    with atomic_file(path) as f:
+        for row in rows:
+            count += 1
+            f.write(
+                (json.dumps(row, ensure_ascii=False) + "\n").encode("utf-8", "backslashreplace")
+            )  # as JSON escapes half a pair
+    return count
 
 
 def read_text(path: Path) -> str:
@@ -240,6 +284,52 @@ def read_jsonl(path: Path) -> list[dict[str, Any]]:
         return [json.loads(line) for line in f if line.strip()]
 
 
+def _line_at(file: IO[bytes], place: int) -> dict[str, Any]:
+    file.seek(place)
+    row: dict[str, Any] = json.loads(file.readline())
+    return row
+
+
+def stored_jsonl(path: Path) -> Lazy[dict[str, Any]]:
+    """The rows of `read_jsonl`, each read from the file when it is asked for: 8 bytes of memory a row."""
+    file, places, place = path.open("rb"), array("q"), 0
+    for line in file:
+        if line.strip():
+            places.append(place)
+        place += len(line)
+    return Lazy(partial(_line_at, file), places)
+
+
+def spooled(rows: Iterable[Mapping[str, Any]]) -> Lazy[dict[str, Any]]:
+    """Rows moved out of memory, into a file without a name in the folder for temporary files (TMPDIR)."""
+    file, places = tempfile.TemporaryFile(), array("q")
+    for row in rows:
+        places.append(file.tell())
+        file.write((json.dumps(row) + "\n").encode())
+    return Lazy(partial(_line_at, file), places)
+
+
+class Entries(Mapping[str, dict[str, Any]]):
+    """The entries of a log by id. Memory holds where each one begins (`places`); it is read when it is asked for."""
+
+    def __init__(self, path: Path, places: dict[str, int]):
+        self.places, self._file = places, path.open("rb")
+
+    def __getitem__(self, key: str) -> dict[str, Any]:
+        entry = _line_at(self._file, self.places[key])
+        entry.pop("check", None)
+        return entry
+
+    def __contains__(self, key: object) -> bool:
+        return key in self.places
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.places)
+
+    def __len__(self) -> int:
+        return len(self.places)
+
+
 class AppendLog:
     """Outcomes of one stage, one JSON object a line, keyed by `id`; the last entry of an id wins, so a retried request replaces its
     earlier outcome.
@@ -252,40 +342,44 @@ class AppendLog:
     def __init__(self, path: Path, needs: Sequence[str] = ()):
         self.path, self.needs = path, needs
         path.parent.mkdir(parents=True, exist_ok=True)
-        self.entries: dict[str, dict[str, Any]] = {}
-        self._recover()
+        places = self._recover()
         self._file = path.open("ab", buffering=0)
+        self.entries = Entries(path, places)
 
-    def _recover(self) -> None:
+    def _recover(self) -> dict[str, int]:
+        """Where each entry begins, once the log holds entries alone."""
+        places: dict[str, int] = {}
         if not self.path.exists():
-            return
-        data = self.path.read_bytes()
-        good, damaged = [], []
-        *lines, tail = data.split(b"\n")
-        for number, line in enumerate([*lines, tail], 1):
-            if not line.strip():
-                continue
-            try:
-                entry = _checked(line, self.needs)
-            except (ValueError, RecursionError) as error:
-                if number <= len(lines) or not _is_torn(line, error):
-                    damaged.append((number, line, error))
-                continue
-            self.entries[entry["id"]] = entry
-            good.append(line + b"\n")
+            return places
+        damaged, dropped, place, line = [], set(), 0, b"\n"
+        with self.path.open("rb") as f:
+            for number, line in enumerate(f, 1):
+                try:
+                    key = _checked(line, self.needs)["id"] if line.strip() else None
+                except (ValueError, RecursionError) as error:
+                    key = None
+                    if line.endswith(b"\n") or not _is_torn(line, error):
+                        damaged.append((number, line.rstrip(b"\n"), error))
+                if key is None:
+                    dropped.add(number)
+                else:
+                    places[key] = place
+                    place += len(line)
         if damaged:
             aside = self.path.with_name(f"{self.path.name}.damaged")
             with disk_errors(aside), aside.open("ab") as f:
-                f.writelines(line + b"\n" for _, line, _ in damaged)
-            number, _, why = damaged[0]
+                f.writelines(text + b"\n" for _, text, _ in damaged)
+            first, _, why = damaged[0]
             more = f" and {len(damaged) - 1} more" if len(damaged) > 1 else ""
             print(
-                f"{self.path.name}: line {number}{more} cannot be read ({why}); moved to {aside.name}, the other {len(good)} count",
+                f"{self.path.name}: line {first}{more} cannot be read ({why}); moved to {aside.name}, the other "
+                f"{number - len(dropped)} count",
                 flush=True,
             )
-        if (whole := b"".join(good)) != data:
-            with disk_errors(self.path):
-                write_atomically(self.path, whole)
+        if dropped or not line.endswith(b"\n"):
+            with disk_errors(self.path), self.path.open("rb") as old, atomic_file(self.path) as new:
+                new.writelines(text.rstrip(b"\n") + b"\n" for i, text in enumerate(old, 1) if i not in dropped)
+        return places
 
     def append(self, entry: Mapping[str, Any]) -> None:
         """Add one outcome with a single write call; on a full disk nothing of it stays."""
@@ -299,7 +393,7 @@ class AppendLog:
             except OSError:
                 self._file.truncate(before)
                 raise
-        self.entries[entry["id"]] = dict(entry)
+        self.entries.places[entry["id"]] = before
 
     def close(self) -> None:
         os.fsync(self._file.fileno())

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import hashlib
+from array import array
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from speed_core.data import minhash
-from speed_core.files import UserError, digest, write_jsonl
+from speed_core.files import Lazy, UserError, canonical, digest, write_jsonl
 from speed_core.profile import Curate
 from speed_core.store.artifacts import Artifact
 
@@ -33,7 +34,7 @@ def near_duplicates(rows: Sequence[Mapping[str, Any]], settings: Curate) -> list
     out: list[str | None] = [None] * len(rows)
     for mine in places.values():
         twins = minhash.duplicates(
-            [record_text(rows[i]) for i in mine],
+            Lazy(lambda i: record_text(rows[i]), mine),
             threshold=settings.threshold,
             permutations=settings.permutations,
             shingle=settings.shingle,
@@ -87,21 +88,28 @@ def overlaps(rows: Sequence[Mapping[str, Any]], texts: Mapping[str, Sequence[str
 
 def curate(
     rows: Sequence[dict[str, Any]], settings: Curate, evaluation_texts: Mapping[str, Sequence[str]]
-) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
-    """(kept rows, dropped rows with `dropped_by` and `because`). Every row is in exactly one of them."""
+) -> tuple[Lazy[dict[str, Any]], Lazy[dict[str, Any]]]:
+    """(kept rows, dropped rows with `dropped_by` and `because`). Every row is in exactly one of them.
+
+    `rows` may be `files.stored_jsonl`: only ids, places and reasons are held in memory.
+    """
     if len({r["id"] for r in rows}) != len(rows):
         raise UserError("records: two share an id; ids must differ")
-    kept, dropped = [], []
+    kept, dropped = array("q"), []
     twins = near_duplicates(rows, settings)
     hits = overlaps(rows, evaluation_texts, settings.overlap_words)
-    for row, twin, hit in zip(rows, twins, hits, strict=True):
+    for i, (twin, hit) in enumerate(zip(twins, hits, strict=True)):
         if twin is not None:
-            dropped.append({**row, "dropped_by": "near-duplicate", "because": f"of {twin}"})
+            dropped.append((i, "near-duplicate", f"of {twin}"))
         elif hit is not None:
-            dropped.append({**row, "dropped_by": "evaluation overlap", "because": f"{hit[0]}: {hit[1]!r}"})
+            dropped.append((i, "evaluation overlap", f"{hit[0]}: {hit[1]!r}"))
         else:
-            kept.append(row)
-    return kept, dropped
+            kept.append(i)
+
+    def reason(key: tuple[int, str, str]) -> dict[str, Any]:
+        return {**rows[key[0]], "dropped_by": key[1], "because": key[2]}
+
+    return Lazy(rows.__getitem__, kept), Lazy(reason, dropped)
 
 
 def make_record(prompt: Any, outcome_record: Mapping[str, Any], *, source: str, parent: str | None, seed: int) -> dict[str, Any]:
@@ -129,14 +137,17 @@ def write_dataset(folder: Path, rows: Sequence[Mapping[str, Any]], *, title: str
     write_jsonl(folder / "train.jsonl", rows)
     # datasets 5.2 keeps a folder's rows in its cache under the configuration's name, and would hand out the
     # rows of an earlier folder of the same name: so the name is taken from all of the contents.
-    count = Counter(r["kind"] for r in rows)
+    count, contents = Counter(r["kind"] for r in rows), hashlib.sha256(b"[")
+    for i, row in enumerate(rows):
+        contents.update(("," * (i > 0) + canonical(row)).encode())
+    contents.update(b"]")  # the digest of the list of rows
     table = "\n".join(f"| {k} | {count[k]} |" for k in sorted(count))
     card = f"""---
 language: en
 task_categories: [sentence-similarity]
 tags: [synthetic, speed, text-embeddings]
 configs:
-- config_name: v{digest(list(rows))[:10]}
+- config_name: v{contents.hexdigest()[:10]}
   data_files: train.jsonl
 ---
 # {title}

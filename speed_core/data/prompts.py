@@ -275,8 +275,8 @@ def synthesis(
         raise ValueError(f"kind {kind!r}: unknown; use one of {', '.join(KEYS)}")
     if table not in ATTRIBUTES:
         raise ValueError(f"attributes {table!r}: unknown table; use one of {', '.join(ATTRIBUTES)}")
+    rid = synthesis_id(kind, topic, task, index=index, seed=seed, stage=stage, table=table, style=style)
     task = STS_TASK if kind == "sts" else task
-    rid = record_id(stage=stage, kind=kind, topic=topic, task=task, index=index, seed=seed, table=table, style=style)
     if style == "faithful":
         name, *more = RELEASED_SYNTHESIS[kind]
         text = _released(clone, "prompts_synthesis", name, rid, topic if kind == "sts" else task, *more)
@@ -292,6 +292,11 @@ def synthesis(
     lines.append("Answer with one JSON object and nothing else.")
     filled = [line.format(task=task, topic=topic, **attributes) for line in lines]
     return Prompt(rid, kind, topic, task, "\n".join(filled), attributes)
+
+
+def synthesis_id(kind: str, topic: str, task: str, **fields: Any) -> str:
+    """The record id of `synthesis`, without the prompt."""
+    return record_id(kind=kind, topic=topic, task=STS_TASK if kind == "sts" else task, **fields)
 
 
 def judge(prompt: str, candidates: list[str]) -> str:

@@ -7,9 +7,11 @@ global randomness. The same call gives the same requests on any machine.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 from speed_core.data import prompts
 from speed_core.data.records import KINDS
+from speed_core.files import Lazy
 
 TaskTable = Mapping[tuple[str, str], Sequence[str]]  # (kind, topic) -> brainstormed tasks
 
@@ -74,7 +76,7 @@ def plan_synthesis(
     style: str = "own",
     clone: str = "",
     ratio: Mapping[str, float] = RATIO,
-) -> list[prompts.Prompt]:
+) -> Lazy[prompts.Prompt]:
     """`count` synthesis prompts over the kinds and topics, ordered by record id.
 
     Ordering by id mixes the kinds, so that any prefix is a small version of the whole: nested
@@ -82,8 +84,14 @@ def plan_synthesis(
     gets its next task or the next index of the same task, hence other attributes.
     Raises ValueError when a kind has to be written but no topic has a task for it.
     """
+    fixed: dict[str, Any] = {"seed": data_seed, "stage": stage, "table": attributes, "style": style}
+
+    def prompt(key: tuple[str, str, str, str, int]) -> prompts.Prompt:
+        _, kind, topic, task, turn = key
+        return prompts.synthesis(kind, topic, task, index=turn, **fixed, clone=clone)
+
     chosen = choose_tasks(table, tasks_per_topic, data_seed)
-    out = []
+    keys = []
     for kind, number in split_count(count, ratio).items():
         usable = [t for t in topics if kind == "sts" or chosen.get((kind, t))]
         if number and not usable:
@@ -94,17 +102,6 @@ def plan_synthesis(
             topic = usable[j % len(usable)]
             turn = j // len(usable)
             tasks = chosen.get((kind, topic), [""])
-            out.append(
-                prompts.synthesis(
-                    kind,
-                    topic,
-                    tasks[turn % len(tasks)],
-                    index=turn,
-                    seed=data_seed,
-                    stage=stage,
-                    table=attributes,
-                    style=style,
-                    clone=clone,
-                )
-            )
-    return sorted(out, key=lambda p: p.id)
+            task = tasks[turn % len(tasks)]
+            keys.append((prompts.synthesis_id(kind, topic, task, index=turn, **fixed), kind, topic, task, turn))
+    return Lazy(prompt, sorted(keys))

@@ -6,17 +6,20 @@ An engine (`speed_core.generation.engines`) turns requests into completions; `ge
 
 from __future__ import annotations
 
+import sqlite3
+from array import array
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import closing
 from dataclasses import asdict, replace
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any
 
 from speed_core.console import progress
 from speed_core.data import records
 from speed_core.data.replies import Completion
-from speed_core.files import AppendLog, UserError, digest
+from speed_core.files import AppendLog, Lazy, UserError, digest
 from speed_core.generation.engines import Decoding, Engine, EngineOptions, Request, choose_engine, open_engine
 from speed_core.models import loading
 
@@ -51,7 +54,7 @@ def generate_all(
     attempts: int = 1,
     model_id: str = "",
     parse: Parser = records.parse,
-) -> list[dict[str, Any]]:
+) -> Lazy[dict[str, Any]]:
     """Answer every request and return one log entry each, in the order of `requests`.
 
     Requests already in `log` (same digest of everything that decides the text) are not issued
@@ -60,28 +63,44 @@ def generate_all(
     seed of its own, up to `attempts` times in all; every attempt stays in the log, the last one is returned.
     `engine`: one that is open and stays open, or options to open one with when a request has to be issued.
     `model_id` names weights that are not on this machine (a server's); else it is their digest.
+    Of a request two digests stay in memory and of an entry its place in the log: for a million less than 1 GB, where
+    `requests` makes its items when they are read (`files.Lazy`).
     """
     if not model_id:
         base = loading.model_id(model)
         model_id = f"{base}+{loading.weights_id(adapter)}" if adapter else base
-    if len({r.id for r in requests}) != len(requests):
-        raise ValueError("requests: two of them share an id; ids must differ")
     opened, options = (None, engine) if isinstance(engine, EngineOptions) else (engine, None)
     dtype = options.dtype if options else "auto"
-    latest = {r.id: r for r in requests}
-    with AppendLog(log, LOGGED) as entries:
+    keys, place = list[str](), dict[str, int]()  # the request id of each one's latest attempt; where a record's request stands
+    for r in requests:
+        place[r.id] = len(keys)
+        keys.append(request_id(r, model_id, decoding, dtype))
+    if len(place) != len(keys):
+        raise ValueError("requests: two of them share an id; ids must differ")
+    attempt_of = bytearray(b"\1" * len(keys))
 
-        def entry(r: Request) -> dict[str, Any] | None:
-            return entries.entries.get(request_id(r, model_id, decoding, dtype))
+    @lru_cache(maxsize=1024)
+    def request(i: int, attempt: int) -> Request:  # an engine reads it, and its completion needs it again soon after
+        r = requests[i]
+        while r.attempt < attempt:
+            r = r.again()
+        return r
 
-        others = {e["record"] for e in entries.entries.values()} & {r.id for r in requests if entry(r) is None}
+    with AppendLog(log, LOGGED) as outcomes:
+        entries = outcomes.entries
+        planned = set(keys)
+        unused = (entries[key]["record"] for key in entries if key not in planned)
+        others = {record for record in unused if record in place and keys[place[record]] not in entries}
         if others:
             print(
                 f"{log.name}: holds {len(others)} of these records with another prompt, model, decoding or seed; kept, not used"
             )
         try:
             for attempt in range(1, attempts + 1):
-                todo = [r for r in latest.values() if r.attempt == attempt and entry(r) is None]
+                todo = Lazy(
+                    partial(request, attempt=attempt),
+                    [i for i, key in enumerate(keys) if attempt_of[i] == attempt and key not in entries],
+                )
                 if todo and opened is None and options:
                     # By all requests: what is left of a stopped run is answered by the engine that began it.
                     name = choose_engine(options.name, len(requests), decoding.max_new_tokens)
@@ -91,23 +110,34 @@ def generate_all(
                     bar = progress(len(requests), f"{named} [{opened.name}]", "rec", len(requests) - len(todo))
                     with closing(bar), closing(opened.generate(prefix_order(todo), decoding)) as completions:
                         for c in completions:
-                            key = request_id(latest[c.id], model_id, decoding, dtype)
-                            entries.append(_entry(c, latest[c.id], key, model_id, opened.name, parse))
+                            i = place[c.id]
+                            outcomes.append(_entry(c, request(i, attempt=attempt), keys[i], model_id, opened.name, parse))
                             bar.update()
                 if attempt < attempts:
-                    latest |= {r.id: r.again() for r in latest.values() if r.attempt == attempt and _weak(entry(r))}
+                    for i, key in enumerate(keys):
+                        if attempt_of[i] == attempt and _weak(entries.get(key)):
+                            attempt_of[i] += 1
+                            keys[i] = request_id(request(i, attempt=attempt + 1), model_id, decoding, dtype)
         except BaseException:
             if opened and options:
                 opened.close()
             raise
         if opened and options:
             opened.rest()  # the next stage often opens the same engine on other weights
-        return [e for r in requests if (e := entry(latest[r.id])) is not None]
+        return Lazy(entries.__getitem__, [key for key in keys if key in entries])
 
 
-def prefix_order(requests: Sequence[Request]) -> list[Request]:
-    """Requests sorted by their text, so that prompts with a common beginning follow each other and share its cache."""
-    return sorted(requests, key=lambda r: r.text)
+def prefix_order(requests: Sequence[Request]) -> Lazy[Request]:
+    """Requests sorted by their text, so that prompts with a common beginning follow each other and share its cache.
+
+    The texts are sorted on the disk (a database without a name): a million of them are more than a gigabyte.
+    """
+    with closing(sqlite3.connect("")) as db:
+        db.execute("CREATE TABLE texts (text BLOB)")
+        db.executemany("INSERT INTO texts VALUES (?)", ((r.text.encode("utf-8", "surrogatepass"),) for r in requests))
+        return Lazy(
+            requests.__getitem__, array("q", (n - 1 for (n,) in db.execute("SELECT rowid FROM texts ORDER BY text, rowid")))
+        )
 
 
 def _weak(entry: dict[str, Any] | None) -> bool:
@@ -146,20 +176,22 @@ def _entry(
 
 def replay(
     requests: Sequence[Request], log: Path, decoding: Decoding, attempts: int = 1, dtype: str = "auto"
-) -> list[dict[str, Any]]:
+) -> Lazy[dict[str, Any]]:
     """The log entries of `requests` in their order, without model or engine: the last attempt of each, as `generate_all` returns it.
 
     An entry counts only when its id is the digest of this very prompt, decoding and seed with the model it names.
     """
     if not log.is_file():
         raise UserError(f"replay: {log.name} is not there; import an export first (python -m speed_core import FILE)")
-    with AppendLog(log, LOGGED) as entries:
-        by_record: dict[str, list[dict[str, Any]]] = {}
-        for e in entries.entries.values():
-            by_record.setdefault(e["record"], []).append(e)
+    with AppendLog(log, LOGGED) as outcomes:
+        entries, by_record = outcomes.entries, dict[str, list[str]]()
+        for key, e in entries.items():
+            by_record.setdefault(e["record"], []).append(key)
 
     def find(r: Request) -> dict[str, Any] | None:
-        found = [e for e in by_record.get(r.id, []) if e["id"] == request_id(r, e["model"], decoding, dtype)]
+        found = [
+            e for e in map(entries.__getitem__, by_record.get(r.id, [])) if e["id"] == request_id(r, e["model"], decoding, dtype)
+        ]
         return found[-1] if found else None
 
     out = []
@@ -173,8 +205,8 @@ def replay(
                 f"replay: {log.name} holds no outcome of record {r.id} with this prompt, decoding and seed; "
                 "use the profile and overrides of the export"
             )
-        out.append(entry)
-    return out
+        out.append(entry["id"])
+    return Lazy(entries.__getitem__, out)
 
 
 def outcome_of(entry: dict[str, Any]) -> records.Outcome:

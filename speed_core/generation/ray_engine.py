@@ -1,9 +1,9 @@
-"""The same generation stage on several processes or machines: Ray actors around the engines of `generate`.
+"""The same generation stage on several processes or machines: Ray Data's `map_batches` over a pool of engines.
 
-Each actor holds one engine; chunks of requests go to whichever actor is free, so a fast machine takes more.
-The request log is written by the caller alone (`generate.generate_all`), so ids, log and resume are those of one
-process. With Transformers the chunks are the very batches of one process: where the machines compute alike,
-the texts are the same too.
+Each actor of the pool holds one engine; chunks of requests go to whichever actor is free, so a fast machine takes more.
+Ray Data starts a fresh actor for one that dies and does its chunk again. The request log is written by the caller alone
+(`generate.generate_all`), so ids, log and resume are those of one process. With Transformers the chunks are the very
+batches of one process: where the machines compute alike, the texts are the same too.
 
 What every machine needs: this package with the same lock (`make setup`), and the weights under the same
 name, that is `package:NAME`, a hub id, or a folder that all machines share (base and adapter; a run's own
@@ -14,18 +14,20 @@ from __future__ import annotations
 
 import logging
 import os
+import pickle
 import socket
-from collections import deque
+import threading
+import zlib
 from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from speed_core.files import UserError
+from speed_core.files import Lazy, UserError
 from speed_core.generation.engines import Completion, Decoding, Engine, EngineName, EngineOptions, Request, open_engine
 from speed_core.models import loading
 
-RESTARTS = 3  # fresh actors a worker may cost, over the life of the engine
+RESTARTS = 3  # fresh actors that each worker may cost
 # vLLM batches by itself and drains at the end of a chunk; this many chunks a worker keep the drains rare
 # and the last chunks short. The cap bounds what a killed worker has to write again.
 VLLM_CHUNKS, VLLM_CHUNK = 4, 1024
@@ -41,6 +43,7 @@ def _ray() -> Any:
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")  # else a notice at every start without GPU
     try:
         import ray
+        import ray.data
     except ImportError:
         raise UserError(
             "generation.executor 'ray': not installed; run make setup (or pip install ray), or use generation.executor=process"
@@ -116,11 +119,27 @@ def weights_of(model: str, adapter: Path | None) -> tuple[str, ...]:
 
 
 class _Worker:
-    """The actor: one engine, one chunk at a time. `__init__` does nothing, so that a start that fails is an
-    error with its own message and not a dead actor."""
+    """An actor of the pool: one engine, which its first chunk opens. What the engine raises is an answer, so that it ends the
+    generation with its own message; only a worker that dies is replaced."""
 
-    def start(self, spec: WorkerSpec) -> tuple[str, int]:
-        """Open the engine; (host, process id) of this worker."""
+    def __init__(self, spec: WorkerSpec, decoding: Decoding):
+        self._spec, self._decoding = spec, decoding
+        self._engine: Engine | None = None
+
+    def __call__(self, batch: dict[str, Any]) -> dict[str, list[bytes]]:
+        """{"chunk": [requests]} -> {"answer": [completions, or UserError]}, both packed."""
+        try:
+            self._engine = self._engine or self._open()
+            answer: Any = list(self._engine.generate(_unpack(batch["chunk"][0]), self._decoding))
+        except UserError as error:
+            answer = UserError(str(error))
+        except Exception as error:
+            text = f"{type(error).__name__}: {_first_line(error)}"
+            answer = UserError(f"generation over Ray: the engine failed on a worker ({text}); {RUN_AGAIN}")
+        return {"answer": [_pack(answer)]}
+
+    def _open(self) -> Engine:
+        spec = self._spec
         os.environ.update(spec.environment)
         if "OMP_NUM_THREADS" in spec.environment:
             import torch
@@ -132,22 +151,27 @@ class _Worker:
                 f"worker on {socket.gethostname()}: weights {'+'.join(found)} of {spec.model!r}, the caller has "
                 f"{'+'.join(spec.weights)}; give all machines the same folder or package"
             )
-        self._engine = spec.opener(spec.options, spec.model, spec.adapter)
-        return socket.gethostname(), os.getpid()
+        return spec.opener(spec.options, spec.model, spec.adapter)
 
-    def generate(self, requests: Sequence[Request], decoding: Decoding) -> list[Completion]:
-        return list(self._engine.generate(requests, decoding))
+    def __del__(self) -> None:  # Ray Data lets go of it when the pool ends
+        if self._engine:
+            self._engine.close()
 
-    def close(self) -> None:
-        self._engine.close()
+
+def _pack(value: Any) -> bytes:
+    return zlib.compress(pickle.dumps(value), 1)  # prompts of one template: a tenth of the size
+
+
+def _unpack(data: bytes) -> Any:
+    return pickle.loads(zlib.decompress(data))
 
 
 class RayEngine(Engine):
     """`options.workers` engines `options.name` on the machines of a Ray, as one engine.
 
-    Workers start with the first requests. One that dies (killed, out of memory, machine gone) is replaced
-    up to `restarts` times a worker, and its chunk is done again; an exception of an engine ends the
-    generation, because it would come again.
+    Workers start with the requests and end with them. One that dies (killed, out of memory, machine gone) is
+    replaced up to `restarts` times, and its chunk is done again; an exception of an engine ends the generation,
+    because it would come again.
 
     Where the machines have GPUs a worker takes one; else a worker gets an equal share of the cores.
     `opener` opens the engine on a worker, by default as in one process.
@@ -166,22 +190,17 @@ class RayEngine(Engine):
             loading.check_adapter(adapter, model)
         self.name = options.name  # who wrote a text, as in one process: artifacts do not depend on the executor
         self.workers, self.batch_size = options.workers, options.batch_size
-        self.pids: dict[Any, tuple[str, int]] = {}
-        self.running: dict[Any, tuple[Any, list[Request]]] = {}  # pending chunk -> (worker, chunk)
-        self._actors: set[Any] = set()
-        self._tokenizer: Any = None
         self._model = str(Path(model).expanduser().resolve()) if Path(model).expanduser().is_dir() else model
         folder = adapter.resolve() if adapter else None
         names = ("HF_HUB_OFFLINE", "HF_HUB_CACHE", "TOKENIZERS_PARALLELISM")
-        self._restarts_left = restarts * options.workers
+        self._restarts = restarts
         self._ray = _ray()
         self._owned = connect(options.ray_address)
         try:
-            share, threads = self._share()
+            self._resources, threads = self._share()
         except UserError:
             self.close()
             raise
-        self._actor = self._ray.remote(**share)(_Worker)
         self._spec = WorkerSpec(
             replace(options, workers=0),
             self._model,
@@ -202,117 +221,77 @@ class RayEngine(Engine):
                 f"lower it to {gpus or cores}, or add machines with `ray start --address`"
             )
         if gpus:
-            return {"num_gpus": 1, "num_cpus": 0, "max_restarts": 0}, {}
+            return {"num_gpus": 1, "num_cpus": 0}, {}
         # The largest whole number of cores that every worker can have.
         share = next(c for c in range(cores, 0, -1) if sum(int(n.get("CPU", 0)) // c for n in nodes) >= self.workers)
         threads = {"OMP_NUM_THREADS": str(share)}
         if self.workers > len(nodes):
             threads["VLLM_CPU_OMP_THREADS_BIND"] = "nobind"  # else every vLLM of a machine binds to the same cores
-        return {"num_cpus": share, "max_restarts": 0}, threads
+        return {"num_cpus": share}, threads
 
-    def _chunks(self, requests: Sequence[Request]) -> list[list[Request]]:
+    def _chunks(self, requests: Sequence[Request]) -> list[Sequence[Request]]:
         """Requests in the order and size in which workers take them."""
         if self.name == EngineName.TRANSFORMERS:
             # The batches of TransformersEngine: the padding, and with it the texts, are those of one process.
-            self._tokenizer = self._tokenizer or loading.load_tokenizer(self._model)
-            requests = sorted(requests, key=lambda r: len(loading.encode_prompt(self._tokenizer, r.text)))
+            tokenizer = loading.load_tokenizer(self._model)
+            lengths = [len(loading.encode_prompt(tokenizer, r.text)) for r in requests]
+            requests = Lazy(requests.__getitem__, sorted(range(len(lengths)), key=lengths.__getitem__))
             size = self.batch_size
         else:
             fair = -(-len(requests) // (VLLM_CHUNKS * self.workers))
             size = max(self.batch_size, min(VLLM_CHUNK, fair))
-        return [list(requests[i : i + size]) for i in range(0, len(requests), size)]
+        return [requests[i : i + size] for i in range(0, len(requests), size)]
 
     def generate(self, requests: Sequence[Request], decoding: Decoding) -> Generator[Completion, None, None]:
         """One completion per request, a chunk at a time, in the order in which chunks finish.
 
-        Raises UserError in one line when an engine fails or too many workers died.
+        Raises UserError in one line when an engine fails or a worker died too often.
         """
-        ray = self._ray
-        queue = deque(self._chunks(requests))
-        idle: list[Any] = list(self.pids)
-        starting: dict[Any, Any] = {}  # pending start -> actor
-        running = self.running
+        data, chunks = self._ray.data, self._chunks(requests)
+        context = data.DataContext.get_current()
+        context.enable_progress_bars = context.print_on_execution_start = False
+        logging.getLogger("ray.data").setLevel(logging.CRITICAL)  # what goes wrong is said here, in one line
+        # One chunk a block: what Ray Data hands out, retries and gives back.
+        asked = data.from_items([{"chunk": _pack(list(c))} for c in chunks], override_num_blocks=len(chunks))
+        pool = asked.map_batches(
+            _Worker,
+            fn_constructor_args=(self._spec, decoding),
+            batch_size=1,
+            compute=data.ActorPoolStrategy(size=min(self.workers, len(chunks)), max_tasks_in_flight_per_actor=2),
+            max_restarts=self._restarts,
+            **self._resources,
+        )
+        answers = iter(pool.iter_batches(batch_size=None, prefetch_batches=0))
+        late = threading.Timer(WAIT_SECONDS, self._say_late)
+        late.start()
         try:
-            while queue or running:
-                while queue and idle:
-                    actor, chunk = idle.pop(), queue.popleft()
-                    running[actor.generate.remote(chunk, decoding)] = actor, chunk
-                up = len(running) + len(starting)
-                for _ in range(min(len(queue) - len(starting), self.workers - up)):
-                    actor = self._actor.remote()
-                    self._actors.add(actor)
-                    starting[actor.start.remote(self._spec)] = actor
-                ready, _ = ray.wait([*running, *starting], num_returns=1, timeout=WAIT_SECONDS)
-                if not ready and not running:
-                    print(f"generation.workers: waiting for {len(starting)}; free in Ray: {self._free()}", flush=True)
-                for ref in ready:
-                    actor, work = running.pop(ref) if ref in running else (starting.pop(ref), None)  # None: a start
-                    try:
-                        value = self._get(ref)
-                    except UserError:
-                        if work is None:
-                            self._drop(actor)
-                        raise
-                    if value is None:  # the actor is dead
-                        self._drop(actor)
-                        if work:
-                            queue.appendleft(work)
-                        self._restarts_left -= 1
-                        if self._restarts_left < 0:
-                            raise UserError(f"generation over Ray: workers died too often, the last one {self._why}; {RUN_AGAIN}")
-                        continue
-                    idle.append(actor)
-                    if work is None:
-                        self.pids[actor] = value
-                    else:
-                        yield from value
+            for batch in answers:
+                late.cancel()
+                for answer in map(_unpack, batch["answer"]):
+                    if isinstance(answer, UserError):
+                        raise answer
+                    yield from answer
+        except self._ray.exceptions.RayError as error:
+            raise UserError(_why(error)) from error
         finally:
-            # Only after an error, or when the caller stopped reading: nobody waits for these any more.
-            for actor in [*starting.values(), *(a for a, _ in running.values())]:
-                self._drop(actor)
-            running.clear()
+            late.cancel()
+            answers.close()  # ends the pool, also when the caller stopped reading
 
-    def _get(self, ref: Any) -> Any:
-        """The value of a finished call, None when its worker died. Raises UserError when the engine raised."""
-        gone = self._ray.exceptions
-        try:
-            return self._ray.get(ref)
-        except gone.RayTaskError as error:
-            cause = error.cause
-            if isinstance(cause, UserError):
-                raise UserError(str(cause)) from None
-            text = f"{type(cause).__name__}: {_first_line(cause)}"
-            raise UserError(f"generation over Ray: the engine failed on a worker ({text}); {RUN_AGAIN}") from error
-        except gone.ActorDiedError as error:
-            self._why = f"({' '.join(line for line in str(error).splitlines() if line[:1] != chr(9))[:300]})"
-            if error.actor_init_failed:  # its `__init__` does nothing: this package could not be imported there
-                last = str(error).strip().splitlines()[-1].strip()
-                raise UserError(
-                    f"generation over Ray: a worker cannot start ({last}); run make setup on every machine"
-                ) from error
-            return None
-        except (gone.RayActorError, gone.ObjectLostError, gone.OutOfMemoryError, gone.NodeDiedError) as error:
-            self._why = f"({type(error).__name__}: {_first_line(error)})"
-            return None
-
-    def _drop(self, actor: Any) -> None:
-        # Only once: after `close` a call of Ray would start a new one.
-        if actor in self._actors:
-            self._actors.remove(actor)
-            self.pids.pop(actor, None)
-            self._ray.kill(actor)
-
-    def _free(self) -> str:
+    def _say_late(self) -> None:
         left = self._ray.available_resources()
-        return f"{left.get('CPU', 0):g} cores, {left.get('GPU', 0):g} GPUs"
+        free = f"{left.get('CPU', 0):g} cores, {left.get('GPU', 0):g} GPUs"
+        print(f"generation.workers: no answer yet after {WAIT_SECONDS:.0f} s; free in Ray: {free}", flush=True)
 
     def close(self) -> None:
-        """End the workers, and the Ray too when this engine started it."""
-        busy = {actor for actor, _ in self.running.values()}
-        asked = [a.close.remote() for a in self.pids if a not in busy]
-        if asked:
-            self._ray.wait(asked, num_returns=len(asked), timeout=30)
-        for actor in list(self._actors):
-            self._drop(actor)
+        """End the Ray when this engine started it."""
         if self._owned:
             self._ray.shutdown()
+
+
+def _why(error: Exception) -> str:
+    """One line for an error of Ray: a worker that cannot start, or one that died too often."""
+    if getattr(error, "actor_init_failed", False):  # its `__init__` does nothing: this package could not be imported there
+        last = str(error).strip().splitlines()[-1].strip()
+        return f"generation over Ray: a worker cannot start ({last}); run make setup on every machine"
+    why = " ".join(line for line in str(error).splitlines() if line[:1] != "\t")[:300]
+    return f"generation over Ray: workers died too often, the last one ({why}); {RUN_AGAIN}"

@@ -23,6 +23,7 @@ from speed_core import machine
 from speed_core.files import (
     PACKAGE,
     AppendLog,
+    Lazy,
     MissingArtifact,
     OtherPrompts,
     UserError,
@@ -33,6 +34,7 @@ from speed_core.files import (
     file_lock,
     inside,
     read_jsonl,
+    stored_jsonl,
     write_json,
     write_jsonl,
 )
@@ -156,6 +158,10 @@ class Artifact:
 
     def rows(self, name: str = "data.jsonl") -> list[dict[str, Any]]:
         return read_jsonl(self.file(name))
+
+    def stored(self, name: str = "data.jsonl") -> Lazy[dict[str, Any]]:
+        """The same rows, left on the disk until each is read."""
+        return stored_jsonl(self.file(name))
 
     def json(self, name: str) -> Any:
         return json.loads(self.file(name).read_text(encoding="utf-8"))

@@ -12,7 +12,8 @@ from functools import lru_cache
 from typing import Any, NamedTuple
 
 from speed_core.data import prompts
-from speed_core.files import digest, write_json
+from speed_core.data.prompts import Prompt
+from speed_core.files import Lazy, digest, write_json
 from speed_core.models import compute_type, loading
 from speed_core.profile import Embedding, Profile
 from speed_core.store.artifacts import Artifact, Draft
@@ -81,7 +82,7 @@ def ablation_prompts(p: Profile) -> int:
     return min(p.synthesis.count, int(p.study.ablation_examples * 1.4))
 
 
-def _compared(run: Run) -> list[Any]:
+def _compared(run: Run) -> Lazy[Prompt]:
     return generation_stages.synthesis_prompts(run)[: ablation_prompts(run.profile)]
 
 
@@ -134,11 +135,11 @@ def arm_data(run: Run, draft: Draft, raw: Artifact, revised: Artifact | None = N
         generation_stages.synthesis_prompts(run), "base" if arm == Arm.BASE else "senior"
     )  # fmt: skip
     if arm == Arm.TEACHER:
-        rows = generation_stages.teacher_records(run)
+        rows: Sequence[dict[str, Any]] = generation_stages.teacher_records(run)
     elif revised:
         rows = generation_stages.revised_records(run, raw, revised, prompts_, source)
     else:
-        rows = generation_stages.to_records(run, raw.rows(), prompts_, source)
+        rows = generation_stages.to_records(run, raw.stored(), prompts_, source)
     if arm in (Arm.SR, Arm.SR_RE):
         ids = {q.id for q in _compared(run)}
         rows = [r for r in rows if r["id"] in ids]

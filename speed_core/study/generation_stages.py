@@ -7,16 +7,18 @@ these things changed, and says which.
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import json
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from array import array
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from speed_core import console
 from speed_core.data import asking, curate, prompts, records, tasks, teacher
 from speed_core.data.prompts import Prompt
 from speed_core.data.topics import RECORDS_PER_TOPIC, load_topics
-from speed_core.files import UserError, write_json, write_jsonl
+from speed_core.files import Lazy, UserError, spooled, write_json, write_jsonl
 from speed_core.generation import generate, sft
 from speed_core.models import compute_type, loading, training
 from speed_core.preference import judge
@@ -114,7 +116,7 @@ def task_table(artifact: Artifact) -> dict[tuple[str, str], list[str]]:
     return table
 
 
-def plan(run: Run, purpose: str, count: int, *, held_out: bool = False) -> list[Prompt]:
+def plan(run: Run, purpose: str, count: int, *, held_out: bool = False) -> Lazy[Prompt]:
     """Synthesis prompts for a purpose, from the data topics (or the held-out ones)."""
     p, t = run.profile.prompts, run.profile.topics
     return tasks.plan_synthesis(
@@ -130,7 +132,7 @@ def plan(run: Run, purpose: str, count: int, *, held_out: bool = False) -> list[
     )
 
 
-def seed_plan(run: Run) -> list[Prompt]:
+def seed_plan(run: Run) -> Lazy[Prompt]:
     """Prompts of the seed data.
 
     Recorded answers exist for the plans of `RECORDED_PLANS`, whose topics are truncated; a smaller profile takes the first prompts of
@@ -162,22 +164,20 @@ class Ask:
     """Prompts for a generator: `candidates` answers to each, with ids "RECORD#k" and a seed each where there are several.
 
     constrained: whether a grammar holds the answers to the form; the profile says it where this is None.
-    text: what is read in place of a prompt's own text, by record id (the revisor reads prompt and sample).
     """
 
     planned: Sequence[Prompt]
     candidates: int = 1
     constrained: bool | None = None
-    text: Mapping[str, str] = field(default_factory=dict)
 
-    def requests(self, run: Run) -> list[generate.Request]:
-        out = []
-        for q in self.planned:
-            for k in range(self.candidates):
-                rid = f"{q.id}#{k}" if self.candidates > 1 else q.id
-                seed = int(prompts.text_digest(f"{rid}|{run.profile.seed}")[:8], 16) & 0x7FFFFFFF
-                out.append(generate.Request(rid, training.prompt_text(self.text.get(q.id, q.text)), q.kind, seed))
-        return out
+    def requests(self, run: Run) -> Lazy[generate.Request]:
+        def request(n: int) -> generate.Request:
+            q, k = self.planned[n // self.candidates], n % self.candidates
+            rid = f"{q.id}#{k}" if self.candidates > 1 else q.id
+            seed = int(prompts.text_digest(f"{rid}|{run.profile.seed}")[:8], 16) & 0x7FFFFFFF
+            return generate.Request(rid, training.prompt_text(q.text), q.kind, seed)
+
+        return Lazy(request, range(len(self.planned) * self.candidates))
 
     def decoding(self, run: Run) -> generate.Decoding:
         g = run.profile.generation
@@ -185,9 +185,11 @@ class Ask:
         return generate.Decoding(g.temperature, g.top_p, g.max_new_tokens, constrained)
 
     def parameters(self, run: Run, generator: str) -> dict[str, Any]:
-        g = run.profile.generation
+        g, asked = run.profile.generation, hashlib.sha256()
+        for r in self.requests(run):
+            asked.update((r.id + r.text).encode())
         return {
-            "prompts": prompts.text_digest("".join(r.id + r.text for r in self.requests(run))),
+            "prompts": asked.hexdigest(),
             "decoding": dataclasses.asdict(self.decoding(run)),
             "generator": generator,
             "seed": run.profile.seed,
@@ -198,7 +200,7 @@ class Ask:
         """Fill a draft with one outcome a request; the log and the artifact have one name."""
         g, requests, decoding = run.profile.generation, self.requests(run), self.decoding(run)
         if run.replay:
-            entries = generate.replay(requests, run.log(name), decoding, g.attempts, _dtype(run))
+            entries: Sequence[dict[str, Any]] = generate.replay(requests, run.log(name), decoding, g.attempts, _dtype(run))
         else:
             entries = _generate(run, requests, generator, decoding, name)
             if g.engine != "server" and g.executor == "process":  # others know best what they compute in
@@ -250,7 +252,7 @@ def sample(run: Run, name: str, planned: Sequence[Prompt], generator: str, **how
 
 def _generate(
     run: Run, requests: Sequence[generate.Request], generator: str, decoding: generate.Decoding, name: str
-) -> list[dict[str, Any]]:
+) -> Sequence[dict[str, Any]]:
     """Answer requests with the engine of the profile; the log is the artifact's name."""
     g, base = run.profile.generation, run.profile.models.generator
     common: dict[str, Any] = {"log": run.log(name), "decoding": decoding, "label": name, "attempts": g.attempts}
@@ -303,7 +305,7 @@ def rubric(run: Run, entries: Sequence[dict[str, Any]] = (), planned: Sequence[P
 # --- 03 to 05: the three generators ---------------------------------------------------------------
 
 
-def unseen(run: Run) -> list[Prompt]:
+def unseen(run: Run) -> Lazy[Prompt]:
     """Prompts on held-out topics, for comparing generators."""
     return plan(run, "evaluation", run.profile.synthesis.evaluation_prompts, held_out=True)
 
@@ -355,7 +357,7 @@ def junior(run: Run, draft: Draft, seeds: Artifact) -> None:
     sft.train(run.profile.models.generator, pairs, settings, seed=run.profile.seed, output=draft.path, label="junior")
 
 
-def root_prompts(run: Run) -> list[Prompt]:
+def root_prompts(run: Run) -> Lazy[Prompt]:
     """Prompts of the root data, from which the preference pairs come."""
     return plan(run, "root", run.profile.senior.prompts)
 
@@ -494,8 +496,13 @@ def revisor(run: Run, draft: Draft, *revisions: Artifact) -> None:
 
 def revision_of(raw: Artifact, planned: Sequence[Prompt]) -> Ask:
     """One revision of every valid record of `raw` (one pass, as in the paper)."""
-    good = with_prompts([e for e in raw.rows() if e["status"] == "ok"], planned)
-    return Ask([q for _, q in good], text={q.id: prompts.revise(q.text, generate.text_of(e)) for e, q in good})
+    good = with_prompts(raw.stored().where(lambda e: e["status"] == "ok"), planned)
+
+    def revision(n: int) -> Prompt:
+        e, q = good[n]
+        return dataclasses.replace(q, text=prompts.revise(q.text, generate.text_of(e)))
+
+    return Ask(Lazy(revision, range(len(good))))
 
 
 @generated("revised-eval", "05", "revisor", inputs=["eval-junior"], work=lambda p: p.synthesis.evaluation_prompts)
@@ -513,7 +520,7 @@ def revised_twice(run: Run, raw: Artifact) -> Ask:
 # --- 06: synthesis --------------------------------------------------------------------------------
 
 
-def synthesis_prompts(run: Run) -> list[Prompt]:
+def synthesis_prompts(run: Run) -> Lazy[Prompt]:
     """Prompts of the large-scale synthesis."""
     return plan(run, "synthesis", run.profile.synthesis.count)
 
@@ -530,31 +537,32 @@ def revised(run: Run, raw: Artifact) -> Ask:
     return revision_of(raw, synthesis_prompts(run))
 
 
-def with_prompts(entries: Sequence[dict[str, Any]], planned: Sequence[Prompt]) -> list[tuple[dict[str, Any], Prompt]]:
+def with_prompts(entries: Sequence[dict[str, Any]], planned: Sequence[Prompt]) -> Lazy[tuple[dict[str, Any], Prompt]]:
     """Each outcome with the prompt that it answers. Raises OtherPrompts where this run has no such prompt."""
-    by_id = {q.id: q for q in planned}
+    place = {q.id: i for i, q in enumerate(planned)}
     try:
-        return [(e, by_id[e["record"]]) for e in entries]
+        at = array("q", (place[e["record"]] for e in entries))
     except KeyError as error:
         raise OtherPrompts(
             f"record {error}: answers a prompt that this run does not have; run the notebooks before again"
         ) from None
+    return Lazy(lambda i: (entries[i], planned[at[i]]), range(len(at)))
 
 
-def to_records(run: Run, entries: Sequence[dict[str, Any]], planned: Sequence[Prompt], source: str) -> list[dict[str, Any]]:
+def to_records(run: Run, entries: Sequence[dict[str, Any]], planned: Sequence[Prompt], source: str) -> Lazy[dict[str, Any]]:
     """Records of the valid outcomes."""
-    out = []
-    for e, q in with_prompts(entries, planned):
-        if found := generate.outcome_of(e).record:
-            parent = e["id"] if source == "revised" else None
-            out.append(curate.make_record(q, found, source=source, parent=parent, seed=e["seed"]))
-    return out
+    return spooled(
+        curate.make_record(q, found, source=source, parent=e["id"] if source == "revised" else None, seed=e["seed"])
+        for e, q in with_prompts(entries, planned)
+        if (found := generate.outcome_of(e).record)
+    )
 
 
-def revised_records(run: Run, raw: Artifact, revised: Artifact, planned: Sequence[Prompt], source: str) -> list[dict[str, Any]]:
+def revised_records(run: Run, raw: Artifact, revised: Artifact, planned: Sequence[Prompt], source: str) -> Lazy[dict[str, Any]]:
     """Revised records; where the revision is no valid record the raw one stays, so nothing is lost to revision."""
-    better = {r["id"]: r for r in to_records(run, revised.rows(), planned, "revised")}
-    return [better.get(r["id"], r) for r in to_records(run, raw.rows(), planned, source)]
+    better = to_records(run, revised.stored(), planned, "revised")
+    place = {r["id"]: i for i, r in enumerate(better)}
+    return spooled(better[place[r["id"]]] if r["id"] in place else r for r in to_records(run, raw.stored(), planned, source))
 
 
 def teacher_records(run: Run) -> list[dict[str, Any]]:

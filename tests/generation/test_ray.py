@@ -131,9 +131,10 @@ def test_more_workers_than_the_machines_hold_are_refused(base, a_ray):
 
 
 def test_a_worker_with_other_weights_is_refused(base, a_ray):
-    spec = dataclasses.replace(over_ray(base)._spec, weights=("other",))
+    engine = over_ray(base)
+    engine._spec = dataclasses.replace(engine._spec, weights=("other",))
     with pytest.raises(UserError, match="give all machines the same folder or package"):
-        ray_engine._Worker().start(spec)
+        list(engine.generate([generate.Request("r", "text", "sts", 0)], generate.Decoding()))
 
 
 def test_without_ray_the_user_is_told_what_to_install(base, monkeypatch):

@@ -71,11 +71,11 @@ def stretch():
 
     def torn_append(self, entry):
         line = (json.dumps(entry, ensure_ascii=True) + "\n").encode()
-        half = len(line) // 2
+        half, place = len(line) // 2, self._file.seek(0, os.SEEK_END)
         self._file.write(line[:half])
         time.sleep(0.0005)
         self._file.write(line[half:])
-        self.entries[entry["id"]] = dict(entry)
+        self.entries.places[entry["id"]] = place
 
     os.replace, files.AppendLog.append = slow_replace, torn_append
     assert append is not torn_append
