@@ -176,6 +176,21 @@ class Training(ConfigSection):
         return self
 
 
+class Processes(ConfigSection):
+    """How many processes train a generator or an embedding model together (`speed_core.models.launch`); no result depends on it.
+    `fsdp` splits a model over the GPUs. `accelerate`: a configuration file of accelerate's, for DeepSpeed or anything else."""
+
+    processes: int = Field(0, ge=0)  # 0: one a visible GPU; one without a GPU
+    accelerate: str = ""
+    fsdp: bool = False
+
+    @model_validator(mode="after")
+    def _one_of_them(self) -> Processes:
+        if self.accelerate and self.fsdp:
+            raise ValueError("fsdp is true and accelerate names a file; say it in the file, and set fsdp to false")
+        return self
+
+
 class Senior(Training):
     """DPO on the first `examples` usable pairs. `batch` counts prompts; `share` reads a prompt once for all its completions,
     `row_tokens` packs several prompts into a row. With `save_steps` a training that was interrupted goes on from a checkpoint."""
@@ -295,6 +310,7 @@ class Profile(ConfigSection):
     embedding: Embedding
     evaluation: Evaluation
     study: Study
+    training: Processes = Processes()  # type: ignore[call-arg]
     sources: dict[str, str] = {}
 
     def source(self, name: str) -> str:
@@ -331,10 +347,11 @@ def _raw(name: str, below: tuple[str, ...] = ()) -> dict[str, Any]:
         raise UserError(f"profile {path}: not JSON ({error}); correct the file") from None
     if not isinstance(data, dict):
         raise UserError(f"profile {path}: holds {type(data).__name__}, not an object with the values; see profiles/tiny.json")
-    topics = data.get("topics")
-    if isinstance(topics, dict) and isinstance(given := topics.get("file"), str):
-        with suppress(OSError, ValueError):  # of a profile of one's own, beside it
-            topics["file"] = str(found.resolve()) if (found := path.parent / given).is_file() else given
+    for section, name_of_file in (("topics", "file"), ("training", "accelerate")):
+        part = data.get(section)
+        if isinstance(part, dict) and isinstance(given := part.get(name_of_file), str):
+            with suppress(OSError, ValueError):  # of a profile of one's own, beside it
+                part[name_of_file] = str(found.resolve()) if (found := path.parent / given).is_file() else given
     parent = data.pop("extends", None)
     if parent is None:
         return data

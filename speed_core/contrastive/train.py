@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import random
 from collections.abc import Sequence
 from pathlib import Path
@@ -100,7 +101,8 @@ def train_embedder(
     if settings.lora is not None:
         body.model = get_peft_model(body.model, training.lora_config(settings.lora, body.model, "FEATURE_EXTRACTION"))
     cache = GuideCache(loading.sentence_transformer(guide, "float32"), guide_cache)
-    # A process's share of the batch is one step of the trainer: gradients that are added up would have no common negatives.
+    if os.environ.get("ACCELERATE_USE_FSDP") and (layers := getattr(body.model, "_no_split_modules", None)):
+        os.environ["FSDP_TRANSFORMER_CLS_TO_WRAP"] = ",".join(layers)  # what FSDP splits; a SentenceTransformer names none
     arguments = training.trainer_arguments(
         settings.model_copy(update={"micro_batch": share}), seed, output / "trainer", loading.resolve(base),
         batch_sampler=BatchSamplers.NO_DUPLICATES, gradient_checkpointing=settings.gradient_checkpointing,
@@ -116,7 +118,7 @@ def train_embedder(
     )
     trainer: Any = SentenceTransformerTrainer(
         model=model,
-        args=SentenceTransformerTrainingArguments(**arguments),
+        args=training.one_gpu(SentenceTransformerTrainingArguments(**arguments)),
         train_dataset=Dataset.from_list(triplets(rows[: settings.examples], seed)),
         loss=loss,
         callbacks=[training.bar_callback(label)],
@@ -129,9 +131,10 @@ def train_embedder(
         "rows": min(len(rows), settings.examples),
         "guided": settings.guided,
     }
+    gathered = training.whole_weights(trainer, body.model)
     if trainer.is_world_process_zero():
         if settings.lora is not None:
-            adapters.save_adapter(body.model, output / ADAPTER, base)
+            adapters.save_adapter(body.model, output / ADAPTER, base, gathered)
             write_json(output / ADAPTER / "body.json", {"base": base, **how})
         else:
             body.model.to(compute_type.torch_type(weights))

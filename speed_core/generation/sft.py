@@ -97,11 +97,13 @@ def train(
     model = AutoModelForCausalLM.from_pretrained(loading.resolve(base), dtype=dtype, attn_implementation="sdpa")
     trainer = _trainer_class()(
         model=model,
-        args=SFTConfig(
-            **training.trainer_arguments(settings, seed, output / "trainer", loading.resolve(base)),
-            max_length=settings.max_length,
-            completion_only_loss=True,
-            gradient_checkpointing=False,
+        args=training.one_gpu(
+            SFTConfig(
+                **training.trainer_arguments(settings, seed, output / "trainer", loading.resolve(base)),
+                max_length=settings.max_length,
+                completion_only_loss=True,
+                gradient_checkpointing=False,
+            )
         ),
         train_dataset=Dataset.from_list(rows),
         processing_class=tokenizer,
@@ -112,8 +114,11 @@ def train(
     token_logprobs.hidden_states_only(trainer.model)
     trainer.train()
     history = training.check_history(trainer.state.log_history, label)
-    adapters.save_adapter(trainer.model, output, base)
     trainable = sum(p.numel() for p in trainer.model.parameters() if p.requires_grad)
     facts = {"history": history, "rows": len(rows), "dropped_too_long": dropped, "trainable": trainable}
-    (output / "training.json").write_text(json.dumps(facts, indent=1))
+    gathered = training.whole_weights(trainer, trainer.model)
+    if trainer.is_world_process_zero():
+        adapters.save_adapter(trainer.model, output, base, gathered)
+        (output / "training.json").write_text(json.dumps(facts, indent=1))
+    trainer.accelerator.wait_for_everyone()
     return facts

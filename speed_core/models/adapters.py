@@ -11,13 +11,13 @@ from speed_core.files import UserError, write_json
 from speed_core.models.loading import resolve, weights_id
 
 
-def save_adapter(model: Any, folder: Path, base: str) -> None:
+def save_adapter(model: Any, folder: Path, base: str, state: Any = None) -> None:
     """Write the adapter and, beside it, the digest of the weights that it belongs to.
 
     PEFT writes the folder of the base into two files, and the adapted layers in an order that differs from process to
-    process: with either, equal adapters would differ in digest.
+    process: with either, equal adapters would differ in digest. `state`: the weights of a model that is split over processes.
     """
-    model.save_pretrained(str(folder))
+    model.save_pretrained(str(folder), state_dict=state)
     weights = weights_id(resolve(base))
     name = f"merged weights {weights}" if os.path.isabs(base) else base
     write_json(folder / "base.json", {"name": name, "weights": weights})

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from speed_core.files import UserError
+from speed_core.models import training
 
 CHUNK = 128  # tokens at a time: 128 x 262,144 float32 logits are 134 MB
 
@@ -66,6 +67,7 @@ class _TokenLogProbs(torch.autograd.Function):
 def log_probs(hidden: Tensor, weight: Tensor, targets: Tensor, softcap: float | None = None) -> Tensor:
     """float32 (S,) log-probabilities of `targets` (S,) from hidden states (S, H) and head weights (V, H)."""
     # accelerate hands the outputs of a bfloat16 model back as float32; autograd casts the gradient back.
+    weight = training.whole(weight)
     return _TokenLogProbs.apply(hidden.to(weight.dtype), weight, targets, softcap)
 
 

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from speed_core.console import progress
 from speed_core.files import UserError, surrogate
 from speed_core.models import compute_type
-from speed_core.profile import Lora, Training
+from speed_core.profile import Embedding, Lora, Training
 
 if TYPE_CHECKING:  # torch takes a second
     from torch import Tensor
@@ -48,10 +48,28 @@ def lora_config(lora: Lora, model: Any, task_type: str = "CAUSAL_LM") -> Any:
 
 
 def processes() -> int:
-    """How many processes or GPUs train together: those that a launcher started, else the visible GPUs, at least one."""
-    import torch
+    """How many processes train together: those that a launcher started, this one among them."""
+    return int(os.environ.get("WORLD_SIZE", 1))
 
-    return int(os.environ.get("WORLD_SIZE", max(1, torch.cuda.device_count())))
+
+def one_gpu(arguments: Any) -> Any:
+    """The Trainer's arguments, with one GPU for this process: where it sees several, it would copy the model to all of them."""
+    arguments._n_gpu = min(1, arguments._n_gpu)
+    return arguments
+
+
+def accumulation(settings: Training, world: int) -> int:
+    """How many micro-batches each of `world` processes adds up to a step. UserError where they do not make up the batch.
+
+    Of an embedding's batch a process's share is one micro-batch: gradients that are added up would have no common negatives.
+    """
+    micro = max(1, settings.batch // world) if isinstance(settings, Embedding) else settings.micro_batch
+    if settings.batch % (micro * world):
+        raise UserError(
+            f"batch {settings.batch}: not micro_batch {micro} x {world} devices x a whole number; "
+            "change batch, micro_batch or training.processes"
+        )
+    return settings.batch // (micro * world)
 
 
 def trainer_arguments(settings: Training, seed: int, output: Path, folder: str = "", **more: Any) -> dict[str, Any]:
@@ -59,18 +77,12 @@ def trainer_arguments(settings: Training, seed: int, output: Path, folder: str =
     import torch
 
     cuda, kind = torch.cuda.is_available(), compute_type.choose(settings.dtype, training=True, folder=folder).name
-    world = processes()
-    if settings.batch % (settings.micro_batch * world):
-        raise UserError(
-            f"batch {settings.batch}: not micro_batch {settings.micro_batch} x {world} devices x a whole number; "
-            "change batch or micro_batch"
-        )
     return {
         "output_dir": str(output),
         "num_train_epochs": settings.epochs,
         "learning_rate": settings.lr,
         "per_device_train_batch_size": settings.micro_batch,
-        "gradient_accumulation_steps": settings.batch // (settings.micro_batch * world),
+        "gradient_accumulation_steps": accumulation(settings, processes()),
         "warmup_steps": settings.warmup_ratio,
         "weight_decay": settings.weight_decay,
         "bf16": kind == "bfloat16" and cuda,
@@ -111,7 +123,7 @@ def bar_callback(label: str, among: Callable[[], Sequence[int]] | None = None) -
 
         def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, model: Any = None, **_: Any) -> None:
             # Before the weights are touched: the last checkpoint stays good, and nothing is trained further.
-            norm = torch.nn.utils.get_total_norm(p.grad for p in model.parameters() if p.grad is not None)
+            norm = whole(torch.nn.utils.get_total_norm(p.grad for p in model.parameters() if p.grad is not None))
             if not math.isfinite(float(norm)):
                 found = last_checkpoint(Path(args.output_dir))
                 kept = f"; last good checkpoint: {found.name}" if found else ""
@@ -130,6 +142,16 @@ def last_checkpoint(folder: Path) -> Path | None:
     """The newest checkpoint in `folder` that was written to its end (the trainer's state comes last), or None."""
     found = [p for p in folder.glob("checkpoint-*") if p.name[11:].isdecimal() and (p / "trainer_state.json").is_file()]
     return max(found, key=lambda p: int(p.name[11:]), default=None)
+
+
+def whole(tensor: Any) -> Any:
+    """A tensor that FSDP has split over the processes, gathered in each of them; any other as it is."""
+    return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
+
+
+def whole_weights(trainer: Any, model: Any) -> Any:
+    """The weights of a model that FSDP has split, gathered in the first process; None where each process has them all."""
+    return trainer.accelerator.get_state_dict(model) if trainer.is_fsdp_enabled else None
 
 
 def remove_printer(trainer: Any) -> None:

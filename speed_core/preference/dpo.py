@@ -248,18 +248,14 @@ def train(
     machine.make_room()
     if settings.lora is None:
         raise UserError("senior.lora: missing; give rank and alpha")
-    if torch.cuda.device_count() > 1 and "WORLD_SIZE" not in os.environ:
-        raise UserError(
-            "senior: several GPUs are visible; set CUDA_VISIBLE_DEVICES to one of them, or call dpo.train from a script of your "
-            "own under torchrun"
-        )
     more: dict[str, Any] = {"remove_unused_columns": False, "gradient_checkpointing": settings.gradient_checkpointing}
     if settings.gradient_checkpointing:
         more["gradient_checkpointing_kwargs"] = {"use_reentrant": False}
     if settings.save_steps:
         more |= {"save_strategy": "steps", "save_steps": settings.save_steps, "save_total_limit": 2}
-    # First: it refuses what cannot be split, and lets the processes of a torchrun know each other.
-    arguments = TrainingArguments(**training.trainer_arguments(settings, seed, output / "trainer", loading.resolve(base), **more))
+    # First: it refuses what cannot be split, and lets several processes know each other.
+    given = training.trainer_arguments(settings, seed, output / "trainer", loading.resolve(base), **more)
+    arguments = training.one_gpu(TrainingArguments(**given))
     start = reference_model_path(base, junior)
     tokenizer = loading.load_tokenizer(start)
     groups, skipped = check_pairs(tokenizer, pairs, settings.max_length, share=settings.share, most=settings.examples)
@@ -312,8 +308,9 @@ def train(
         "set_aside": counts,
         "set_aside_rows": {reason: rows for reason, rows in skipped.items() if rows},
     }
+    gathered = training.whole_weights(trainer, trainer.model)
     if trainer.is_world_process_zero():
-        adapters.save_adapter(trainer.model, output, start)
+        adapters.save_adapter(trainer.model, output, start, gathered)
         (output / "training.json").write_text(json.dumps(facts, indent=1))
     trainer.accelerator.wait_for_everyone()
     return facts

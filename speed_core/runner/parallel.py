@@ -21,6 +21,7 @@ from joblib.externals.loky import get_reusable_executor, process_executor
 
 from speed_core import console, machine
 from speed_core.files import UserError
+from speed_core.models import launch
 from speed_core.store.run_context import Run
 from speed_core.study import planning
 from speed_core.study.runs import reopen
@@ -37,7 +38,7 @@ def make(run: Run, notebook: str) -> int:
     stage fails; the other processes are stopped, and what they had finished stays.
     """
     machine.end_idle()
-    most = workers()
+    most = 1 if launch.processes(run.profile.training) > 1 else workers()  # each training takes the cores itself
     work = chains(run, notebook) if most > 1 and not run.replay else []
     count = min(len(work) // 2, most)  # each takes 15 s to start, which two models at least have to pay for
     if count < 2:

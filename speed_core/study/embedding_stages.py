@@ -242,10 +242,13 @@ def embedder(run: Run, draft: Draft, data: Artifact, *, arm: str, seed: int) -> 
 
     settings, base = _learning(run, arm), run.profile.models.embedder
     draft.info |= compute_type.facts(compute_type.choose(settings.dtype, training=True, folder=loading.resolve(base)).name)
-    train_embedder(
-        base,
-        data.rows("train.jsonl"),
-        settings,
+    generation_stages.train(
+        run,
+        train_embedder,
+        f"embedder-{arm}-{seed}",
+        base=base,
+        rows=data.rows("train.jsonl"),
+        settings=settings,
         guide=run.profile.models.guide,
         guide_cache=run.folder / "guide",
         seed=seed,

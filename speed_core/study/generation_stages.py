@@ -20,7 +20,7 @@ from speed_core.data.prompts import Prompt
 from speed_core.data.topics import RECORDS_PER_TOPIC, load_topics
 from speed_core.files import Lazy, UserError, spooled, write_json, write_jsonl
 from speed_core.generation import generate, sft
-from speed_core.models import compute_type, loading, training
+from speed_core.models import compute_type, launch, loading, training
 from speed_core.preference import judge
 from speed_core.preference import pairs as preference_pairs
 from speed_core.profile import Profile, Training, dotted
@@ -334,6 +334,11 @@ def _computed(run: Run, settings: Training) -> dict[str, str]:
     return compute_type.facts(compute_type.choose(settings.dtype, training=True, folder=folder).name)
 
 
+def train(run: Run, function: Callable[..., Any], name: str, **arguments: Any) -> None:
+    """Call a training function with the run's seed, in as many processes as `training` says (`launch.train`)."""
+    launch.train(function, run.profile.training, run.folder / "workers" / name, **({"seed": run.profile.seed} | arguments))
+
+
 def _steps(p: Profile, name: str) -> float:
     settings = getattr(p, name)
     examples = min(settings.examples, p.senior.prompts) if name == "senior" else settings.examples
@@ -354,7 +359,16 @@ def junior(run: Run, draft: Draft, seeds: Artifact) -> None:
     draft.info |= _computed(run, settings)
     text = {q.id: q.text for q in seed_plan(run)}
     pairs = [(text[e["record"]], generate.text_of(e)) for e in seeds.rows() if e["status"] == "ok" and e["record"] in text]
-    sft.train(run.profile.models.generator, pairs, settings, seed=run.profile.seed, output=draft.path, label="junior")
+    train(
+        run,
+        sft.train,
+        "junior",
+        base=run.profile.models.generator,
+        pairs=pairs,
+        settings=settings,
+        output=draft.path,
+        label="junior",
+    )
 
 
 def root_prompts(run: Run) -> Lazy[Prompt]:
@@ -411,15 +425,9 @@ def senior(run: Run, draft: Draft, junior: Artifact, pairs: Artifact) -> None:
 
     settings = run.profile.senior
     draft.info |= _computed(run, settings)
-    dpo.train(
-        run.profile.models.generator,
-        junior.weights(),
-        pairs.rows(),
-        settings,
-        seed=run.profile.seed,
-        output=draft.path,
-        cache=run.folder / "dpo",
-    )
+    base, cache = run.profile.models.generator, run.folder / "dpo"
+    read = {"junior": junior.weights(), "pairs": pairs.rows()}
+    train(run, dpo.train, "senior", base=base, **read, settings=settings, output=draft.path, cache=cache)
 
 
 def _weak_samples(run: Run) -> dict[str, tuple[Prompt, str]]:
@@ -491,7 +499,7 @@ def revisor(run: Run, draft: Draft, *revisions: Artifact) -> None:
     """SFT from the unaligned base on (prompt, weak sample) -> revision (Eq. 3)."""
     base, settings = run.profile.models.generator, run.profile.revisor
     draft.info |= _computed(run, settings)
-    sft.train(base, _revision_pairs(run), settings, seed=run.profile.seed, output=draft.path, label="revisor")
+    train(run, sft.train, "revisor", base=base, pairs=_revision_pairs(run), settings=settings, output=draft.path, label="revisor")
 
 
 def revision_of(raw: Artifact, planned: Sequence[Prompt]) -> Ask:

@@ -2,8 +2,6 @@
 
 import json
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -17,10 +15,11 @@ from speed_core.contrastive import embedder
 from speed_core.contrastive.train import embed_by_length, train_embedder
 from speed_core.files import UserError
 from speed_core.generation import sft
-from speed_core.models import adapters, loading, token_logprobs, training
-from speed_core.profile import Lora
+from speed_core.models import adapters, launch, loading, token_logprobs, training
+from speed_core.profile import Embedding, Lora, Processes, Training
 
 FAMILIES = ("gemma3", "llama", "mistral", "qwen2")
+LARGE = ("llama", "mistral", "gemma3")  # that several processes train
 PAIRS = [("Write one.", '{"S1":"a b c","S2":"d e"}'), ("Write another one.", '{"S1":"f g","S2":"h i j k"}')] * 2
 
 
@@ -170,27 +169,25 @@ def test_accumulated_micro_batches_equal_one_batch(tiny_model, tmp_path):
     assert close(a, b)
 
 
-def in_two_processes(folder, line):
-    """Run a line of Python in two processes that train together; this file is `test_training` there."""
-    folders = [str(Path(__file__).parent), str(Path(__file__).parents[2])]
-    script = folder / "two.py"
-    script.write_text(
-        f"import os, sys; sys.path[:0] = {folders!r}\n"
-        f"from pathlib import Path\nimport test_training\n{line}\n"
-        "import torch\ntorch.distributed.destroy_process_group()\n"  # left open, gloo's threads may outlive the interpreter and abort
-    )
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", str(script)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr
+TWO = Processes(processes=2)
 
 
-def test_two_processes_equal_one_with_the_whole_batch(tiny_model, tmp_path):
-    base = tiny_model("llama")
-    in_two_processes(tmp_path, f"test_training.trained({base!r}, Path({str(tmp_path)!r}) / os.environ['RANK'], 2)")
-    losses, adapter = trained(base, tmp_path / "one", 4)
-    facts = json.loads((tmp_path / "0" / "training.json").read_text())
-    assert [h["loss"] for h in facts["history"]] == pytest.approx(losses, rel=1e-4)
-    assert close(load_file(tmp_path / "0" / "adapter_model.safetensors"), adapter)
+def sft_of(settings: Training, bases: dict[str, str], output: Path) -> None:
+    """A junior of each family, one after the other."""
+    for family, base in bases.items():
+        sft.train(base, UNEVEN, settings, seed=0, output=output / family)
+
+
+@pytest.mark.slow
+def test_two_processes_train_the_generators_that_one_would_with_the_whole_batch(tiny_model, tmp_path):
+    bases = {family: tiny_model(family) for family in LARGE}
+    s = settings("junior", batch=4, micro_batch=1, epochs=2, lr=1e-2)
+    launch.train(sft_of, TWO, tmp_path / "said", settings=s, bases=bases, output=tmp_path)
+    for family, base in bases.items():
+        losses, adapter = trained(base, tmp_path / f"one-{family}", 4)
+        facts = json.loads((tmp_path / family / "training.json").read_text())
+        assert [h["loss"] for h in facts["history"]] == pytest.approx(losses, rel=1e-4)
+        assert close(load_file(tmp_path / family / "adapter_model.safetensors"), adapter)
 
 
 def test_too_long_examples_are_counted_and_none_left_is_an_error(tiny_model, tmp_path):
@@ -262,15 +259,24 @@ def test_an_embedder_that_reads_a_few_texts_at_a_time_learns_from_the_whole_batc
     assert a.keys() == b.keys() and max(float((v - b[k]).abs().max()) for k, v in a.items()) < 1e-5
 
 
+def embedders_of(settings: Embedding, bases: dict[str, str], output: Path) -> None:
+    """An embedding model of each family, one after the other."""
+    for family, base in bases.items():
+        how = {"guide": "package:all-MiniLM-L6-v2", "guide_cache": output / "g", "seed": 0, "output": output / family}
+        train_embedder(base, records(40), settings, **how)
+
+
 @pytest.mark.slow
-def test_two_processes_train_an_embedder_on_one_anothers_negatives(tiny_model, tmp_path):
-    base = tiny_model("llama")
-    in_two_processes(tmp_path, f"test_training.embedder_trained({base!r}, Path({str(tmp_path / 'two')!r}), 2)")
-    losses, wanted = embedder_trained(base, tmp_path / "one", 8)
-    facts = json.loads((tmp_path / "two" / "m" / "training.json").read_text())
-    assert [h["loss"] for h in facts["history"]] == pytest.approx(losses, abs=1e-5)
-    found = embedder_weights(tmp_path / "two" / "m")
-    assert max(float((v - found[k]).abs().max()) for k, v in wanted.items()) < 1e-5
+def test_two_processes_train_embedders_on_one_anothers_negatives(tiny_model, tmp_path):
+    bases = {family: tiny_model(family) for family in LARGE}
+    how = {"lora": Lora(rank=2, alpha=4, targets=("q_proj", "v_proj")), "guided": True}
+    s = settings("embedding", batch=8, micro_batch=2, examples=40, lr=1e-3, **how)
+    launch.train(embedders_of, TWO, tmp_path / "said", settings=s, bases=bases, output=tmp_path)
+    for family, base in bases.items():
+        losses, wanted = embedder_trained(base, tmp_path / f"one-{family}", 8)
+        facts = json.loads((tmp_path / family / "training.json").read_text())
+        assert [h["loss"] for h in facts["history"]] == pytest.approx(losses, abs=1e-5)
+        assert close(embedder_weights(tmp_path / family), wanted)
 
 
 def test_a_batch_that_processes_cannot_share_is_refused(tiny_model, tmp_path, monkeypatch):

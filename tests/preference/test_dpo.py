@@ -4,11 +4,14 @@ import functools
 import itertools
 import json
 import math
+import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
+import psutil
 import pytest
 import torch
 from hypothesis import given, settings
@@ -19,11 +22,11 @@ from transformers import AutoModelForCausalLM, TrainingArguments
 from speed_core import profile
 from speed_core.files import UserError
 from speed_core.generation import sft
-from speed_core.models import loading, token_logprobs, training
+from speed_core.models import launch, loading, token_logprobs, training
 from speed_core.preference import dpo, prompt_sharing
 from speed_core.preference.prompt_sharing import PromptGroup
 from speed_core.preference.usable_pairs import check_pairs
-from speed_core.profile import Lora
+from speed_core.profile import Lora, Processes, Senior
 
 FAMILIES = ("gemma3", "llama", "qwen2", "mistral")
 PAIRS = [
@@ -306,27 +309,69 @@ if rank == 0:
         assert all(torch.allclose(ours[n], p, atol=1e-5) for n, p in two["weights"].items() if ours[n].requires_grad)
 
 
-def test_two_processes_train_the_senior_that_one_would_and_share_the_reference(tiny_model, tmp_path):
+def seniors_of(settings: Senior, bases: dict[str, str], output: Path) -> None:
+    """A senior of each family, one after the other, from the junior that is there."""
+    for family, base in bases.items():
+        how = {"seed": 0, "output": output / family / "two", "cache": output / family / "c2"}
+        dpo.train(base, output / family / "junior", MORE[:5], settings, **how)
+
+
+def adapter_of(folder):
+    return load_file(folder / "adapter_model.safetensors")
+
+
+def close(a, b):
+    return a.keys() == b.keys() and all(torch.allclose(v, b[k], atol=1e-5) for k, v in a.items())
+
+
+@pytest.mark.slow
+def test_two_processes_train_the_seniors_that_one_would_and_share_the_reference(tiny_model, tmp_path):
+    bases = {family: tiny_model(family) for family in ("llama", "mistral", "gemma3")}
+    how = {"batch": 4, "micro_batch": 1, "epochs": 2, "save_steps": 1}
+    settings = [junior_and_senior(base, tmp_path / family, **how) for family, base in bases.items()]
+    launch.train(seniors_of, Processes(processes=2), tmp_path / "said", settings=settings[0], bases=bases, output=tmp_path)
+    for family, base in bases.items():
+        folder = tmp_path / family
+        one = dpo.train(base, folder / "junior", MORE[:5], settings[0], seed=0, output=folder / "one", cache=folder / "c1")
+        references = [sorted((folder / c).glob("reference-*.npy")) for c in ("c1", "c2")]
+        assert len(references[0]) == 1 and [p.name for p in references[0]] == [p.name for p in references[1]]
+        assert np.load(references[0][0]) == pytest.approx(np.load(references[1][0]), abs=1e-4)
+        two = json.loads((folder / "two" / "training.json").read_text())["history"]
+        assert len(two) == 4 and [h["loss"] for h in two] == pytest.approx([h["loss"] for h in one["history"]], abs=1e-5)
+        assert close(adapter_of(folder / "one"), adapter_of(folder / "two"))
+
+
+@pytest.mark.slow
+def test_a_senior_whose_processes_were_killed_goes_on_and_ends_in_the_weights_of_one_process(tiny_model, tmp_path, capsys):
     base = tiny_model("llama")
-    senior = junior_and_senior(base, tmp_path, batch=4, micro_batch=1, epochs=2, save_steps=1)
-    dpo.reference_model_path(base, tmp_path / "junior")  # merged once, before two processes ask for it
-    in_two_processes(
-        tmp_path,
-        f"""
-from speed_core.preference import dpo
-from speed_core.profile import Senior
-settings, folder = Senior.model_validate_json({senior.model_dump_json()!r}), Path({str(tmp_path)!r})
-dpo.train({base!r}, folder / 'junior', test_dpo.MORE[:5], settings, seed=0, output=folder / 'two', cache=folder / 'c2')
-""",
+    senior = junior_and_senior(base, tmp_path, batch=4, micro_batch=1, epochs=6, save_steps=1)  # twelve steps
+    given = {"base": base, "junior": tmp_path / "junior", "pairs": MORE[:5], "settings": senior, "seed": 0}
+    job = {"output": str(tmp_path / "two"), "cache": str(tmp_path / "c2"), "junior": str(tmp_path / "junior"), "pairs": MORE[:5]}
+    body = (
+        "import json, sys\nfrom pathlib import Path\nfrom speed_core.models import launch\nfrom speed_core.preference import dpo\n"
+        "from speed_core.profile import Processes, Senior\n"
+        f"paths = {{k: Path(v) if isinstance(v, str) else v for k, v in json.loads({json.dumps(job)!r}).items()}}\n"
+        f"settings = Senior.model_validate_json({senior.model_dump_json()!r})\n"
+        f"launch.train(dpo.train, Processes(processes=2), Path({str(tmp_path / 'said')!r}), base={base!r}, settings=settings, seed=0, **paths)"
     )
-    one = dpo.train(base, tmp_path / "junior", MORE[:5], senior, seed=0, output=tmp_path / "one", cache=tmp_path / "c1")
-    references = [sorted((tmp_path / c).glob("reference-*.npy")) for c in ("c1", "c2")]
-    assert len(references[0]) == 1 and [p.name for p in references[0]] == [p.name for p in references[1]]
-    assert np.load(references[0][0]) == pytest.approx(np.load(references[1][0]), abs=1e-4)
-    two = json.loads((tmp_path / "two" / "training.json").read_text())["history"]
-    assert len(two) == 4 and [h["loss"] for h in two] == pytest.approx([h["loss"] for h in one["history"]], abs=1e-5)
-    a, b = (load_file(tmp_path / name / "adapter_model.safetensors") for name in ("one", "two"))
-    assert all(torch.allclose(v, b[k], atol=1e-5) for k, v in a.items())
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(Path(__file__).parents[2]), *sys.path])}
+    parent = subprocess.Popen([sys.executable, "-c", body], env=environment, stdout=subprocess.DEVNULL)
+    end = time.monotonic() + 1200
+    while not any((tmp_path / "c2").glob("dpo-*/checkpoint-*/trainer_state.json")):
+        assert parent.poll() is None and time.monotonic() < end
+        time.sleep(0.01)
+    processes = psutil.Process(parent.pid).children(recursive=True)
+    parent.kill()
+    parent.wait()
+    psutil.wait_procs(processes, timeout=60)
+    (where,) = (tmp_path / "c2").glob("dpo-*")
+    at = int(training.last_checkpoint(where).name.removeprefix("checkpoint-"))
+    assert at < 12 and not (tmp_path / "two" / "training.json").exists(), "it had ended before it was killed"
+    two = {"output": tmp_path / "two", "cache": tmp_path / "c2"}
+    launch.train(dpo.train, Processes(processes=2), tmp_path / "said", **given, **two)
+    assert f"{12 - at}/12" in (said := capsys.readouterr().out) and f"{13 - at}/12" not in said, "it began again"
+    dpo.train(**given, output=tmp_path / "one", cache=tmp_path / "c1")
+    assert close(adapter_of(tmp_path / "one"), adapter_of(tmp_path / "two"))
 
 
 def test_an_evaluation_gives_the_mean_loss_of_its_pairs_and_leaves_the_training_means_alone(tiny_model, tmp_path):

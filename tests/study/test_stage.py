@@ -1,10 +1,12 @@
 """The registry: what a run can make, read from the declarations alone."""
 
 import json
+from types import SimpleNamespace
 
 import pytest
 
 from speed_core.files import UserError
+from speed_core.models import launch
 from speed_core.study import embedding_stages, generation_stages, planning
 from speed_core.study.runs import open_run
 from speed_core.study.stage import FACTS, STAGES, Kind, find, models_read_later, planned, rebuilt, trained_generators
@@ -64,3 +66,45 @@ def test_the_plan_goes_on_with_an_artifact_that_a_budget_left_partial(run):
     manifest.write_text(json.dumps(made.manifest | {"partial": "3 of 12 prompts have no answer"}))
     assert planning.stale(run, ["tasks"]) == ["tasks: partial, 3 of 12 prompts have no answer"]
     assert planning.stale(open_run("smoke", {"teacher.accept_partial": True}), ["tasks"]) == []
+
+
+def test_every_training_but_the_students_goes_through_the_launcher(monkeypatch, tmp_path, run):
+    from speed_core.contrastive import train as contrastive
+    from speed_core.generation import sft
+    from speed_core.preference import dpo
+
+    seen = []
+    monkeypatch.setattr(
+        launch, "train", lambda function, how, folder, **given: seen.append((function, folder.name, given["seed"]))
+    )
+    draft, read = SimpleNamespace(info={}, path=tmp_path), SimpleNamespace(rows=lambda name="": [], weights=lambda: tmp_path)
+    generation_stages.junior.write(run, draft, read)
+    generation_stages.senior.write(run, draft, read, read)
+    generation_stages.revisor.write(run, draft)
+    embedding_stages.embedder.write(run, draft, read, arm="plain", seed=3)
+    assert seen == [
+        (sft.train, "junior", 0),
+        (dpo.train, "senior", 0),
+        (sft.train, "revisor", 0),
+        (contrastive.train_embedder, "embedder-plain-3", 3),
+    ]
+
+
+@pytest.mark.slow
+def test_a_stage_that_two_processes_made_is_current_for_one(monkeypatch, tmp_path, tiny_model, capsys):
+    monkeypatch.setenv("SPEED_RUNS", str(tmp_path))
+    values = {
+        "models.generator": tiny_model("llama"),
+        "junior.micro_batch": 1,
+        "junior.max_length": 4096,
+        "junior.dtype": "float32",
+    }
+    run = open_run("smoke", values | {"training.processes": 2})
+    generation_stages.brainstorm(run)
+    generation_stages.seed_data(run)
+    made = generation_stages.junior(run)
+    said = capsys.readouterr().out
+    assert "junior: 100%" in said and (run.folder / "workers" / "junior" / "process-1.log").is_file()
+    assert made.json("training.json")["rows"] > 0 and (made.weights() / "adapter_model.safetensors").is_file()
+    assert generation_stages.junior(open_run("smoke", values)).digest == made.digest
+    assert "making it" not in capsys.readouterr().out
