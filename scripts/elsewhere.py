@@ -1,9 +1,10 @@
 """Collect what every recorded run of `tiny` got for the numbers that another machine may change: speed_core/assets/elsewhere.json.
 
-    python scripts/elsewhere.py     # in a checkout with its history, after scripts/record.py has recorded a run of tiny
+    python scripts/elsewhere.py                    # in a checkout with its history, after scripts/record.py has recorded a run of tiny
+    python scripts/elsewhere.py --add runs/FOLDER  # takes one more run in, made on this machine
 
-The runs are those that the package carried at the commits of `EARLIER`, and the one that it carries now. An entry of a number names
-the settings that decide it and were others than today's (`other`); only entries without any are one range.
+The runs are those that the package carried at the commits of `EARLIER`, the one that it carries now, and those that were added. An
+entry of a number names the settings that decide it and were others than today's (`other`); only entries without any are one range.
 """
 
 from __future__ import annotations
@@ -17,12 +18,15 @@ import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import numpy as np
+import typer
 
+from speed_core import machine
+from speed_core.console import user_errors
 from speed_core.evaluation import uncertainty
-from speed_core.files import ASSETS, read_jsonl, write_json
+from speed_core.files import ASSETS, UserError, read_jsonl, write_json
 from speed_core.preference import pairs
 from speed_core.profile import dotted
 from speed_core.store.run_context import ROOT
@@ -72,6 +76,11 @@ class Recorded:
     def scores(self, arm: str) -> list[Any]:
         found = [self.json(f"scores-{arm}-{seed}", "scores.json") for seed in range(3)]
         return found if all(found) else []
+
+    def values(self) -> dict[str, float]:
+        """What the run got for each of `NUMBERS` that it has."""
+        found = {name: read(self) for name, (_, read, _) in NUMBERS.items()}
+        return {name: round(value, 4) for name, value in found.items() if value is not None}
 
     def other(self, decided_by: tuple[str, ...]) -> list[str]:
         """The settings of this run that decide a number and are others now, as "junior.examples 322, now 160"."""
@@ -154,7 +163,10 @@ def _git(*arguments: str) -> bytes:
 
 
 def collect() -> dict[str, Any]:
-    """{"profile", "runs": {commit: {date, compute_type, cpu}}, "numbers": {name: [{run, value, compute_type, other}]}}."""
+    """{"profile", "runs": {name: {date, compute_type, cpu}}, "numbers": {name: [{run, value, compute_type, other}]}}.
+
+    A run is named by its commit; an added one by its compute type, processor and date, and the entry keeps its `values` and `settings`.
+    """
     now = json.loads(json.dumps(dotted(open_run(PROFILE).profile)))
     latest = _git("log", "-1", "--format=%h", "--", SHIPPED).decode().strip()
     runs: dict[str, Any] = {}
@@ -164,29 +176,58 @@ def collect() -> dict[str, Any]:
             tarfile.open(fileobj=io.BytesIO(_git("archive", commit, SHIPPED))).extractall(scratch, filter="data")
             settings = dotted(json.loads(_git("show", f"{commit}:{SETTINGS}")))
             r = Recorded(Path(scratch) / SHIPPED, settings, now)
-            machine = json.loads(_git("show", f"{commit}:{TIMES}"))[PROFILE]
+            made = json.loads(_git("show", f"{commit}:{TIMES}"))[PROFILE]
             # Before the compute type was chosen every model of these runs was bfloat16.
-            kind = machine.get("compute_type", "bfloat16")
-            runs[commit] = {"date": machine["date"], "compute_type": kind, "cpu": re.sub(r"\(R\)| Processor", "", machine["cpu"])}
-            for name, (decided_by, read, single) in NUMBERS.items():
-                if (value := read(r)) is not None:
-                    entry = {"run": commit, "value": round(value, 4), "compute_type": "float32" if single else kind}
-                    numbers[name].append(entry | {"other": r.other(decided_by)})
+            kind = made.get("compute_type", "bfloat16")
+            runs[commit] = {"date": made["date"], "compute_type": kind, "cpu": _cpu(made["cpu"])}
+            _enter(numbers, commit, kind, r, r.values())
+    for name, run in json.loads(TARGET.read_text(encoding="utf-8"))["runs"].items():
+        if "values" in run:
+            runs[name] = run
+            _enter(numbers, name, run["compute_type"], Recorded(Path(), run["settings"], now), run["values"])
     return {"profile": PROFILE, "runs": runs, "numbers": numbers}
 
 
+def _enter(numbers: dict[str, list[Any]], run: str, kind: str, r: Recorded, values: Mapping[str, float]) -> None:
+    for name, value in values.items():
+        decided_by, _, single = NUMBERS[name]
+        entry = {"run": run, "value": value, "compute_type": "float32" if single else kind}
+        numbers[name].append(entry | {"other": r.other(decided_by)})
+
+
+def _cpu(name: str) -> str:
+    return re.sub(r"\(R\)| Processor", "", name)
+
+
+def add(folder: Path) -> str:
+    """Put the finished run of `PROFILE` in `folder` into `TARGET`; returns its name there."""
+    manifests = [json.loads(p.read_text(encoding="utf-8")) for p in sorted(folder.glob("artifacts/*/manifest.json"))]
+    kinds = {m["compute_type"] for m in manifests if "new_tokens" in m}
+    if len(kinds) != 1:
+        raise UserError(f"{folder}: texts of {len(kinds)} compute types there, one is needed; give the folder of a whole run")
+    settings = json.loads(json.dumps(dotted(open_run(PROFILE).profile)))
+    values = Recorded(folder / "artifacts", settings, settings).values()
+    if missing := sorted(set(NUMBERS) - set(values)):
+        raise UserError(f"{folder}: no {', '.join(missing)}; let all notebooks run first")
+    kind, date = kinds.pop(), max(m["written"] for m in manifests)[:10]
+    name = f"{kind}, {_cpu(machine.cpu())}, {machine.instructions()}, {date}"
+    decided = {k: v for k, v in settings.items() if any(k.startswith(p) for by, *_ in NUMBERS.values() for p in by)}
+    found = json.loads(TARGET.read_text(encoding="utf-8"))
+    found["runs"][name] = {"date": date, "compute_type": kind, "cpu": _cpu(machine.cpu()), "values": values, "settings": decided}
+    write_json(TARGET, found)
+    return name
+
+
 def table(found: Mapping[str, Any]) -> str:
-    """The recorded numbers as a table of docs/results.md: the present run, and the ranges of the earlier ones by compute type; a star
-    where all runs of a range had today's settings."""
-    lines = ["| number | present run | earlier, float32 | earlier, bfloat16 |", "|---|---|---|---|"]
-    kinds, latest = {commit: run["compute_type"] for commit, run in found["runs"].items()}, list(found["runs"])[-1]
+    """The recorded numbers as a table of docs/results.md: the runs with the settings of today that decide a number, by compute type,
+    and the range of the others."""
+    lines = ["| number | today's settings, float32 | today's settings, bfloat16 | other settings |", "|---|---|---|---|"]
+    kinds = {name: run["compute_type"] for name, run in found["runs"].items()}
     for name, entries in found["numbers"].items():
-        cells = [_ends([e["value"] for e in entries if e["run"] == latest])]
-        for kind in ("float32", "bfloat16"):
-            earlier = [e for e in entries if e["run"] != latest and kinds[e["run"]] == kind]
-            same = bool(earlier) and not any(e["other"] for e in earlier)
-            cells.append(_ends([e["value"] for e in earlier]) + "*" * same)
-        lines.append(f"| {name}{' (always in float32)' * NUMBERS[name][2]} | {' | '.join(cells)} |")
+        same, other = ([e for e in entries if bool(e["other"]) == differs] for differs in (False, True))
+        cells = [[e["value"] for e in same if kinds[e["run"]] == kind] for kind in ("float32", "bfloat16")]
+        shown = " | ".join(_ends(values) for values in (*cells, [e["value"] for e in other]))
+        lines.append(f"| {name}{' (always in float32)' * NUMBERS[name][2]} | {shown} |")
     return "\n".join(lines)
 
 
@@ -201,8 +242,10 @@ def into_page(text: str, found: Mapping[str, Any]) -> str:
     return f"{before}{MARKS[0]}\n\n{table(found)}\n\n{MARKS[1]}{rest.split(MARKS[1])[1]}"
 
 
-def main() -> None:
+def main(folder: Annotated[Path | None, typer.Option("--add", help="a run to take in, made on this machine")] = None) -> None:
     """Write `TARGET` and the table of `PAGE`, and print each number's recorded values."""
+    if folder:
+        print(f"taken in: {add(folder)}")
     found = collect()
     write_json(TARGET, found)
     PAGE.write_text(into_page(PAGE.read_text(encoding="utf-8"), found), encoding="utf-8")
@@ -212,4 +255,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    with user_errors():
+        typer.run(main)

@@ -79,36 +79,48 @@ class TopPFilter(LogitsProcessor):
 
 
 class SeededNoise(LogitsProcessor):
-    """Sampling for Transformers' `generate` (the last processor, with do_sample=False): Gumbel noise for each row from a generator of
-    its own, so that a text depends on its own seed and not on the rest of the batch.
+    """Sampling for Transformers' `generate` (the last processor, with do_sample=False): Gumbel noise that depends on the seed of a row,
+    the step and the token alone, so that a text depends on its own seed and not on the rest of the batch.
 
     The largest of log p_i - log E_i with E_i exponentially distributed is token i with probability p_i.
     """
 
     def __init__(self, seeds: Sequence[int]):
-        self.seeds = seeds
-        self.generators: list[torch.Generator] = []
+        self.seeds = torch.tensor(seeds, dtype=torch.int64)
+        self.step = 0
 
     def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
-        if not self.generators:
-            self.generators = [torch.Generator(scores.device).manual_seed(s) for s in self.seeds]
-        for row, generator in zip(scores, self.generators, strict=True):
-            if row.device.type == "cpu":
-                possible = (row > -torch.inf).nonzero().squeeze(1)
-                row[possible] -= exponential(len(row), generator, possible).log_()
-            else:
-                row -= torch.empty_like(row, dtype=torch.float32).exponential_(generator=generator).log_()
+        streams = split_mix(self.seeds.to(scores.device)) + self.step
+        self.step += 1
+        rows, tokens = (scores > -torch.inf).nonzero(as_tuple=True)
+        uniform = uniforms(split_mix(streams)[rows] + tokens)
+        scores[rows, tokens] -= torch.log(-torch.log(uniform)).to(scores.dtype)
         return scores
 
 
-def exponential(size: int, generator: torch.Generator, places: torch.Tensor) -> torch.Tensor:
-    """`torch.empty(size).exponential_(generator=generator)[places]`, bit for bit, on a CPU.
+def split_mix(counter: torch.Tensor) -> torch.Tensor:
+    """A random whole number for each of `counter` (int64, any shape): SplitMix64's output for that state (Steele, Lea and Flood 2014).
 
-    PyTorch takes the logarithm of each of `size` numbers, one after the other: 8.7 ms for 262,144, of which a few hundred are wanted.
-    Drawing them takes 2.4 ms.
+    Only what is wanted is drawn: a few hundred possible tokens of 262,144, where a generator draws them all, 2.4 ms a row.
     """
-    uniform = torch.empty(size, dtype=torch.float64).uniform_(generator=generator)[places]
-    return (-torch.log1p(-uniform)).float()
+    x = counter * _signed(0x9E3779B97F4A7C15)
+    for shift, factor in ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB)):
+        x = (x ^ _right(x, shift)) * _signed(factor)
+    return x ^ _right(x, 31)
+
+
+def uniforms(counter: torch.Tensor) -> torch.Tensor:
+    """A number above 0 and below 1, in float64, for each of `counter` (int64)."""
+    return (_right(split_mix(counter), 11).double() + 0.5) / 2**53
+
+
+def _signed(bits: int) -> int:
+    return bits - 2**64 if bits >= 2**63 else bits
+
+
+def _right(x: torch.Tensor, shift: int) -> torch.Tensor:
+    """Right shift that brings in zeros; torch's repeats the sign."""
+    return (x >> shift) & ((1 << 64 - shift) - 1)
 
 
 def vllm_processor() -> Any:

@@ -58,7 +58,7 @@ def load_tokenizer(name: str) -> Any:
     return _last_tokenizer(resolve(name))
 
 
-@lru_cache(maxsize=1)  # a stage needs it two or three times, and 262,144 words take 4 s to read
+@lru_cache(maxsize=2)  # a stage needs it two or three times, and 262,144 words take 4 s to read
 def _last_tokenizer(folder: str) -> Any:
     from transformers import AutoTokenizer
 

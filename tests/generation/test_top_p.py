@@ -80,11 +80,21 @@ def test_noise_draws_each_token_as_often_as_its_probability_and_a_row_does_not_d
     assert torch.equal(top_p.SeededNoise(some)(None, logits.repeat(3, 1)).argmax(-1), draws[some])
 
 
+def test_split_mix_gives_the_published_numbers():
+    found = top_p.split_mix(torch.tensor([1, 2, 3])).tolist()
+    assert [n % 2**64 for n in found] == [0xE220A8397B1DCDAF, 0x6E789E6AA1B965F4, 0x06C45D188009454F]
+
+
 @given(st.integers(0, 2**31 - 1), st.integers(1, 5000), st.data())
 @settings(max_examples=40, deadline=None)
-def test_noise_at_a_few_places_is_the_noise_that_was_drawn_for_all(seed, size, data):
-    places = torch.tensor(data.draw(st.lists(st.integers(0, size - 1), max_size=20)), dtype=torch.long)
-    one, other = (torch.Generator().manual_seed(seed) for _ in range(2))
-    for _ in range(2):  # and it leaves the generator where that leaves it
-        whole = torch.empty(size).exponential_(generator=one)
-        assert torch.equal(top_p.exponential(size, other, places), whole[places])
+def test_noise_at_a_few_places_is_the_noise_at_all_and_each_step_has_its_own(seed, size, data):
+    places = data.draw(st.sets(st.integers(0, size - 1)))
+    few = torch.full((1, size), -torch.inf)
+    few[0, list(places)] = 0.0
+    one, other = top_p.SeededNoise([seed]), top_p.SeededNoise([seed])
+    steps = []
+    for _ in range(2):
+        whole, some = one(None, torch.zeros(1, size)), other(None, few.clone())
+        assert torch.equal(some, whole + few)
+        steps.append(whole)
+    assert whole.isfinite().all() and not torch.equal(*steps)
