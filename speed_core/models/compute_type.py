@@ -93,13 +93,13 @@ def _for_processor() -> tuple[str, str]:
     """(type, why) for this processor."""
     if not machine.has_amx():
         return "float32", "this processor has no AMX"
-    ratio = _remembered_speedup()
+    ratio = remembered_speedup()
     said = f"with AMX bfloat16 products are {ratio:.1f} times as fast as float32 here"
     return ("bfloat16", said) if ratio >= FASTER else ("float32", f"{said}, less than {FASTER:g}")
 
 
 @lru_cache(maxsize=1)
-def _remembered_speedup() -> float:
+def remembered_speedup() -> float:
     """`speedup`, measured once a machine and kept in the cache, so that every process of every run decides the same."""
     import torch
 

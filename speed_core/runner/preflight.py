@@ -117,9 +117,10 @@ def _types(profile: profiles.Profile) -> list[Check]:
         except UserError as error:
             rows.setdefault((f"{asked}: not possible here", f"{part}.{error}"), []).append(part)
             continue
-        slow = chosen.name == "bfloat16" and machine.device().type == "cpu" and not machine.has_amx()
-        remedy = f"set {part}.dtype to auto: without AMX a processor multiplies bfloat16 up to 60 times more slowly"
-        rows.setdefault((f"{chosen.name}: {chosen.why}", remedy if slow else ""), []).append(part)
+        remedy = ""
+        if chosen.name == "bfloat16" and machine.device().type == "cpu" and (ratio := compute_type.remembered_speedup()) < 1:
+            remedy = f"set {part}.dtype to auto: a product in bfloat16 takes {1 / ratio:.1f} times as long as one in float32 here"
+        rows.setdefault((f"{chosen.name}: {chosen.why}", remedy), []).append(part)
     one = len(rows) == 1
     return [Check("compute type" if one else f"type of {', '.join(parts)}", *row) for row, parts in rows.items()]
 

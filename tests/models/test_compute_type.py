@@ -21,14 +21,14 @@ def processor(monkeypatch, tmp_path):
     measured = []
 
     def pretend(amx: bool, ratio: float = 1.0):
-        compute_type._remembered_speedup.cache_clear()
+        compute_type.remembered_speedup.cache_clear()
         monkeypatch.setattr(machine, "device", lambda: torch.device("cpu"))
         monkeypatch.setattr(machine, "has_amx", lambda: amx)
         monkeypatch.setattr(compute_type, "speedup", lambda: measured.append(ratio) or ratio)
         return measured
 
     yield pretend
-    compute_type._remembered_speedup.cache_clear()
+    compute_type.remembered_speedup.cache_clear()
 
 
 @pytest.fixture

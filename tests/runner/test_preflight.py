@@ -5,6 +5,7 @@ import torch
 
 from speed_core import machine
 from speed_core import profile as profiles
+from speed_core.models import compute_type
 from speed_core.runner import preflight
 from speed_core.study import forecast, planning
 from speed_core.study.runs import open_run
@@ -28,13 +29,19 @@ def test_the_type_is_said_in_words_and_once_where_all_parts_have_it(slow):
     assert preflight._types(profiles.load("tiny")) == [("compute type", "float32: this processor has no AMX", "")]
 
 
-def test_a_type_that_is_slow_or_impossible_here_has_a_remedy(slow):
+def test_a_type_that_is_slow_or_impossible_here_has_a_remedy(slow, monkeypatch):
+    monkeypatch.setattr(compute_type, "remembered_speedup", lambda: 0.025)
     asked = {"junior.dtype": "bfloat16", "senior.dtype": "float16"}
     rows = {what: (said, remedy) for what, said, remedy in preflight._types(profiles.load("tiny", asked))}
     assert rows["type of generation, revisor, embedding"] == ("float32: this processor has no AMX", "")
     said, remedy = rows["type of junior"]
-    assert said == "bfloat16: as the profile says" and remedy.startswith("set junior.dtype to auto: without AMX")
+    assert said == "bfloat16: as the profile says" and remedy == (
+        "set junior.dtype to auto: a product in bfloat16 takes 40.0 times as long as one in float32 here"
+    )
     assert rows["type of senior"][0] == "float16: not possible here" and "needs an NVIDIA GPU" in rows["type of senior"][1]
+    monkeypatch.setattr(compute_type, "remembered_speedup", lambda: 3.2)
+    rows = {what: remedy for what, _, remedy in preflight._types(profiles.load("tiny", {"junior.dtype": "bfloat16"}))}
+    assert rows["type of junior"] == ""
 
 
 def test_recorded_seconds_are_those_of_this_machine_in_the_plan_and_in_the_check(slow):
