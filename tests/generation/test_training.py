@@ -3,6 +3,7 @@
 import json
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -257,6 +258,37 @@ def test_an_embedder_that_reads_a_few_texts_at_a_time_learns_from_the_whole_batc
     parts, b = embedder_trained(base, tmp_path / "parts", 2, guided, lora)
     assert parts == pytest.approx(whole, abs=1e-5) and len(whole) == 5
     assert a.keys() == b.keys() and max(float((v - b[k]).abs().max()) for k, v in a.items()) < 1e-5
+
+
+def split_over_both(settings: Training, base: str) -> None:
+    """Log-probabilities, gradients and their norm of a model that FSDP2 has split are those of the whole one."""
+    from torch.distributed.fsdp import fully_shard
+
+    torch.distributed.init_process_group("gloo")
+    mesh = torch.distributed.init_device_mesh("cpu", (2,))
+    found = []
+    for split in (False, True):
+        model = lora_model(base)
+        token_logprobs.hidden_states_only(model)
+        inner = token_logprobs.causal_model(model)
+        for part in [*inner.model.layers, inner.lm_head, model] if split else []:
+            fully_shard(part, mesh=mesh)
+        ids = torch.arange(5, 23).view(2, 9)
+        logp = token_logprobs.token_log_probs(model, ids, torch.ones_like(ids), ids > 8)
+        logp.sum().backward()
+        norm = training.whole(torch.nn.utils.get_total_norm(p.grad for p in model.parameters() if p.grad is not None))
+        found.append({"logp": logp.detach(), "norm": norm} | {n: training.whole(g) for n, g in gradients(model).items()})
+    assert len(found[0]) > 2 and close(*found), "the parts do not add up to the whole"
+
+
+@pytest.mark.slow
+def test_a_model_that_is_split_over_processes_has_the_numbers_of_the_whole_one(tiny_model, tmp_path):
+    s = settings("junior", batch=2, micro_batch=1)
+    launch.train(split_over_both, TWO, tmp_path / "said", settings=s, base=tiny_model("llama"))
+
+
+def test_a_process_that_sees_several_gpus_trains_on_one():
+    assert [training.one_gpu(SimpleNamespace(_n_gpu=n))._n_gpu for n in (0, 1, 4)] == [0, 1, 1]
 
 
 def embedders_of(settings: Embedding, bases: dict[str, str], output: Path) -> None:

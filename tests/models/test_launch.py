@@ -90,10 +90,11 @@ def test_the_failure_of_one_process_is_one_line_and_the_other_is_stopped(how, sa
     assert all(gone(int((tmp_path / f"{rank}.pid").read_text())) for rank in (0, 1))
 
 
-def test_no_process_outlives_the_one_that_began_them(tmp_path):
+@pytest.mark.parametrize("number", [signal.SIGKILL, slow(signal.SIGTERM)])  # the latter ends the command line as Ctrl-C does
+def test_no_process_outlives_the_one_that_began_them(number, tmp_path):
     body = (
-        "from test_launch import *\n"
-        f"launch.train(fail, TWO, Path({str(tmp_path / 'w')!r}), settings=SETTINGS, folder=Path({str(tmp_path)!r}), how='never')"
+        "from test_launch import *\nfrom speed_core import console\nwith console.user_errors():\n"
+        f"    launch.train(fail, TWO, Path({str(tmp_path / 'w')!r}), settings=SETTINGS, folder=Path({str(tmp_path)!r}), how='never')"
     )
     environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(Path(__file__).parent), *sys.path])}
     parent = subprocess.Popen([sys.executable, "-c", body], env=environment, stdin=subprocess.DEVNULL)
@@ -102,7 +103,7 @@ def test_no_process_outlives_the_one_that_began_them(tmp_path):
         children = psutil.Process(parent.pid).children(recursive=True)
         assert len(children) == 3, "the launcher and two processes"
     finally:
-        parent.kill()
+        parent.send_signal(number)
         parent.wait()
     wait_for(lambda: all(gone(child.pid) for child in children), 60)
 
