@@ -1,4 +1,4 @@
-"""A million requests and records in one process: seconds and peak memory of planning, logging, resuming and curating.
+"""Requests and records by the million: seconds and peak memory of planning, logging, resuming and curating.
 
     python benchmarks/million.py [--quick]
 

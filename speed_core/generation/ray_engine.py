@@ -19,12 +19,22 @@ import socket
 import threading
 import zlib
 from collections.abc import Callable, Generator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-from speed_core.files import Lazy, UserError
-from speed_core.generation.engines import Completion, Decoding, Engine, EngineName, EngineOptions, Request, open_engine
+from speed_core.files import UserError
+from speed_core.generation.engines import (
+    Completion,
+    Decoding,
+    Engine,
+    EngineName,
+    EngineOptions,
+    Request,
+    by_length,
+    open_engine,
+)
 from speed_core.models import loading
 
 RESTARTS = 3  # fresh actors that each worker may cost
@@ -101,35 +111,45 @@ def _first_line(error: BaseException) -> str:
     return next((s.strip() for s in str(error).splitlines() if s.strip()), type(error).__name__)[:200]
 
 
-@dataclass(frozen=True)
-class WorkerSpec:
-    """What an actor opens: the arguments of `engines.open_engine`, and the digests that its weights must have."""
-
-    options: EngineOptions
-    model: str
-    adapter: Path | None
-    weights: tuple[str, ...]
-    environment: dict[str, str]
-    opener: Callable[..., Engine]
-
-
 def weights_of(model: str, adapter: Path | None) -> tuple[str, ...]:
     """Digests of base and adapter as they lie on this machine."""
     return tuple(loading.weights_id(w) for w in (loading.resolve(model), adapter) if w is not None)
+
+
+def open_here(
+    opener: Callable[..., Engine],
+    options: EngineOptions,
+    model: str,
+    adapter: Path | None,
+    weights: tuple[str, ...],
+    environment: dict[str, str],
+) -> Engine:
+    """`opener(options, model, adapter)` on a worker. Raises UserError where the weights of the same name have other digests."""
+    os.environ.update(environment)
+    if "OMP_NUM_THREADS" in environment:
+        import torch
+
+        torch.set_num_threads(int(environment["OMP_NUM_THREADS"]))  # torch is there already, and read the old value
+    if (found := weights_of(model, adapter)) != weights:
+        raise UserError(
+            f"worker on {socket.gethostname()}: weights {'+'.join(found)} of {model!r}, the caller has "
+            f"{'+'.join(weights)}; give all machines the same folder or package"
+        )
+    return opener(options, model, adapter)
 
 
 class _Worker:
     """An actor of the pool: one engine, which its first chunk opens. What the engine raises is an answer, so that it ends the
     generation with its own message; only a worker that dies is replaced."""
 
-    def __init__(self, spec: WorkerSpec, decoding: Decoding):
-        self._spec, self._decoding = spec, decoding
+    def __init__(self, opened: Callable[[], Engine], decoding: Decoding):
+        self._opened, self._decoding = opened, decoding
         self._engine: Engine | None = None
 
     def __call__(self, batch: dict[str, Any]) -> dict[str, list[bytes]]:
         """{"chunk": [requests]} -> {"answer": [completions, or UserError]}, both packed."""
         try:
-            self._engine = self._engine or self._open()
+            self._engine = self._engine or self._opened()
             answer: Any = list(self._engine.generate(_unpack(batch["chunk"][0]), self._decoding))
         except UserError as error:
             answer = UserError(str(error))
@@ -137,21 +157,6 @@ class _Worker:
             text = f"{type(error).__name__}: {_first_line(error)}"
             answer = UserError(f"generation over Ray: the engine failed on a worker ({text}); {RUN_AGAIN}")
         return {"answer": [_pack(answer)]}
-
-    def _open(self) -> Engine:
-        spec = self._spec
-        os.environ.update(spec.environment)
-        if "OMP_NUM_THREADS" in spec.environment:
-            import torch
-
-            torch.set_num_threads(int(spec.environment["OMP_NUM_THREADS"]))  # torch is there already, and read the old value
-        found = weights_of(spec.model, spec.adapter)
-        if found != spec.weights:
-            raise UserError(
-                f"worker on {socket.gethostname()}: weights {'+'.join(found)} of {spec.model!r}, the caller has "
-                f"{'+'.join(spec.weights)}; give all machines the same folder or package"
-            )
-        return spec.opener(spec.options, spec.model, spec.adapter)
 
     def __del__(self) -> None:  # Ray Data lets go of it when the pool ends
         if self._engine:
@@ -201,14 +206,9 @@ class RayEngine(Engine):
         except UserError:
             self.close()
             raise
-        self._spec = WorkerSpec(
-            replace(options, workers=0),
-            self._model,
-            folder,
-            weights_of(self._model, folder),
-            {n: os.environ[n] for n in names if n in os.environ} | threads,
-            opener or open_engine,
-        )
+        environment = {n: os.environ[n] for n in names if n in os.environ} | threads
+        weights, options = weights_of(self._model, folder), replace(options, workers=0)
+        self._opened = partial(open_here, opener or open_engine, options, self._model, folder, weights, environment)
 
     def _share(self) -> tuple[dict[str, Any], dict[str, str]]:
         """Ray options and environment of one worker. Raises UserError when the machines cannot hold the workers."""
@@ -233,10 +233,7 @@ class RayEngine(Engine):
         """Requests in the order and size in which workers take them."""
         if self.name == EngineName.TRANSFORMERS:
             # The batches of TransformersEngine: the padding, and with it the texts, are those of one process.
-            tokenizer = loading.load_tokenizer(self._model)
-            lengths = [len(loading.encode_prompt(tokenizer, r.text)) for r in requests]
-            requests = Lazy(requests.__getitem__, sorted(range(len(lengths)), key=lengths.__getitem__))
-            size = self.batch_size
+            requests, size = by_length(requests, loading.load_tokenizer(self._model)), self.batch_size
         else:
             fair = -(-len(requests) // (VLLM_CHUNKS * self.workers))
             size = max(self.batch_size, min(VLLM_CHUNK, fair))
@@ -255,7 +252,7 @@ class RayEngine(Engine):
         asked = data.from_items([{"chunk": _pack(list(c))} for c in chunks], override_num_blocks=len(chunks))
         pool = asked.map_batches(
             _Worker,
-            fn_constructor_args=(self._spec, decoding),
+            fn_constructor_args=(self._opened, decoding),
             batch_size=1,
             compute=data.ActorPoolStrategy(size=min(self.workers, len(chunks)), max_tasks_in_flight_per_actor=2),
             max_restarts=self._restarts,

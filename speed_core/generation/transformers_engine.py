@@ -13,7 +13,7 @@ from transformers import TemperatureLogitsWarper
 from xgrammar.contrib.hf import LogitsProcessor as GrammarProcessor
 
 from speed_core import machine
-from speed_core.generation.engines import Completion, Decoding, Engine, Request, grammar_schema
+from speed_core.generation.engines import Completion, Decoding, Engine, Request, by_length, grammar_schema
 from speed_core.generation.top_p import SeededNoise, TopPFilter
 from speed_core.models import loading
 
@@ -30,12 +30,11 @@ class TransformersEngine(Engine):
         self._compiler: xgrammar.GrammarCompiler | None = None
 
     def generate(self, requests: Sequence[Request], decoding: Decoding) -> Generator[Completion, None, None]:
-        encoded = {r.id: loading.encode_prompt(self.tokenizer, r.text) for r in requests}
-        order = sorted(requests, key=lambda r: len(encoded[r.id]))
+        order = by_length(requests, self.tokenizer)
         pad, eos, device = self.tokenizer.pad_token_id, self.tokenizer.eos_token_id, self.model.device
         for start in range(0, len(order), self.batch_size):
-            batch = order[start : start + self.batch_size]
-            rows = [encoded[r.id] for r in batch]
+            batch = list(order[start : start + self.batch_size])
+            rows = [loading.encode_prompt(self.tokenizer, r.text) for r in batch]
             width = max(map(len, rows))
             with torch.no_grad():
                 out = self.model.generate(

@@ -23,6 +23,7 @@ from speed_core.generation.engines import Completion, Decoding, Engine, Request,
 from speed_core.models import compute_type, loading
 
 REST_SECONDS = 300  # that a vLLM waits for other weights of the same architecture
+JOB = 2**14  # prompts sent at a time: more of them, as lists of token ids, would take more memory than the engine saves by them
 # For glibc: keep what was freed. By default each tensor of 64 x 262,144 logits is new memory, whose first touch costs more
 # than the step that fills it (with the nucleus in place: 127 -> 206 tokens a second).
 KEPT_MEMORY = {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": str(2**34)}
@@ -165,12 +166,13 @@ class VllmEngine(Engine):
             raise
 
     def generate(self, requests: Sequence[Request], decoding: Decoding) -> Generator[Completion, None, None]:
-        schemas = {k: grammar_schema(k) for k in {r.kind for r in requests} if k} if decoding.constrained else {}
-        prompts = [(r, loading.encode_prompt(self._tokenizer, r.text)) for r in requests]
-        self._worker.send(Job(decoding, schemas, prompts))
         try:
-            for _ in requests:
-                yield self._worker.receive()
+            for start in range(0, len(requests), JOB):
+                prompts = [(r, loading.encode_prompt(self._tokenizer, r.text)) for r in requests[start : start + JOB]]
+                schemas = {k: grammar_schema(k) for k in {r.kind for r, _ in prompts} if k} if decoding.constrained else {}
+                self._worker.send(Job(decoding, schemas, prompts))
+                for _ in prompts:
+                    yield self._worker.receive()
         except WorkerDied as error:
             raise UserError(
                 f"vllm: the engine ended in the middle ({error}); finished requests are logged, run again to go on"

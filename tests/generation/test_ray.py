@@ -1,10 +1,10 @@
 """Generation over Ray: two workers on this machine write what one process writes, also when one of them is killed."""
 
-import dataclasses
 import os
 import signal
 import sys
 from collections import Counter
+from functools import partial
 
 import pytest
 import ray
@@ -131,8 +131,8 @@ def test_more_workers_than_the_machines_hold_are_refused(base, a_ray):
 
 
 def test_a_worker_with_other_weights_is_refused(base, a_ray):
-    engine = over_ray(base)
-    engine._spec = dataclasses.replace(engine._spec, weights=("other",))
+    engine, weights = over_ray(base), ray_engine.weights_of(base, None)
+    engine._opened = partial(ray_engine.open_here, *engine._opened.args[:4], ("other", *weights), {})
     with pytest.raises(UserError, match="give all machines the same folder or package"):
         list(engine.generate([generate.Request("r", "text", "sts", 0)], generate.Decoding()))
 
