@@ -1,5 +1,7 @@
 """Measurements that notebooks show: log-probabilities, score gains, near-duplicates found by comparing every pair."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from peft import PeftModel, get_peft_model
@@ -76,6 +78,13 @@ def test_a_replay_says_that_it_has_no_weights(tiny_model, monkeypatch, capsys):
     tokens, found = measure.revisor_log_probs(run, ["Write."], "hens")
     assert found == [[0.0] * len(tokens)] and tokens
     assert capsys.readouterr().out.count("a replay has no weights") == 2
+
+
+def test_a_rewritten_text_stands_beside_the_one_before_and_its_prompt():
+    before = [{"record": k, "raw": f"old {k}", "status": "ok"} for k in "ab"]
+    after = [{"record": "b", "raw": "new b", "status": "ok"}, {"record": "a", "raw": "{", "status": "invalid"}]
+    prompts = [SimpleNamespace(id=k) for k in "ab"]
+    assert measure.rewritten(after, before, prompts) == [("new b", "old b", prompts[1])]
 
 
 def test_gains_and_drift_compare_the_second_text_with_the_first():

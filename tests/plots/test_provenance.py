@@ -197,6 +197,9 @@ def test_a_verdict_on_a_sweep_is_stale_when_a_point_of_the_sweep_moves(drawn, mo
     made = paper_sweeps.write(run, {"S12": {"value": 1.0}}, used)
     assert list(made.manifest["parents"]) == ["scores-jr", *(f"variants/{p.folder.name}/scores-jr" for p in points)]
     assert paper_sweeps.write(run, {"S12": {"value": 1.0}}, used).manifest["written"] == made.manifest["written"]
+    paper_sweeps.keep(run, {"S12": {"value": 1.0}}, used)
+    paper_sweeps.keep(run, {}, [], "generators")
+    assert run.store.made("study").manifest["written"] == made.manifest["written"] and not run.store.made("generators")
     basic.estimates(run, "12_map", ROWS, [made], "Verdicts", "points")
     assert provenance.check(run.figures, runs) == []
     make(points[1], "scores-jr", "moved", ["embedder-jr"])

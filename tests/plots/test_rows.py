@@ -31,6 +31,11 @@ def test_a_mean_is_scaled_with_its_interval_and_no_values_are_zero():
     assert rows.mean("gain", []) == {"label": "gain", "value": 0, "low": 0, "high": 0}
 
 
+def test_a_row_as_evidence_keeps_its_numbers_and_says_that_nothing_was_trained():
+    found = rows.evidence(rows.mean("a", [0.0, 1.0, 1.0], 100), "a share")
+    assert (found["what"], found["trained"]) == ("a share", False) and found["low"] <= found["value"] <= found["high"]
+
+
 def test_the_share_kept_is_counted_by_kind():
     records = [{"kind": k} for k in ("sts", "sts", "short_short")]
     first, second = rows.kept_by_kind(records, records[:1])

@@ -69,6 +69,9 @@ def test_one_of_many_tests_is_held_back_and_both_verdicts_are_told():
     assert together["verdict"] == Verdict.UNRESOLVED
     assert "alone it would be smaller scale, same direction (p = 0.012), among the 5 tests" in together["why"]
     assert "Holm: p = 0.06" in together["why"]
+    known = {k: e.row(k) | {"what": "measured", "source": "x"} for k, e in {"G7": estimate(5.0, 2.0), **weak}.items()}
+    p = claims.p_values({}, {"estimates": known}, {"x": "x@1"})
+    assert set(p) == set(known) and p["G7"] == pytest.approx((0.0124, 5 * 0.0124), rel=0.01)
     # The claims of another paper do not count.
     assert rows({"G7": estimate(5.0, 2.0), "E2": estimate(0.0, 2.0)})["G7"]["verdict"] == Verdict.SMALLER
 

@@ -54,6 +54,11 @@ def test_lines_say_value_interval_and_what_it_would_take():
     assert comparisons.fact_lines({}) == ["no claim is estimated here"]
 
 
+def test_what_it_takes_is_counted_in_items_and_in_records():
+    assert comparisons.items_for(-1.0, 1.0, 100, 0.5) == 400
+    assert comparisons.records_for(128, 0.5, 1.0) == 512
+
+
 def test_the_line_its_residuals_and_its_slope_are_those_of_least_squares():
     results = {16: scores(0.40, 0.42), 32: scores(0.50, 0.49), 64: scores(0.52, 0.53)}
     fit, x = comparisons.line(results), np.log2([16, 32, 64])
