@@ -34,7 +34,15 @@ from speed_core.study import generation_stages
 from speed_core.study.runs import open_run
 
 PROFILE = "tiny"
-EARLIER = ("a7bb3d9", "d9b76a7", "4b68a4f", "403d77a", "6720f75", "65112af", "ddb24d6")  # commits that recorded a run of it, oldest first
+EARLIER = (
+    "a7bb3d9",
+    "d9b76a7",
+    "4b68a4f",
+    "403d77a",
+    "6720f75",
+    "65112af",
+    "ddb24d6",
+)  # commits that recorded a run of it, oldest first
 TARGET = ASSETS / "elsewhere.json"
 PAGE, MARKS = ROOT / "docs" / "results.md", ("<!-- elsewhere -->", "<!-- end -->")
 SHIPPED, SETTINGS = f"speed_core/assets/shipped/{PROFILE}", f"speed_core/profiles/{PROFILE}.json"
