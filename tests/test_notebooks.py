@@ -9,6 +9,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import drawings
 import nbformat
 import pytest
 
@@ -162,6 +163,7 @@ def test_every_notebook_runs_at_the_smoke_size(smoke):
     assert [r.status for r in reports] == ["ok"] * len(NOTEBOOKS), [r for r in reports if r.status != "ok"]
     folder = runs / "smoke" / "figures"
     assert provenance.check(folder, runs) == [] and len(list(folder.glob("*.svg"))) >= 15
+    assert [p.stem for p in folder.glob("*.svg") if drawings.smallest_text(p) <= 8] == []
     with (folder / "12_claims.csv").open() as f:
         rows = list(csv.DictReader(f))
     assert len(rows) == len(claims.CLAIMS) and all(r["verdict"] for r in rows)

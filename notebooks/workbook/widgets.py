@@ -201,7 +201,7 @@ def outcome_table(found: Sequence[Mapping[str, str]]) -> str:
 
 def outcome_picture(counts: Mapping[str, int]) -> Any:
     """The still figure of `browse`: a bar for each stage and outcome, valid ones filled, the others hatched."""
-    figure, ax = canvas(7, 0.9 + 0.3 * len(counts))
+    figure, ax = canvas(0.9 + 0.3 * len(counts))
     for i, (label, n) in enumerate(counts.items()):
         ok = label.endswith(", ok")
         ax.barh(i, n, color=OURS if ok else "white", edgecolor=OURS, hatch="" if ok else "//", height=0.6)
@@ -287,13 +287,13 @@ def temperature_lines() -> list[str]:
 
 def temperature_picture(points: Sequence[Mapping[str, float]]) -> Any:
     """The still figure of `temperature`: share of valid records against temperature; points {x, value, low, high}."""
-    figure, ax = canvas(7, 2.6)
+    figure, ax = canvas(2.6)
     x, y = ([p[k] for p in points] for k in ("x", "value"))
     error = [[p["value"] - p["low"] for p in points], [p["high"] - p["value"] for p in points]]
     ax.errorbar(x, y, yerr=error, fmt="o-", color=OURS, capsize=4, label="ours, 95% interval")
     ax.set_xticks(x)
     ax.set(title="Valid records, recorded samples", xlabel="temperature", ylabel="share valid", ylim=(0, 1))
-    ax.legend(fontsize=8)
+    ax.legend()
     return figure
 
 

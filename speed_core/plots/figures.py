@@ -7,27 +7,30 @@ from __future__ import annotations
 
 import json
 import textwrap
-from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from speed_core.evaluation.uncertainty import leaves_zero_out
 from speed_core.plots.basic import (
     FOURTH,
     GREY,
     LINES,
+    NAMED,
     OURS,
     PAPER,
     SECOND,
+    SMALL,
     THIRD,
     WARNING,
     bars,
+    beside,
     canvas,
     distinct,
-    legend_below,
+    finding,
+    name_lines,
+    plain_numbers,
     row_axis,
 )  # fmt: skip
 from speed_core.plots.provenance import save, show
@@ -54,23 +57,30 @@ def categories(run: Run, name: str, rows: Sequence[Mapping[str, Any]], inputs: S
     `paper` is SPEED's value on MTEB, a black diamond: another model on other tasks. Its order may be compared, its level not.
     """
     kinds, models = (distinct([r[k] for r in rows]) for k in ("category", "model"))
-    figure, ax = canvas(7.6, 1.3 + 0.14 * len(kinds) * (len(models) + 1))
+    figure, ax = canvas(1 + 0.16 * len(kinds) * (len(models) + 1), title=title)
     step = 0.8 / (len(models) + 1)  # the last place of a category is the paper's
+    first = []
     for j, model in enumerate(models):
         mine = [r for r in rows if r["model"] == model]
         y = [kinds.index(r["category"]) - 0.4 + (j + 0.5) * step for r in mine]
         style = {"fmt": "os^vP"[j % 5], "color": (GREY, THIRD, SECOND, FOURTH, OURS)[j % 5], "capsize": 3, "ms": 5}
-        ax.errorbar([r["value"] for r in mine], y, xerr=bars(mine), label=model, **style)
+        ax.errorbar([r["value"] for r in mine], y, xerr=bars(mine), **style)
+        first.append(((mine[0]["low"], mine[0]["high"]), y[0], model, "black"))
     printed = {r["category"]: r["paper"] for r in rows if r["paper"] != ""}
+    xlabel = "mean score x 100, 95% interval"
     if printed:
-        label = "paper: SPEED 7B on MTEB (other tasks: compare no levels)"
         y = [kinds.index(k) + 0.4 - step / 2 for k in printed]
-        ax.plot(list(printed.values()), y, "D", color=PAPER, mfc="none", label=label)
+        ax.plot(list(printed.values()), y, "D", color=PAPER, mfc="none")
+        first.append(((value := next(iter(printed.values())), value), y[0], "paper", PAPER))
+        xlabel += "\npaper: SPEED 7B on MTEB (other tasks: compare no levels)"
     for edge in range(1, len(kinds)):
         ax.axhline(edge - 0.5, color=GREY, lw=0.5)
     row_axis(ax, kinds)
-    ax.set(title=title, xlabel="mean score x 100, 95% interval")
-    legend_below(figure, 3)
+    left, right = ax.get_xlim()
+    ax.set_xlim(left, right + 0.3 * (right - left))  # room for the names
+    for named in first:
+        beside(ax, *named)
+    ax.set(xlabel=xlabel)
     save(run, name, figure, rows, inputs)
 
 
@@ -80,9 +90,11 @@ def mask_matrix(run: Run, name: str, view: Any, inputs: Sequence[Artifact], titl
 
     blocks = [b for b in ("ap", "an", "aa", "pp") if b in view.removed]
     names = {"ap": "query - positive", "an": "query - negative", "aa": "query - query", "pp": "positive - positive"}
-    figure, axes = canvas(2.6 * len(blocks), 3.1, len(blocks), title=title)
+    columns = min(2, len(blocks))
+    lines = -(-len(blocks) // columns)
+    figure, axes = canvas(0.5 + 2.7 * lines, columns, lines, title)
     rows = []
-    for ax, b in zip(np.atleast_1d(axes), blocks, strict=True):
+    for ax, b in zip(np.ravel(axes), blocks, strict=False):
         gone, similarity = view.removed[b].cpu().numpy(), view.similarity[b].cpu().numpy()
         image = ax.imshow(similarity, cmap="cividis", norm=Normalize(0, 1), aspect="auto")
         ys, xs = np.nonzero(gone)
@@ -90,12 +102,14 @@ def mask_matrix(run: Run, name: str, view: Any, inputs: Sequence[Artifact], titl
         ax.yaxis.get_major_locator().set_params(integer=True)
         ax.scatter(xs, ys, marker="x", color="white", s=36, lw=3.2)  # an edge, for readers in grey
         ax.scatter(xs, ys, marker="x", color=WARNING, s=26, lw=1.6)
-        ax.set(title=f"{names[b]}\n{int(gone.sum())} removed", xlabel="candidate", ylabel="row" if b == "ap" else "")
+        ax.set(title=f"{names[b]}: {int(gone.sum())} removed", xlabel="candidate", ylabel="row" if b == "ap" else "")
         rows += [
             {"block": b, "row": i, "candidate": j, "guide_similarity": round(float(similarity[i, j]), 4), "removed": int(gone[i, j])}
             for i in range(gone.shape[0]) for j in range(gone.shape[1])
         ]  # fmt: skip
-    figure.colorbar(image, ax=axes, label="guide similarity", shrink=0.8)
+    for ax in np.ravel(axes)[len(blocks) :]:
+        ax.set_visible(False)
+    figure.colorbar(image, ax=axes, label="guide similarity; cross: removed", shrink=0.8)
     save(run, name, figure, rows, inputs)
 
 
@@ -106,7 +120,7 @@ def mask_before_and_after(similarity: Any, removed: Any, topics: Sequence[str]) 
     the pairs.
     """
     similarity, removed = np.asarray(similarity), np.asarray(removed, bool)
-    figure, axes = canvas(8.6, 3.7, 2)
+    figure, axes = canvas(3.3, 2)
     for ax, gone, title in zip(axes, (np.zeros_like(removed), removed), ("before the mask", "after the mask"), strict=True):
         ax.imshow(np.where(gone, np.nan, similarity), cmap="Blues", vmin=-0.2, vmax=1.2, aspect="auto")
         for i, j in np.ndindex(*similarity.shape):
@@ -115,8 +129,8 @@ def mask_before_and_after(similarity: Any, removed: Any, topics: Sequence[str]) 
             style = {"weight": "bold"} if gone[i, j] or i == j else {}
             ax.text(j, i, said, ha="center", va="center", fontsize=9, color=ink, **style)
         labels = [f"{k} {topic}" for k, topic in enumerate(topics)]
-        ax.set_xticks(range(len(labels)), labels, rotation=30, ha="right", fontsize=8)
-        ax.set_yticks(range(len(labels)), labels, fontsize=8)
+        ax.set_xticks(range(len(labels)), labels, rotation=30, ha="right", fontsize=SMALL)
+        ax.set_yticks(range(len(labels)), labels if ax is axes[0] else [], fontsize=SMALL)
         ax.set(title=title, xlabel="positive", ylabel="query" if ax is axes[0] else "")
         ax.spines[:].set_visible(False)
         ax.tick_params(length=0)
@@ -135,18 +149,23 @@ def packed_mask(run: Run, name: str, batch: Mapping[str, Any], inputs: Sequence[
     shade = np.array([2 * g + (1 if p == 0 else 2) for g, p in zip(group, part, strict=True)])
     shades = np.where(allowed, shade[None, :], 0)
     colours = ["#FFFFFF", OURS, "#9CC9E8", SECOND, "#F5D58F", THIRD, "#9FD8C4"][: int(shades.max()) + 1]
-    figure, ax = canvas(6.4, 5.2)
+    tokens = list(zip(group, part, strict=True))
+    across = sum(
+        int(allowed[i, j]) for i, (g, p) in enumerate(tokens) for j, (h, q) in enumerate(tokens) if g != h or q not in (0, p)
+    )
+    said = f"{across} pairs of tokens see across texts" if across else "each completion sees its own prompt and itself alone"
+    figure, ax = canvas(5.4, title=f"In a row of {len(part)} tokens {said}.\n{title}")
     ax.imshow(shades, cmap=ListedColormap(colours), interpolation="nearest", vmin=0, vmax=len(colours) - 1)
     starts = [0, *(i for i in range(1, len(part)) if (group[i], part[i]) != (group[i - 1], part[i - 1]))]
     spans = list(zip(starts, [*starts[1:], len(part)], strict=True))
     words = {0: "prompt", 1: "chosen", 2: "rejected"}
     middles = [(a + b - 1) / 2 for a, b in spans]
-    ax.set_yticks(middles, [words.get(part[a], f"completion {part[a]}") for a in starts], fontsize=8)
-    ax.set_xticks(middles, [f"positions\n{position[a]}-{position[b - 1]}" for a, b in spans], fontsize=7)
+    ax.set_yticks(middles, [words.get(part[a], f"completion {part[a]}") for a in starts])
+    ax.set_xticks(middles, [f"{position[a]}-{position[b - 1]}" for a, b in spans])
     for edge in starts[1:]:
         ax.axhline(edge - 0.5, color="black", lw=0.6)
         ax.axvline(edge - 0.5, color="black", lw=0.6)
-    ax.set(title=title, xlabel="looked at", ylabel="looking")
+    ax.set(xlabel="looked at, by position", ylabel="looking")
     rows = [
         {"token": i, "group": g, "part": k, "position": x, "sees": int(allowed[i].sum())}
         for i, (g, k, x) in enumerate(zip(group, part, position, strict=True))
@@ -161,7 +180,11 @@ def mask_quality(run: Run, name: str, rows: Sequence[Mapping[str, Any]], inputs:
     point is margin 0; the dashed line is the precision of removing at random.
     """
     panels, guides = (distinct([r[k] for r in rows]) for k in ("labels", "guide"))
-    figure, axes = canvas(4.2 * len(panels), 3.8, len(panels), title=title)
+    times = [
+        r["precision"] / r["base_rate"] for r in rows if r["guide"] == guides[0] and r["margin"] == 0 and r.get("removed", 1)
+    ]
+    said = f"At margin 0 {guides[0]} removes with {' and '.join(f'{t:.1f}' for t in times)} times the precision of chance."
+    figure, axes = canvas(3.4, len(panels), title=f"{said}\n{title}" if times else title)
     for ax, panel in zip(np.atleast_1d(axes), panels, strict=True):
         # A mask that removes nothing has no precision; a bar of one that removes little may leave the panel.
         mine = [r for r in rows if r["labels"] == panel and r.get("removed", 1)]
@@ -178,7 +201,7 @@ def mask_quality(run: Run, name: str, rows: Sequence[Mapping[str, Any]], inputs:
         base = next(r["base_rate"] for r in rows if r["labels"] == panel)
         ax.axhline(base, color=GREY, ls="--", lw=1, label="removed at random")
         ax.set(title=panel, xlabel="recall of false negatives", ylabel="precision", xlim=(-0.02, 1.02), ylim=(0, top))
-    legend_below(figure, len(guides) + 1, np.atleast_1d(axes)[0])
+    np.atleast_1d(axes)[0].legend()
     save(run, name, figure, rows, inputs)
 
 
@@ -197,18 +220,21 @@ def loss_cost(run: Run, name: str, path: Path) -> None:
     took = {m: {r["batch"]: r["seconds"] for r in rows if r["method"] == m and r["status"] == "ok"} for m in ("ours", "gist")}
     both = max(took["ours"].keys() & took["gist"].keys())
     times = took["gist"][both] / took["ours"][both]
-    title = f"At batch {both:,} GISTEmbedLoss takes {times:.3g} times as long as ours ({machine}, {result['written']})"
-    figure, axes = canvas(9, 3.6, 2, title=title)
+    title = f"At batch {both:,} GISTEmbedLoss takes {times:.3g} times as long as ours.\n{machine}, {result['written']}"
+    figure, axes = canvas(5.2, 1, 2, title, sharex=True)
     panels = {"seconds": "seconds, forward and backward", "peak_mb": "peak memory, MB"}
-    for ax, (key, ylabel) in zip(axes, panels.items(), strict=True):
+    for ax, (key, what) in zip(axes, panels.items(), strict=True):
         for i, (method, label) in enumerate(names.items()):
             points = [r for r in rows if r["method"] == method and r["status"] == "ok"]
             style = {"ls": LINES[i], "marker": "osD^v"[i], "ms": 4, "color": (OURS, SECOND, THIRD, FOURTH, GREY)[i]}
             ax.plot([r["batch"] for r in points], [max(r[key], 1e-4) for r in points], label=label, **style)
         ax.set_xscale("log", base=2)
         ax.set_yscale("log")
-        ax.set(xlabel="batch (triplets, 384 dimensions)", ylabel=ylabel)
-    legend_below(figure, 5, axes[0])
+        ax.set(title=what)
+        plain_numbers(ax.xaxis)
+        plain_numbers(ax.yaxis)
+    axes[-1].set(xlabel="batch (triplets, 384 dimensions)")
+    name_lines(axes[0])
     out = [{k: r.get(k, "") for k in ("method", "batch", "status", "seconds", "peak_mb")} for r in rows]
     save(run, name, figure, out, [], files=[path])
 
@@ -217,37 +243,41 @@ def scaling(
     run: Run, name: str, rows: Sequence[Mapping[str, float]], fit: Mapping[str, float], band: Any, inputs: Sequence[Artifact],
     title: str,
 ) -> None:  # fmt: skip
-    """Fig. 4: score against the number of synthetic records, and the paper's two points beside it.
+    """Fig. 4: score against the number of synthetic records, the paper's two points in the same panel, and what the fit leaves over.
 
-    Three panels: the log-linear fit with its band, what it leaves over, the paper. Rows {records, value, low, high, fit, fit_low,
-    fit_high, residual, residual_low, residual_high}.
+    Rows {records, value, low, high, fit, fit_low, fit_high, residual, residual_low, residual_high}. The paper's points are of other
+    tasks: its slope may be compared, its level not.
     """
-    figure, (left, middle, right) = canvas(10.4, 3.6, 3, title=title)
+    printed = paper_values.SCORE_BY_RECORDS
+    doubling = (printed[-1][1] - printed[0][1]) / np.log2(printed[-1][0] / printed[0][0])
+    said = f"{title}.\nThe paper's two points, on other tasks: {doubling:+.1f} (compare no levels)"
+    figure, (left, right) = canvas(3.6, 2, title=said, width_ratios=(2, 1))
     x = np.array([r["records"] for r in rows])
     marks = {"fmt": "o", "color": OURS, "capsize": 4}
-    left.errorbar(x, [r["value"] for r in rows], yerr=bars(rows), label="ours, 95% interval", **marks)
+    left.errorbar(x, [r["value"] for r in rows], yerr=bars(rows), **marks)
     grid = np.geomspace(x.min(), x.max(), 50)
-    left.plot(grid, fit["intercept"] + fit["slope"] * np.log2(grid), color=OURS, label=f"{fit['slope']:+.2f} points per doubling")
+    left.plot(grid, fit["intercept"] + fit["slope"] * np.log2(grid), color=OURS)
     left.fill_between(grid, band[0], band[1], color=OURS, alpha=0.15)
-    left.set(title="ours", ylabel="mean score of the offline tasks")
-    left.legend(fontsize=8)
-    middle.axhline(0, color=GREY, lw=1, ls="--")
-    middle.errorbar(x, [r["residual"] for r in rows], yerr=bars(rows, "residual", "residual_low", "residual_high"), **marks)
-    middle.set(title="residuals of the line", ylabel="points")
-    for panel in (left, middle):
+    left.plot(*zip(*printed, strict=True), "D-", color=PAPER, mfc="none")
+    right.axhline(0, color=GREY, lw=1, ls="--")
+    right.errorbar(x, [r["residual"] for r in rows], yerr=bars(rows, "residual", "residual_low", "residual_high"), **marks)
+    right.set(title="left over by the line", ylabel="points")
+    few = x[:: 1 + len(x) // 4]
+    for panel, ticks in ((left, [*few, *(n for n, _ in printed)]), (right, few)):
         panel.set_xscale("log", base=2)
-        panel.set_xticks(x, [str(int(v)) for v in x])
+        panel.set_xticks(ticks, [f"{n / 1000:g}K" if n > 9999 else f"{n:g}" for n in ticks])
         panel.set(xlabel="synthetic records")
-    printed = paper_values.SCORE_BY_RECORDS
-    thousands, scores = [n / 1000 for n, _ in printed], [score for _, score in printed]
-    doubling = (scores[-1] - scores[0]) / np.log2(thousands[-1] / thousands[0])
-    right.plot(thousands, scores, "D-", color=PAPER, mfc="none", label=f"{doubling:+.1f} points per doubling")
-    right.set_xscale("log", base=2)
-    right.set_xticks(thousands, [f"{n:g}K" for n in thousands])
-    right.set(title="paper (Tables 1 and 2)", xlabel="synthetic records", ylabel="MTEB average, 56 tasks", ylim=(62.5, 64))
-    right.legend(fontsize=8)
+    left.set(ylabel="mean score of each one's tasks")
+    ours = f"ours, 95% interval\n{fit['slope']:+.2f} per doubling"
+    left.annotate(ours, (x[-1], rows[-1]["low"]), color=OURS, **NAMED, xytext=(8, -4))
+    left.annotate(f"paper, {doubling:+.1f} per doubling", printed[0], **NAMED, xytext=(0, 14), ha="center")
     paper: list[dict[str, Any]] = [{"records": n, "value": score, "source": "paper"} for n, score in printed]
     save(run, name, figure, [dict(r) | {"source": "ours"} for r in rows] + paper, inputs)
+
+
+def _worded(text: str) -> str:
+    """A label in the words of the prose; the tables keep theirs."""
+    return text.replace("tasks a topic", "tasks per topic")
 
 
 def sweeps(run: Run, name: str, rows: Sequence[Mapping[str, Any]], inputs: Sequence[Artifact], title: str) -> None:
@@ -257,12 +287,11 @@ def sweeps(run: Run, name: str, rows: Sequence[Mapping[str, Any]], inputs: Seque
     prints a difference (`paper_value`, or several of them), it is a black diamond.
     """
     panels = distinct([r["panel"] for r in rows])
-    columns = min(3, len(panels))
+    columns = min(2, len(panels))
     lines = -(-len(panels) // columns)
-    beside = [r for r in rows if not r["own"]]
-    clear = sum(leaves_zero_out(r["low"], r["high"]) for r in beside)
-    title = f"{title}: {clear} of {len(beside)} differences resolved"
-    figure, axes = canvas(3.2 * columns, 2.7 * lines + 0.4, columns, lines, title)
+    others = [r for r in rows if not r["own"]]
+    said = finding([{**r, "label": f"{_worded(r['panel']).split(': ')[-1]} {r['x']}"} for r in others])
+    figure, axes = canvas(1.75 * lines + 1, columns, lines, f"{said}.\n{title}")
     axes = np.atleast_2d(axes)
     for ax in axes.flat[len(panels) :]:
         ax.set_visible(False)
@@ -281,26 +310,38 @@ def sweeps(run: Run, name: str, rows: Sequence[Mapping[str, Any]], inputs: Seque
         ticks = [r["x"] if r["records"] in usual else f"{r['x']}\n({r['records']} records)" for r in found]
         ax.set_xticks(range(len(found)), ticks)
         ax.margins(x=0.15)
-        ax.set_title(f"{panel}\npaper: {found[0]['paper']}", fontsize=8.5)
+        heading = (_worded(panel), f"paper: {found[0]['paper']}")
+        ax.set_title("\n".join(heading), fontsize=SMALL)
     for ax in axes[:, 0]:
-        ax.set_ylabel("points against own value", fontsize=8.5)
+        ax.set_ylabel("points", fontsize=SMALL)
+    key = "points against the profile's own value (hollow), 95% interval; dash: one seed; black diamond: the paper's difference"
+    figure.supxlabel(textwrap.fill(key, 90), x=0.01, ha="left", fontsize=SMALL)
     save(run, name, figure, rows, inputs)
 
 
 def cost(run: Run, name: str, per_record: Mapping[str, tuple[float, float]], inputs: Sequence[Artifact]) -> None:
     """Table 5 for each training record: {who: (teacher calls, teacher tokens)} on logarithmic axes, the paper's in black and white."""
-    calls = ", ".join(f"{w} {v[0]:.2g}" for w, v in per_record.items())
-    figure, axes = canvas(8.4, 0.9 + 0.42 * len(per_record), 2, title=f"Teacher calls per training record: {calls}")
+    ours, paper = (
+        next((v for w, v in per_record.items() if w.startswith("paper") is printed), (0, 0)) for printed in (False, True)
+    )
+    times = [
+        f"{mine / its:.2g} times the {unit}"
+        for mine, its, unit in zip(ours, paper, ("calls", "tokens"), strict=True)
+        if mine and its
+    ]
+    title = f"A record of ours takes {' and '.join(times)} of SPEED's" if times else "What a record takes of the teacher"
+    figure, axes = canvas(0.9 + 0.42 * len(per_record), 2, title=title)
     who = list(per_record)
     for k, (ax, unit) in enumerate(zip(axes, ("teacher calls", "teacher tokens"), strict=True)):
         low, high = (f(v[k] for v in per_record.values() if v[k] > 0) for f in (min, max))
         for i, label in enumerate(who):
-            paper, value = label.startswith("paper"), per_record[label][k]
-            colour, edge = ("white", PAPER) if paper else (OURS, OURS)
-            ax.barh(i, value, color=colour, edgecolor=edge, hatch="//" if paper else "", height=0.6)
+            printed, value = label.startswith("paper"), per_record[label][k]
+            colour, edge = ("white", PAPER) if printed else (OURS, OURS)
+            ax.barh(i, value, color=colour, edgecolor=edge, hatch="//" if printed else "", height=0.6)
             said = f"{value:.3g}" if value else "not counted"  # an endpoint need not report tokens
-            ax.annotate(said, (value or low / 3, i), (5, 0), textcoords="offset points", va="center", fontsize=8)
+            ax.annotate(said, (value or low / 3, i), (5, 0), textcoords="offset points", va="center", fontsize=SMALL)
         ax.set_xscale("log")
+        plain_numbers(ax.xaxis)
         ax.set_yticks(range(len(who)), who if k == 0 else [""] * len(who))
         ax.invert_yaxis()
         ax.set(xlabel=f"{unit} per record", xlim=(low / 3, high * 4))
@@ -316,27 +357,43 @@ NO_DIFFERENCE = ("S3", "S22")  # their numbers are shares of calls and of record
 IN_HUNDREDTHS = {"G6": 100}  # the number of this claim is a share, the others' are points
 
 
+DECIDED = {
+    Verdict.REPRODUCED: "reproduces", Verdict.SMALLER: "finds the same direction at a smaller scale for",
+    Verdict.EQUIVALENT: "finds no difference for", Verdict.CONTRADICTED: "contradicts",
+}  # fmt: skip
+
+
+def _heading(rows: Sequence[Mapping[str, Any]]) -> str:
+    """The claims on which a verdict says something, and how many are left."""
+    found = {v: [r["id"] for r in rows if r["verdict"] == v] for v in DECIDED}
+    said = [f"{DECIDED[v]} {len(ids)} ({', '.join(ids)})" for v, ids in found.items() if ids]
+    return f"Of {len(rows)} claims this run {', '.join([*said, f'leaves {len(rows) - sum(map(len, found.values()))} open'])}"
+
+
 def claim_map(run: Run, name: str, rows: Sequence[Mapping[str, Any]], inputs: Sequence[Artifact]) -> None:
-    """Forest plot of all claims: the estimate with its interval, the paper's effect as a diamond where it prints one, a band for
-    what is too small to matter, the verdict in words, colour and shape."""
-    lines: list[Mapping[str, Any] | str] = []
+    """Forest plot of all claims with an effect: the estimate with its interval, the paper's effect as a diamond where it prints one, a
+    band for what is too small to matter, the verdict in words, colour and shape. The claims without one stand in the last line."""
+    bare = [r for r in rows if r["effect"] == "" and (r["low"] == "" or r["id"] in NO_DIFFERENCE)]
+    lines: list[tuple[str, Mapping[str, Any] | None]] = []
     for letter, question in QUESTIONS.items():
-        lines += [question, *(r for r in rows if r["id"].startswith(letter))]
-    count = Counter(Verdict(r["verdict"]) for r in rows)
-    title = f"{len(rows)} claims: {'; '.join(f'{count[v]} {v}' for v in Verdict if count[v])}"
-    figure, ax = canvas(9.5, 1.3 + 0.26 * len(lines), title=textwrap.fill(title, 95))
+        lines.append((question, None))
+        lines += [
+            (textwrap.fill(f"{r['id']}  {_worded(r['claim'])}", 52), r)
+            for r in rows
+            if r["id"].startswith(letter) and r not in bare
+        ]
+    deep = [text.count("\n") + 1 for text, _ in lines]
+    figure, ax = canvas(1.6 + 0.17 * sum(deep), title=_heading(rows), width=8.3)
     ax.axvspan(-EQUIVALENCE_MARGIN, EQUIVALENCE_MARGIN, color="#EEEEEE", zorder=0)
     ax.axvline(0, color="black", linewidth=0.8, zorder=1)
-    beside = ax.get_yaxis_transform()
-    for i, r in enumerate(lines):
-        if isinstance(r, str):
-            ax.text(-0.02, i, r, ha="right", va="center", fontsize=9, weight="bold", transform=beside)
+    side = {"va": "center", "fontsize": SMALL, "transform": ax.get_yaxis_transform()}
+    for i, (text, r) in zip(np.cumsum(deep) - np.array(deep) / 2, lines, strict=True):
+        ax.text(-0.02, i, text, ha="right", weight="normal" if r else "bold", linespacing=1, **side)
+        if r is None:
             continue
         found = Verdict(r["verdict"])
-        claim = f"{r['id']}  {textwrap.shorten(r['claim'], 66, placeholder=' ...')}"
-        ax.text(-0.02, i, claim, ha="right", va="center", fontsize=8, transform=beside)
         ink = "#555555" if COLOURS[found] in (GREY, "#CCCCCC") else COLOURS[found]
-        ax.text(1.02, i, found, ha="left", va="center", fontsize=8, color=ink, transform=beside)
+        ax.text(1.02, i, found, ha="left", color=ink, **side)
         if r["effect"] != "":
             ax.plot(r["effect"], i, "D", markersize=7, markerfacecolor="none", markeredgecolor=PAPER, zorder=4)
         if r["low"] != "" and r["id"] not in NO_DIFFERENCE:
@@ -345,13 +402,18 @@ def claim_map(run: Run, name: str, rows: Sequence[Mapping[str, Any]], inputs: Se
             ax.plot(
                 value, i, MARKERS[found], color=COLOURS[found], markersize=7 if found is Verdict.CONTRADICTED else 5, zorder=3
             )
+    ax.text(
+        0, 0.5, "too small to matter", ha="center", va="center", fontsize=SMALL, bbox={"fc": "#EEEEEE", "ec": "none", "pad": 1}
+    )
     ticks = (-10, -3, -1, 0, 1, 3, 10, 30)
     ax.set_xscale("symlog", linthresh=1, linscale=0.6)
     ax.set_xticks(ticks, [f"{t:+d}" if t else "0" for t in ticks])
     ax.minorticks_off()
-    ax.set(yticks=[], ylim=(len(lines) - 0.5, -0.7), xlim=(-20, 45))
+    ax.set(yticks=[], ylim=(sum(deep), 0), xlim=(-20, 45), xlabel="points (G6: hundredths); diamond: the paper's effect")
     signs = {sign: ", ".join(k for k, v in EXPECTED.items() if v == sign) for sign in (-1, 0)}
-    expected = f"expected: left of 0 for {signs[-1]}, within the band for {signs[0]}, else right of 0"
-    ax.set_xlabel(f"points (G6: hundredths); diamond: the paper's effect; grey band: too small to matter\n{expected}", fontsize=8)
+    under = f"Expected: left of 0 for {signs[-1]}, within the band for {signs[0]}, else right of 0."
+    if bare:
+        under += " Without an effect in points: " + "; ".join(f"{r['id']} {r['verdict']}" for r in bare) + "."
+    figure.supxlabel(textwrap.fill(under, 115), x=0.01, ha="left", fontsize=SMALL)
     ax.spines["left"].set_visible(False)
     save(run, name, figure, rows, inputs)

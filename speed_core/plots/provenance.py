@@ -74,7 +74,7 @@ def save(
 
 def alternative_text(figure: Any, name: str) -> str:
     """What a figure shows, for those who cannot see it: its titles and axes, and where its numbers are."""
-    title = figure.get_suptitle()
+    title = figure.get_suptitle().replace("\n", " ")
     panels = []
     for ax in figure.axes:
         axes = " against ".join(t for t in (ax.get_ylabel(), ax.get_xlabel()) if t)

@@ -54,11 +54,11 @@ def test_a_packed_example_holds_a_few_tokens_of_each_text():
 @pytest.mark.parametrize(
     ("intervals", "said"),
     [
-        ({"a": (-1, 1)}, "no difference is resolved (hollow: the interval contains zero)"),
-        ({"a": (1, 3)}, "resolved"),
-        ({"a": (1, 3), "b": (-3, -1)}, "resolved: all of them"),
-        ({"all, a": (1, 3), "b": (-2, 2), "c": (-3, -1)}, "resolved (filled): all, a (+2.0); c (-2.0)"),
-        ({f"a rather long label {i}": (i, i + 2) for i in range(6)}, "5 of 6 are resolved (filled)"),
+        ({"a": (-1, 1)}, "No difference is resolved"),
+        ({"a": (1, 3)}, "Resolved: a (+2.0)"),
+        ({"a": (1, 3), "b": (-3, -1), "c": (2, 4)}, "All 3 differences are resolved, -2.0 to +3.0"),
+        ({"all, a": (1, 3), "b": (-2, 2), "c": (-3, -1)}, "Resolved: all, a (+2.0); c (-2.0)"),
+        ({f"a rather long label {i}": (i, i + 2) for i in range(8)}, "7 of 8 differences are resolved"),
     ],
 )
 def test_a_title_says_which_differences_are_resolved(intervals, said):
