@@ -275,11 +275,6 @@ def scaling(
     save(run, name, figure, [dict(r) | {"source": "ours"} for r in rows] + paper, inputs)
 
 
-def _worded(text: str) -> str:
-    """A label in the words of the prose; the tables keep theirs."""
-    return text.replace("tasks a topic", "tasks per topic")
-
-
 def sweeps(run: Run, name: str, rows: Sequence[Mapping[str, Any]], inputs: Sequence[Artifact], title: str) -> None:
     """Fig. 3: a panel for each sweep; rows {panel, x, own, records, value, low, high, each, paper} as `paper_sweeps.rows` gives them.
 
@@ -290,7 +285,7 @@ def sweeps(run: Run, name: str, rows: Sequence[Mapping[str, Any]], inputs: Seque
     columns = min(2, len(panels))
     lines = -(-len(panels) // columns)
     others = [r for r in rows if not r["own"]]
-    said = finding([{**r, "label": f"{_worded(r['panel']).split(': ')[-1]} {r['x']}"} for r in others])
+    said = finding([{**r, "label": f"{r['panel'].split(': ')[-1]} {r['x']}"} for r in others])
     figure, axes = canvas(1.75 * lines + 1, columns, lines, f"{said}.\n{title}")
     axes = np.atleast_2d(axes)
     for ax in axes.flat[len(panels) :]:
@@ -310,7 +305,7 @@ def sweeps(run: Run, name: str, rows: Sequence[Mapping[str, Any]], inputs: Seque
         ticks = [r["x"] if r["records"] in usual else f"{r['x']}\n({r['records']} records)" for r in found]
         ax.set_xticks(range(len(found)), ticks)
         ax.margins(x=0.15)
-        heading = (_worded(panel), f"paper: {found[0]['paper']}")
+        heading = (panel, f"paper: {found[0]['paper']}")
         ax.set_title("\n".join(heading), fontsize=SMALL)
     for ax in axes[:, 0]:
         ax.set_ylabel("points", fontsize=SMALL)
@@ -378,7 +373,7 @@ def claim_map(run: Run, name: str, rows: Sequence[Mapping[str, Any]], inputs: Se
     for letter, question in QUESTIONS.items():
         lines.append((question, None))
         lines += [
-            (textwrap.fill(f"{r['id']}  {_worded(r['claim'])}", 52), r)
+            (textwrap.fill(f"{r['id']}  {r['claim']}", 52), r)
             for r in rows
             if r["id"].startswith(letter) and r not in bare
         ]
