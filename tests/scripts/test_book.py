@@ -126,9 +126,6 @@ def test_the_archive_has_the_text_of_the_repository_and_is_refused_where_the_cod
         book.packed(notebooks)
 
 
-@pytest.mark.xfail(
-    reason="remove this mark when the archive was packed anew: scripts/elsewhere.py came after its last run", strict=False
-)
 def test_the_archive_says_of_the_recorded_runs_what_a_notebook_would_say_now():
     said = [
         found
