@@ -373,9 +373,7 @@ def claim_map(run: Run, name: str, rows: Sequence[Mapping[str, Any]], inputs: Se
     for letter, question in QUESTIONS.items():
         lines.append((question, None))
         lines += [
-            (textwrap.fill(f"{r['id']}  {r['claim']}", 52), r)
-            for r in rows
-            if r["id"].startswith(letter) and r not in bare
+            (textwrap.fill(f"{r['id']}  {r['claim']}", 52), r) for r in rows if r["id"].startswith(letter) and r not in bare
         ]
     deep = [text.count("\n") + 1 for text, _ in lines]
     figure, ax = canvas(1.6 + 0.17 * sum(deep), title=_heading(rows), width=8.3)
