@@ -145,22 +145,26 @@ def measure(step: str, count: int, folder: Path) -> dict[str, Any]:
 
 def main() -> None:
     args = common.arguments(__doc__ or "")
-    rows = []
+    rows: list[dict[str, Any]] = []
     for count in (2_000, 20_000) if args.quick else (100_000, 1_000_000):
         folder = Path(tempfile.mkdtemp())
         for step in STEPS:
             row = {"step": step, "requests": count} | common.in_process(measure, step, count, folder, limit_s=7200)
             rows.append(row | ({"under_2_gb": row["peak_mb"] < LIMIT_MB} if row["status"] == "ok" else {}))
-            print(json.dumps(rows[-1]), flush=True)
+            # After each step, so that an interrupted run keeps what it has.
+            common.finish("million", args, rows, growth(rows), ("numpy", "ray", "pyarrow"))
         shutil.rmtree(folder)
-    by = {(r["step"], r["requests"]): r for r in rows if r["status"] == "ok"}
-    small, large = sorted({r["requests"] for r in rows})
-    growth = {
-        f"{step}_bytes_a_request": (by[step, large]["peak_mb"] - by[step, small]["peak_mb"]) * 2**20 / (large - small)
+
+
+def growth(rows: list[dict[str, Any]]) -> dict[str, float]:
+    """By how many bytes a request more raises the peak of each step that was measured at both sizes."""
+    by = {(r["step"], r["requests"]): r["peak_mb"] for r in rows if r["status"] == "ok"}
+    small, large = min(r["requests"] for r in rows), max(r["requests"] for r in rows)
+    return {
+        f"{step}_bytes_a_request": (by[step, large] - by[step, small]) * 2**20 / (large - small)
         for step in STEPS
-        if {(step, small), (step, large)} <= set(by)
+        if small < large and {(step, small), (step, large)} <= set(by)
     }
-    common.finish("million", args, rows, growth, ("numpy", "ray", "pyarrow"))
 
 
 if __name__ == "__main__":
