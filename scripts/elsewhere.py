@@ -15,7 +15,7 @@ import re
 import subprocess
 import tarfile
 import tempfile
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
@@ -69,6 +69,11 @@ GUIDE = ("models.guide", "evaluation.size", "data_seed")
 STUDENTS = (*GUIDE, "seeds", "study.student", "embedding.temperature")
 
 
+def deciding(settings: Iterable[str], by: Sequence[str]) -> list[str]:
+    """The settings that are named in `by`, themselves or by the beginning of their names."""
+    return [k for k in settings if any(k == name or k.startswith(f"{name}.") for name in by)]
+
+
 @dataclass(frozen=True)
 class Recorded:
     """One recorded run: `folder` holds its artifacts, `settings` is its profile, `now` today's."""
@@ -92,8 +97,8 @@ class Recorded:
 
     def other(self, decided_by: tuple[str, ...]) -> list[str]:
         """The settings of this run that decide a number and are others now, as "junior.examples 322, now 160"."""
-        names = [k for k in self.settings if any(k == p or k.startswith(f"{p}.") for p in decided_by)]
-        return [f"{k} {self.settings[k]}, now {self.now[k]}" for k in names if k in self.now and self.settings[k] != self.now[k]]
+        names = [k for k in deciding(self.settings, decided_by) if k in self.now]
+        return [f"{k} {self.settings[k]}, now {self.now[k]}" for k in names if self.settings[k] != self.now[k]]
 
 
 def valid(generator: str) -> Callable[[Recorded], float | None]:
@@ -219,7 +224,7 @@ def add(folder: Path) -> str:
         raise UserError(f"{folder}: no {', '.join(missing)}; let all notebooks run first")
     kind, date = kinds.pop(), max(m["written"] for m in manifests)[:10]
     name = f"{kind}, {_cpu(machine.cpu())}, {machine.instructions()}, {date}"
-    decided = {k: v for k, v in settings.items() if any(k.startswith(p) for by, *_ in NUMBERS.values() for p in by)}
+    decided = {k: settings[k] for k in deciding(settings, [name for by, *_ in NUMBERS.values() for name in by])}
     found = json.loads(TARGET.read_text(encoding="utf-8"))
     found["runs"][name] = {"date": date, "compute_type": kind, "cpu": _cpu(machine.cpu()), "values": values, "settings": decided}
     write_json(TARGET, found)
