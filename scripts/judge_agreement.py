@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 from scipy.stats import kendalltau
 
-from speed_core.data import records, teacher
+from speed_core.data import teacher
 from speed_core.data.prompts import parse_prompt_attributes
 from speed_core.evaluation.uncertainty import bootstrap_interval
 from speed_core.preference.judge import RubricJudge
@@ -29,11 +29,11 @@ def agreement(rubric: RubricJudge, rows: Sequence[Mapping[str, Any]]) -> list[di
     `best`, `worst`: whether the rubric's best (worst) candidate has the reader's first (last) rank; `chance`: the share of candidates
     that have the first rank; `tau`: Kendall's tau-b of both orders.
     """
-    valid = [records.parse(text, r["kind"]).record for r in rows for text in r["candidates"]]
-    rubric.precompute_embeddings([t for found in valid if found for t in found.values() if t])
+    asked = [parse_prompt_attributes(r["kind"], r["task"], r["prompt"]) for r in rows]
+    rubric.precompute_embeddings((text, prompt) for r, prompt in zip(rows, asked, strict=True) for text in r["candidates"])
     out = []
-    for r in rows:
-        ranks, prompt = np.array(r["ranks"]), parse_prompt_attributes(r["kind"], r["task"], r["prompt"])
+    for r, prompt in zip(rows, asked, strict=True):
+        ranks = np.array(r["ranks"])
         if len(set(ranks)) > 1:
             scores = [rubric.score(text, prompt)[0] for text in r["candidates"]]
             tau = float(kendalltau(-ranks, scores).statistic) if len(set(scores)) > 1 else 0.0

@@ -21,7 +21,7 @@ from speed_core.contrastive.embedder import ADAPTER, build_embedder, instruct, s
 from speed_core.contrastive.guide_cache import GuideCache, GuidedCollator
 from speed_core.contrastive.sentence_transformers_loss import CachedGuidedContrastiveLoss, GuidedContrastiveLoss
 from speed_core.files import UserError, write_json
-from speed_core.models import adapters, compute_type, loading, training
+from speed_core.models import adapters, compute_type, loading, packed, training
 from speed_core.profile import Embedding
 
 CPU_ROWS = 4  # texts in one forward pass on a CPU
@@ -100,6 +100,7 @@ def train_embedder(
     body: Any = model[0]
     if settings.lora is not None:
         body.model = get_peft_model(body.model, training.lora_config(settings.lora, body.model, "FEATURE_EXTRACTION"))
+        packed.pack(body.model, training=True)
     cache = GuideCache(loading.sentence_transformer(guide, "float32"), guide_cache)
     if os.environ.get("ACCELERATE_USE_FSDP") and (layers := getattr(body.model, "_no_split_modules", None)):
         os.environ["FSDP_TRANSFORMER_CLS_TO_WRAP"] = ",".join(layers)  # what FSDP splits; a SentenceTransformer names none

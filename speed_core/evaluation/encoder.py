@@ -21,7 +21,7 @@ from speed_core import console
 from speed_core.contrastive.embedder import ADAPTER, build_embedder, instruct, load_trained
 from speed_core.contrastive.guide_cache import encoder_digest
 from speed_core.files import digest
-from speed_core.models import loading
+from speed_core.models import loading, packed
 
 DECIMALS = 6  # of a similarity, in mteb's score and in our items alike
 MIN_SHARED = 6  # tokens; below that, sharing a beginning costs more than it saves
@@ -93,7 +93,7 @@ def load_encoder(
         model = build_embedder(path, max_length or 512, dtype) if bare else load_trained(str(folder), dtype)
     encoder = Embedder(model, name, instructed, batch_size, max_length)
     if isinstance(path, str):  # a model that was handed over stays as it is
-        loading.prepack(model)
+        packed.pack(model)
     return encoder
 
 

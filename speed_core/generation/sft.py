@@ -13,7 +13,7 @@ from typing import Any
 
 from speed_core import console, machine
 from speed_core.files import UserError
-from speed_core.models import adapters, compute_type, loading, token_logprobs, training
+from speed_core.models import adapters, compute_type, loading, packed, token_logprobs, training
 from speed_core.profile import Training
 
 CPU_ROWS = 3  # examples in one forward pass on a CPU
@@ -111,7 +111,7 @@ def train(
         callbacks=[training.bar_callback(label)],
     )
     training.remove_printer(trainer)
-    token_logprobs.hidden_states_only(trainer.model)
+    token_logprobs.hidden_states_only(packed.pack(trainer.model, training=True))
     trainer.train()
     history = training.check_history(trainer.state.log_history, label)
     trainable = sum(p.numel() for p in trainer.model.parameters() if p.requires_grad)

@@ -15,7 +15,7 @@ from xgrammar.contrib.hf import LogitsProcessor as GrammarProcessor
 from speed_core import machine
 from speed_core.generation.engines import Completion, Decoding, Engine, Request, by_length, grammar_schema
 from speed_core.generation.top_p import SeededNoise, TopPFilter
-from speed_core.models import loading
+from speed_core.models import loading, packed
 
 
 class TransformersEngine(Engine):
@@ -25,7 +25,7 @@ class TransformersEngine(Engine):
 
     def __init__(self, model: str, adapter: Path | None = None, dtype: str = "auto", batch_size: int = 32):
         self.tokenizer = loading.load_tokenizer(model)
-        self.model = loading.prepack(loading.load_causal_lm(model, adapter, dtype).to(machine.device()))
+        self.model = packed.pack(loading.load_causal_lm(model, adapter, dtype).to(machine.device()))
         self.batch_size = batch_size
         self._compiler: xgrammar.GrammarCompiler | None = None
 

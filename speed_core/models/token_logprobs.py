@@ -20,26 +20,28 @@ from torch import Tensor
 
 from speed_core.files import UserError
 from speed_core.models import training
+from speed_core.models.packed import PackedWeight
 
 CHUNK = 128  # tokens at a time: 128 x 262,144 float32 logits are 134 MB
 
 
 class _TokenLogProbs(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor, softcap: float | None) -> Tensor:
+    def forward(
+        ctx: Any, hidden: Tensor, weight: Tensor, packed: PackedWeight | None, targets: Tensor, softcap: float | None
+    ) -> Tensor:
         want = ctx.needs_input_grad[0]
         out = torch.empty(len(targets), dtype=torch.float32, device=hidden.device)
         grad_hidden = torch.empty_like(hidden) if want else None
         # Two buffers for the whole call: fresh 100 MB tensors cost more in page faults than in arithmetic.
-        raw = torch.empty(min(CHUNK, len(targets)), weight.shape[0], dtype=weight.dtype, device=hidden.device)
+        at_once = 0 if packed else min(CHUNK, len(targets))
+        raw = torch.empty(at_once, weight.shape[0], dtype=weight.dtype, device=hidden.device)
         full = torch.empty(raw.shape, dtype=torch.float32, device=hidden.device) if raw.dtype != torch.float32 else raw
         for start in range(0, len(targets), CHUNK):
             target = targets[start : start + CHUNK]
             rows, index = slice(start, start + len(target)), torch.arange(len(target), device=hidden.device)
-            low = torch.mm(hidden[rows], weight.T, out=raw[: len(target)])
-            z = full[: len(target)]
-            if full is not raw:
-                z.copy_(low)
+            low = packed.outputs(hidden[rows]) if packed else torch.mm(hidden[rows], weight.T, out=raw[: len(target)])
+            z = low if full is raw else full[: len(target)].copy_(low)
             if softcap:
                 z.div_(softcap).tanh_().mul_(softcap)
             softcap_grad = 1 - (z / softcap) ** 2 if softcap and grad_hidden is not None else None
@@ -53,7 +55,10 @@ class _TokenLogProbs(torch.autograd.Function):
                     z *= softcap_grad
                 if full is not raw:
                     low.copy_(z)
-                torch.mm(low, weight, out=grad_hidden[rows])
+                if packed:
+                    grad_hidden[rows] = packed.gradient(low)
+                else:
+                    torch.mm(low, weight, out=grad_hidden[rows])
         if grad_hidden is not None:
             ctx.save_for_backward(grad_hidden)
         return out
@@ -61,14 +66,14 @@ class _TokenLogProbs(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *upstream: Tensor) -> tuple[Tensor | None, ...]:
         (grad_hidden,) = ctx.saved_tensors
-        return (grad_hidden * upstream[0][:, None].to(grad_hidden.dtype)), None, None, None
+        return (grad_hidden * upstream[0][:, None].to(grad_hidden.dtype)), None, None, None, None
 
 
-def log_probs(hidden: Tensor, weight: Tensor, targets: Tensor, softcap: float | None = None) -> Tensor:
-    """float32 (S,) log-probabilities of `targets` (S,) from hidden states (S, H) and head weights (V, H)."""
+def log_probs(hidden: Tensor, head: Any, targets: Tensor, softcap: float | None = None) -> Tensor:
+    """float32 (S,) log-probabilities of `targets` (S,) from hidden states (S, H) and the head, a linear layer (V, H)."""
     # accelerate hands the outputs of a bfloat16 model back as float32; autograd casts the gradient back.
-    weight = training.whole(weight)
-    return _TokenLogProbs.apply(hidden.to(weight.dtype), weight, targets, softcap)
+    weight = training.whole(head.weight)
+    return _TokenLogProbs.apply(hidden.to(weight.dtype), weight, getattr(head, "packed", None), targets, softcap)
 
 
 def hidden_states_only(model: Any) -> None:
@@ -108,6 +113,6 @@ def token_log_probs(model: Any, input_ids: Tensor, attention_mask: Tensor, score
     hidden = read(input_ids=input_ids, attention_mask=attention_mask, use_cache=False).last_hidden_state
     mask = scored[:, 1:].bool()
     cap = getattr(inner.config.get_text_config(), "final_logit_softcapping", None)
-    found = log_probs(hidden[:, :-1][mask], inner.get_output_embeddings().weight, input_ids[:, 1:][mask], cap)
+    found = log_probs(hidden[:, :-1][mask], inner.get_output_embeddings(), input_ids[:, 1:][mask], cap)
     full = torch.zeros_like(mask, dtype=torch.float32).masked_scatter(mask, found)
     return torch.nn.functional.pad(full, (1, 0))

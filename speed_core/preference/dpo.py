@@ -32,7 +32,7 @@ from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
 
 from speed_core import console, machine
 from speed_core.files import UserError, digest, write_atomically
-from speed_core.models import adapters, compute_type, loading, token_logprobs, training, weights
+from speed_core.models import adapters, compute_type, loading, packed, token_logprobs, training, weights
 from speed_core.preference import prompt_sharing
 from speed_core.preference.prompt_sharing import PromptGroup
 from speed_core.preference.usable_pairs import check_pairs
@@ -253,10 +253,10 @@ def train(
         more["gradient_checkpointing_kwargs"] = {"use_reentrant": False}
     if settings.save_steps:
         more |= {"save_strategy": "steps", "save_steps": settings.save_steps, "save_total_limit": 2}
-    # First: it refuses what cannot be split, and lets several processes know each other.
+    # First: it refuses what cannot be split.
     given = training.trainer_arguments(settings, seed, output / "trainer", loading.resolve(base), **more)
+    start = reference_model_path(base, junior)  # before processes know each other: then Transformers lets only the first one save
     arguments = training.one_gpu(TrainingArguments(**given))
-    start = reference_model_path(base, junior)
     tokenizer = loading.load_tokenizer(start)
     groups, skipped = check_pairs(tokenizer, pairs, settings.max_length, share=settings.share, most=settings.examples)
     counts = {reason: len(rows) for reason, rows in skipped.items()}
@@ -275,7 +275,7 @@ def train(
     dtype = compute_type.torch_type(kind.weights)
     model: Any = AutoModelForCausalLM.from_pretrained(start, dtype=dtype, attn_implementation=attention)
     model = get_peft_model(model.to(machine.device()), training.lora_config(settings.lora, model))
-    token_logprobs.hidden_states_only(model)
+    token_logprobs.hidden_states_only(packed.pack(model, training=True))
     model.eval()
     pad = tokenizer.pad_token_id
     if settings.share:

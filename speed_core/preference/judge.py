@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 from pathlib import Path
@@ -75,6 +75,11 @@ def copying(query: str, text: str) -> float:
     return len(grams & seen) / len(grams)
 
 
+def about(prompt: Prompt) -> str:
+    """What a text for `prompt` should be about."""
+    return prompt.task if prompt.kind != "sts" else prompt.topic
+
+
 class RubricJudge:
     """Scores a candidate in [-5, about 5]; `guide` encodes texts to unit vectors."""
 
@@ -96,10 +101,14 @@ class RubricJudge:
             self._cache.update(zip(batch, np.asarray(vectors), strict=True))
         return np.stack([self._cache[t] for t in texts])
 
-    def precompute_embeddings(self, texts: Sequence[str]) -> None:
-        """Embed many texts in one pass (a call per candidate would be slow)."""
+    def precompute_embeddings(self, raw: Iterable[tuple[str, Prompt]]) -> None:
+        """Embed what `score` needs of many texts in one pass (a call per candidate would be slow)."""
+        texts = []
+        for text, prompt in raw:
+            if record := records.parse(text, prompt.kind).record:
+                texts += [t for t in record.values() if t] + [about(prompt)]
         if texts:
-            self._embed(list(texts))
+            self._embed(texts)
 
     def score(self, raw: str, prompt: Prompt, finish_reason: str = "stop") -> tuple[float, dict[str, float], str]:
         """(score, its parts, a reason). Text that is no valid record scores -5 and says which rule failed."""
@@ -108,8 +117,7 @@ class RubricJudge:
             return INVALID_SCORE, {}, f"{outcome.status}: {outcome.reason}"
         record = outcome.record
         query, positive, negative = str(record["query"]), str(record["positive"]), record["negative"]
-        about = prompt.task if prompt.kind != "sts" else prompt.topic
-        q, p, n, a = self._embed([query, positive, negative or positive, about])
+        q, p, n, a = self._embed([query, positive, negative or positive, about(prompt)])
         whole = " ".join(t for t in (query, positive, negative) if t)
         parts = {
             "length": length_score(record, prompt),

@@ -62,6 +62,7 @@ def make_pairs(
 
 def win_rate(judge: RubricJudge, items: Sequence[tuple[Prompt, dict[str, Any], dict[str, Any]]]) -> np.ndarray:
     """Per prompt: 1 when the first answer scores higher than the second, 0.5 for a tie, 0 otherwise."""
+    judge.precompute_embeddings((a["raw"], prompt) for prompt, *answers in items for a in answers)
     out = []
     for prompt, *answers in items:
         first, second = (judge.score(a["raw"], prompt, a["finish_reason"])[0] for a in answers)

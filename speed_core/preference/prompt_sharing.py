@@ -152,7 +152,7 @@ def completion_log_probs(model: Any, batch: dict[str, Tensor]) -> Tensor:
     out = model(input_ids=batch["input_ids"], position_ids=batch["position_ids"], attention_mask=attention_mask(config, batch))
     hidden = out.last_hidden_state.flatten(0, 1)[batch["logit_index"]]
     cap = getattr(config, "final_logit_softcapping", None)
-    found = token_logprobs.log_probs(hidden, inner.get_output_embeddings().weight, batch["labels"], cap)
+    found = token_logprobs.log_probs(hidden, inner.get_output_embeddings(), batch["labels"], cap)
     return torch.zeros(len(batch["lengths"]), device=found.device).index_add(0, batch["completion_index"], found)
 
 

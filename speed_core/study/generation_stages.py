@@ -295,10 +295,8 @@ def guide(run: Run) -> Any:
 def rubric(run: Run, entries: Sequence[dict[str, Any]] = (), planned: Sequence[Prompt] = ()) -> judge.RubricJudge:
     """The rubric judge, with the texts of `entries` embedded in one pass."""
     j = judge.RubricJudge(guide(run))
-    found = [generate.outcome_of(e).record for e in entries]
-    j.precompute_embeddings(
-        [t for r in found if r for t in r.values() if t] + [q.task if q.kind != "sts" else q.topic for q in planned]
-    )
+    by_id = {q.id: q for q in planned}
+    j.precompute_embeddings((e["raw"], by_id[e["record"].partition("#")[0]]) for e in entries)
     return j
 
 

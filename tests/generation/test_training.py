@@ -16,7 +16,7 @@ from speed_core.contrastive import embedder
 from speed_core.contrastive.train import embed_by_length, train_embedder
 from speed_core.files import UserError
 from speed_core.generation import sft
-from speed_core.models import adapters, launch, loading, token_logprobs, training
+from speed_core.models import adapters, launch, loading, packed, token_logprobs, training
 from speed_core.profile import Embedding, Lora, Processes, Training
 
 FAMILIES = ("gemma3", "llama", "mistral", "qwen2")
@@ -54,8 +54,13 @@ def test_the_gradient_through_the_head_equals_autograds():
     torch.manual_seed(0)
     h = torch.randn(5, 4, requires_grad=True)
     w, t, up = torch.randn(11, 4), torch.tensor([0, 3, 10, 2, 2]), torch.randn(5)
-    for cap in (None, 2.0):
-        (token_logprobs._TokenLogProbs.apply(h, w, t, cap) * up).sum().backward()
+    head = torch.nn.Linear(4, 11, bias=False)
+    head.weight = torch.nn.Parameter(w, requires_grad=False)
+    for cap, is_packed in ((None, False), (2.0, False), (None, True), (2.0, True)):
+        if is_packed:
+            packed.pack(head, training=True)
+            head.weight = torch.nn.Parameter(w)
+        (token_logprobs.log_probs(h, head, t, cap) * up).sum().backward()
         ours, h.grad = h.grad.clone(), None
         z = h @ w.T
         z = cap * torch.tanh(z / cap) if cap else z

@@ -4,9 +4,11 @@ import json
 
 import pytest
 import torch
+from peft import get_peft_model
 
 from speed_core.files import UserError
-from speed_core.models import loading, packages
+from speed_core.models import loading, packages, packed, training
+from speed_core.profile import Lora
 
 
 def test_a_package_with_other_bytes_is_refused_by_its_digest(tmp_path, monkeypatch):
@@ -82,8 +84,25 @@ def test_a_prepacked_model_has_the_same_logits(tiny_model, family):
     ids = torch.tensor([[2, 17, 230, 4051], [2, 9, 9, 9]])
     with torch.inference_mode():
         expected = loading.load_causal_lm(tiny_model(family), dtype="float32")(ids).logits
-        found = loading.prepack(loading.load_causal_lm(tiny_model(family), dtype="float32"))(ids).logits
+        found = packed.pack(loading.load_causal_lm(tiny_model(family), dtype="float32"))(ids).logits
     assert torch.allclose(found, expected, atol=1e-5)
+
+
+@pytest.mark.parametrize("family", ["gemma3", "llama"])
+def test_a_packed_model_trains_its_adapter_with_the_same_gradients(tiny_model, family):
+    ids, found = torch.tensor([[2, 17, 230, 4051], [2, 9, 9, 9]]), []
+    for pack in (lambda model: model, lambda model: packed.pack(model, training=True)):
+        torch.manual_seed(0)
+        model = loading.load_causal_lm(tiny_model(family), dtype="float32")
+        model = pack(get_peft_model(model, training.lora_config(Lora(rank=4, alpha=8), model)))
+        for name, part in model.named_parameters():
+            if "lora_B" in name:  # these begin as zero, and then those of A have no gradient
+                torch.nn.init.normal_(part, std=0.02, generator=torch.Generator().manual_seed(1))
+        model(ids, labels=ids).loss.backward()
+        found.append({name: part.grad for name, part in model.named_parameters() if part.grad is not None})
+    plain, fast = found
+    assert plain.keys() == fast.keys() and all("lora_" in name for name in plain)
+    assert all(torch.allclose(plain[name], fast[name], atol=1e-6, rtol=1e-4) for name in plain)
 
 
 def test_what_a_folder_holds_beside_its_weights_decides_too_and_a_package_is_its_name(tmp_path, monkeypatch):
