@@ -25,13 +25,16 @@ import typer
 
 from speed_core import machine
 from speed_core.console import user_errors
+from speed_core.data.prompts import Prompt
 from speed_core.evaluation import uncertainty
 from speed_core.files import ASSETS, UserError, read_jsonl, write_json
 from speed_core.preference import pairs
 from speed_core.profile import dotted
+from speed_core.runner import recorded
 from speed_core.store.run_context import ROOT
 from speed_core.study import generation_stages
 from speed_core.study.runs import open_run
+from workbook import measure
 
 PROFILE = "tiny"
 EARLIER = (
@@ -54,6 +57,7 @@ UNSEEN = (*TEXTS, "generation.max_new_tokens", "synthesis.evaluation_prompts")
 JUNIOR = (*UNSEEN, "junior.examples", "junior.epochs", "junior.lr", "junior.batch", "junior.lora")
 TRAINING = ("examples", "epochs", "lr", "batch", "lora", "beta", "warmup_ratio")
 SENIOR = (*JUNIOR, "senior.candidates", "senior.prompts", *(f"senior.{k}" for k in TRAINING))
+CANDIDATES = (*JUNIOR, "senior.candidates", "senior.prompts")
 REVISOR = (*JUNIOR, *(f"revisor.{k}" for k in TRAINING))
 DATA = (*SENIOR, *REVISOR, "synthesis.count", "curate")
 SCORES = ("models.embedder", "evaluation.size", "evaluation.tasks", "evaluation.max_length")
@@ -101,9 +105,9 @@ class Recorded:
         return [f"{k} {self.settings[k]}, now {self.now[k]}" for k in names if self.settings[k] != self.now[k]]
 
 
-def valid(generator: str) -> Callable[[Recorded], float | None]:
+def valid(artifact: str) -> Callable[[Recorded], float | None]:
     def share(r: Recorded) -> float | None:
-        found = r.json(f"eval-{generator}", "manifest.json")
+        found = r.json(artifact, "manifest.json")
         return found["outcomes"]["ok"] / sum(found["outcomes"].values()) if found else None
 
     return share
@@ -118,8 +122,43 @@ def minus(a: str, b: str) -> Callable[[Recorded], float | None]:
     return difference
 
 
-def noted(artifact: str, claim: str) -> Callable[[Recorded], float | None]:
-    return lambda r: (r.json(artifact) or {}).get(claim, {}).get("value")
+def noted(artifact: str, claim: str, part: str = "") -> Callable[[Recorded], float | None]:
+    """What a notebook noted down for a claim; None where an earlier one asked something else under its name."""
+
+    def value(r: Recorded) -> float | None:
+        asked = [(where.json(artifact) or {}).get(claim, {}) for where in (r, Recorded(ASSETS / "shipped" / PROFILE, {}, {}))]
+        found, today = (re.sub(r"\(.*\)|[\d,/]+", "", a.get("what", "")) for a in asked)
+        entry = asked[0].get(part, {}) if part else asked[0]
+        return entry.get("value") if found == today else None
+
+    return value
+
+
+def last(training: str, key: str) -> Callable[[Recorded], float | None]:
+    """The mean over seeds of a value of the last step; runs that were recorded before 1 December 2026 kept none."""
+
+    def value(r: Recorded) -> float | None:
+        kept = (r.json(".", recorded.KNOWN) or {}).get("trainings", {})
+        names = [training] if "{" not in training else [training.format(seed) for seed in range(3)]
+        steps = [(r.json(name, "training.json") or {}).get("history", [kept.get(name)])[-1] for name in names]
+        return float(np.mean([s[key] for s in steps])) if all(steps) else None
+
+    return value
+
+
+def of_type(arm: str, base: str, kind: str) -> Callable[[Recorded], float | None]:
+    """Points of `arm` minus those of `base`, over the tasks of one type."""
+
+    def difference(r: Recorded) -> float | None:
+        before = r.json(f"scores-{base}", "scores.json")
+        ours, theirs = ([_only(s, kind) for s in found] for found in (r.scores(arm), [before] * bool(before)))
+        return uncertainty.difference(ours, theirs).value if ours and theirs else None
+
+    return difference
+
+
+def _only(scores: Mapping[str, Any], kind: str) -> dict[str, Any]:
+    return {**scores, "tasks": {name: t for name, t in scores["tasks"].items() if t["type"] == kind}}
 
 
 def mean(arm: str) -> Callable[[Recorded], float | None]:
@@ -130,17 +169,34 @@ def mean(arm: str) -> Callable[[Recorded], float | None]:
     return average
 
 
-def senior_wins(r: Recorded) -> float | None:
-    """By today's rubric; None where the run answered other prompts than today's."""
+def _unseen(r: Recorded, *artifacts: str) -> tuple[Any, dict[str, Prompt], list[list[dict[str, Any]]]] | None:
+    """(run, {id: prompt}, the answers of each artifact); None where the recorded run answered other prompts than today's."""
     run = open_run(PROFILE, {"synthesis.evaluation_prompts": r.settings["synthesis.evaluation_prompts"]})
-    planned = generation_stages.unseen(run)
-    junior, senior = (list(read_jsonl(r.folder / f"eval-{name}" / "data.jsonl")) for name in ("junior", "senior"))
-    by_id = {q.id: q for q in planned}
-    if [e["record"] for e in junior] != [e["record"] for e in senior] or any(e["record"] not in by_id for e in junior):
+    by_id = {q.id: q for q in generation_stages.unseen(run)}
+    answers = [list(read_jsonl(r.folder / name / "data.jsonl")) for name in artifacts]
+    return (run, by_id, answers) if all(e["record"] in by_id for rows in answers for e in rows) else None
+
+
+def senior_wins(r: Recorded) -> float | None:
+    """By today's rubric."""
+    if not (found := _unseen(r, "eval-junior", "eval-senior")):
+        return None
+    run, by_id, (junior, senior) = found
+    if [e["record"] for e in junior] != [e["record"] for e in senior]:
         return None
     answered = [by_id[e["record"]] for e in junior]
     rubric = generation_stages.rubric(run, junior + senior, answered)
     return float(np.mean(pairs.win_rate(rubric, list(zip(answered, senior, junior, strict=True)))))
+
+
+def first_revision(r: Recorded) -> float | None:
+    """What the first pass of the revisor adds to the junior's valid answers, in hundredths of today's rubric."""
+    if not (found := _unseen(r, "eval-junior", "revised-eval")):
+        return None
+    run, by_id, (junior, revised) = found
+    prompts = list(by_id.values())
+    gains = measure.gains(generation_stages.rubric(run, junior + revised, prompts), measure.rewritten(revised, junior, prompts))
+    return 100 * float(np.mean(gains)) if gains else None
 
 
 def kept(r: Recorded) -> float | None:
@@ -150,24 +206,43 @@ def kept(r: Recorded) -> float | None:
 
 # name -> (what decides it, how it is read, whether it is computed in float32 whatever the run's compute type)
 NUMBERS: dict[str, tuple[tuple[str, ...], Callable[[Recorded], float | None], bool]] = {
-    "base valid": (UNSEEN, valid("base"), False),
-    "junior valid": (JUNIOR, valid("junior"), False),
-    "senior valid": (SENIOR, valid("senior"), False),
+    "base valid": (UNSEEN, valid("eval-base"), False),
+    "junior valid": (JUNIOR, valid("eval-junior"), False),
+    "senior valid": (SENIOR, valid("eval-senior"), False),
+    "root valid": (CANDIDATES, valid("root"), False),
+    "DPO margin, last step": (SENIOR, last("senior", "margin"), False),
     "senior wins": (SENIOR, senior_wins, False),
+    "first revision, hundredths": (REVISOR, first_revision, False),
     "second revision, hundredths": (REVISOR, noted("second-pass", "S19"), False),
+    "synthesis valid": (DATA, valid("raw"), False),
+    "revisions valid": (DATA, valid("revised"), False),
     "records kept": (DATA, kept, False),
     "mask precision": (GUIDE, lambda r: (r.json("mask") or {}).get("precision"), True),
     "mask recall": (GUIDE, lambda r: (r.json("mask") or {}).get("recall"), True),
     "students, guided minus plain": (STUDENTS, noted("guided-gain", "G1"), True),
+    **{
+        f"students, {claim}": (STUDENTS, noted("guided-gain", claim), True)
+        for claim in ("G2", "G3", "G4", "G5", "G7", "G8", "G9", "E2")
+    },
+    "guided loss, last step": (EMBEDDERS, last("embedder-guided-{}", "loss"), False),
     "untrained": (SCORES, mean("untrained"), False),
+    "plain": (EMBEDDERS, mean("plain"), False),
     "guided": (EMBEDDERS, mean("guided"), False),
+    "bare": (EMBEDDERS, mean("bare"), False),
     "guided minus untrained": (EMBEDDERS, minus("guided", "untrained"), False),
+    "retrieval, guided minus untrained": (EMBEDDERS, of_type("guided", "untrained", "Retrieval"), False),
+    "STS, guided minus untrained": (EMBEDDERS, of_type("guided", "untrained", "STS"), False),
     "guided minus plain": (EMBEDDERS, minus("guided", "plain"), False),
     "with minus without instructions": (EMBEDDERS, minus("guided", "bare"), False),
+    "Jr + Re minus Jr": (ABLATION, minus("jr_re", "jr"), False),
+    "Sr minus Jr": (ABLATION, minus("sr", "jr"), False),
+    "teacher minus Jr": (ABLATION, minus("teacher", "jr"), False),
     "Sr + Re minus Jr": (ABLATION, minus("sr_re", "jr"), False),
     "base model minus Jr": (ABLATION, minus("base", "jr"), False),
+    "Sr + Re minus teacher, with labels": (ABLATION, noted("mixed", "S2"), False),
     "sound negatives, senior minus base": (DATA, noted("hard-negatives", "S18"), False),
     "points per doubling": ((*EMBEDDERS, "study.scaling"), noted("scaling", "S17"), False),
+    "bend": ((*EMBEDDERS, "study.scaling"), noted("scaling", "S17", "bend"), False),
 }
 
 
@@ -245,8 +320,10 @@ def table(found: Mapping[str, Any]) -> str:
 
 
 def _ends(values: Sequence[float]) -> str:
-    ends = list(dict.fromkeys(f"{v:.2f}" for v in (min(values), max(values)))) if values else ["-"]
-    return " to ".join(ends)
+    if not values:
+        return "-"
+    digits = 0 if all(v == int(v) > 1 for v in values) else 2  # a count of records
+    return " to ".join(dict.fromkeys(f"{v:.{digits}f}" for v in (min(values), max(values))))
 
 
 def into_page(text: str, found: Mapping[str, Any]) -> str:

@@ -140,9 +140,12 @@ def _why(s: Stage) -> str:
 
 
 def write(run: Run) -> Path:
-    """Put beside the artifacts of a recorded run what they do not hold: the values of its profile, and its verdicts."""
+    """Put beside the artifacts of a recorded run what they do not hold: the values of its profile, its verdicts, and the last step
+    of each training whose weights are left out."""
     target = CARRIED / run.profile.name / KNOWN
-    write_json(target, {"values": _values(run.profile), "verdicts": _verdicts(run.figures)})
+    made = (a for name, a in whole_artifacts(run.store).items() if not name.startswith("student-"))
+    last = {a.name: a.json("training.json")["history"][-1] for a in made if "training.json" in a.manifest["files"]}
+    write_json(target, {"values": _values(run.profile), "verdicts": _verdicts(run.figures), "trainings": last})
     return target
 
 
