@@ -230,7 +230,7 @@ NUMBERS: dict[str, tuple[tuple[str, ...], Callable[[Recorded], float | None], bo
     "guided": (EMBEDDERS, mean("guided"), False),
     "bare": (EMBEDDERS, mean("bare"), False),
     "guided minus untrained": (EMBEDDERS, minus("guided", "untrained"), False),
-    "retrieval, guided minus untrained": (EMBEDDERS, of_type("guided", "untrained", "Retrieval"), False),
+    "Retrieval, guided minus untrained": (EMBEDDERS, of_type("guided", "untrained", "Retrieval"), False),
     "STS, guided minus untrained": (EMBEDDERS, of_type("guided", "untrained", "STS"), False),
     "guided minus plain": (EMBEDDERS, minus("guided", "plain"), False),
     "with minus without instructions": (EMBEDDERS, minus("guided", "bare"), False),
