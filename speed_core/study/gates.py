@@ -53,7 +53,10 @@ def _senior(run: Run) -> Gate | None:
         wins, by = pairs.win_rate(rubric, answers).tolist(), "the rubric, which made its training pairs too"
     low, high = uncertainty.bootstrap_interval(wins, "mean")
     said = f"the senior wins {np.mean(wins):.2f} [{low:.2f}, {high:.2f}] of {len(wins)} unseen prompts against the junior by {by}"
-    return Gate(bool(np.mean(wins) >= LEAST_WINS and low > 0.5), f"{said} ({LEAST_WINS} wanted, all above one half)")
+    return Gate(
+        bool(np.mean(wins) >= LEAST_WINS and low > 0.5),
+        f"{said} (needed: at least {LEAST_WINS}, with an interval above one half)",
+    )
 
 
 def _read(answers: Sequence[tuple[Prompt, dict[str, Any], dict[str, Any]]]) -> list[float]:
