@@ -156,7 +156,8 @@ class Lora(ConfigSection):
 
 
 class Training(ConfigSection):
-    """One fine-tuning run. `batch` is the global batch, in examples (prompts with all their pairs for DPO)."""
+    """One fine-tuning run. `batch` is the global batch, in examples (prompts with all their pairs for DPO). With `save_steps` a
+    training that was interrupted goes on from a checkpoint."""
 
     examples: int = Field(ge=1)
     epochs: float = Field(gt=0)
@@ -166,6 +167,7 @@ class Training(ConfigSection):
     max_length: int = Field(ge=32)
     warmup_ratio: float = Field(0.1, ge=0, lt=1)
     weight_decay: float = Field(0.0, ge=0)
+    save_steps: int = Field(0, ge=0)
     dtype: ComputeType = "auto"
     lora: Lora | None
 
@@ -174,6 +176,10 @@ class Training(ConfigSection):
         if self.batch % self.micro_batch:
             raise ValueError(f"batch {self.batch} is no multiple of micro_batch {self.micro_batch}; change one of them")
         return self
+
+    def cache_key_fields(self) -> dict[str, Any]:
+        """The values that decide the weights, by dotted name."""
+        return {k: v for k, v in dotted(self).items() if k != "save_steps"}
 
 
 class Processes(ConfigSection):
@@ -193,7 +199,7 @@ class Processes(ConfigSection):
 
 class Senior(Training):
     """DPO on the first `examples` usable pairs. `batch` counts prompts; `share` reads a prompt once for all its completions,
-    `row_tokens` packs several prompts into a row. With `save_steps` a training that was interrupted goes on from a checkpoint."""
+    `row_tokens` packs several prompts into a row."""
 
     beta: float = Field(0.1, gt=0)
     prompts: int = Field(ge=1)
@@ -203,7 +209,6 @@ class Senior(Training):
     share: bool = True
     row_tokens: int | None = Field(None, ge=64)
     gradient_checkpointing: bool = False
-    save_steps: int = Field(0, ge=0)
 
     @model_validator(mode="after")
     def _smoothed(self) -> Senior:
@@ -235,8 +240,8 @@ class Embedding(Training):
     gradient_checkpointing: bool = False
 
     def cache_key_fields(self) -> dict[str, Any]:
-        """The values that decide the weights, by dotted name: without the one that changes memory alone."""
-        return {k: v for k, v in dotted(self).items() if k != "gradient_checkpointing"}
+        """As for every training, and without the value that changes memory alone."""
+        return {k: v for k, v in super().cache_key_fields().items() if k != "gradient_checkpointing"}
 
 
 class Evaluation(ConfigSection):

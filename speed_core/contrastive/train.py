@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import random
 from collections.abc import Sequence
@@ -12,9 +11,11 @@ from typing import Any
 import torch
 from datasets import Dataset
 from peft import get_peft_model
+from safetensors.torch import save_file
 from sentence_transformers import SentenceTransformer, SentenceTransformerTrainer, SentenceTransformerTrainingArguments
 from sentence_transformers.base.sampler import BatchSamplers
 from torch import Tensor
+from transformers import Trainer
 
 from speed_core import console, machine
 from speed_core.contrastive.embedder import ADAPTER, build_embedder, instruct, strip_instruction
@@ -75,14 +76,25 @@ class _WholeBatchLoss(GuidedContrastiveLoss):
         return self.loss_of(embed_by_length(self.model, columns, CPU_ROWS_WHOLE if whole else CPU_ROWS), guide, ids)
 
 
+class _Trainer(SentenceTransformerTrainer):
+    """A checkpoint holds the weights that are trained. The library's own would be read as a model without its adapter."""
+
+    _load_from_checkpoint: Any = Trainer._load_from_checkpoint
+
+    def _save(self, output_dir: Any = None, state_dict: Any = None) -> None:
+        Path(output_dir).mkdir(parents=True, exist_ok=True)
+        save_file({n: p.detach() for n, p in self.model.named_parameters() if p.requires_grad}, f"{output_dir}/model.safetensors")
+
+
 def train_embedder(
     base: str, rows: Sequence[dict[str, Any]], settings: Embedding,
-    *, guide: str, guide_cache: Path, seed: int, output: Path, label: str = "embed",
+    *, guide: str, guide_cache: Path, seed: int, output: Path, label: str = "embed", cache: Path | None = None,
 ) -> dict[str, Any]:  # fmt: skip
     """Fine-tune `base` on synthetic records ({instruction, query, positive, negative|null}).
 
     Every row of a batch is a candidate for every other, also over several processes. `settings.micro_batch` below a process's share
     of the batch bounds the memory (GradCache, arXiv 2101.06983): each text is embedded twice, the loss is the same.
+    `cache` keeps checkpoints where `settings.save_steps` asks for them; an interrupted run goes on from the last one.
     Saves an adapter that `load_trained` reads (without `settings.lora`: a sentence-transformers model) in `output` and
     returns {"history", "rows", "guided"}. `settings.guided` decides between the guided loss and InfoNCE over the same candidates.
     """
@@ -101,7 +113,7 @@ def train_embedder(
     if settings.lora is not None:
         body.model = get_peft_model(body.model, training.lora_config(settings.lora, body.model, "FEATURE_EXTRACTION"))
         packed.pack(body.model, training=True)
-    cache = GuideCache(loading.sentence_transformer(guide, "float32"), guide_cache)
+    known = GuideCache(loading.sentence_transformer(guide, "float32"), guide_cache)
     if os.environ.get("ACCELERATE_USE_FSDP") and (layers := getattr(body.model, "_no_split_modules", None)):
         os.environ["FSDP_TRANSFORMER_CLS_TO_WRAP"] = ",".join(layers)  # what FSDP splits; a SentenceTransformer names none
     arguments = training.trainer_arguments(
@@ -117,29 +129,26 @@ def train_embedder(
         if settings.micro_batch < share
         else _WholeBatchLoss(model, **loss_settings)
     )
-    trainer: Any = SentenceTransformerTrainer(
+    trainer: Any = _Trainer(
         model=model,
         args=training.one_gpu(SentenceTransformerTrainingArguments(**arguments)),
-        train_dataset=Dataset.from_list(triplets(rows[: settings.examples], seed)),
+        train_dataset=Dataset.from_list(data := triplets(rows[: settings.examples], seed)),
         loss=loss,
         callbacks=[training.bar_callback(label)],
     )
-    trainer.data_collator = GuidedCollator(trainer.data_collator, cache if settings.guided else None, strip_instruction)
-    training.remove_printer(trainer)
-    trainer.train()
+    trainer.data_collator = GuidedCollator(trainer.data_collator, known if settings.guided else None, strip_instruction)
     facts = {
-        "history": training.check_history(trainer.state.log_history, label),
+        "history": training.train(trainer, label, settings, cache, rows=data, models=[*map(loading.model_id, (base, guide))]),
         "rows": min(len(rows), settings.examples),
         "guided": settings.guided,
     }
-    gathered = training.whole_weights(trainer, body.model)
-    if trainer.is_world_process_zero():
+
+    def save(trained: Any, gathered: Any) -> None:
         if settings.lora is not None:
-            adapters.save_adapter(body.model, output / ADAPTER, base, gathered)
+            adapters.save_adapter(trained, output / ADAPTER, base, gathered)
             write_json(output / ADAPTER / "body.json", {"base": base, **how})
         else:
-            body.model.to(compute_type.torch_type(weights))
+            trained.to(compute_type.torch_type(weights))
             model.save_pretrained(str(output), create_model_card=False)
-        (output / "training.json").write_text(json.dumps(facts, indent=1))
-    trainer.accelerator.wait_for_everyone()
-    return facts
+
+    return training.finish(trainer, body.model, output, facts, save)

@@ -6,7 +6,6 @@ PEFT adapts; this module prepares the rows and keeps the facts that the notebook
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -72,10 +71,12 @@ def _trainer_class() -> Any:
 
 
 def train(
-    base: str, pairs: Sequence[tuple[str, str]], settings: Training, *, seed: int, output: Path, label: str = "sft"
-) -> dict[str, Any]:
+    base: str, pairs: Sequence[tuple[str, str]], settings: Training,
+    *, seed: int, output: Path, label: str = "sft", cache: Path | None = None,
+) -> dict[str, Any]:  # fmt: skip
     """Fine-tune `base` with LoRA on (prompt, completion) pairs; the adapter lands in `output`.
 
+    `cache` keeps checkpoints where `settings.save_steps` asks for them; an interrupted run goes on from the last one.
     Returns {"history": [{step, loss, ...}], "rows", "dropped_too_long", "trainable"}.
     Raises UserError when no pair fits or the loss is not a number.
     """
@@ -110,15 +111,8 @@ def train(
         peft_config=training.lora_config(settings.lora, model),
         callbacks=[training.bar_callback(label)],
     )
-    training.remove_printer(trainer)
     token_logprobs.hidden_states_only(packed.pack(trainer.model, training=True))
-    trainer.train()
-    history = training.check_history(trainer.state.log_history, label)
+    history = training.train(trainer, label, settings, cache, rows=rows, base=loading.model_id(base))
     trainable = sum(p.numel() for p in trainer.model.parameters() if p.requires_grad)
     facts = {"history": history, "rows": len(rows), "dropped_too_long": dropped, "trainable": trainable}
-    gathered = training.whole_weights(trainer, trainer.model)
-    if trainer.is_world_process_zero():
-        adapters.save_adapter(trainer.model, output, base, gathered)
-        (output / "training.json").write_text(json.dumps(facts, indent=1))
-    trainer.accelerator.wait_for_everyone()
-    return facts
+    return training.finish(trainer, trainer.model, output, facts, lambda m, w: adapters.save_adapter(m, output, base, w))

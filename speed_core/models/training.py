@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import json
 import math
 import os
+import shutil
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from speed_core.console import progress
-from speed_core.files import UserError, surrogate
+from speed_core.files import UserError, digest, surrogate
 from speed_core.models import compute_type
 from speed_core.profile import Embedding, Lora, Training
 
@@ -118,8 +120,15 @@ def bar_callback(label: str, among: Callable[[], Sequence[int]] | None = None) -
         def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
             self.bar = progress(state.max_steps, label, "step")
 
+        def on_epoch_begin(self, args: Any, state: Any, control: Any, train_dataloader: Any = None, **_: Any) -> None:
+            # Among several processes the sampler is too deep for the Trainer: one that goes on would read the first epoch's order.
+            while train_dataloader := getattr(train_dataloader, "batch_sampler", getattr(train_dataloader, "sampler", None)):
+                if hasattr(train_dataloader, "set_epoch"):
+                    train_dataloader.set_epoch(int(state.epoch or 0))
+
         def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
             self.bar.update()
+            control.should_save &= state.global_step < state.max_steps  # from a last one the Trainer would go a step too far
 
         def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, model: Any = None, **_: Any) -> None:
             # Before the weights are touched: the last checkpoint stays good, and nothing is trained further.
@@ -138,20 +147,45 @@ def bar_callback(label: str, among: Callable[[], Sequence[int]] | None = None) -
     return Bar()
 
 
-def last_checkpoint(folder: Path) -> Path | None:
-    """The newest checkpoint in `folder` that was written to its end (the trainer's state comes last), or None."""
-    found = [p for p in folder.glob("checkpoint-*") if p.name[11:].isdecimal() and (p / "trainer_state.json").is_file()]
+def last_checkpoint(folder: Path, world: int = 0) -> Path | None:
+    """The newest checkpoint in `folder` that was written to its end, or None. The first process writes the trainer's state last; each
+    of `world` processes (0: of those that train here) adds the state of its random numbers, and nobody waits for the others."""
+    every = [p.parent for p in folder.glob("checkpoint-*/trainer_state.json") if p.parent.name[11:].isdecimal()]
+    found = [p for p in every if len(list(p.glob("rng_state*"))) == (world or processes())]
     return max(found, key=lambda p: int(p.name[11:]), default=None)
+
+
+def train(trainer: Any, label: str, settings: Training, cache: Path | None, **data: Any) -> list[dict[str, float]]:
+    """Run a trainer; its history as of `check_history`. With `settings.save_steps` it leaves checkpoints in `cache` until `finish`, and
+    goes on from the last one of the same settings, seed, number of processes and `data` (and names of models)."""
+    remove_printer(trainer)
+    args, saved = trainer.args, None
+    if cache is not None and settings.save_steps:
+        types = [args.bf16, args.fp16, *sorted({str(p.dtype) for p in trainer.model.parameters()})]
+        same = {"settings": settings.cache_key_fields(), "seed": args.seed, "types": types, "processes": processes(), **data}
+        args.output_dir = str(cache / f"{label}-{digest(same)[:24]}")
+        args.save_strategy, args.save_steps, args.save_total_limit = "steps", settings.save_steps, 2
+        saved = last_checkpoint(Path(args.output_dir))
+    trainer.train(resume_from_checkpoint=str(saved) if saved else None)
+    return check_history(trainer.state.log_history, label)
+
+
+def finish(trainer: Any, model: Any, output: Path, facts: dict[str, Any], save: Callable[[Any, Any], None]) -> dict[str, Any]:
+    """Have the first process `save` the model (with the weights that FSDP has split, gathered; else None) and the `facts`, which are
+    returned; then the checkpoints are removed."""
+    weights = trainer.accelerator.get_state_dict(model) if trainer.is_fsdp_enabled else None
+    if trainer.is_world_process_zero():
+        save(model, weights)
+        (output / "training.json").write_text(json.dumps(facts, indent=1))
+    trainer.accelerator.wait_for_everyone()
+    if trainer.is_world_process_zero():
+        shutil.rmtree(trainer.args.output_dir, ignore_errors=True)
+    return facts
 
 
 def whole(tensor: Any) -> Any:
     """A tensor that FSDP has split over the processes, gathered in each of them; any other as it is."""
     return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
-
-
-def whole_weights(trainer: Any, model: Any) -> Any:
-    """The weights of a model that FSDP has split, gathered in the first process; None where each process has them all."""
-    return trainer.accelerator.get_state_dict(model) if trainer.is_fsdp_enabled else None
 
 
 def remove_printer(trainer: Any) -> None:

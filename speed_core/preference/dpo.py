@@ -15,7 +15,7 @@ import io
 import json
 import math
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from enum import StrEnum
 from pathlib import Path
@@ -144,14 +144,12 @@ def cached_reference(
 class _WithFillers(torch.utils.data.Sampler[int]):
     """The order in which one process would read `real` rows, then the fillers behind them."""
 
-    def __init__(self, real: int, total: int, seed: int, epoch: Callable[[], float | None]):
-        self.order, self.total, self.epoch = SeedableRandomSampler(range(real), data_seed=seed), total, epoch
+    def __init__(self, real: int, total: int, seed: int):
+        self.sampler, self.total = SeedableRandomSampler(range(real), data_seed=seed), total
 
     def __iter__(self) -> Iterator[int]:
-        # No `set_epoch` reaches a sampler within a sampler, so one that resumed would read the first epoch's order again.
-        self.order.set_epoch(int(self.epoch() or 0))
-        yield from self.order
-        yield from range(len(self.order), self.total)
+        yield from self.sampler
+        yield from range(len(self.sampler), self.total)
 
     def __len__(self) -> int:
         return self.total
@@ -183,7 +181,7 @@ class DpoTrainer(Trainer):
     def _get_train_sampler(self, train_dataset: Any = None) -> Any:
         if not self.fillers:
             return super()._get_train_sampler(train_dataset)
-        return _WithFillers(self.real, self.real + self.fillers, self.args.data_seed or 0, lambda: self.state.epoch)
+        return _WithFillers(self.real, self.real + self.fillers, self.args.data_seed or 0)
 
     def _get_num_items_in_batch(self, batch_samples: Any, device: Any) -> Any:
         self.step_rows = [row for batch in batch_samples for row in batch["rows"].tolist()]  # of this process
@@ -242,7 +240,7 @@ def train(
 
     The adapter belongs to the junior's merged weights: `reference_model_path(base, junior)` gives the folder to load it on.
     `cache` keeps reference log-probabilities, and checkpoints where `settings.save_steps` asks for them; an interrupted
-    run of the same settings goes on from the last one. Returns {"history": [{step, loss, margin, ...}], "rows", ...}.
+    run goes on from the last one. Returns {"history": [{step, loss, margin, ...}], "rows", ...}.
     """
     console.quiet()
     machine.make_room()
@@ -251,8 +249,6 @@ def train(
     more: dict[str, Any] = {"remove_unused_columns": False, "gradient_checkpointing": settings.gradient_checkpointing}
     if settings.gradient_checkpointing:
         more["gradient_checkpointing_kwargs"] = {"use_reentrant": False}
-    if settings.save_steps:
-        more |= {"save_strategy": "steps", "save_steps": settings.save_steps, "save_total_limit": 2}
     # First: it refuses what cannot be split.
     given = training.trainer_arguments(settings, seed, output / "trainer", loading.resolve(base), **more)
     start = reference_model_path(base, junior)  # before processes know each other: then Transformers lets only the first one save
@@ -284,11 +280,6 @@ def train(
     read = f"{weights.weights_id(start)} {kind.name} {attention} {config}"
     layout: dict[str, Any] = {"share": settings.share, "row_tokens": settings.row_tokens}
     reference = cached_reference(model, groups, pad, settings.micro_batch, read, cache, **layout)
-    checkpoint = None
-    if cache is not None and settings.save_steps > 0:
-        same = {"pairs": [g.pairs for g in groups], "settings": settings.model_dump(mode="json")}
-        where = cache / f"dpo-{digest(same | {'reference': reference, 'seed': seed})[:24]}"
-        arguments.output_dir, checkpoint = str(where), training.last_checkpoint(where)
     trainer = DpoTrainer(
         model=model,
         args=arguments,
@@ -299,21 +290,14 @@ def train(
         data_collator=lambda part: prompt_sharing.collate(part, pad, settings.row_tokens, share=settings.share),
         callbacks=[training.bar_callback("dpo", lambda: trainer.step_rows)],
     )
-    training.remove_printer(trainer)
-    trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     facts = {
-        "history": training.check_history(trainer.state.log_history, "senior"),
+        "history": training.train(trainer, "senior", settings, cache, pairs=[g.pairs for g in groups], reference=reference),
         "rows": sum(len(g.pairs) for g in groups),
         "prompts": len(groups),
         "set_aside": counts,
         "set_aside_rows": {reason: rows for reason, rows in skipped.items() if rows},
     }
-    gathered = training.whole_weights(trainer, trainer.model)
-    if trainer.is_world_process_zero():
-        adapters.save_adapter(trainer.model, output, start, gathered)
-        (output / "training.json").write_text(json.dumps(facts, indent=1))
-    trainer.accelerator.wait_for_everyone()
-    return facts
+    return training.finish(trainer, trainer.model, output, facts, lambda m, w: adapters.save_adapter(m, output, start, w))
 
 
 def reference_model_path(base: str, junior: Path) -> str:

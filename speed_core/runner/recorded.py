@@ -24,7 +24,7 @@ from speed_core.study import claims
 from speed_core.study.runs import open_run
 
 # How a run is computed, not what: with other values of these the texts ought to be the same.
-HOW = ("engine", "executor", "workers", "ray_address", "batch_size", "concurrency", "dtype")
+HOW = ("engine", "executor", "workers", "ray_address", "batch_size", "concurrency", "dtype", "save_steps")
 REPORT, KNOWN = "recorded_comparison.json", "recorded.json"  # beside the figures; beside the recorded artifacts
 ABSENT = "not in this run"
 

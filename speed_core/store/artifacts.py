@@ -149,6 +149,7 @@ class Artifact:
         device; a type that is asked for has to be the one that the artifact was computed in."""
         own = json.loads(canonical(self.manifest["parameters"]))
         for mine, wanted in ((own, asked), (own.get("training", {}), asked.get("training", {}))):
+            mine.pop("save_steps", None)  # earlier manifests say when checkpoints were written
             if wanted.get("dtype", "auto") == "auto":
                 mine.pop("dtype", None)
                 wanted.pop("dtype", None)

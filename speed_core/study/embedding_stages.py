@@ -443,7 +443,8 @@ def student(run: Run, draft: Draft, *read: Artifact, layers: int | str, arm: str
     settings = student_training(run, arm).model_copy(update={"examples": len(rows)})
     draft.info |= compute_type.facts(settings.dtype)
     label = STUDENT.format(layers=layers, arm=arm, seed=seed)
-    train_embedder(base, rows, settings, guide=guide, guide_cache=run.folder / "guide", seed=seed, output=draft.path, label=label)
+    kept = {"guide_cache": run.folder / "guide", "cache": run.folder / "checkpoints", "output": draft.path}
+    train_embedder(base, rows, settings, guide=guide, seed=seed, label=label, **kept)
 
 
 def topic_records(run: Run, *, covered: bool) -> list[dict[str, Any]]:

@@ -321,7 +321,7 @@ def evaluation(run: Run, generator: str) -> Ask:
 
 def _trained(run: Run, settings: Training) -> dict[str, Any]:
     return {
-        "training": dotted(settings),
+        "training": settings.cache_key_fields(),
         "seed": run.profile.seed,
         "base": loading.model_id(run.profile.models.generator),
     }
@@ -334,7 +334,8 @@ def _computed(run: Run, settings: Training) -> dict[str, str]:
 
 def train(run: Run, function: Callable[..., Any], name: str, **arguments: Any) -> None:
     """Call a training function with the run's seed, in as many processes as `training` says (`launch.train`)."""
-    launch.train(function, run.profile.training, run.folder / "workers" / name, **({"seed": run.profile.seed} | arguments))
+    given = {"seed": run.profile.seed, "cache": run.folder / "checkpoints"} | arguments
+    launch.train(function, run.profile.training, run.folder / "workers" / name, **given)
 
 
 def _steps(p: Profile, name: str) -> float:

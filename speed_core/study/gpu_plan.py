@@ -82,7 +82,7 @@ def training(run: Run, one: Planned, gpus: int, usable: float) -> Need:
     again = getattr(s, "gradient_checkpointing", False) + (name == "senior") + (contrastive and s.micro_batch < s.batch // gpus)
     tokens = {"junior": CALL["seed"], "senior": CALL["seed"] + ANSWER, "revisor": CALL["revision"]}.get(name, ANSWER)
     records = s.examples * s.epochs if prefix == "study.student" else one.work(p)
-    saved = 7 if getattr(s, "save_steps", 0) else 1  # the result, and two checkpoints with their optimizers
+    saved = 7 if s.save_steps else 1  # the result, and two checkpoints with their optimizers
     need = Need(one, parts(s), (4 + 2 * (s.lora is None) + 2 * again) * a.multiplied * records * tokens, 4.0 * trained * saved)
     step = gpus * (1 if contrastive else s.micro_batch)
     if s.batch % step:

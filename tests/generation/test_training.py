@@ -175,6 +175,72 @@ def test_accumulated_micro_batches_equal_one_batch(tiny_model, tmp_path):
     assert close(a, b)
 
 
+def steps_done(monkeypatch, stop=None):
+    """A list of the steps that a training then does; after `stop` of them it is interrupted."""
+    done, real = [], training.bar_callback
+
+    def callback(*given):
+        made = real(*given)
+
+        def on_train_end(args, state, control, **more):
+            if state.global_step == stop:
+                raise KeyboardInterrupt
+
+        def on_step_begin(args, state, control, **more):
+            on_train_end(args, state, control)
+            done.append(state.global_step)
+
+        made.on_step_begin, made.on_train_end = on_step_begin, on_train_end
+        return made
+
+    monkeypatch.setattr(training, "bar_callback", callback)
+    return done
+
+
+def started_again(monkeypatch, train, folder, stop, saved):
+    """A training that is interrupted after `stop` steps and started again has the facts and weights of one that was not."""
+    whole = train(folder / "whole")
+    with monkeypatch.context() as stopped, pytest.raises(KeyboardInterrupt):
+        steps_done(stopped, stop)
+        train(folder / "again")
+    done = steps_done(monkeypatch)
+    assert train(folder / "again") == whole, "other losses, learning rates or gradients"
+    assert done == [*range(saved, len(whole["history"]))], "it began again instead of going on"
+    (a,), (b,) = ([*(folder / name / "m").rglob("*.safetensors")] for name in ("whole", "again"))
+    assert a.read_bytes() == b.read_bytes()
+    assert not [*folder.glob("*/c/*")], "checkpoints of a finished training are left"
+
+
+@pytest.mark.parametrize(("stop", "saved"), [(5, 4), (7, 6), (9, 8)])  # of 9, 4 an epoch
+def test_a_generator_that_was_interrupted_ends_in_the_weights_of_one_that_was_not(stop, saved, tiny_model, tmp_path, monkeypatch):
+    lora = Lora(rank=2, alpha=4, dropout=0.1)
+    s = settings("junior", batch=2, micro_batch=1, epochs=2.25, lr=1e-2, lora=lora, save_steps=2)
+
+    def train(folder):
+        return sft.train(tiny_model("llama"), [*UNEVEN, *PAIRS], s, seed=0, output=folder / "m", cache=folder / "c")
+
+    started_again(monkeypatch, train, tmp_path, stop, saved)
+
+
+def test_a_checkpoint_of_other_settings_or_data_is_not_used(tiny_model, tmp_path, monkeypatch):
+    s = settings("junior", epochs=3, save_steps=1)
+
+    def train(pairs=PAIRS, seed=0, **more):
+        how = {"seed": seed, "output": tmp_path / "m", "cache": tmp_path / "c"}
+        return sft.train(tiny_model("llama"), pairs, s.model_copy(update=more), **how)
+
+    with monkeypatch.context() as stopped, pytest.raises(KeyboardInterrupt):
+        steps_done(stopped, 4)
+        train()
+    done = steps_done(monkeypatch)
+    for changes in ({"lr": 0.02}, {"seed": 1}, {"pairs": PAIRS[::-1]}, {"pairs": UNEVEN}):
+        train(**changes)
+        assert done == [*range(6)], changes
+        done.clear()
+    train(save_steps=5)
+    assert done == [4, 5], "when a checkpoint is written decides no weight"
+
+
 TWO = Processes(processes=2)
 
 
@@ -263,6 +329,20 @@ def test_an_embedder_that_reads_a_few_texts_at_a_time_learns_from_the_whole_batc
     parts, b = embedder_trained(base, tmp_path / "parts", 2, guided, lora)
     assert parts == pytest.approx(whole, abs=1e-5) and len(whole) == 5
     assert a.keys() == b.keys() and max(float((v - b[k]).abs().max()) for k, v in a.items()) < 1e-5
+
+
+@pytest.mark.parametrize(("micro", "lora", "stop", "saved"), [(8, True, 9, 8), (2, True, 3, 2), (2, False, 9, 8)])
+def test_an_embedder_that_was_interrupted_ends_in_the_weights_of_one_that_was_not(
+    micro, lora, stop, saved, tiny_model, tmp_path, monkeypatch
+):
+    lora = Lora(rank=2, alpha=4, dropout=0.1, targets=("q_proj", "v_proj")) if lora else None
+    s = settings("embedding", batch=8, micro_batch=micro, examples=40, epochs=2, lr=1e-3, guided=True, lora=lora, save_steps=2)
+    how = {"guide": "package:all-MiniLM-L6-v2", "guide_cache": tmp_path / "g", "seed": 0}
+
+    def train(folder):
+        return train_embedder(tiny_model("mistral"), records(40), s, **how, output=folder / "m", cache=folder / "c")
+
+    started_again(monkeypatch, train, tmp_path, stop, saved)
 
 
 def split_over_both(settings: Training, base: str) -> None:

@@ -1,6 +1,7 @@
 """Training functions in several processes: started, shown, stopped, and what a failure of one of them looks like."""
 
 import os
+import pickle
 import signal
 import subprocess
 import sys
@@ -9,11 +10,15 @@ from pathlib import Path
 
 import psutil
 import pytest
+import torch
+from safetensors.torch import load_file
 
 from speed_core import profile
+from speed_core.contrastive.train import train_embedder
 from speed_core.files import UserError
-from speed_core.models import launch
-from speed_core.profile import Processes, Training
+from speed_core.generation import sft
+from speed_core.models import launch, training
+from speed_core.profile import Lora, Processes, Training
 
 TWO = Processes(processes=2)
 SETTINGS = profile.load("smoke").junior.model_copy(update={"batch": 4, "micro_batch": 1})
@@ -106,6 +111,58 @@ def test_no_process_outlives_the_one_that_began_them(number, tmp_path):
         parent.send_signal(number)
         parent.wait()
     wait_for(lambda: all(gone(child.pid) for child in children), 60)
+
+
+PAIRS = [(f"Write {n}.", " ".join(["word"] * (n % 5 + 1))) for n in range(16)]
+RECORDS = [{"instruction": "Find it", "query": f"q {n}", "positive": f"p {n}", "negative": f"n {n}"} for n in range(16)]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("section", ["junior", "embedding"])
+def test_a_training_whose_processes_were_killed_goes_on_and_ends_in_the_weights_of_one_process(
+    section, tiny_model, tmp_path, capsys
+):
+    lora = Lora(rank=2, alpha=4, targets=("q_proj", "v_proj"))
+    values = {
+        "examples": 16,
+        "batch": 4,
+        "micro_batch": 1,
+        "epochs": 12,
+        "lr": 1e-3,
+        "dtype": "float32",
+        "lora": lora,
+        "save_steps": 3,
+    }
+    settings = getattr(profile.load("smoke"), section).model_copy(update=values)  # 48 steps, 4 an epoch
+    given = {"base": tiny_model("llama"), "settings": settings, "seed": 0, "label": "it"}
+    guide = {"guide": "package:all-MiniLM-L6-v2", "guide_cache": tmp_path / "g"}
+    function, read = (sft.train, {"pairs": PAIRS}) if section == "junior" else (train_embedder, {"rows": RECORDS, **guide})
+    job = (function, TWO, tmp_path / "said"), given | read | {"output": tmp_path / "two", "cache": tmp_path / "c"}
+    (tmp_path / "job").write_bytes(pickle.dumps(job))
+    body = (
+        "import pickle, sys\nfrom speed_core.models import launch\n"
+        "how, given = pickle.load(open(sys.argv[1], 'rb'))\nlaunch.train(*how, **given)"
+    )
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(Path(__file__).parents[2]), *sys.path])}
+    command = [sys.executable, "-c", body, str(tmp_path / "job")]
+    parent = subprocess.Popen(command, env=environment, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
+    try:  # in the second epoch or later, and not at the end of one
+        wait_for(lambda: parent.poll() is not None or any(tmp_path.glob("c/it-*/checkpoint-[69]/trainer_state.json")), 1200)
+        assert parent.poll() is None
+        children = psutil.Process(parent.pid).children(recursive=True)
+    finally:
+        parent.kill()
+        parent.wait()
+    wait_for(lambda: all(gone(child.pid) for child in children), 60)
+    (where,) = (tmp_path / "c").glob("it-*")
+    at = int(training.last_checkpoint(where, 2).name.removeprefix("checkpoint-"))
+    assert not (tmp_path / "two" / "training.json").exists(), "it had ended before it was killed"
+    launch.train(*job[0], **job[1])
+    assert f"{48 - at}/48" in (said := capsys.readouterr().out) and f"{49 - at}/48" not in said, "it began again"
+    function(**given, **read, output=tmp_path / "one")
+    one, two = (load_file(file) for name in ("one", "two") for file in (tmp_path / name).rglob("*.safetensors"))
+    assert one.keys() == two.keys() and all(torch.allclose(v, two[k], atol=1e-5) for k, v in one.items())
+    assert not where.exists()
 
 
 @pytest.mark.parametrize(

@@ -357,15 +357,15 @@ def test_a_senior_whose_processes_were_killed_goes_on_and_ends_in_the_weights_of
     environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(Path(__file__).parents[2]), *sys.path])}
     parent = subprocess.Popen([sys.executable, "-c", body], env=environment, stdout=subprocess.DEVNULL)
     end = time.monotonic() + 1200
-    while not any((tmp_path / "c2").glob("dpo-*/checkpoint-*/trainer_state.json")):
+    while not any((tmp_path / "c2").glob("senior-*/checkpoint-*/trainer_state.json")):
         assert parent.poll() is None and time.monotonic() < end
         time.sleep(0.01)
     processes = psutil.Process(parent.pid).children(recursive=True)
     parent.kill()
     parent.wait()
     psutil.wait_procs(processes, timeout=60)
-    (where,) = (tmp_path / "c2").glob("dpo-*")
-    at = int(training.last_checkpoint(where).name.removeprefix("checkpoint-"))
+    (where,) = (tmp_path / "c2").glob("senior-*")
+    at = int(training.last_checkpoint(where, 2).name.removeprefix("checkpoint-"))
     assert at < 12 and not (tmp_path / "two" / "training.json").exists(), "it had ended before it was killed"
     two = {"output": tmp_path / "two", "cache": tmp_path / "c2"}
     launch.train(dpo.train, Processes(processes=2), tmp_path / "said", **given, **two)
@@ -466,11 +466,13 @@ def test_a_gradient_that_is_no_number_stops_before_it_reaches_the_weights(tiny_m
 
 def test_the_last_checkpoint_is_the_newest_that_was_written_to_its_end(tmp_path):
     assert training.last_checkpoint(tmp_path) is None
-    for step, whole in ((9, True), (10, True), (11, False)):
+    both = ("trainer_state.json", "rng_state_0.pth", "rng_state_1.pth")
+    for step, written in ((9, both), (10, both), (11, both[:2]), (12, both[1:])):
         (tmp_path / f"checkpoint-{step}").mkdir()
-        if whole:
-            (tmp_path / f"checkpoint-{step}" / "trainer_state.json").write_text("{}")
-    assert training.last_checkpoint(tmp_path).name == "checkpoint-10"
+        for name in written:
+            (tmp_path / f"checkpoint-{step}" / name).touch()
+    assert training.last_checkpoint(tmp_path, 2).name == "checkpoint-10"
+    assert training.last_checkpoint(tmp_path).name == "checkpoint-11", "of one process"
 
 
 def test_layers_of_another_sort_are_refused(tiny_model):

@@ -7,6 +7,7 @@ import pytest
 
 from speed_core.files import UserError
 from speed_core.models import launch
+from speed_core.store.artifacts import Artifact
 from speed_core.study import embedding_stages, generation_stages, planning
 from speed_core.study.runs import open_run
 from speed_core.study.stage import FACTS, STAGES, Kind, find, models_read_later, planned, rebuilt, trained_generators
@@ -66,6 +67,16 @@ def test_the_plan_goes_on_with_an_artifact_that_a_budget_left_partial(run):
     manifest.write_text(json.dumps(made.manifest | {"partial": "3 of 12 prompts have no answer"}))
     assert planning.stale(run, ["tasks"]) == ["tasks: partial, 3 of 12 prompts have no answer"]
     assert planning.stale(open_run("smoke", {"teacher.accept_partial": True}), ["tasks"]) == []
+
+
+def test_when_a_checkpoint_is_written_makes_no_training_stale(tmp_path, run):
+    names = ("junior", "senior", "revisor", "embedding")
+    often = open_run("smoke", {f"{name}.save_steps": 5 for name in names})
+    for name, read in (("junior", 1), ("senior", 2), ("revisor", 0), ("embedder-plain-0", 1)):
+        one = find(run, name)
+        before, now = (one.stage.parameters(r, *[None] * read, **one.keys) for r in (run, often))
+        earlier = before | {"training": before["training"] | {"save_steps": 10}}
+        assert before == now and Artifact(tmp_path / name, {"parameters": earlier}).other_parameters(now) == []
 
 
 def test_every_training_but_the_students_goes_through_the_launcher(monkeypatch, tmp_path, run):
