@@ -121,7 +121,7 @@ def bar_callback(label: str, among: Callable[[], Sequence[int]] | None = None) -
             self.bar = progress(state.max_steps, label, "step")
 
         def on_epoch_begin(self, args: Any, state: Any, control: Any, train_dataloader: Any = None, **_: Any) -> None:
-            # Among several processes the sampler is too deep for the Trainer: one that goes on would read the first epoch's order.
+            # Among several processes a sampler may be too deep for the Trainer: one that goes on would read the first epoch's order.
             while train_dataloader := getattr(train_dataloader, "batch_sampler", getattr(train_dataloader, "sampler", None)):
                 if hasattr(train_dataloader, "set_epoch"):
                     train_dataloader.set_epoch(int(state.epoch or 0))
