@@ -241,8 +241,6 @@ def surrogate(text: str) -> bool:
 
 NAME = "[A-Za-z0-9][A-Za-z0-9._-]{0,63}"  # of a profile, or of a task in one's own texts: they become names of files
 NAME_RULE = "letters, digits, '.', '_' and '-', at most 64 of them, a letter or digit first"
-
-
 USERS = "SPEED_URL_USERS"  # an environment variable: {address: user} as JSON, for this process and those that it starts
 
 

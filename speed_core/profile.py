@@ -97,18 +97,8 @@ class Teacher(ConfigSection):
 
     def cache_key_fields(self) -> dict[str, Any]:
         """The values that decide an answer, without those that only decide its price, pace or permission."""
-        names = (
-            "kind",
-            "judge",
-            "model",
-            "base_url",
-            "temperature",
-            "top_p",
-            "judge_temperature",
-            "attempts",
-            "max_output_tokens",
-        )
-        return {n: getattr(self, n) for n in names}
+        of_the_answer = {"kind", "model", "base_url", "temperature", "top_p", "attempts", "max_output_tokens"}
+        return self.model_dump(include=of_the_answer | {"judge", "judge_temperature"})
 
 
 class Topics(ConfigSection):

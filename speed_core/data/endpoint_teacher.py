@@ -16,14 +16,14 @@ from speed_core.data.budget import Budget, BudgetReached, estimate
 from speed_core.data.endpoint import PROBE, Endpoint
 from speed_core.data.prompts import Prompt
 from speed_core.data.replies import Completion, final_status, of_request, read
-from speed_core.data.teacher import Teacher, endpoint_label, sampling_params
+from speed_core.data.teacher import ModelTeacher
 from speed_core.files import UserError
 from speed_core.profile import Teacher as TeacherSettings
 
 UNSENT = ("ConnectTimeout", "PoolTimeout")  # of httpx: no request went out
 
 
-class EndpointTeacher(Teacher):
+class EndpointTeacher(ModelTeacher):
     """Asks `settings.model` at `settings.base_url`, within a `Budget`; what a stage's log holds already counts, minutes aside."""
 
     def __init__(self, settings: TeacherSettings):
@@ -34,8 +34,7 @@ class EndpointTeacher(Teacher):
                 "OPENAI_API_KEY: not set; export it, set teacher.base_url to a server of yours, "
                 "or use the recorded teacher (teacher.kind=recorded)"
             )
-        self.settings = settings
-        self.label = endpoint_label(settings)
+        super().__init__(settings)
         self.budget = Budget(settings)
         self.ledger = self.budget.ledger
         self._counted: set[str] = set()  # entries of a log that are in the ledger
@@ -59,9 +58,6 @@ class EndpointTeacher(Teacher):
             print(
                 f"teacher.model {self.settings.model!r}: not among those that the endpoint lists ({', '.join(self._listed[:5])})"
             )
-
-    def sampling_params(self, temperature: float | None) -> dict[str, Any]:
-        return sampling_params(self.settings, temperature)
 
     def remember(self, entries: Iterable[Mapping[str, Any]], purpose: str) -> None:
         new = [e for e in entries if e["id"] not in self._counted]
@@ -111,14 +107,13 @@ class EndpointTeacher(Teacher):
             raise self._refuses_all(error) from None
 
     async def _create(self, text: str, temperature: float | None) -> bytes:
-        s = self.settings
-        more: dict[str, Any] = {"max_tokens": s.max_output_tokens} if s.max_output_tokens else {}
+        how = self.sampling_params(temperature)
+        most = how.pop("max_output_tokens")
         reply = await self.endpoint.client.chat.completions.with_raw_response.create(
-            model=s.model,
+            model=self.settings.model,
             messages=[{"role": "user", "content": text}],
-            temperature=s.temperature if temperature is None else temperature,
-            top_p=s.top_p,
-            **more,
+            **how,
+            **({"max_tokens": most} if most else {}),
         )
         return reply.content
 

@@ -218,12 +218,6 @@ def broken_rule(value: dict[str, Any], kind: str) -> str:
     return ""
 
 
-def to_json(record: dict[str, str | None], kind: str) -> str:
-    """The JSON text that a generator is trained to write for `record` (inverse of `parse`)."""
-    values = dict(zip(KEYS[kind], (record[f] for f in FIELDS), strict=False))
-    return json.dumps(values, ensure_ascii=False, separators=(",", ":"))
-
-
 def parse_string_list(raw: str, finish_reason: str = "stop") -> tuple[list[str], str]:
     """Read a brainstorm answer: a list of strings, as JSON or as a Python literal.
 

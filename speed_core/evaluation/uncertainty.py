@@ -200,12 +200,7 @@ def _degrees(both: float, seeds: float, known: int) -> float:
 
 
 def difference(
-    a: Sequence[Result],
-    b: Sequence[Result],
-    types: Sequence[str] | None = None,
-    *,
-    draws: int = 1000,
-    groups: Sequence[int] = (),
+    a: Sequence[Result], b: Sequence[Result], types: Sequence[str] | None = None, *, draws: int = 1000, groups: Sequence[int] = ()
 ) -> Estimate:
     """Mean score of `a` minus that of `b`, each given as the results of the same training seeds (`groups` as in `contrast`)."""
     return contrast([(1, a, types), (-1, b, types)], draws=draws, groups=groups)

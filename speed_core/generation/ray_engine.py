@@ -25,16 +25,7 @@ from pathlib import Path
 from typing import Any
 
 from speed_core.files import UserError
-from speed_core.generation.engines import (
-    Completion,
-    Decoding,
-    Engine,
-    EngineName,
-    EngineOptions,
-    Request,
-    by_length,
-    open_engine,
-)
+from speed_core.generation.engines import Completion, Decoding, Engine, EngineName, EngineOptions, Request, by_length, open_engine
 from speed_core.models import loading
 
 RESTARTS = 3  # fresh actors that each worker may cost

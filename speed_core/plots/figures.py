@@ -37,17 +37,18 @@ from speed_core.plots.provenance import save, show
 from speed_core.store.artifacts import Artifact
 from speed_core.store.run_context import Run
 from speed_core.study import paper_values
-from speed_core.study.claims import EQUIVALENCE_MARGIN, EXPECTED, Verdict
+from speed_core.study.claims import SHARES
+from speed_core.study.verdicts import EQUIVALENCE_MARGIN, EXPECTED, Verdict
 
-COLOURS = {
-    Verdict.REPRODUCED: THIRD,
-    Verdict.SMALLER: THIRD,
-    Verdict.EQUIVALENT: SECOND,
-    Verdict.UNRESOLVED: GREY,
-    Verdict.INACTIVE: GREY,
-    Verdict.CONTRADICTED: WARNING,
-    Verdict.IMPOSSIBLE: "#CCCCCC",
-    Verdict.UNTESTED: "#CCCCCC",
+LOOKS = {  # of a verdict: colour, marker, and how the heading says it
+    Verdict.REPRODUCED: (THIRD, "o", "reproduces"),
+    Verdict.SMALLER: (THIRD, "o", "finds the same direction at a smaller scale for"),
+    Verdict.EQUIVALENT: (SECOND, "D", "finds no difference for"),
+    Verdict.UNRESOLVED: (GREY, "s", ""),
+    Verdict.INACTIVE: (GREY, "x", ""),
+    Verdict.CONTRADICTED: (WARNING, "X", "contradicts"),
+    Verdict.IMPOSSIBLE: ("#CCCCCC", "", ""),
+    Verdict.UNTESTED: ("#CCCCCC", "", ""),
 }
 
 
@@ -344,31 +345,20 @@ def cost(run: Run, name: str, per_record: Mapping[str, tuple[float, float]], inp
 
 
 QUESTIONS = {"S": "SPEED: who writes the data", "E": "E5-mistral: how the model is trained", "G": "GISTEmbed: the guide"}
-MARKERS = {
-    Verdict.REPRODUCED: "o", Verdict.SMALLER: "o", Verdict.EQUIVALENT: "D", Verdict.CONTRADICTED: "X", Verdict.UNRESOLVED: "s",
-    Verdict.INACTIVE: "x",
-}  # fmt: skip
-NO_DIFFERENCE = ("S3", "S22")  # their numbers are shares of calls and of records
 IN_HUNDREDTHS = {"G6": 100}  # the number of this claim is a share, the others' are points
-
-
-DECIDED = {
-    Verdict.REPRODUCED: "reproduces", Verdict.SMALLER: "finds the same direction at a smaller scale for",
-    Verdict.EQUIVALENT: "finds no difference for", Verdict.CONTRADICTED: "contradicts",
-}  # fmt: skip
 
 
 def _heading(rows: Sequence[Mapping[str, Any]]) -> str:
     """The claims on which a verdict says something, and how many are left."""
-    found = {v: [r["id"] for r in rows if r["verdict"] == v] for v in DECIDED}
-    said = [f"{DECIDED[v]} {len(ids)} ({', '.join(ids)})" for v, ids in found.items() if ids]
+    found = {words: [r["id"] for r in rows if r["verdict"] == v] for v, (_, _, words) in LOOKS.items() if words}
+    said = [f"{words} {len(ids)} ({', '.join(ids)})" for words, ids in found.items() if ids]
     return f"Of {len(rows)} claims this run {', '.join([*said, f'leaves {len(rows) - sum(map(len, found.values()))} open'])}"
 
 
 def claim_map(run: Run, name: str, rows: Sequence[Mapping[str, Any]], inputs: Sequence[Artifact]) -> None:
     """Forest plot of all claims with an effect: the estimate with its interval, the paper's effect as a diamond where it prints one, a
     band for what is too small to matter, the verdict in words, colour and shape. The claims without one stand in the last line."""
-    bare = [r for r in rows if r["effect"] == "" and (r["low"] == "" or r["id"] in NO_DIFFERENCE)]
+    bare = [r for r in rows if r["effect"] == "" and (r["low"] == "" or r["id"] in SHARES)]
     lines: list[tuple[str, Mapping[str, Any] | None]] = []
     for letter, question in QUESTIONS.items():
         lines.append((question, None))
@@ -385,16 +375,15 @@ def claim_map(run: Run, name: str, rows: Sequence[Mapping[str, Any]], inputs: Se
         if r is None:
             continue
         found = Verdict(r["verdict"])
-        ink = "#555555" if COLOURS[found] in (GREY, "#CCCCCC") else COLOURS[found]
+        colour, marker, _ = LOOKS[found]
+        ink = "#555555" if colour in (GREY, "#CCCCCC") else colour
         ax.text(1.02, i, found, ha="left", color=ink, **side)
         if r["effect"] != "":
             ax.plot(r["effect"], i, "D", markersize=7, markerfacecolor="none", markeredgecolor=PAPER, zorder=4)
-        if r["low"] != "" and r["id"] not in NO_DIFFERENCE:
+        if r["low"] != "" and r["id"] not in SHARES:
             value, low, high = (IN_HUNDREDTHS.get(r["id"], 1) * float(r[k]) for k in ("ours", "low", "high"))
-            ax.plot([low, high], [i, i], color=COLOURS[found], linewidth=1.8, zorder=2)
-            ax.plot(
-                value, i, MARKERS[found], color=COLOURS[found], markersize=7 if found is Verdict.CONTRADICTED else 5, zorder=3
-            )
+            ax.plot([low, high], [i, i], color=colour, linewidth=1.8, zorder=2)
+            ax.plot(value, i, marker, color=colour, markersize=7 if found is Verdict.CONTRADICTED else 5, zorder=3)
     ax.text(
         0, 0.5, "too small to matter", ha="center", va="center", fontsize=SMALL, bbox={"fc": "#EEEEEE", "ec": "none", "pad": 1}
     )

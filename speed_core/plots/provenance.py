@@ -128,7 +128,7 @@ class Now:
     def read(self, name: str) -> tuple[dict[str, Any], str] | None:
         """(manifest, digest) of an artifact, or None where the run does not have it."""
         if name not in self._known:
-            point, own = self._point(name)
+            point, _, own = name.rpartition("/")  # "variants/POINT" or ""
             roots = [self.roots[-1].parent / point / "artifacts"] if point and self.roots else self.roots
             path = next((r / own for r in roots if (r / own / MANIFEST).is_file()), None)
             self._known[name] = None if path is None else self._read(name, path)
@@ -141,12 +141,6 @@ class Now:
         key = f"variants/{root.parent.name}/{artifact.name}" if point else artifact.name
         self._known[key] = (artifact.manifest, artifact.digest)
         return key
-
-    @staticmethod
-    def _point(key: str) -> tuple[str, str]:
-        """("variants/POINT" or "", name) of a key."""
-        point, _, name = key.rpartition("/")
-        return point, name
 
     def _read(self, key: str, path: Path) -> tuple[dict[str, Any], str]:
         manifest = read_manifest((path / MANIFEST).read_bytes(), f"artifact {path.name!r}")
@@ -161,7 +155,7 @@ class Now:
 
     def parents(self, name: str) -> Iterator[tuple[str, str, str]]:
         """(parent, its digest when `name` was made from it, its digest now)."""
-        found, (point, _) = self.read(name), self._point(name)
+        found, point = self.read(name), name.rpartition("/")[0]
         for parent, then in (found[0]["parents"] if found else {}).items():
             own = f"{point}/{parent}"
             key = own if point and self.read(own) else parent  # what a point does not have it took from its base
@@ -294,8 +288,3 @@ def _stale(said: Mapping[str, Any], now: Now) -> str:
         return ""
     first, *others = moved
     return moved[first] + (f"; also {', '.join(others)}" if others else "")
-
-
-def check(folder: Path, runs: Path | None = None, deep: bool = False) -> list[str]:
-    """Problems of the figures in a folder; see `inspect`. Without `runs` the inputs are not looked at."""
-    return inspect(folder, runs, deep)[0]

@@ -26,7 +26,7 @@ from speed_core.files import ASSETS, NAME, TarInput, UserError, disk_errors, fil
 from speed_core.profile import dotted
 from speed_core.store.artifacts import MANIFEST, notebook_number
 from speed_core.store.run_context import Run
-from speed_core.study import generation_stages  # noqa: F401 - it declares the stages
+from speed_core.study import synthesis_stages  # noqa: F401 - it declares the stages of notebooks 01 to 06
 from speed_core.study.stage import rebuilt, trained_generators
 
 CONTENTS = "replay.json"
@@ -85,7 +85,7 @@ def pack(manifest: dict[str, Any], contents: Mapping[str, bytes], target: Path) 
     return file_digest(target)
 
 
-def _members(source: Path) -> Iterator[tuple[str, IO[bytes]]]:
+def members(source: Path) -> Iterator[tuple[str, IO[bytes]]]:
     """(name, stream) of each file of an archive, one after the other, so that memory does not grow with them. Raises UserError for a
     name that is none, and where an archive is far larger unpacked than packed."""
     room = max(LEAST_ROOM, MOST_RATIO * source.stat().st_size)
@@ -131,7 +131,7 @@ def check_archive(source: Path) -> dict[str, Any]:
     have: dict[str, str] = {}
     manifest: Any = None
     try:
-        for name, stream in _members(source):
+        for name, stream in members(source):
             if name == CONTENTS:
                 manifest = json.loads(stream.read(MOST_CONTENTS))
             else:
@@ -159,12 +159,6 @@ def check_archive(source: Path) -> dict[str, Any]:
     if extra := sorted(set(have) - set(files)):
         raise UserError(f"{source.name}: holds {extra[0]}, which its manifest does not name; fetch or export it again")
     return dict(manifest)
-
-
-def read_archive(source: Path) -> tuple[dict[str, Any], dict[str, bytes]]:
-    """(manifest, {name: bytes}) of an export that was checked; for a small one, since all of it is in memory."""
-    manifest = check_archive(source)
-    return manifest, {name: stream.read() for name, stream in _members(source) if name != CONTENTS}
 
 
 def figures(run: Run) -> dict[str, str]:
@@ -208,7 +202,7 @@ def put(run: Run, source: Path, files: Mapping[str, str]) -> None:
         path = run.folder / name
         if path.is_dir() or any(p.is_file() for p in path.parents) or (path.is_file() and file_digest(path) != wanted):
             raise UserError(f"{name}: another one is there already; set SPEED_RUNS to an empty folder and import again")
-    for name, stream in _members(source):
+    for name, stream in members(source):
         if name == CONTENTS or (run.folder / name).is_file():
             continue
         path = run.folder / name

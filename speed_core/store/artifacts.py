@@ -22,7 +22,6 @@ from typing import Any
 from speed_core import machine
 from speed_core.files import (
     PACKAGE,
-    AppendLog,
     Lazy,
     MissingArtifact,
     OtherPrompts,
@@ -36,13 +35,7 @@ from speed_core.files import (
     read_jsonl,
     stored_jsonl,
     write_json,
-    write_jsonl,
 )
-
-__all__ = [
-    "AppendLog", "Artifact", "Draft", "Store", "UserError", "canonical", "code_digest", "device_name", "differences", "digest",
-    "disk_errors", "file_digest", "read_jsonl", "write_json", "write_jsonl",
-]  # fmt: skip
 
 MANIFEST = "manifest.json"
 
@@ -55,13 +48,10 @@ def code_digest() -> str:
 
 def device_name() -> str:
     """The accelerator's name, or the processor's architecture and core count."""
-    try:
-        import torch
+    import torch
 
-        if torch.cuda.is_available():
-            return f"{torch.cuda.get_device_name()} x{torch.cuda.device_count()}"
-    except ImportError:
-        pass
+    if torch.cuda.is_available():
+        return f"{torch.cuda.get_device_name()} x{torch.cuda.device_count()}"
     return f"cpu {platform.machine()} x{os.cpu_count()}"
 
 
@@ -104,15 +94,16 @@ class Artifact:
                 digests = _digest_of(path, there.st_mtime_ns, there.st_size), wanted["sha256"]
                 found, said = (f"digest {d[:12]}" for d in digests)
             if found != said:
-                kind, out = ("shipped artifact", "unpack the bundle again") if self.shipped else ("artifact", self._remedy())
+                kind, out = "shipped artifact", "unpack the bundle again"
+                if not self.shipped:
+                    kind, out = "artifact", "it changed after it was written: import it again, or remove "
+                    out += f"{self._place}/{self.name} and run again"
                 raise UserError(f"{kind} {self.name!r}: {name} has {found}, its manifest says {said}; {out}")
         return path
 
-    def _remedy(self) -> str:
-        return (
-            f"it changed after it was written: import it again, or remove {self.path.parent.parent.name}/{self.path.parent.name}/"
-            f"{self.name} and run again"
-        )
+    @property
+    def _place(self) -> Path:
+        return Path(*self.path.parts[-3:-1])
 
     def lost(self) -> list[str]:
         """The files that the manifest names and that are not here."""
@@ -127,7 +118,7 @@ class Artifact:
         if lost := self.lost():
             raise UserError(
                 f"artifact {self.name!r} came without its weights ({lost[0]}), which are to be read now; remove its folder in "
-                f"{self.path.parent.parent.name}/{self.path.parent.name} and run again: it is trained anew, and what was made "
+                f"{self._place} and run again: it is trained anew, and what was made "
                 "from it stays if the digest is the same"
             )
         for name in self.manifest["files"]:

@@ -13,8 +13,8 @@ from speed_core.evaluation import uncertainty
 from speed_core.evaluation.uncertainty import Result, Term
 from speed_core.store.artifacts import Artifact
 from speed_core.store.run_context import Run
-from speed_core.study import claims, embedding_stages, mask_quality, paper_values
-from speed_core.study.embedding_stages import WHOLE, StudentArm
+from speed_core.study import claims, mask_quality, paper_values, score_stages, student_stages
+from speed_core.study.student_stages import WHOLE, StudentArm
 
 Scores = Mapping[tuple[int, str], Sequence[Result]]  # (layers, arm) -> results, in the order of the seeds
 
@@ -48,16 +48,16 @@ def gain(
 def made(run: Run) -> Scores:
     """The scores of all students, trained and scored where they are not current."""
     out: dict[tuple[int, str], list[Result]] = {}
-    for one in embedding_stages.students(run):
-        embedding_stages.student(run, **one.keys)
-        result = embedding_stages.student_scores(run, **one.keys).json("scores.json")
+    for one in student_stages.students(run):
+        student_stages.student(run, **one.keys)
+        result = score_stages.student_scores(run, **one.keys).json("scores.json")
         out.setdefault((one.layers, one.arm), []).append(result)
     return out
 
 
 def inputs(run: Run) -> list[Artifact]:
     """The artifacts that hold these scores, and those of the guide before it learned further."""
-    names = [one.name for one in embedding_stages.students(run)] + ["guide-topic"]
+    names = [one.name for one in student_stages.students(run)] + ["guide-topic"]
     return [run.store.need(f"scores-{name}") for name in names]
 
 
@@ -121,32 +121,19 @@ def of_a_topic_left_out(run: Run, scores: Scores, before: Result) -> list[Questi
     """G4 and G5: what leaving the topic out costs the whole guide (`before` it learned further), and what putting it back gives the
     smallest student, on the questions about it; the words hold the same on the other questions."""
 
-    def by_topic(results: Sequence[Result]) -> list[Result]:
-        return [embedding_stages.by_topic(run, dict(r)) for r in results]
-
-    small, uncovered, covered = min(run.profile.study.student.layers), StudentArm.UNCOVERED, StudentArm.COVERED
-    out = []
-    for claim, one, other, what, label in (
-        (
-            "G4",
-            scores[WHOLE, uncovered],
-            [before],
-            "whole guide after training without computing minus before, questions on computing",
-            "whole guide, topic left out",
-        ),
-        (
-            "G5",
-            scores[small, covered],
-            scores[small, uncovered],
-            "small student with examples on computing minus with equally many others, questions on it",
-            "topic covered",
-        ),
-    ):
-        a, b = by_topic(one), by_topic(other)
+    def asked(claim: str, one: Sequence[Result], other: Sequence[Result], what: str, label: str) -> Question:
+        a, b = ([student_stages.by_topic(run, dict(r)) for r in results] for results in (one, other))
         elsewhere = uncertainty.difference(a, b, ("off",))
-        terms: list[Term] = [(1, a, ("on",)), (-1, b, ("on",))]
-        out.append(Question(claim, terms, f"{what} (on the others {elsewhere})", label))
-    return out
+        return Question(claim, [(1, a, ("on",)), (-1, b, ("on",))], f"{what} (on the others {elsewhere})", label)
+
+    small = min(run.profile.study.student.layers)
+    without, with_it = (scores[small, arm] for arm in (StudentArm.UNCOVERED, StudentArm.COVERED))
+    lost = "whole guide after training without computing minus before, questions on computing"
+    given = "small student with examples on computing minus with equally many others, questions on it"
+    return [
+        asked("G4", scores[WHOLE, StudentArm.UNCOVERED], [before], lost, "whole guide, topic left out"),
+        asked("G5", with_it, without, given, "topic covered"),
+    ]
 
 
 def answered(questions: Sequence[Question]) -> dict[str, dict[str, Any]]:

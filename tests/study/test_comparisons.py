@@ -5,7 +5,7 @@ import pytest
 
 from speed_core.evaluation import uncertainty
 from speed_core.study import claims, comparisons
-from speed_core.study.claims import Verdict
+from speed_core.study.verdicts import Verdict
 
 
 class Data:
