@@ -195,9 +195,8 @@ def write_atomically(path: Path, data: bytes) -> None:
 
 def write_json(path: Path, value: Any) -> None:
     """Write JSON so that a reader never sees half of it."""
-    write_atomically(
-        path, (json.dumps(value, indent=1, ensure_ascii=False, default=str) + "\n").encode("utf-8", "backslashreplace")
-    )
+    text = json.dumps(value, indent=1, ensure_ascii=False, default=str) + "\n"
+    write_atomically(path, text.encode("utf-8", "backslashreplace"))  # as JSON escapes half a pair
 
 
 def write_jsonl(path: Path, rows: Iterable[Mapping[str, Any]]) -> int:
@@ -206,9 +205,7 @@ def write_jsonl(path: Path, rows: Iterable[Mapping[str, Any]]) -> int:
     with atomic_file(path) as f:
         for row in rows:
             count += 1
-            f.write(
-                (json.dumps(row, ensure_ascii=False) + "\n").encode("utf-8", "backslashreplace")
-            )  # as JSON escapes half a pair
+            f.write((json.dumps(row, ensure_ascii=False) + "\n").encode("utf-8", "backslashreplace"))
     return count
 
 

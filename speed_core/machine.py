@@ -127,10 +127,8 @@ def gpu() -> tuple[str, str]:
         return "none (CPU)", ""
     if torch.version.cuda is None:
         return f"driver {driver}, but this PyTorch is a CPU build", "export SPEED_LOCK=cuda and run `make setup`"
-    return (
-        f"driver {driver}, but CUDA {torch.version.cuda} cannot use it",
-        f"install an NVIDIA driver for CUDA {torch.version.cuda}",
-    )
+    cuda = f"CUDA {torch.version.cuda}"
+    return f"driver {driver}, but {cuda} cannot use it", f"install an NVIDIA driver for {cuda}"
 
 
 def _first_line(*command: str) -> str:

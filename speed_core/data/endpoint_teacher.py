@@ -41,14 +41,8 @@ class EndpointTeacher(ModelTeacher):
         self._listed: list[str] = []
         self._stopped: UserError | None = None  # why no further call is sent
         self._end = time.monotonic() + 60 * settings.max_minutes
-        self.endpoint = Endpoint(
-            settings.base_url,
-            concurrency=settings.concurrency,
-            requests_per_minute=settings.requests_per_minute,
-            tokens_per_minute=settings.tokens_per_minute,
-            timeout_seconds=settings.timeout_seconds,
-            longest_wait=60 * settings.max_minutes,
-        )
+        limits = settings.model_dump(include={"concurrency", "requests_per_minute", "tokens_per_minute", "timeout_seconds"})
+        self.endpoint = Endpoint(settings.base_url, **limits, longest_wait=60 * settings.max_minutes)
 
     def check(self) -> None:
         """Reach the endpoint once; one line with the remedy if it does not answer. A model that it does not list is tried, too:
@@ -108,13 +102,10 @@ class EndpointTeacher(ModelTeacher):
 
     async def _create(self, text: str, temperature: float | None) -> bytes:
         how = self.sampling_params(temperature)
-        most = how.pop("max_output_tokens")
-        reply = await self.endpoint.client.chat.completions.with_raw_response.create(
-            model=self.settings.model,
-            messages=[{"role": "user", "content": text}],
-            **how,
-            **({"max_tokens": most} if most else {}),
-        )
+        if most := how.pop("max_output_tokens"):
+            how["max_tokens"] = most
+        create = self.endpoint.client.chat.completions.with_raw_response.create
+        reply = await create(model=self.settings.model, messages=[{"role": "user", "content": text}], **how)
         return reply.content
 
     def refuses_all(self, error: BaseException, purpose: str, temperature: float | None) -> UserError | None:

@@ -95,10 +95,8 @@ def generate_all(
             )
         try:
             for attempt in range(1, attempts + 1):
-                todo = Lazy(
-                    partial(request, attempt=attempt),
-                    [i for i, key in enumerate(keys) if attempt_of[i] == attempt and key not in entries],
-                )
+                left = [i for i, key in enumerate(keys) if attempt_of[i] == attempt and key not in entries]
+                todo = Lazy(partial(request, attempt=attempt), left)
                 if todo and opened is None and options:
                     # By all requests: what is left of a stopped run is answered by the engine that began it.
                     name = choose_engine(options.name, len(requests), decoding.max_new_tokens)
@@ -180,9 +178,8 @@ def replay(
             by_record.setdefault(e["record"], []).append(key)
 
     def find(r: Request) -> dict[str, Any] | None:
-        found = [
-            e for e in map(entries.__getitem__, by_record.get(r.id, [])) if e["id"] == request_id(r, e["model"], decoding, dtype)
-        ]
+        mine = map(entries.__getitem__, by_record.get(r.id, []))
+        found = [e for e in mine if e["id"] == request_id(r, e["model"], decoding, dtype)]
         return found[-1] if found else None
 
     out = []

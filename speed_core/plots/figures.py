@@ -181,9 +181,8 @@ def mask_quality(run: Run, name: str, rows: Sequence[Mapping[str, Any]], inputs:
     point is margin 0; the dashed line is the precision of removing at random.
     """
     panels, guides = (distinct([r[k] for r in rows]) for k in ("labels", "guide"))
-    times = [
-        r["precision"] / r["base_rate"] for r in rows if r["guide"] == guides[0] and r["margin"] == 0 and r.get("removed", 1)
-    ]
+    zero = [r for r in rows if r["guide"] == guides[0] and r["margin"] == 0 and r.get("removed", 1)]
+    times = [r["precision"] / r["base_rate"] for r in zero]
     said = f"At margin 0 {guides[0]} removes with {' and '.join(f'{t:.1f}' for t in times)} times the precision of chance."
     figure, axes = canvas(3.4, len(panels), title=f"{said}\n{title}" if times else title)
     for ax, panel in zip(np.atleast_1d(axes), panels, strict=True):
@@ -320,11 +319,8 @@ def cost(run: Run, name: str, per_record: Mapping[str, tuple[float, float]], inp
     ours, paper = (
         next((v for w, v in per_record.items() if w.startswith("paper") is printed), (0, 0)) for printed in (False, True)
     )
-    times = [
-        f"{mine / its:.2g} times the {unit}"
-        for mine, its, unit in zip(ours, paper, ("calls", "tokens"), strict=True)
-        if mine and its
-    ]
+    each = zip(ours, paper, ("calls", "tokens"), strict=True)
+    times = [f"{mine / its:.2g} times the {unit}" for mine, its, unit in each if mine and its]
     title = f"A record of ours takes {' and '.join(times)} of SPEED's" if times else "What a record takes of the teacher"
     figure, axes = canvas(0.9 + 0.42 * len(per_record), 2, title=title)
     who = list(per_record)

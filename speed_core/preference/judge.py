@@ -159,9 +159,8 @@ class LlmJudge:
     def ask(self, items: Sequence[tuple[Prompt, Sequence[str]]]) -> str:
         """Ask about many prompts at once, every answer logged as it comes; returns why some are missing, or nothing."""
         questions = self.questions(items)
-        entries = asking.ask(
-            self.teacher, questions, purpose="judge", log=self.log, parse=parse_verdict, temperature=self.temperature
-        )
+        how: dict[str, Any] = {"purpose": "judge", "log": self.log, "parse": parse_verdict, "temperature": self.temperature}
+        entries = asking.ask(self.teacher, questions, **how)
         self._answers |= {q.text: e for q, e in zip(questions, entries, strict=True)}
         return asking.unanswered(entries)
 

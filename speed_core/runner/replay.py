@@ -48,14 +48,13 @@ def export_logs(run: Run, target: Path) -> str:
     for name in trained_generators():
         if trained := run.store.made(name):
             contents |= {f"artifacts/{name}/{f}": trained.file(f).read_bytes() for f in ("training.json", MANIFEST)}
-    manifest = {
-        "profile": run.profile.name,
-        "values": dotted(run.profile),
-        "artifacts": made,
-        "figures": figures(run),
-        "files": {name: hashlib.sha256(data).hexdigest() for name, data in contents.items()},
-    }
-    return pack(manifest, contents, target)
+    return pack_run(run, contents, target, artifacts=made, figures=figures(run))
+
+
+def pack_run(run: Run, contents: Mapping[str, bytes], target: Path, **more: Any) -> str:
+    """Write files of a run as an archive, with its profile and `more` in the manifest; returns its SHA-256."""
+    files = {name: hashlib.sha256(data).hexdigest() for name, data in contents.items()}
+    return pack({"profile": run.profile.name, "values": dotted(run.profile), **more, "files": files}, contents, target)
 
 
 def _packed(raw: IO[bytes], target: Path) -> Any:

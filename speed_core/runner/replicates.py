@@ -19,18 +19,11 @@ from speed_core.profile import dotted
 from speed_core.runner.sweep import Point, folder_name
 from speed_core.store.artifacts import Artifact
 from speed_core.store.run_context import Run
-from speed_core.study import (
-    ablation_stages,
-    claims,
-    embedding_stages,
-    paper_values,
-    planning,
-    score_stages,
-    student_stages,
-    verdicts,
-)
+from speed_core.study import ablation_stages, claims, embedding_stages, paper_values, planning, student_stages
 from speed_core.study.ablation_stages import Arm
 from speed_core.study.runs import open_run
+from speed_core.study.score_stages import scored
+from speed_core.study.verdicts import NEEDS_GENERATOR_REPLICATES
 
 KEY = "generators"  # of `study --only`
 NOTEBOOKS = ("03", "04", "05", "10")
@@ -79,7 +72,7 @@ class Repeats:
 
     def behind(self, run: Run, arms: Iterable[str]) -> list[Artifact]:
         """The artifacts of all these scores: of the profile's own run those of `arms`, and of the repetitions all."""
-        return [a for arm in arms for a in score_stages.scored(run, arm)] + list(self.inputs)
+        return [a for arm in arms for a in scored(run, arm)] + list(self.inputs)
 
     def means(self, own: Scores, arm: str) -> list[list[float]]:
         """Mean scores of an arm: for each training of the generators those of its embedding models."""
@@ -138,7 +131,7 @@ class Repeats:
         out: dict[str, dict[str, Any]] = {}
         for key in claims.COMPARED:
             arms = claims.arms_of(key)
-            if key not in verdicts.NEEDS_GENERATOR_REPLICATES or not all(own.get(arm) for arm in arms):
+            if key not in NEEDS_GENERATOR_REPLICATES or not all(own.get(arm) for arm in arms):
                 continue
             scores, groups = self.joined(own, arms)
             e = claims.compared(key, scores, groups, draws=draws) if len(groups) > 1 else None
@@ -182,7 +175,7 @@ def collect(run: Run) -> Repeats:
         if wrong := _otherwise(run, at, one) or planning.stale(at, names):
             print(f"{one.name} is left out: {wrong[0]}{f', and {len(wrong) - 1} more' if len(wrong) > 1 else ''}")
             continue
-        made = {arm: score_stages.scored(at, arm) for arm in arms}
+        made = {arm: scored(at, arm) for arm in arms}
         for arm, name in students:
             made.setdefault(arm, []).append(at.store.need(name))
         runs.append(at)

@@ -212,13 +212,8 @@ def build(
         else:
             why = absent.get(key, "this run does not measure it yet (sweeps: `python -m speed_core study`)")
             entry = nothing | {"verdict": Verdict.UNTESTED, "why": why}
-        row: dict[str, Any] = {
-            "id": key,
-            "claim": claim,
-            "paper": paper_values.PRINTED[key],
-            "effect": paper_values.EFFECTS.get(key, ""),
-        }
-        row |= {**found.get(key, entry), "notebook": notebook, "cell": cell}
+        row: dict[str, Any] = {"id": key, "claim": claim, "paper": paper_values.PRINTED[key]}
+        row |= {"effect": paper_values.EFFECTS.get(key, ""), **found.get(key, entry), "notebook": notebook, "cell": cell}
         if key in found and key in NOTES:
             row["why"] += f"; {NOTES[key]}"
         if row["verdict"] == Verdict.SMALLER and records.get(SIZED.get(key, ""), 0) >= PAPER_RECORDS:

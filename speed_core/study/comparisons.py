@@ -14,19 +14,11 @@ import numpy as np
 from speed_core.evaluation import evaluate, uncertainty
 from speed_core.store.artifacts import Artifact
 from speed_core.store.run_context import Run
-from speed_core.study import (
-    ablation_stages,
-    claims,
-    embedding_stages,
-    gates,
-    generation_stages,
-    paper_values,
-    score_stages,
-    synthesis_stages,
-    verdicts,
-)
-from speed_core.study.ablation_stages import Arm
-from speed_core.study.verdicts import Verdict
+from speed_core.study import claims, embedding_stages, gates, generation_stages, paper_values
+from speed_core.study.ablation_stages import ARMS, Arm
+from speed_core.study.score_stages import already_scored, scored
+from speed_core.study.synthesis_stages import teacher_use
+from speed_core.study.verdicts import EXPECTED, Verdict, verdict
 
 DATA_SETS = {
     Arm.JR_RE: "Jr + Re",
@@ -78,7 +70,7 @@ def published(names: Mapping[str, str]) -> dict[str, float]:
 def category_rows(run: Run) -> tuple[list[dict[str, Any]], list[Artifact]]:
     """(rows {category, model, paper, value, low, high, ...}, artifacts) of the figure of Table 1: the mean score of each category for
     the untrained model and for `TABLE1`. No rows without the untrained model's scores."""
-    made, before = score_stages.already_scored(run, list(TABLE1)), run.store.made("scores-untrained")
+    made, before = already_scored(run, list(TABLE1)), run.store.made("scores-untrained")
     models = {UNTRAINED: [before] if before else []} | {TABLE1[arm]: of for arm, of in made.items()}
     rows: list[dict[str, Any]] = []
     for model, of in models.items() if before else ():
@@ -275,7 +267,7 @@ class Cost:
 
 def cost(run: Run) -> Cost:
     """Table 5 of a run (`synthesis_stages.teacher_use`)."""
-    use = synthesis_stages.teacher_use(run)
+    use = teacher_use(run)
     tokens = {purpose: n["input"] + n["output"] for purpose, n in use.items()}
     return Cost({purpose: n["calls"] for purpose, n in use.items()}, tokens, run.store.need("synthetic").manifest["kept"])
 
@@ -301,8 +293,8 @@ class Evidence:
 
 def evidence(run: Run, spent: Cost) -> Evidence:
     """Everything that a run knows about the claims: scores of all arms, what notebooks noted down (`NOTED`), and its cost."""
-    arms = ["guided", "plain", "bare", *ablation_stages.ARMS]
-    found = {arm: score_stages.scored(run, arm) for arm in arms}
+    arms = ["guided", "plain", "bare", *ARMS]
+    found = {arm: scored(run, arm) for arm in arms}
     found[UNTRAINED] = [run.store.need("scores-untrained")]
     data, noted = run.store.need("synthetic"), {n: a for n in NOTED if (a := run.store.get(n))}
     digests = {arm: " ".join(f"{a.name}@{a.digest[:8]}" for a in made) for arm, made in found.items()}
@@ -326,14 +318,14 @@ WORDS = {Verdict.SMALLER: "holds", Verdict.CONTRADICTED: "fails", Verdict.UNRESO
 
 def in_a_word(low: float, high: float, expected: int = 1) -> str:
     """The rule of `verdicts.verdict`: "holds", "fails" or "open"."""
-    return WORDS[verdicts.verdict(low, high, expected)]
+    return WORDS[verdict(low, high, expected)]
 
 
 def held_back(rows: Iterable[Mapping[str, Any]], rule: Callable[[float, float, int], str] = in_a_word) -> list[str]:
     """A line for each claim that its interval alone would decide and the map does not."""
     out = []
     for r in _differences(rows):
-        word = rule(r["low"], r["high"], verdicts.EXPECTED.get(r["id"], 1))
+        word = rule(r["low"], r["high"], EXPECTED.get(r["id"], 1))
         if word != "open" and r["verdict"] in (Verdict.UNRESOLVED, Verdict.EQUIVALENT, Verdict.INACTIVE):
             out.append(f"{r['id']:4} [{r['low']:+}, {r['high']:+}] alone {word}: {r['claim']}")
     return out or ["none"]
@@ -343,7 +335,7 @@ def decided(rows: Iterable[Mapping[str, Any]]) -> list[tuple[float, float, int, 
     """(low, high, expected sign, claim) of the claims that are differences and have a verdict in the map."""
     open_ = (Verdict.UNRESOLVED, Verdict.EQUIVALENT, Verdict.INACTIVE, Verdict.IMPOSSIBLE, Verdict.UNTESTED)
     found = [r for r in _differences(rows) if r["verdict"] not in open_]
-    return [(r["low"], r["high"], verdicts.EXPECTED.get(r["id"], 1), r["id"]) for r in found]
+    return [(r["low"], r["high"], EXPECTED.get(r["id"], 1), r["id"]) for r in found]
 
 
 def _differences(rows: Iterable[Mapping[str, Any]]) -> list[Mapping[str, Any]]:

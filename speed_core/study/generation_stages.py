@@ -117,18 +117,10 @@ def task_table(artifact: Artifact) -> dict[tuple[str, str], list[str]]:
 
 def plan(run: Run, purpose: str, count: int, *, held_out: bool = False) -> Lazy[Prompt]:
     """Synthesis prompts for a purpose, from the data topics (or the held-out ones)."""
-    p, t = run.profile.prompts, run.profile.topics
-    return tasks.plan_synthesis(
-        purpose,
-        count,
-        names(run, topics(run)[1 if held_out else 0]),
-        task_table(run.store.need("tasks")),
-        tasks_per_topic=t.tasks_per_topic,
-        attributes=p.attributes,
-        data_seed=run.profile.data_seed,
-        style=p.style,
-        clone=p.clone,
-    )
+    p = run.profile
+    how = p.prompts.model_dump() | {"tasks_per_topic": p.topics.tasks_per_topic, "data_seed": p.data_seed}
+    about, table = names(run, topics(run)[1 if held_out else 0]), task_table(run.store.need("tasks"))
+    return tasks.plan_synthesis(purpose, count, about, table, **how)
 
 
 def seed_plan(run: Run) -> Lazy[Prompt]:
@@ -172,9 +164,8 @@ def rubric(run: Run, entries: Sequence[dict[str, Any]] = (), planned: Sequence[P
     """The rubric judge, with the texts of `entries` embedded in one pass."""
     j = judge.RubricJudge(guide(run))
     found = [generate.outcome_of(e).record for e in entries]
-    j.precompute_embeddings(
-        [t for r in found if r for t in r.values() if t] + [q.task if q.kind != "sts" else q.topic for q in planned]
-    )
+    about = [q.task if q.kind != "sts" else q.topic for q in planned]
+    j.precompute_embeddings([t for r in found if r for t in r.values() if t] + about)
     return j
 
 

@@ -139,13 +139,12 @@ def contamination(run: Run, draft: Draft, data: Artifact) -> None:
 
     e, model = run.profile.evaluation, generation_stages.guide(run)
     kept, dropped = data.rows("train.jsonl"), data.rows("dropped.jsonl")
-    found = contamination.report(
-        contamination.sample(offline_tasks.distinct_texts(evaluate.resolve_tasks(e.tasks, e.size))),
-        kept + dropped,
-        kept,
-        words=run.profile.curate.overlap_words,
-        embed=lambda texts: model.encode(list(texts), batch_size=64, show_progress_bar=False),
-    )
+
+    def embed(texts: Sequence[str]) -> Any:
+        return model.encode(list(texts), batch_size=64, show_progress_bar=False)
+
+    texts = contamination.sample(offline_tasks.distinct_texts(evaluate.resolve_tasks(e.tasks, e.size)))
+    found = contamination.report(texts, kept + dropped, kept, words=run.profile.curate.overlap_words, embed=embed)
     write_json(draft.file("report.json"), found)
 
 

@@ -38,11 +38,8 @@ def gain(
     is subtracted, so that `gain(small) + gain(large, sign=-1)` is a difference of two gains.
     """
     weight = sign / len(layers)
-    return [
-        term
-        for k in layers
-        for term in ((weight, scores[k, one], tasks), (-weight, scores[k, other], tasks))
-    ]  # fmt: skip
+    signed = ((weight, one), (-weight, other))
+    return [(w, scores[k, arm], tasks) for k in layers for w, arm in signed]
 
 
 def made(run: Run) -> Scores:
@@ -77,27 +74,16 @@ def of_the_mask(scores: Scores, layers: Sequence[int], points: Sequence[Mapping[
     small, large, every = min(layers), max(layers), list(layers)
     removed = [mask_quality.at_margin_zero(points, g)["removed"] for g in (mask_quality.WHOLE, mask_quality.SHALLOW)]
     gone = f"{removed[0]:,} and {removed[1]:,} of {pairs * (pairs - 1):,}"
+    sizes = f"gain of the smallest student ({small} of 6 layers) minus that of the largest ({large})"
+    guides = f"guide of 6 layers against guide of 2, smallest student (they mask {gone} newsgroup candidates)"
+    margins = "margin 0.05 against margin 0, smallest student"
     return [
         # Stored as G1, as recorded runs have it; `claims.present_ids` reads it as G1b.
         Question("G1", gain(scores, every), "guided against plain, all students and tasks"),
-        Question(
-            "G2",
-            gain(scores, [small]) + gain(scores, [large], sign=-1),
-            f"gain of the smallest student ({small} of 6 layers) minus that of the largest ({large})",
-        ),
+        Question("G2", gain(scores, [small]) + gain(scores, [large], sign=-1), sizes),
         Question("G3", gain(scores, every, ("STS",)) + gain(scores, every, sign=-1), "gain on STS minus gain on all tasks"),
-        Question(
-            "G7",
-            gain(scores, [small], other=StudentArm.WEAK),
-            f"guide of 6 layers against guide of 2, smallest student (they mask {gone} newsgroup candidates)",
-            "stronger guide",
-        ),
-        Question(
-            "G9",
-            gain(scores, [small], one=StudentArm.MARGIN, other=StudentArm.GUIDED),
-            "margin 0.05 against margin 0, smallest student",
-            "margin 0.05",
-        ),
+        Question("G7", gain(scores, [small], other=StudentArm.WEAK), guides, "stronger guide"),
+        Question("G9", gain(scores, [small], one=StudentArm.MARGIN, other=StudentArm.GUIDED), margins, "margin 0.05"),
     ]
 
 
