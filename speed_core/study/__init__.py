@@ -9,7 +9,6 @@ student_stages     notebook 07b: small encoders
 student_questions  notebook 07b: what the claims ask of the students
 embedding_stages   notebooks 08, 10 and 11: the embedding models
 score_stages       notebooks 07b to 11: scores of all of them
-score_tables       notebook 09: scores side by side and their differences
 ablation_stages    notebook 10: the data sets that are compared
 comparisons        notebooks 10 to 12: what is compared, the line over sizes, the evidence
 planning           every stage, why it would run, what it takes
