@@ -17,7 +17,7 @@ import tempfile
 from array import array
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from functools import partial
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import IO, Any, TypeVar, overload
 
@@ -143,6 +143,17 @@ def file_digest(path: Path) -> str:
     """SHA-256 (hex) of a file's bytes, read in pieces."""
     with path.open("rb") as f:
         return stream_digest(f)
+
+
+def known_digest(path: Path) -> str:
+    """`file_digest`, taken once in a process as long as the file keeps its size and time."""
+    there = path.stat()
+    return _digest_of(path, there.st_mtime_ns, there.st_size)
+
+
+@lru_cache(maxsize=4096)
+def _digest_of(path: Path, when: int, size: int) -> str:
+    return file_digest(path)
 
 
 class TarInput:

@@ -33,7 +33,7 @@ from speed_core.plots.basic import (
     plain_numbers,
     row_axis,
 )  # fmt: skip
-from speed_core.plots.provenance import save, show
+from speed_core.plots.provenance import save
 from speed_core.store.artifacts import Artifact
 from speed_core.store.run_context import Run
 from speed_core.study import paper_values
@@ -112,31 +112,6 @@ def mask_matrix(run: Run, name: str, view: Any, inputs: Sequence[Artifact], titl
         ax.set_visible(False)
     figure.colorbar(image, ax=axes, label="guide similarity; cross: removed", shrink=0.8)
     save(run, name, figure, rows, inputs)
-
-
-def mask_before_and_after(similarity: Any, removed: Any, topics: Sequence[str]) -> None:
-    """Show a small batch twice, as the guide sees it and as the mask leaves it; nothing is written.
-
-    `similarity` and `removed` (B, B): query i against positive j, the guide's cosine and whether j is taken out; `topics` (B,) name
-    the pairs.
-    """
-    similarity, removed = np.asarray(similarity), np.asarray(removed, bool)
-    figure, axes = canvas(3.3, 2)
-    for ax, gone, title in zip(axes, (np.zeros_like(removed), removed), ("before the mask", "after the mask"), strict=True):
-        ax.imshow(np.where(gone, np.nan, similarity), cmap="Blues", vmin=-0.2, vmax=1.2, aspect="auto")
-        for i, j in np.ndindex(*similarity.shape):
-            said = "x" if gone[i, j] else f"{similarity[i, j]:.2f}"
-            ink = WARNING if gone[i, j] else "white" if similarity[i, j] > 0.6 else "black"
-            style = {"weight": "bold"} if gone[i, j] or i == j else {}
-            ax.text(j, i, said, ha="center", va="center", fontsize=9, color=ink, **style)
-        labels = [f"{k} {topic}" for k, topic in enumerate(topics)]
-        ax.set_xticks(range(len(labels)), labels, rotation=30, ha="right", fontsize=SMALL)
-        ax.set_yticks(range(len(labels)), labels if ax is axes[0] else [], fontsize=SMALL)
-        ax.set(title=title, xlabel="positive", ylabel="query" if ax is axes[0] else "")
-        ax.spines[:].set_visible(False)
-        ax.tick_params(length=0)
-    where = ", ".join(f"query {i} and positive {j}" for i, j in zip(*np.nonzero(removed), strict=True))
-    show(figure, f"A batch of {len(topics)} pairs before and after the mask; removed: {where or 'nothing'}.")
 
 
 def packed_mask(run: Run, name: str, batch: Mapping[str, Any], inputs: Sequence[Artifact], title: str) -> None:

@@ -52,6 +52,9 @@ def save(
     now = Now(run.store.roots)
     keys = {now.key(a): a for a in inputs}
     upstream = {k: d for key in keys for k, d in now.upstream(key)}
+    manifests = [
+        found[0] for key in (*keys, *upstream) if (found := now.read(key))
+    ]  # data sets of an endpoint have no compute type
     new = {
         "figure": name,
         "profile": run.profile.name,
@@ -63,7 +66,7 @@ def save(
         "data_sha256": file_digest(data),
         "svg_sha256": file_digest(svg),
         "device": device_name(),
-        "compute_types": sorted({t for key in keys for t in now.compute_types(key)}),
+        "compute_types": sorted({m["compute_type"] for m in manifests if "compute_type" in m}),
         "code": code_digest(),
         "files": {f.resolve().relative_to(ROOT).as_posix(): file_digest(f) for f in files},
     }
@@ -174,12 +177,6 @@ class Now:
         if found and "seed" in found[0]["parameters"]:
             return {found[0]["parameters"]["seed"]}
         return {s for parent, _, _ in self.parents(name) for s in self.seeds(parent)}
-
-    def compute_types(self, name: str) -> set[str]:
-        """The compute type of an artifact and of everything that it was made from; data sets of an endpoint have none."""
-        found = self.read(name)
-        own = {found[0]["compute_type"]} if found and "compute_type" in found[0] else set()
-        return own.union(*(self.compute_types(parent) for parent, _, _ in self.parents(name)))
 
     def cause(self, name: str, then: Mapping[str, str]) -> list[str]:
         """Names from the first artifact upstream that has another digest than `then` down to the parent of `name`."""

@@ -32,6 +32,7 @@ from speed_core.files import (
     file_digest,
     file_lock,
     inside,
+    known_digest,
     read_jsonl,
     stored_jsonl,
     write_json,
@@ -53,12 +54,6 @@ def device_name() -> str:
     if torch.cuda.is_available():
         return f"{torch.cuda.get_device_name()} x{torch.cuda.device_count()}"
     return f"cpu {platform.machine()} x{os.cpu_count()}"
-
-
-@lru_cache(maxsize=4096)
-def _digest_of(path: Path, when: int, size: int) -> str:
-    """Digest of a file as it was at the time `when` (nanoseconds)."""
-    return file_digest(path)
 
 
 @dataclass
@@ -88,11 +83,9 @@ class Artifact:
         once in a process."""
         path, wanted = self.path / name, self.manifest["files"].get(name)
         if wanted and path.is_file():
-            there = path.stat()
-            found, said = f"{there.st_size:,} bytes", f"{wanted['bytes']:,} bytes"
+            found, said = f"{path.stat().st_size:,} bytes", f"{wanted['bytes']:,} bytes"
             if found == said:
-                digests = _digest_of(path, there.st_mtime_ns, there.st_size), wanted["sha256"]
-                found, said = (f"digest {d[:12]}" for d in digests)
+                found, said = (f"digest {d[:12]}" for d in (known_digest(path), wanted["sha256"]))
             if found != said:
                 kind, out = "shipped artifact", "unpack the bundle again"
                 if not self.shipped:
