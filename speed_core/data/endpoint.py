@@ -132,9 +132,7 @@ class Endpoint:
                 counted, waited = counted + (asked < 1), waited + asked
                 if not passes or counted >= ATTEMPTS or waited > self._longest_wait:
                     raise
-            if asked > 60:
-                print(f"the endpoint asks to wait {asked / 60:.0f} minutes", flush=True)
-            await asyncio.sleep(max(back_off(number), asked))  # jittered, but never sooner than the server asked for
+            await asyncio.sleep(self._wait(number, asked))
             number += 1
 
     def _asked_wait(self, error: BaseException) -> float:
@@ -143,6 +141,12 @@ class Endpoint:
         if response is None or status_of(error) not in (429, 503):
             return 0.0
         return min(asked_wait(response.headers, time.time()), self._longest_wait)
+
+    def _wait(self, number: int, asked: float) -> float:
+        """Seconds before the next try: jittered back-off, but never sooner than the server asked for."""
+        if asked > 60:
+            print(f"the endpoint asks to wait {asked / 60:.0f} minutes", flush=True)
+        return max(back_off(number), asked)
 
     def close(self) -> None:
         """Close the connections and end the thread."""

@@ -5,7 +5,7 @@ The functions join scores and names into rows that figures draw; the stages that
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -18,7 +18,6 @@ from speed_core.study import claims, embedding_stages, gates, generation_stages,
 from speed_core.study.ablation_stages import ARMS, Arm
 from speed_core.study.score_stages import already_scored, scored
 from speed_core.study.synthesis_stages import teacher_use
-from speed_core.study.verdicts import EXPECTED, Verdict, verdict
 
 DATA_SETS = {
     Arm.JR_RE: "Jr + Re",
@@ -87,29 +86,6 @@ def resolved(rows: Sequence[Mapping[str, Any]]) -> list[str]:
     return [r["label"] for r in rows if uncertainty.leaves_zero_out(r["low"], r["high"])]
 
 
-def row_lines(rows: Sequence[Mapping[str, Any]], needs: Mapping[str, str] | None = None) -> list[str]:
-    """A line for each difference {label, value, low, high}; `needs`: {label: what would resolve the paper's effect}."""
-    more = {label: f"   to see the paper's effect: {words}" for label, words in (needs or {}).items()}
-    width = max((len(r["label"]) for r in rows), default=0)
-    return [f"{r['label']:{width}} {_interval(r)}{more.get(r['label'], '')}" for r in rows]
-
-
-def items_for(low: float, high: float, items: int, effect: float) -> float:
-    """How many items give a half-width of `effect`, where `items` give the interval [low, high]."""
-    return items * ((high - low) / 2 / effect) ** 2
-
-
-def fact_lines(facts: Mapping[str, Mapping[str, Any]]) -> list[str]:
-    """A line for each claim of {claim: evidence}; one that says so where there is none."""
-    if not facts:
-        return ["no claim is estimated here"]
-    return [f"{claim} {f['what']}: {_interval(f)}" for claim, f in facts.items()]
-
-
-def _interval(r: Mapping[str, Any]) -> str:
-    return f"{r['value']:+.2f} [{r['low']:+.2f}, {r['high']:+.2f}]"
-
-
 # --- 10: hard negatives (S18) ---------------------------------------------------------------------
 
 
@@ -153,16 +129,6 @@ def sound_negatives_gain(found: Mapping[str, Negatives], *, draws: int = 2000) -
 
 
 # --- 11: score against size -------------------------------------------------------------------------
-
-
-def per_doubling(small: float, score_small: float, large: float, score_large: float) -> float:
-    """Points per doubling between two sizes of the training set."""
-    return float((score_large - score_small) / np.log2(large / small))
-
-
-def records_for(records: float, slope: float, gain: float) -> float:
-    """How many records score `gain` points more than `records` do, at `slope` points per doubling."""
-    return float(records * 2 ** (gain / slope))
 
 
 @dataclass(frozen=True)
@@ -311,32 +277,3 @@ def evidence(run: Run, spent: Cost) -> Evidence:
     facts["gates"] = gates.gates(run)
     inputs = [a for made in found.values() for a in made] + [data, *noted.values()]
     return Evidence(scores, facts, digests, embedding_stages.records(run, arms), inputs)
-
-
-WORDS = {Verdict.SMALLER: "holds", Verdict.CONTRADICTED: "fails", Verdict.UNRESOLVED: "open"}
-
-
-def in_a_word(low: float, high: float, expected: int = 1) -> str:
-    """The rule of `verdicts.verdict`: "holds", "fails" or "open"."""
-    return WORDS[verdict(low, high, expected)]
-
-
-def held_back(rows: Iterable[Mapping[str, Any]], rule: Callable[[float, float, int], str] = in_a_word) -> list[str]:
-    """A line for each claim that its interval alone would decide and the map does not."""
-    out = []
-    for r in _differences(rows):
-        word = rule(r["low"], r["high"], EXPECTED.get(r["id"], 1))
-        if word != "open" and r["verdict"] in (Verdict.UNRESOLVED, Verdict.EQUIVALENT, Verdict.INACTIVE):
-            out.append(f"{r['id']:4} [{r['low']:+}, {r['high']:+}] alone {word}: {r['claim']}")
-    return out or ["none"]
-
-
-def decided(rows: Iterable[Mapping[str, Any]]) -> list[tuple[float, float, int, str]]:
-    """(low, high, expected sign, claim) of the claims that are differences and have a verdict in the map."""
-    open_ = (Verdict.UNRESOLVED, Verdict.EQUIVALENT, Verdict.INACTIVE, Verdict.IMPOSSIBLE, Verdict.UNTESTED)
-    found = [r for r in _differences(rows) if r["verdict"] not in open_]
-    return [(r["low"], r["high"], EXPECTED.get(r["id"], 1), r["id"]) for r in found]
-
-
-def _differences(rows: Iterable[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
-    return [r for r in rows if r["low"] != "" and r["id"] not in claims.SHARES]
