@@ -30,12 +30,6 @@ def split_count(count: int) -> dict[str, int]:
     return parts
 
 
-def brainstorm_kinds(position: int) -> tuple[str, ...]:
-    """Kinds brainstormed for the topic at `position`: the two big ones always, matching in turn."""
-    matching = {0: ("short_short",), 1: ("long_long",)}.get(position % 3, ())
-    return ("retrieval", "classification", *matching)
-
-
 def plan_brainstorm(
     topics: Sequence[str],
     *,
@@ -51,7 +45,8 @@ def plan_brainstorm(
     out = []
     for position, path in enumerate(topics):
         topic = prompts.truncate_topic(path, max_depth) if truncate else path
-        out += [prompts.brainstorm(k, topic, count=count, style=style, clone=clone) for k in brainstorm_kinds(position)]
+        kinds = ("retrieval", "classification", *(("short_short",), ("long_long",), ())[position % 3])  # matching in turn
+        out += [prompts.brainstorm(k, topic, count=count, style=style, clone=clone) for k in kinds]
     return out
 
 

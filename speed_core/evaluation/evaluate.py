@@ -20,15 +20,10 @@ from speed_core.evaluation.encoder import Embedder
 from speed_core.evaluation.items import items_of
 from speed_core.files import UserError
 
-CATEGORIES = {
-    "Classification": "Class.",
-    "Clustering": "Clust.",
-    "PairClassification": "Pair",
-    "Reranking": "Rerank",
-    "Retrieval": "Retr.",
-    "STS": "STS",
-    "Summarization": "Summ.",
-}
+CATEGORIES = {  # type of task -> its name in SPEED's Table 1
+    "Classification": "Class.", "Clustering": "Clust.", "PairClassification": "Pair", "Reranking": "Rerank", "Retrieval": "Retr.",
+    "STS": "STS", "Summarization": "Summ.",
+}  # fmt: skip
 
 
 def resolve_tasks(names: Sequence[str], size: str = "tiny") -> list[Any]:

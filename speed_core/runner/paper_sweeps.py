@@ -262,17 +262,13 @@ class _Used(Artifact):
         return self.key
 
 
-def write(run: Run, facts: Mapping[str, Any], given: Sequence[Artifact], name: str = "study") -> Artifact:
+def keep(run: Run, facts: Mapping[str, Any], given: Sequence[Artifact], name: str = "study") -> Artifact | None:
     """Artifact `study` (or `name`): the estimates of the sweeps, made from the scores of all their points (`given`, of `collect`), so
-    that what rests on it is stale when one of them moves."""
+    that what rests on it is stale when one of them moves. A run without estimates replaces those that it made before, begins none."""
+    if not facts and (run.point or not run.store.made(name)):
+        return None
     now = provenance.Now([run.store.root])
     return stage.note(run, name, facts, [_Used(a.path, a.manifest, a.shipped, now.key(a)) for a in given])
-
-
-def keep(run: Run, facts: Mapping[str, Any], given: Sequence[Artifact], name: str = "study") -> None:
-    """`write` where there is something to write: a run without estimates replaces those that it made before and begins none."""
-    if facts or (not run.point and run.store.made(name)):
-        write(run, facts, given, name)
 
 
 def _away(e: Mapping[str, Any]) -> tuple[float, float]:

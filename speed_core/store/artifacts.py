@@ -14,7 +14,7 @@ import shutil
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -217,6 +217,7 @@ class Catalog:
     differences: Callable[[Artifact], Sequence[Difference]] = lambda artifact: ()
 
 
+@dataclass(eq=False)
 class Store:
     """Artifacts of one run: `FOLDER/NAME/` with a manifest each, looked for in the run's own folder, then in that of the `base` run
     (of a sweep, whose points so share what they have in common), then in `shipped`. Only the first is written to.
@@ -230,26 +231,21 @@ class Store:
     a shipped artifact of its name is there; one of an earlier notebook does, when it is exactly what this run would make.
     """
 
-    def __init__(
-        self,
-        root: Path,
-        shipped: Path | None = None,
-        accept_partial: bool = False,
-        replay: bool = False,
-        base: Path | None = None,
-        catalog: Catalog | None = None,
-    ):
-        self.root = root
-        self.roots = list(dict.fromkeys([root, base or root]))
-        self.shipped = shipped
-        self.accept_partial = accept_partial
-        self.replay = replay
-        self.catalog = catalog or Catalog()
+    root: Path
+    shipped: Path | None = None
+    accept_partial: bool = False
+    replay: bool = False
+    base: Path | None = None
+    catalog: Catalog = Catalog()
+    quiet: bool = False  # for somebody who only looks: nothing is printed
+
+    def __post_init__(self) -> None:
+        self.roots = list(dict.fromkeys([self.root, self.base or self.root]))
         self._checked: dict[str, Sequence[Difference]] = {}  # shipped artifacts that were checked and said
 
     def silent(self) -> Store:
         """The same artifacts for somebody who only looks: nothing is printed, and nothing refused for what it was made with."""
-        return _Silent(self.root, self.shipped, True, self.replay, self.roots[-1], Catalog(self.catalog.notebook))
+        return replace(self, accept_partial=True, catalog=Catalog(self.catalog.notebook), quiet=True)
 
     def made(self, name: str) -> Artifact | None:
         """The artifact `name` that this run or its base made, or None. One that lacks a file does not count."""
@@ -285,7 +281,7 @@ class Store:
                 f"shipped artifact {name!r} answers other prompts than this run's; run the notebook that writes it: "
                 f"{self._way_out(name)}, or leave topics, seeds and synthesis as the profile has them"
             )
-        if first:
+        if first and not self.quiet:
             self._say(artifact, self._checked[name])
         return artifact
 
@@ -402,11 +398,6 @@ class Store:
             target = self.root / old.name[1:-4]
             if not target.exists():
                 os.replace(old, target)
-
-
-class _Silent(Store):
-    def _say(self, artifact: Artifact, found: Sequence[Difference]) -> None:
-        """Nothing is used yet."""
 
 
 def open_notebook() -> str:

@@ -19,13 +19,9 @@ from speed_core.study.ablation_stages import ARMS, Arm
 from speed_core.study.score_stages import already_scored, scored
 from speed_core.study.synthesis_stages import teacher_use
 
-DATA_SETS = {
-    Arm.JR_RE: "Jr + Re",
-    Arm.SR: "Sr",
-    Arm.SR_RE: "Sr + Re",
-    Arm.BASE: "base model",
-    Arm.TEACHER: "teacher",
-}  # but Jr, which the others are compared with
+DATA_SETS = {  # but Jr, which the others are compared with
+    Arm.JR_RE: "Jr + Re", Arm.SR: "Sr", Arm.SR_RE: "Sr + Re", Arm.BASE: "base model", Arm.TEACHER: "teacher",
+}  # fmt: skip
 TABLE1 = {"base": "base model's records", "teacher": "teacher's examples", "sr_re": "Sr + Re", "guided": "all synthetic data"}
 UNTRAINED = "untrained"
 Results = Mapping[str, Sequence[Any]]  # arm -> what `evaluate.evaluate` returned, one a training seed
@@ -79,11 +75,6 @@ def category_rows(run: Run) -> tuple[list[dict[str, Any]], list[Artifact]]:
             e = uncertainty.average(scores, (kind,) if kind else None).row(f"{word}, {model}")
             rows.append({"category": word, "model": model, "paper": paper_values.SPEED_SCORES.get(word, "")} | e)
     return rows, [a for of in models.values() for a in of]
-
-
-def resolved(rows: Sequence[Mapping[str, Any]]) -> list[str]:
-    """Labels of the rows {label, low, high} whose interval leaves zero out, on either side."""
-    return [r["label"] for r in rows if uncertainty.leaves_zero_out(r["low"], r["high"])]
 
 
 # --- 10: hard negatives (S18) ---------------------------------------------------------------------

@@ -96,15 +96,6 @@ def generated(
     return declare
 
 
-def sample(run: Run, name: str, planned: Sequence[Prompt], generator: str, **how: Any) -> Artifact:
-    """Artifact `name`, which no notebook has: outcomes of `generator` on prompts. `how` as in `Ask`."""
-    ask, used = Ask(planned, **how), [a for a in [run.store.get(generator)] if a]
-    with run.store.stage(name, ask.parameters(run, generator), used) as draft:
-        if draft:
-            ask.write(run, draft, name, generator)
-    return run.store.need(name)
-
-
 def _generate(
     run: Run, requests: Sequence[generate.Request], generator: str, decoding: generate.Decoding, name: str
 ) -> Sequence[dict[str, Any]]:

@@ -196,9 +196,9 @@ def test_a_verdict_on_a_sweep_is_stale_when_a_point_of_the_sweep_moves(drawn, mo
     for point in points:
         make(point, "scores-jr", point.folder.name, ["embedder-jr"])
     used = [run.store.need("scores-jr"), *(p.store.need("scores-jr") for p in points)]
-    made = paper_sweeps.write(run, {"S12": {"value": 1.0}}, used)
+    made = paper_sweeps.keep(run, {"S12": {"value": 1.0}}, used)
     assert list(made.manifest["parents"]) == ["scores-jr", *(f"variants/{p.folder.name}/scores-jr" for p in points)]
-    assert paper_sweeps.write(run, {"S12": {"value": 1.0}}, used).manifest["written"] == made.manifest["written"]
+    assert paper_sweeps.keep(run, {"S12": {"value": 1.0}}, used).manifest["written"] == made.manifest["written"]
     paper_sweeps.keep(run, {"S12": {"value": 1.0}}, used)
     paper_sweeps.keep(run, {}, [], "generators")
     assert run.store.made("study").manifest["written"] == made.manifest["written"] and not run.store.made("generators")

@@ -13,6 +13,7 @@ import pytest
 from archives import read_archive, write_tar
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from sampled import sample
 
 from speed_core.files import AppendLog, UserError
 from speed_core.generation import generate
@@ -113,7 +114,6 @@ def test_a_manifest_that_lies_is_refused(run, tmp_path):
 def test_a_replaying_run_samples_from_the_log(run, monkeypatch):
     from speed_core.data import prompts
     from speed_core.models import training
-    from speed_core.study import generator_answers
 
     planned = [prompts.synthesis("sts", f"Topic {i}", "") for i in range(3)]
     g = run.profile.generation
@@ -132,7 +132,7 @@ def test_a_replaying_run_samples_from_the_log(run, monkeypatch):
             }
             log.append(entry | {"status": "ok", "reason": "", "finish_reason": "stop", "new_tokens": 3})
     monkeypatch.setenv("SPEED_REPLAY", "1")
-    artifact = generator_answers.sample(open_run("smoke"), "made", planned, "senior")  # there is no senior, and none is needed
+    artifact = sample(open_run("smoke"), "made", planned, "senior")  # there is no senior, and none is needed
     assert [e["record"] for e in artifact.rows()] == [q.id for q in planned]
 
 

@@ -195,7 +195,7 @@ def test_repetitions_that_are_there_and_current_are_read_and_joined_by_arm(run, 
     assert facts["S8"]["what"].endswith(", on 40 records each time")
     counts[2] = counts[2] | {"teacher": 30}
     assert again.estimates(own, counts)["S1"]["what"].endswith(", on 40, then 40 (teacher 30) records"), "it has both arms"
-    made = paper_sweeps.write(run, facts, again.inputs, "generators")
+    made = paper_sweeps.keep(run, facts, again.inputs, "generators")
     assert json.loads(made.file("generators.json").read_text()) == facts
     assert {k.rpartition("/")[0] for k in made.manifest["parents"]} == {"variants/seed=10", "variants/seed=20"}
     rows = claims.build(own, {"estimates": facts}, dict.fromkeys(arms, "a@1") | {"generators": "generators@1"})
