@@ -32,9 +32,8 @@ def items_of(model: Embedder, task: Any, rows: Mapping[tuple[str, str], Mapping[
     out = []
     for (split, subset), detail in rows.items():
         guesses = said.get(subset, {}).get(split, [])
-        tables = (
-            task.dataset[subset] if subset in task.dataset else task.dataset
-        )  # mteb's layouts have the subsets first, or none
+        # mteb's layouts have the subsets first, or none.
+        tables = task.dataset[subset] if subset in task.dataset else task.dataset
         out.append(_of_table(model, task, tables[split], guesses) or _repetitions(task, detail))
     if loads:
         task.unload_data()

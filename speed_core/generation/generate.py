@@ -90,9 +90,8 @@ def generate_all(
         unused = (entries[key]["record"] for key in entries if key not in planned)
         others = {record for record in unused if record in place and keys[place[record]] not in entries}
         if others:
-            print(
-                f"{log.name}: holds {len(others)} of these records with another prompt, model, decoding or seed; kept, not used"
-            )
+            otherwise = "with another prompt, model, decoding or seed; kept, not used"
+            print(f"{log.name}: holds {len(others)} of these records {otherwise}")
         try:
             for attempt in range(1, attempts + 1):
                 left = [i for i, key in enumerate(keys) if attempt_of[i] == attempt and key not in entries]
@@ -131,9 +130,8 @@ def prefix_order(requests: Sequence[Request]) -> Lazy[Request]:
     with closing(sqlite3.connect("")) as db:
         db.execute("CREATE TABLE texts (text BLOB)")
         db.executemany("INSERT INTO texts VALUES (?)", ((r.text.encode("utf-8", "surrogatepass"),) for r in requests))
-        return Lazy(
-            requests.__getitem__, array("q", (n - 1 for (n,) in db.execute("SELECT rowid FROM texts ORDER BY text, rowid")))
-        )
+        found = db.execute("SELECT rowid FROM texts ORDER BY text, rowid")
+        return Lazy(requests.__getitem__, array("q", (n - 1 for (n,) in found)))
 
 
 def _weak(entry: dict[str, Any] | None) -> bool:

@@ -291,9 +291,8 @@ def sweeps(run: Run, name: str, rows: Sequence[Mapping[str, Any]], inputs: Seque
 
 def cost(run: Run, name: str, per_record: Mapping[str, tuple[float, float]], inputs: Sequence[Artifact]) -> None:
     """Table 5 for each training record: {who: (teacher calls, teacher tokens)} on logarithmic axes, the paper's in black and white."""
-    ours, paper = (
-        next((v for w, v in per_record.items() if w.startswith("paper") is printed), (0, 0)) for printed in (False, True)
-    )
+    of_paper = {w: w.startswith("paper") for w in per_record}
+    ours, paper = (next((v for w, v in per_record.items() if of_paper[w] is printed), (0, 0)) for printed in (False, True))
     each = zip(ours, paper, ("calls", "tokens"), strict=True)
     times = [f"{mine / its:.2g} times the {unit}" for mine, its, unit in each if mine and its]
     title = f"A record of ours takes {' and '.join(times)} of SPEED's" if times else "What a record takes of the teacher"

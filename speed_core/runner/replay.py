@@ -138,9 +138,8 @@ def check_archive(source: Path) -> dict[str, Any]:
         files = manifest["files"]
         if not all(isinstance(v, str) for v in [manifest["profile"], *files.values()]):
             raise TypeError
-        if not re.fullmatch(NAME, manifest["profile"]) or manifest["profile"].endswith(
-            ".json"
-        ):  # a profile's file is no name of one
+        name_of = manifest["profile"]
+        if not re.fullmatch(NAME, name_of) or name_of.endswith(".json"):  # a profile's file is no name of one
             raise ValueError
         known = [manifest[k] for k in ("artifacts", "figures")] if not manifest.get("whole") else []
         if not all(inside(name) and isinstance(digest, str) for part in known for name, digest in part.items()):

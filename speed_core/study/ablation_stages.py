@@ -67,14 +67,10 @@ def revised_junior(run: Run, raw: Artifact) -> Ask:
     return generation_stages.revision_of(raw, _compared(run))
 
 
-SOURCES = {
-    Arm.TEACHER: ["seeds"],
-    Arm.BASE: ["raw-base"],
-    Arm.JR: ["raw-junior"],
-    Arm.JR_RE: ["raw-junior", "revised-junior"],
-    Arm.SR: ["raw"],
-    Arm.SR_RE: ["raw", "revised"],
-}
+SOURCES = {  # what a data set is made from
+    Arm.TEACHER: ["seeds"], Arm.BASE: ["raw-base"], Arm.JR: ["raw-junior"], Arm.JR_RE: ["raw-junior", "revised-junior"],
+    Arm.SR: ["raw"], Arm.SR_RE: ["raw", "revised"],
+}  # fmt: skip
 
 
 @stage(

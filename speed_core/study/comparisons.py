@@ -206,10 +206,8 @@ class Cost:
     def lines(self) -> list[str]:
         """A line for each purpose, with SPEED's total beside it, and one for the sum."""
         paper = {k: f"{calls // 1000}K calls, {tokens // 1_000_000}M" for k, (calls, tokens) in paper_values.SPEED_CALLS.items()}
-        out = [
-            f"{k:11} {n:5} calls, {self.tokens[k]:8,} tokens (SPEED: {paper.get(k, 'not counted')})"
-            for k, n in self.calls.items()
-        ]
+        each = [(k, n, self.tokens[k], paper.get(k, "not counted")) for k, n in self.calls.items()]
+        out = [f"{k:11} {n:5} calls, {tokens:8,} tokens (SPEED: {theirs})" for k, n, tokens, theirs in each]
         return [*out, f"without brainstorming {self.counted} calls, {self.read:,} tokens for {self.records} records"]
 
     @property

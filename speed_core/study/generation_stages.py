@@ -306,10 +306,8 @@ def _with_endpoint(run: Run) -> Instances:
 )
 def revisions(run: Run, draft: Draft, root: Artifact) -> None:
     """The first valid candidate of each root prompt, revised by the teacher (SPEED section 3.2.4)."""
-    items = [
-        dataclasses.replace(q, id=f"{rid}/revise", text=prompts.revise(q.text, text))
-        for rid, (q, text) in _weak_samples(run).items()
-    ]
+    weak = _weak_samples(run).items()
+    items = [dataclasses.replace(q, id=f"{rid}/revise", text=prompts.revise(q.text, text)) for rid, (q, text) in weak]
     _ask_teacher(run, draft, "revisions", "revise", items)
 
 

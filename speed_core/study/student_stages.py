@@ -59,12 +59,9 @@ def students(run: Run) -> list[Student]:
     "uncovered" (G4)."""
     plan, mixed = run.profile.study.student, tuple(MIXED)
     more = [a for a in StudentArm if a not in (StudentArm.GUIDED, StudentArm.PLAIN, *mixed)]
-    cut = [
-        Student(layers, seed, arm)
-        for layers in plan.layers
-        for seed in plan.seeds
-        for arm in [StudentArm.GUIDED, StudentArm.PLAIN] + (more if layers == min(plan.layers) else [])
-    ]
+    small, both = min(plan.layers), [StudentArm.GUIDED, StudentArm.PLAIN]
+    arms = {layers: both + more if layers == small else both for layers in plan.layers}
+    cut = [Student(layers, seed, arm) for layers in plan.layers for seed in plan.seeds for arm in arms[layers]]
     return cut + [Student(WHOLE, seed, StudentArm.UNCOVERED) for seed in plan.seeds]
 
 

@@ -187,9 +187,8 @@ def test_together(found: dict[str, dict[str, Any]], tests: Mapping[str, Test]) -
         for key, (p, adjusted) in of_paper.items():
             row = found[key]
             if row["verdict"] in (Verdict.SMALLER, Verdict.CONTRADICTED) and adjusted >= 0.05:
-                row["why"] += (
-                    f"; alone it would be {row['verdict']} (p = {p:.3f}), among the {len(of_paper)} tests of its paper it is not (Holm: p = {adjusted:.2f})"
-                )
+                among = f"among the {len(of_paper)} tests of its paper it is not (Holm: p = {adjusted:.2f})"
+                row["why"] += f"; alone it would be {row['verdict']} (p = {p:.3f}), {among}"
                 row["verdict"] = Verdict.UNRESOLVED
     for key, one in _decisive(tests).items():
         row, effect = found[key], paper_values.EFFECTS.get(key)
