@@ -131,7 +131,7 @@ CHANGES = (
     "11.1",
     "12.2",
 )  # the reference code, changed by the reader
-CHANGED = ("reference.", "prompts.", "claims.", "uncertainty.", "student_questions.")  # where that code is
+CHANGED = ("reference.", "prompts.", "verdicts.", "uncertainty.", "student_questions.")  # where that code is
 
 
 def test_who_changes_the_reference_code_sees_the_effect_solved_or_not():
