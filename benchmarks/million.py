@@ -81,7 +81,7 @@ def generated(count: int, folder: Path, engine: Any) -> int:
     """Answers all requests that the log lacks; the number of rows of the data file."""
     from speed_core.files import write_jsonl
     from speed_core.generation import generate
-    from speed_core.study.generation_stages import Ask
+    from speed_core.study.generator_answers import Ask
 
     requests = Ask(planned(count)).requests(PROFILE)
     entries = generate.generate_all(
@@ -106,7 +106,7 @@ def curate(count: int, folder: Path) -> dict[str, Any]:
     from speed_core.data import curate
     from speed_core.files import stored_jsonl, write_jsonl
     from speed_core.profile import Curate
-    from speed_core.study.generation_stages import to_records
+    from speed_core.study.synthesis_stages import to_records
 
     rows = to_records(PROFILE, stored_jsonl(folder / "data.jsonl"), planned(count), "senior")
     kept, dropped = curate.curate(rows, Curate(), {})
@@ -136,7 +136,7 @@ STEPS: dict[str, Callable[[int, Path], dict[str, Any]]] = {"stop": stop, "resume
 
 
 def measure(step: str, count: int, folder: Path) -> dict[str, Any]:
-    import speed_core.study.generation_stages  # noqa: F401  what every step holds anyway
+    import speed_core.study.synthesis_stages  # noqa: F401  what every step holds anyway
 
     held, start = common.reset_peak("cpu"), time.perf_counter()
     out = STEPS[step](count, folder)

@@ -33,7 +33,7 @@ from speed_core.store.artifacts import MANIFEST, Artifact
 from speed_core.store.run_context import ROOT, Run
 from speed_core.study import embedding_stages
 from speed_core.study.runs import open_run
-from speed_core.study.stage import models_read_later
+from speed_core.study.stage import Kind, planned
 
 NAME, ABOUT = "speed-step-by-step", "BUNDLE.json"
 MOST_SUMS = 2**28  # bytes: a few hundred thousand files
@@ -41,6 +41,14 @@ MOST_SUMS = 2**28  # bytes: a few hundred thousand files
 DATA = ("tasks", "seeds", "root", "raw", "revised", "synthetic", "mask", "guided-gain", "scaling", "scores-untrained")
 
 Files = dict[str, Path]  # name in the archive: the file to read
+
+
+def models_read_later(run: Run) -> list[str]:
+    """The trained models that a later notebook reads: who starts there needs their weights."""
+    every = planned(run)
+    read = {(name, p.notebook) for p in every for name in p.reads(run)}
+    trained = [p for p in every if p.kind in (Kind.GENERATOR, Kind.EMBEDDER, Kind.STUDENT)]
+    return [p.name for p in trained if any(name == p.name and notebook > p.notebook for name, notebook in read)]
 
 
 def artifacts(run: Run, weights: bool = True) -> dict[str, Artifact]:

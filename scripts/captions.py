@@ -22,7 +22,7 @@ from speed_core.evaluation.uncertainty import leaves_zero_out
 from speed_core.runner.notebook import notebooks
 from speed_core.store.artifacts import notebook_number
 from speed_core.store.run_context import OFFICIAL, ROOT
-from speed_core.study.claims import Verdict
+from speed_core.study.verdicts import Verdict
 
 Rows = Sequence[dict[str, str]]
 

@@ -17,7 +17,7 @@ from speed_core.files import write_jsonl
 from speed_core.generation import engines, generate
 from speed_core.models import loading, training
 from speed_core.store.artifacts import device_name
-from speed_core.study import generation_stages
+from speed_core.study import generation_stages, generator_answers
 from speed_core.study.runs import open_run
 from workbook import widgets
 
@@ -34,7 +34,7 @@ def main() -> None:
         for k in range(SAMPLES):
             seed = int(prompts.text_digest(f"{q.id}#{k}|{run.profile.seed}")[:8], 16) & 0x7FFFFFFF
             requests.append(generate.Request(f"{q.id}#{k}", training.prompt_text(q.text), q.kind, seed))
-    base, adapter = generation_stages.generator_weights(run, "junior")
+    base, adapter = generator_answers.generator_weights(run, "junior")
     name = engines.choose_engine("auto", len(requests) * len(widgets.TEMPERATURES), g.max_new_tokens)
     options = engines.EngineOptions(name, dtype=g.dtype, max_length=g.max_length)
     engine = engines.open_engine(options, base, adapter)

@@ -111,10 +111,7 @@ def plan(
 
 
 @app.command()
-def preflight(
-    profile: ProfileName = "tiny",
-    set_: Values = None,
-) -> None:
+def preflight(profile: ProfileName = "tiny", set_: Values = None) -> None:
     """Check this machine for a profile; ends in "ready" or in numbered remedies."""
     from speed_core.runner import preflight as checks
 
@@ -284,7 +281,7 @@ def import_(
     from speed_core.runner import replay
     from speed_core.runner.batch import run_all
     from speed_core.runner.notebook import environment
-    from speed_core.study import embedding_stages
+    from speed_core.study import ablation_stages
     from speed_core.study.runs import open_run
 
     source = source or replay.RECORDED
@@ -297,7 +294,7 @@ def import_(
         reports = run_all(run.profile.name, only=replay.NOTEBOOKS)
         run = open_run(run.profile.name)
         if run.log("raw-junior").is_file():
-            embedding_stages.ablation_data(run)
+            ablation_stages.ablation_data(run)
     rows = replay.compare(run, source)
     for name, wanted, here in rows:
         print(f"{name:26} {wanted} {'same' if here == wanted else f'DIFFERENT: {here}'}")

@@ -17,7 +17,7 @@ import tempfile
 from array import array
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from functools import partial
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import IO, Any, TypeVar, overload
 
@@ -145,6 +145,17 @@ def file_digest(path: Path) -> str:
         return stream_digest(f)
 
 
+def known_digest(path: Path) -> str:
+    """`file_digest`, taken once in a process as long as the file keeps its size and time."""
+    there = path.stat()
+    return _digest_of(path, there.st_mtime_ns, there.st_size)
+
+
+@lru_cache(maxsize=4096)
+def _digest_of(path: Path, when: int, size: int) -> str:
+    return file_digest(path)
+
+
 class TarInput:
     """What tarfile reads an archive from (mode "r|"). tarfile takes a member's header into memory whole and keeps it, however long the
     archive says it is: headers of more than a megabyte, and 4 KB more for each member, raise ReadError."""
@@ -195,9 +206,8 @@ def write_atomically(path: Path, data: bytes) -> None:
 
 def write_json(path: Path, value: Any) -> None:
     """Write JSON so that a reader never sees half of it."""
-    write_atomically(
-        path, (json.dumps(value, indent=1, ensure_ascii=False, default=str) + "\n").encode("utf-8", "backslashreplace")
-    )
+    text = json.dumps(value, indent=1, ensure_ascii=False, default=str) + "\n"
+    write_atomically(path, text.encode("utf-8", "backslashreplace"))  # as JSON escapes half a pair
 
 
 def write_jsonl(path: Path, rows: Iterable[Mapping[str, Any]]) -> int:
@@ -206,9 +216,7 @@ def write_jsonl(path: Path, rows: Iterable[Mapping[str, Any]]) -> int:
     with atomic_file(path) as f:
         for row in rows:
             count += 1
-            f.write(
-                (json.dumps(row, ensure_ascii=False) + "\n").encode("utf-8", "backslashreplace")
-            )  # as JSON escapes half a pair
+            f.write((json.dumps(row, ensure_ascii=False) + "\n").encode("utf-8", "backslashreplace"))
     return count
 
 
@@ -241,8 +249,6 @@ def surrogate(text: str) -> bool:
 
 NAME = "[A-Za-z0-9][A-Za-z0-9._-]{0,63}"  # of a profile, or of a task in one's own texts: they become names of files
 NAME_RULE = "letters, digits, '.', '_' and '-', at most 64 of them, a letter or digit first"
-
-
 USERS = "SPEED_URL_USERS"  # an environment variable: {address: user} as JSON, for this process and those that it starts
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import os
 import platform
 import re
@@ -42,15 +41,9 @@ def _cpuinfo() -> str:
         return ""
 
 
-def cpu_flags() -> set[str]:
-    """What the processor can do, as Linux names it ("avx2", "amx_bf16", ...); empty elsewhere."""
-    found = re.search(r"^flags\s*: (.*)", _cpuinfo(), re.MULTILINE)
-    return set(found[1].split()) if found else set()
-
-
 def has_amx() -> bool:
-    """Whether the processor multiplies bfloat16 matrices in hardware."""
-    return "amx_bf16" in cpu_flags()
+    """Whether the processor multiplies bfloat16 matrices in hardware, as far as Linux tells."""
+    return bool(re.search(r"^flags\s*:.* amx_bf16\b", _cpuinfo(), re.MULTILINE))
 
 
 def instructions() -> str:
@@ -124,11 +117,9 @@ def device() -> torch.device:
 
 def gpu() -> tuple[str, str]:
     """(name, memory and driver of the GPU, or what stands in its place; a remedy when a GPU is there but PyTorch cannot use it)."""
-    driver = _driver()
-    if importlib.util.find_spec("torch") is None:
-        return "unknown (torch missing)", ""
     import torch
 
+    driver = _first_line("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader")
     if torch.cuda.is_available():
         p = torch.cuda.get_device_properties(0)
         return f"{p.name} x{torch.cuda.device_count()}, {p.total_memory / 2**30:.0f} GB, driver {driver or 'unknown'}", ""
@@ -136,15 +127,8 @@ def gpu() -> tuple[str, str]:
         return "none (CPU)", ""
     if torch.version.cuda is None:
         return f"driver {driver}, but this PyTorch is a CPU build", "export SPEED_LOCK=cuda and run `make setup`"
-    return (
-        f"driver {driver}, but CUDA {torch.version.cuda} cannot use it",
-        f"install an NVIDIA driver for CUDA {torch.version.cuda}",
-    )
-
-
-def _driver() -> str:
-    """Version of the NVIDIA driver, empty without one."""
-    return _first_line("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader")
+    cuda = f"CUDA {torch.version.cuda}"
+    return f"driver {driver}, but {cuda} cannot use it", f"install an NVIDIA driver for {cuda}"
 
 
 def _first_line(*command: str) -> str:

@@ -97,18 +97,8 @@ class Teacher(ConfigSection):
 
     def cache_key_fields(self) -> dict[str, Any]:
         """The values that decide an answer, without those that only decide its price, pace or permission."""
-        names = (
-            "kind",
-            "judge",
-            "model",
-            "base_url",
-            "temperature",
-            "top_p",
-            "judge_temperature",
-            "attempts",
-            "max_output_tokens",
-        )
-        return {n: getattr(self, n) for n in names}
+        of_the_answer = {"kind", "model", "base_url", "temperature", "top_p", "attempts", "max_output_tokens"}
+        return self.model_dump(include=of_the_answer | {"judge", "judge_temperature"})
 
 
 class Topics(ConfigSection):
@@ -316,15 +306,7 @@ class Profile(ConfigSection):
     evaluation: Evaluation
     study: Study
     training: Processes = Processes()  # type: ignore[call-arg]
-    sources: dict[str, str] = {}
-
-    def source(self, name: str) -> str:
-        """Where the value of a dotted name comes from: its own entry, else that of its nearest parent."""
-        while name:
-            if name in self.sources:
-                return self.sources[name]
-            name = name.rpartition(".")[0]
-        return ""
+    sources: dict[str, str] = {}  # where the value of a dotted name, or of all below it, comes from
 
 
 def names() -> list[str]:
@@ -394,15 +376,11 @@ def load(name: str = "tiny", overrides: dict[str, Any] | None = None) -> Profile
     Raises UserError that names the parameter, the rule and what to do.
     """
     try:
-        return _load(name, overrides or {})
+        data = _raw(name)
+        known = dotted(_validate(name, data))
     except RecursionError:
         raise UserError(f"profile {name!r}: nested too deeply; a profile has three levels") from None
-
-
-def _load(name: str, overrides: dict[str, Any]) -> Profile:
-    data = _raw(name)
-    known = dotted(_validate(name, data))
-    for key, value in overrides.items():
+    for key, value in (overrides or {}).items():
         if key not in known and not any(k.startswith(f"{key}.") for k in known):
             close = difflib.get_close_matches(key, known, 1)
             hint = f"; did you mean {close[0]!r}?" if close else f"; names are {', '.join(list(known)[:6])} ..."

@@ -46,7 +46,6 @@ def use_bundled_models() -> None:
 def _default(wanted: dict[str, str]) -> None:
     missing = {name: value for name, value in wanted.items() if name not in os.environ}
     os.environ.update(missing)
-    if missing and (
-        constants := sys.modules.get("huggingface_hub.constants")
-    ):  # it has read the variables, so it must read them again
+    constants = sys.modules.get("huggingface_hub.constants")
+    if missing and constants:  # it has read the variables, so it must read them again
         importlib.reload(constants)

@@ -11,7 +11,8 @@ from typer.main import get_command
 
 from speed_core.__main__ import MOVED, app, main
 from speed_core.runner.notebook import notebooks
-from speed_core.study.claims import CLAIMS, Verdict
+from speed_core.study.claims import CLAIMS
+from speed_core.study.verdicts import Verdict
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGES = [

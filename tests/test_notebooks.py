@@ -19,7 +19,7 @@ from speed_core.files import file_digest
 from speed_core.plots import provenance
 from speed_core.runner import batch, notebook
 from speed_core.store.artifacts import notebook_number
-from speed_core.study import claims
+from speed_core.study import claims, verdicts
 from workbook import exercises
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -162,7 +162,7 @@ def test_every_notebook_runs_at_the_smoke_size(smoke):
     runs, reports = smoke
     assert [r.status for r in reports] == ["ok"] * len(NOTEBOOKS), [r for r in reports if r.status != "ok"]
     folder = runs / "smoke" / "figures"
-    assert provenance.check(folder, runs) == [] and len(list(folder.glob("*.svg"))) >= 15
+    assert provenance.inspect(folder, runs)[0] == [] and len(list(folder.glob("*.svg"))) >= 15
     assert [p.stem for p in folder.glob("*.svg") if drawings.smallest_text(p) <= 8] == []
     with (folder / "12_claims.csv").open() as f:
         rows = list(csv.DictReader(f))
@@ -312,14 +312,14 @@ def test_data_sets_and_figures_are_rebuilt_elsewhere_from_the_log_alone_without_
 
 def test_a_touched_figure_is_found(tmp_path):
     (tmp_path / "a.svg").write_text("x")
-    assert "no .csv" in provenance.check(tmp_path)[0]
+    assert "no .csv" in provenance.inspect(tmp_path)[0][0]
 
 
 def test_committed_figures_agree_with_their_records():
-    assert provenance.check(ROOT / "figures") == []
+    assert provenance.inspect(ROOT / "figures")[0] == []
 
 
 def test_a_verdict_follows_from_its_interval():
-    assert claims.verdict(0.1, 0.5) == "smaller scale, same direction"
-    assert claims.verdict(-0.5, -0.1) == "contradicted"
-    assert claims.verdict(-0.1, 0.5) == "not resolved at this size"
+    assert verdicts.verdict(0.1, 0.5) == "smaller scale, same direction"
+    assert verdicts.verdict(-0.5, -0.1) == "contradicted"
+    assert verdicts.verdict(-0.1, 0.5) == "not resolved at this size"

@@ -14,7 +14,7 @@ from speed_core.preference import prompt_sharing, usable_pairs
 from speed_core.preference.judge import RubricJudge
 from speed_core.profile import Curate
 from speed_core.store.run_context import Run
-from speed_core.study import generation_stages
+from speed_core.study import generator_answers
 
 NO_WEIGHTS = "(a replay has no weights: zeros stand for the log-probabilities)"
 
@@ -35,7 +35,7 @@ def four_log_probs(run: Run, pairs: Sequence[Mapping[str, Any]]) -> dict[str, fl
         print(NO_WEIGHTS)
         return dict.fromkeys(names, 0.0)
     console.quiet()
-    folder, adapter = generation_stages.generator_weights(run, "senior")
+    folder, adapter = generator_answers.generator_weights(run, "senior")
     loading.check_adapter(adapter, folder)
     tokenizer = loading.load_tokenizer(folder)
     groups, skipped = usable_pairs.check_pairs(tokenizer, [dict(p) for p in pairs], run.profile.senior.max_length, most=1)
@@ -67,7 +67,7 @@ def revisor_log_probs(run: Run, asked: Sequence[str], written: str) -> tuple[lis
         tokens = [tokenizer.decode([t]) for t in tokenizer(written, add_special_tokens=False)["input_ids"]]
         return tokens, [[0.0] * len(tokens) for _ in asked]
     console.quiet()
-    model = loading.load_causal_lm(*generation_stages.generator_weights(run, "revisor"))
+    model = loading.load_causal_lm(*generator_answers.generator_weights(run, "revisor"))
     found = [token_log_probs(model, tokenizer, text, written) for text in asked]
     return found[0][0], [logps for _, logps in found]
 

@@ -1,5 +1,5 @@
-"""What notebooks show of code and texts: functions as the package has them, tokens that a loss sees, two versions of a text, and
-how MinHash finds near-duplicates."""
+"""What notebooks show of code and texts: functions as the package has them, tokens that a loss sees, two versions of a text,
+how MinHash finds near-duplicates, and a small batch before and after the mask."""
 
 from __future__ import annotations
 
@@ -10,10 +10,14 @@ from collections.abc import Callable, Hashable, Mapping, Sequence
 from html import escape
 from typing import Any
 
+import numpy as np
 from IPython.display import display
 from pygments import highlight
 from pygments.formatters import HtmlFormatter
 from pygments.lexers import PythonLexer
+
+from speed_core.plots import provenance
+from speed_core.plots.basic import SMALL, WARNING, canvas
 
 MONO = "font-family: monospace; font-size: 90%; white-space: pre; overflow-x: auto"
 PROSE = "white-space: pre-wrap; line-height: 1.6"
@@ -132,3 +136,28 @@ def _svg(width: float, height: float, parts: Sequence[str], told: str) -> str:
         f'<svg viewBox="0 0 {width} {height}" width="{width}" style="max-width: 100%; background: white" role="img" '
         f'aria-label="{escape(told)}" font-family="sans-serif">{"".join(parts)}</svg>'
     )
+
+
+def mask_before_and_after(similarity: Any, removed: Any, topics: Sequence[str]) -> None:
+    """Show a small batch twice, as the guide sees it and as the mask leaves it; nothing is written.
+
+    `similarity` and `removed` (B, B): query i against positive j, the guide's cosine and whether j is taken out; `topics` (B,) name
+    the pairs.
+    """
+    similarity, removed = np.asarray(similarity), np.asarray(removed, bool)
+    figure, axes = canvas(3.3, 2)
+    for ax, gone, title in zip(axes, (np.zeros_like(removed), removed), ("before the mask", "after the mask"), strict=True):
+        ax.imshow(np.where(gone, np.nan, similarity), cmap="Blues", vmin=-0.2, vmax=1.2, aspect="auto")
+        for i, j in np.ndindex(*similarity.shape):
+            said = "x" if gone[i, j] else f"{similarity[i, j]:.2f}"
+            ink = WARNING if gone[i, j] else "white" if similarity[i, j] > 0.6 else "black"
+            style = {"weight": "bold"} if gone[i, j] or i == j else {}
+            ax.text(j, i, said, ha="center", va="center", fontsize=9, color=ink, **style)
+        labels = [f"{k} {topic}" for k, topic in enumerate(topics)]
+        ax.set_xticks(range(len(labels)), labels, rotation=30, ha="right", fontsize=SMALL)
+        ax.set_yticks(range(len(labels)), labels if ax is axes[0] else [], fontsize=SMALL)
+        ax.set(title=title, xlabel="positive", ylabel="query" if ax is axes[0] else "")
+        ax.spines[:].set_visible(False)
+        ax.tick_params(length=0)
+    where = ", ".join(f"query {i} and positive {j}" for i, j in zip(*np.nonzero(removed), strict=True))
+    provenance.show(figure, f"A batch of {len(topics)} pairs before and after the mask; removed: {where or 'nothing'}.")

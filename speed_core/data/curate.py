@@ -28,17 +28,13 @@ def near_duplicates(rows: Sequence[Mapping[str, Any]], settings: Curate) -> list
     not its settings; ours are threshold 0.7, 3-word shingles, 128 permutations: 32 bands of 4, with which a pair
     at the threshold is found with probability 0.998 (`minhash.banding`; never less than 0.99 at other settings).
     """
+    how = settings.model_dump(include={"threshold", "permutations", "shingle"})
     places: dict[str, list[int]] = {}
     for i, row in enumerate(rows):
         places.setdefault(row["kind"], []).append(i)
     out: list[str | None] = [None] * len(rows)
     for mine in places.values():
-        twins = minhash.duplicates(
-            Lazy(lambda i: record_text(rows[i]), mine),
-            threshold=settings.threshold,
-            permutations=settings.permutations,
-            shingle=settings.shingle,
-        )
+        twins = minhash.duplicates(Lazy(lambda i: record_text(rows[i]), mine), **how)
         for at in (twins >= 0).nonzero()[0]:
             out[mine[at]] = rows[mine[twins[at]]]["id"]
     return out

@@ -16,14 +16,14 @@ from speed_core.data.budget import Budget, BudgetReached, estimate
 from speed_core.data.endpoint import PROBE, Endpoint
 from speed_core.data.prompts import Prompt
 from speed_core.data.replies import Completion, final_status, of_request, read
-from speed_core.data.teacher import Teacher, endpoint_label, sampling_params
+from speed_core.data.teacher import ModelTeacher
 from speed_core.files import UserError
 from speed_core.profile import Teacher as TeacherSettings
 
 UNSENT = ("ConnectTimeout", "PoolTimeout")  # of httpx: no request went out
 
 
-class EndpointTeacher(Teacher):
+class EndpointTeacher(ModelTeacher):
     """Asks `settings.model` at `settings.base_url`, within a `Budget`; what a stage's log holds already counts, minutes aside."""
 
     def __init__(self, settings: TeacherSettings):
@@ -34,22 +34,15 @@ class EndpointTeacher(Teacher):
                 "OPENAI_API_KEY: not set; export it, set teacher.base_url to a server of yours, "
                 "or use the recorded teacher (teacher.kind=recorded)"
             )
-        self.settings = settings
-        self.label = endpoint_label(settings)
+        super().__init__(settings)
         self.budget = Budget(settings)
         self.ledger = self.budget.ledger
         self._counted: set[str] = set()  # entries of a log that are in the ledger
         self._listed: list[str] = []
         self._stopped: UserError | None = None  # why no further call is sent
         self._end = time.monotonic() + 60 * settings.max_minutes
-        self.endpoint = Endpoint(
-            settings.base_url,
-            concurrency=settings.concurrency,
-            requests_per_minute=settings.requests_per_minute,
-            tokens_per_minute=settings.tokens_per_minute,
-            timeout_seconds=settings.timeout_seconds,
-            longest_wait=60 * settings.max_minutes,
-        )
+        limits = settings.model_dump(include={"concurrency", "requests_per_minute", "tokens_per_minute", "timeout_seconds"})
+        self.endpoint = Endpoint(settings.base_url, **limits, longest_wait=60 * settings.max_minutes)
 
     def check(self) -> None:
         """Reach the endpoint once; one line with the remedy if it does not answer. A model that it does not list is tried, too:
@@ -59,9 +52,6 @@ class EndpointTeacher(Teacher):
             print(
                 f"teacher.model {self.settings.model!r}: not among those that the endpoint lists ({', '.join(self._listed[:5])})"
             )
-
-    def sampling_params(self, temperature: float | None) -> dict[str, Any]:
-        return sampling_params(self.settings, temperature)
 
     def remember(self, entries: Iterable[Mapping[str, Any]], purpose: str) -> None:
         new = [e for e in entries if e["id"] not in self._counted]
@@ -111,15 +101,11 @@ class EndpointTeacher(Teacher):
             raise self._refuses_all(error) from None
 
     async def _create(self, text: str, temperature: float | None) -> bytes:
-        s = self.settings
-        more: dict[str, Any] = {"max_tokens": s.max_output_tokens} if s.max_output_tokens else {}
-        reply = await self.endpoint.client.chat.completions.with_raw_response.create(
-            model=s.model,
-            messages=[{"role": "user", "content": text}],
-            temperature=s.temperature if temperature is None else temperature,
-            top_p=s.top_p,
-            **more,
-        )
+        how = self.sampling_params(temperature)
+        if most := how.pop("max_output_tokens"):
+            how["max_tokens"] = most
+        create = self.endpoint.client.chat.completions.with_raw_response.create
+        reply = await create(model=self.settings.model, messages=[{"role": "user", "content": text}], **how)
         return reply.content
 
     def refuses_all(self, error: BaseException, purpose: str, temperature: float | None) -> UserError | None:

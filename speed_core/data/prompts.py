@@ -36,10 +36,7 @@ LENGTH_WEIGHTS = (0.1, 0.3, 0.2, 0.2, 0.2)
 ATTRIBUTES: dict[str, dict[str, Choices]] = {
     "paper": {
         "document_words": ((50, 100, 200, 300, 400, 500), None),
-        "classification_length": (
-            ("less than 10", "at least 10", "at least 50", "at least 100", "at least 200"),
-            LENGTH_WEIGHTS,
-        ),
+        "classification_length": (("less than 10", "at least 10", "at least 50", "at least 100", "at least 200"), LENGTH_WEIGHTS),
         "long_words": ((300,), None),
     },
     "short": {

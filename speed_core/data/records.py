@@ -17,16 +17,6 @@ from typing import Any
 from speed_core.files import surrogate
 
 
-class Kind(StrEnum):
-    """The five tasks of SPEED; the last two are its matching tasks, which have no negative."""
-
-    RETRIEVAL = "retrieval"
-    CLASSIFICATION = "classification"
-    STS = "sts"
-    SHORT_SHORT = "short_short"
-    LONG_LONG = "long_long"
-
-
 class Status(StrEnum):
     """How a request ends. Every request ends in exactly one of these."""
 
@@ -37,11 +27,10 @@ class Status(StrEnum):
     ERROR = "error"  # there is no text
 
 
-KINDS = tuple(kind.value for kind in Kind)
 WEAK = (Status.INVALID, Status.TRUNCATED, Status.REFUSED)  # there is a text, but no record: worth another attempt
 
 FIELDS = ("query", "positive", "negative")
-# kind -> JSON keys in the order of FIELDS; the matching kinds have no negative.
+# The five tasks of SPEED: kind -> JSON keys in the order of FIELDS; the last two, its matching tasks, have no negative.
 KEYS: dict[str, tuple[str, ...]] = {
     "retrieval": ("user_query", "positive_document", "hard_negative_document"),
     "classification": ("input_text", "label", "misleading_label"),
@@ -49,6 +38,7 @@ KEYS: dict[str, tuple[str, ...]] = {
     "short_short": ("input", "positive_document"),
     "long_long": ("input", "positive_document"),
 }
+KINDS = tuple(KEYS)
 
 # Longest value that is accepted, in characters.
 MAX_CHARS = 4000
@@ -216,12 +206,6 @@ def broken_rule(value: dict[str, Any], kind: str) -> str:
         if b in texts and texts[a] == texts[b]:
             return f"{a}_equals_{b}"
     return ""
-
-
-def to_json(record: dict[str, str | None], kind: str) -> str:
-    """The JSON text that a generator is trained to write for `record` (inverse of `parse`)."""
-    values = dict(zip(KEYS[kind], (record[f] for f in FIELDS), strict=False))
-    return json.dumps(values, ensure_ascii=False, separators=(",", ":"))
 
 
 def parse_string_list(raw: str, finish_reason: str = "stop") -> tuple[list[str], str]:

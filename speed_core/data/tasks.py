@@ -19,21 +19,15 @@ TaskTable = Mapping[tuple[str, str], Sequence[str]]  # (kind, topic) -> brainsto
 RATIO = {"retrieval": 7.0, "classification": 7.0, "sts": 7.0, "short_short": 1.0, "long_long": 1.0}
 
 
-def split_count(count: int, ratio: Mapping[str, float] = RATIO) -> dict[str, int]:
-    """Divide `count` over the kinds by `ratio` (largest remainder, so the parts add up)."""
-    total = sum(ratio.values())
-    exact = {k: count * ratio.get(k, 0.0) / total for k in KINDS}
+def split_count(count: int) -> dict[str, int]:
+    """Divide `count` over the kinds by `RATIO` (largest remainder, so the parts add up)."""
+    total = sum(RATIO.values())
+    exact = {k: count * RATIO[k] / total for k in KINDS}
     parts: dict[str, int] = {k: int(v) for k, v in exact.items()}
     by_remainder = sorted(KINDS, key=lambda k: (parts[k] - exact[k], KINDS.index(k)))
     for kind in by_remainder[: count - sum(parts.values())]:
         parts[kind] += 1
     return parts
-
-
-def brainstorm_kinds(position: int) -> tuple[str, ...]:
-    """Kinds brainstormed for the topic at `position`: the two big ones always, matching in turn."""
-    matching = {0: ("short_short",), 1: ("long_long",)}.get(position % 3, ())
-    return ("retrieval", "classification", *matching)
 
 
 def plan_brainstorm(
@@ -51,7 +45,8 @@ def plan_brainstorm(
     out = []
     for position, path in enumerate(topics):
         topic = prompts.truncate_topic(path, max_depth) if truncate else path
-        out += [prompts.brainstorm(k, topic, count=count, style=style, clone=clone) for k in brainstorm_kinds(position)]
+        kinds = ("retrieval", "classification", *(("short_short",), ("long_long",), ())[position % 3])  # matching in turn
+        out += [prompts.brainstorm(k, topic, count=count, style=style, clone=clone) for k in kinds]
     return out
 
 
@@ -75,7 +70,6 @@ def plan_synthesis(
     data_seed: int = 0,
     style: str = "own",
     clone: str = "",
-    ratio: Mapping[str, float] = RATIO,
 ) -> Lazy[prompts.Prompt]:
     """`count` synthesis prompts over the kinds and topics, ordered by record id.
 
@@ -92,7 +86,7 @@ def plan_synthesis(
 
     chosen = choose_tasks(table, tasks_per_topic, data_seed)
     keys = []
-    for kind, number in split_count(count, ratio).items():
+    for kind, number in split_count(count).items():
         usable = [t for t in topics if kind == "sts" or chosen.get((kind, t))]
         if number and not usable:
             raise ValueError(f"kind {kind!r}: none of {len(topics)} topics has a task; brainstorm it first")

@@ -82,27 +82,23 @@ class RecordedTeacher(Teacher):
         return future
 
 
-def endpoint_label(settings: TeacherSettings) -> str:
-    """How an endpoint is named in logs and figures."""
-    return f"{settings.model} at {without_secrets(settings.base_url) or 'the OpenAI API'}"
+class ModelTeacher(Teacher):
+    """A model behind an endpoint: how it is named in logs and figures, and how it samples."""
+
+    def __init__(self, settings: TeacherSettings):
+        self.settings = settings
+        self.label = f"{settings.model} at {without_secrets(settings.base_url) or 'the OpenAI API'}"
+
+    def sampling_params(self, temperature: float | None) -> dict[str, Any]:
+        """`temperature` stands above the settings'."""
+        t = self.settings.temperature if temperature is None else temperature
+        return {"temperature": t, "top_p": self.settings.top_p, "max_output_tokens": self.settings.max_output_tokens}
 
 
-def sampling_params(settings: TeacherSettings, temperature: float | None) -> dict[str, Any]:
-    """Sampling parameters of an endpoint; `temperature` stands above the settings'."""
-    t = settings.temperature if temperature is None else temperature
-    return {"temperature": t, "top_p": settings.top_p, "max_output_tokens": settings.max_output_tokens}
-
-
-class LoggedTeacher(Teacher):
+class LoggedTeacher(ModelTeacher):
     """An endpoint that is not there any more: what its log lacks is an error (replay)."""
 
     replays = True
-
-    def __init__(self, settings: TeacherSettings):
-        self.settings, self.label = settings, endpoint_label(settings)
-
-    def sampling_params(self, temperature: float | None) -> dict[str, Any]:
-        return sampling_params(self.settings, temperature)
 
     def submit(self, prompt: Prompt, purpose: str, temperature: float | None = None) -> Future[Completion]:
         raise UserError(f"replay: the log holds no {purpose} answer to one of these prompts; use the profile of the export")

@@ -108,10 +108,8 @@ def can_share(model: Any) -> bool:
     """Whether `model` (a SentenceTransformer) reads its vector off the last token of a causal decoder, and does no more."""
     pooling = model[1] if len(model) == 2 else None
     config = getattr(getattr(model[0], "model", None), "config", None)
-    causal = (
-        config is not None and hasattr(config, "num_key_value_heads") and not getattr(config, "use_bidirectional_attention", 0)
-    )
-    return bool(causal) and getattr(pooling, "pooling_mode", None) == "lasttoken" and model.tokenizer.padding_side == "right"
+    causal = hasattr(config, "num_key_value_heads") and not getattr(config, "use_bidirectional_attention", 0)
+    return causal and getattr(pooling, "pooling_mode", None) == "lasttoken" and model.tokenizer.padding_side == "right"
 
 
 def encode_texts(model: Any, texts: Sequence[str], batch_size: int) -> np.ndarray:

@@ -20,21 +20,16 @@ from speed_core.evaluation.encoder import Embedder
 from speed_core.evaluation.items import items_of
 from speed_core.files import UserError
 
-CATEGORIES = {
-    "Classification": "Class.",
-    "Clustering": "Clust.",
-    "PairClassification": "Pair",
-    "Reranking": "Rerank",
-    "Retrieval": "Retr.",
-    "STS": "STS",
-    "Summarization": "Summ.",
-}
+CATEGORIES = {  # type of task -> its name in SPEED's Table 1
+    "Classification": "Class.", "Clustering": "Clust.", "PairClassification": "Pair", "Reranking": "Rerank", "Retrieval": "Retr.",
+    "STS": "STS", "Summarization": "Summ.",
+}  # fmt: skip
 
 
-def resolve_tasks(names: Sequence[str], size: str = "tiny", data: Path | str | None = None) -> list[Any]:
+def resolve_tasks(names: Sequence[str], size: str = "tiny") -> list[Any]:
     """ "offline" gives the offline tasks; other names are offline tasks, MTEB tasks or MTEB benchmarks.
 
-    MTEB's data come from a hub, or from the folder `data` (default $SPEED_DATA, see local_data.py).
+    MTEB's data come from a hub, or from the folder $SPEED_DATA (see local_data.py).
     """
     offline = {t.metadata.name: t for t in offline_tasks.offline_tasks(size)}
     out: list[Any] = []
@@ -51,7 +46,7 @@ def resolve_tasks(names: Sequence[str], size: str = "tiny", data: Path | str | N
             near = ", ".join(_suggested(name, [*_tasks(), *_benchmarks(), *offline, "offline"]))
             raise UserError(f"task {name!r}: unknown to mteb {mteb.__version__}; did you mean {near}?")
     # A task that is named twice, by itself and in a benchmark, is scored once.
-    return local_data.prepare(list({t.metadata.name: t for t in out}.values()), data)
+    return local_data.prepare(list({t.metadata.name: t for t in out}.values()))
 
 
 @lru_cache(maxsize=1)  # reading each of these takes seconds

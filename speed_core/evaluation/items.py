@@ -32,16 +32,12 @@ def items_of(model: Embedder, task: Any, rows: Mapping[tuple[str, str], Mapping[
     out = []
     for (split, subset), detail in rows.items():
         guesses = said.get(subset, {}).get(split, [])
-        out.append(_of_table(model, task, _table(task, split, subset), guesses) or _repetitions(task, detail))
+        # mteb's layouts have the subsets first, or none.
+        tables = task.dataset[subset] if subset in task.dataset else task.dataset
+        out.append(_of_table(model, task, tables[split], guesses) or _repetitions(task, detail))
     if loads:
         task.unload_data()
     return out
-
-
-def _table(task: Any, split: str, subset: str) -> Any:
-    """One evaluated table of a loaded task: mteb's layouts have the subsets first, or none."""
-    data = task.dataset[subset] if subset in task.dataset else task.dataset
-    return data[split]
 
 
 def _of_table(model: Embedder, task: Any, data: Any, guesses: Sequence[Any]) -> list[Any]:

@@ -1,6 +1,6 @@
 """MTEB's data sets from a local folder, for rooms without a hub.
 
-The folder ($SPEED_DATA, or an argument) holds snapshots as FOLDER/ORG/NAME/..., the layout that
+The folder ($SPEED_DATA) holds snapshots as FOLDER/ORG/NAME/..., the layout that
     hf download ORG/NAME --repo-type dataset --revision REVISION --local-dir FOLDER/ORG/NAME
 writes. A task whose data set has one loads from it, through mteb's own code; the others load from the hub.
 """
@@ -9,38 +9,29 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Sequence
-from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
 import datasets
 from huggingface_hub import constants
 
-from speed_core.files import UserError, digest, file_digest
+from speed_core.files import UserError, digest, known_digest
 from speed_core.settings import Settings
 
 
-def data_folder(data: Path | str | None = None) -> Path | None:
-    """The folder of snapshots: the argument, else $SPEED_DATA, else None. Raises UserError when it is no folder."""
-    named = data or Settings().data
-    if named and not Path(named).is_dir():
-        raise UserError(f"SPEED_DATA {str(named)!r}: no such folder; give one with dataset snapshots as ORG/NAME/, or unset it")
-    return Path(named) if named else None
-
-
-def prepare(tasks: Sequence[Any], data: Path | str | None = None) -> list[Any]:
+def prepare(tasks: Sequence[Any]) -> list[Any]:
     """The same tasks; those of mteb read their local snapshot where there is one.
 
     Raises one UserError for all tasks whose data are neither in the folder nor on a hub in reach, before anything is scored.
     """
-    folder = data_folder(data)
+    if (folder := Settings().data) and not folder.is_dir():
+        raise UserError(f"SPEED_DATA {str(folder)!r}: no such folder; give one with dataset snapshots as ORG/NAME/, or unset it")
     out = [_local(task, folder) for task in tasks]
     missing = {p.metadata.name: hub_path(p) for t in out for p in parts(t) if not _available(p)}
     if missing:
         (name, wanted), *others = missing.items()
-        more = f" (and {len(others)} more: {', '.join(n for n, _ in others[:5])}{' ...' if len(others) > 5 else ''})" * bool(
-            others
-        )
+        some = f"{', '.join(n for n, _ in others[:5])}{' ...' if len(others) > 5 else ''}"
+        more = f" (and {len(others)} more: {some})" if others else ""
         raise UserError(
             f"task {name!r}: its data set {wanted} is not here{more}; set SPEED_ONLINE=1 where a hub can be reached, "
             f"or put a snapshot into {folder or 'a folder'}/{wanted} and set SPEED_DATA to {folder or 'that folder'}"
@@ -128,7 +119,7 @@ def revision(snapshot: Path) -> str:
     commits = {_commit(notes / f"{name}.metadata", p) for p, name in names.items()}
     if len(commits) == 1 and (commit := commits.pop()):
         return commit
-    return "local-" + digest([[str(name), _digest(p, p.stat().st_size, p.stat().st_mtime_ns)] for p, name in names.items()])[:12]
+    return "local-" + digest([[str(name), known_digest(p)] for p, name in names.items()])[:12]
 
 
 def _commit(note: Path, file: Path) -> str:
@@ -137,8 +128,3 @@ def _commit(note: Path, file: Path) -> str:
         return ""
     commit, _, stamp = (note.read_text(encoding="utf-8").split("\n") + ["", ""])[:3]
     return commit if stamp and file.stat().st_mtime <= float(stamp) + 1 else ""
-
-
-@lru_cache(maxsize=4096)
-def _digest(path: Path, size: int, written: int) -> str:
-    return file_digest(path)

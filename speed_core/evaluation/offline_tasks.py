@@ -52,20 +52,9 @@ def metadata(name: str, description: str, kind: str, score: str, prompt: Any, pa
         dataset={"path": f"package/{package}" if package else "own/file", "revision": revision},
         type=kind,  # type: ignore[arg-type]
         category="t2c" if kind in ("Classification", "Clustering") else "t2t",
-        modalities=["text"],
-        eval_splits=["test"],
         eval_langs=["eng-Latn"],
         main_score=score,
         prompt=prompt,
-        license="not specified",
-        annotations_creators="human-annotated",
-        sample_creation="found",
-        dialect=[],
-        bibtex_citation="",
-        date=("1987-01-01", "2026-01-01"),
-        domains=["Written"],
-        task_subtypes=[],
-        reference=None,
     )
 
 

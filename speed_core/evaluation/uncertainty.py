@@ -200,12 +200,7 @@ def _degrees(both: float, seeds: float, known: int) -> float:
 
 
 def difference(
-    a: Sequence[Result],
-    b: Sequence[Result],
-    types: Sequence[str] | None = None,
-    *,
-    draws: int = 1000,
-    groups: Sequence[int] = (),
+    a: Sequence[Result], b: Sequence[Result], types: Sequence[str] | None = None, *, draws: int = 1000, groups: Sequence[int] = ()
 ) -> Estimate:
     """Mean score of `a` minus that of `b`, each given as the results of the same training seeds (`groups` as in `contrast`)."""
     return contrast([(1, a, types), (-1, b, types)], draws=draws, groups=groups)
@@ -341,10 +336,7 @@ def share_interval(values: Sequence[bool | float], level: float = 0.95) -> tuple
     return float(found.low), float(found.high)
 
 
-def bootstrap_interval(
-    items: Sequence[Any], kind: str, *, draws: int = 1000, seed: int = 0, level: float = 0.95
-) -> tuple[float, float]:
-    """Percentile interval of the statistic of `items` under resampling with replacement."""
+def bootstrap_interval(items: Sequence[Any], kind: str) -> tuple[float, float]:
+    """Percentile interval (95%) of the statistic of `items` under resampling with replacement, from 1000 draws."""
     data = np.asarray(items, float)
-    picks = np.random.default_rng(seed).integers(0, len(data), (draws, len(data)))
-    return interval(statistic(kind, data[picks]), level)
+    return interval(statistic(kind, data[np.random.default_rng(0).integers(0, len(data), (1000, len(data)))]))

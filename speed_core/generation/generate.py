@@ -9,7 +9,7 @@ from __future__ import annotations
 import sqlite3
 from array import array
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from contextlib import closing
 from dataclasses import asdict, replace
 from functools import lru_cache, partial
@@ -23,7 +23,6 @@ from speed_core.files import AppendLog, Lazy, UserError, digest
 from speed_core.generation.engines import Decoding, Engine, EngineOptions, Request, choose_engine, open_engine
 from speed_core.models import loading
 
-Parser = Callable[[str, str, str], records.Outcome]  # of raw text, kind and finish reason
 DEFAULT_ENGINE = EngineOptions()
 LOGGED = ("record", "kind", "status", "raw", "reason", "finish_reason", "model")  # what every entry of a log has
 
@@ -53,12 +52,11 @@ def generate_all(
     label: str = "generate",
     attempts: int = 1,
     model_id: str = "",
-    parse: Parser = records.parse,
 ) -> Lazy[dict[str, Any]]:
     """Answer every request and return one log entry each, in the order of `requests`.
 
     Requests already in `log` (same digest of everything that decides the text) are not issued
-    again. Each finished text is parsed by `parse(raw, kind, finish_reason)` and appended at once.
+    again. Each finished text is parsed (`records.parse`) and appended at once.
     The number of entries equals the number of requests, always. A text that is not ok is asked for again, with a
     seed of its own, up to `attempts` times in all; every attempt stays in the log, the last one is returned.
     `engine`: one that is open and stays open, or options to open one with when a request has to be issued.
@@ -92,15 +90,12 @@ def generate_all(
         unused = (entries[key]["record"] for key in entries if key not in planned)
         others = {record for record in unused if record in place and keys[place[record]] not in entries}
         if others:
-            print(
-                f"{log.name}: holds {len(others)} of these records with another prompt, model, decoding or seed; kept, not used"
-            )
+            otherwise = "with another prompt, model, decoding or seed; kept, not used"
+            print(f"{log.name}: holds {len(others)} of these records {otherwise}")
         try:
             for attempt in range(1, attempts + 1):
-                todo = Lazy(
-                    partial(request, attempt=attempt),
-                    [i for i, key in enumerate(keys) if attempt_of[i] == attempt and key not in entries],
-                )
+                left = [i for i, key in enumerate(keys) if attempt_of[i] == attempt and key not in entries]
+                todo = Lazy(partial(request, attempt=attempt), left)
                 if todo and opened is None and options:
                     # By all requests: what is left of a stopped run is answered by the engine that began it.
                     name = choose_engine(options.name, len(requests), decoding.max_new_tokens)
@@ -111,7 +106,7 @@ def generate_all(
                     with closing(bar), closing(opened.generate(prefix_order(todo), decoding)) as completions:
                         for c in completions:
                             i = place[c.id]
-                            outcomes.append(_entry(c, request(i, attempt=attempt), keys[i], model_id, opened.name, parse))
+                            outcomes.append(_entry(c, request(i, attempt=attempt), keys[i], model_id, opened.name))
                             bar.update()
                 if attempt < attempts:
                     for i, key in enumerate(keys):
@@ -135,28 +130,20 @@ def prefix_order(requests: Sequence[Request]) -> Lazy[Request]:
     with closing(sqlite3.connect("")) as db:
         db.execute("CREATE TABLE texts (text BLOB)")
         db.executemany("INSERT INTO texts VALUES (?)", ((r.text.encode("utf-8", "surrogatepass"),) for r in requests))
-        return Lazy(
-            requests.__getitem__, array("q", (n - 1 for (n,) in db.execute("SELECT rowid FROM texts ORDER BY text, rowid")))
-        )
+        found = db.execute("SELECT rowid FROM texts ORDER BY text, rowid")
+        return Lazy(requests.__getitem__, array("q", (n - 1 for (n,) in found)))
 
 
 def _weak(entry: dict[str, Any] | None) -> bool:
     return entry is not None and entry["status"] in records.WEAK
 
 
-def _entry(
-    c: Completion,
-    request: Request,
-    key: str,
-    model_id: str,
-    engine: str,
-    parse: Parser,
-) -> dict[str, Any]:
+def _entry(c: Completion, request: Request, key: str, model_id: str, engine: str) -> dict[str, Any]:
     """The line of the log for one completion."""
     if c.finish_reason == "error":
         outcome = records.Outcome(records.Status.ERROR, c.text)
     else:
-        outcome = parse(c.text, request.kind, c.finish_reason)
+        outcome = records.parse(c.text, request.kind, c.finish_reason)
     more = {"attempt": request.attempt} if request.attempt > 1 else {}
     return more | {
         "id": key,
@@ -189,9 +176,8 @@ def replay(
             by_record.setdefault(e["record"], []).append(key)
 
     def find(r: Request) -> dict[str, Any] | None:
-        found = [
-            e for e in map(entries.__getitem__, by_record.get(r.id, [])) if e["id"] == request_id(r, e["model"], decoding, dtype)
-        ]
+        mine = map(entries.__getitem__, by_record.get(r.id, []))
+        found = [e for e in mine if e["id"] == request_id(r, e["model"], decoding, dtype)]
         return found[-1] if found else None
 
     out = []

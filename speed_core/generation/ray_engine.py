@@ -25,16 +25,7 @@ from pathlib import Path
 from typing import Any
 
 from speed_core.files import UserError
-from speed_core.generation.engines import (
-    Completion,
-    Decoding,
-    Engine,
-    EngineName,
-    EngineOptions,
-    Request,
-    by_length,
-    open_engine,
-)
+from speed_core.generation.engines import Completion, Decoding, Engine, EngineName, EngineOptions, Request, by_length, open_engine
 from speed_core.models import loading
 
 RESTARTS = 3  # fresh actors that each worker may cost
@@ -46,18 +37,14 @@ RUN_AGAIN = "finished requests are logged, run again to go on"
 
 
 def _ray() -> Any:
-    """The ray module. Raises UserError where it is not installed."""
+    """The ray module."""
     # Children of a killed actor (vLLM's process) must give the GPU back; read when a Ray starts here.
     os.environ.setdefault("RAY_process_group_cleanup_enabled", "1")
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")  # else a notice at every start without GPU
-    try:
-        import ray
-        import ray.data
-    except ImportError:
-        raise UserError(
-            "generation.executor 'ray': not installed; run make setup (or pip install ray), or use generation.executor=process"
-        ) from None
+    import ray
+    import ray.data
+
     return ray
 
 

@@ -81,15 +81,13 @@ class ServerEngine(Engine):
         extra: dict[str, Any] = {}
         if kind and decoding.constrained:
             extra["structured_outputs"] = {"json": grammar_schema(kind)}
-        reply = await self._endpoint.client.completions.with_raw_response.create(
-            model=self._served,
-            prompt=loading.encode_prompt(self._tokenizer, text),
-            temperature=decoding.temperature,
-            top_p=decoding.top_p,
-            max_tokens=decoding.max_new_tokens,
-            seed=seed,
-            extra_body=extra,
-        )
+        how: dict[str, Any] = {
+            "temperature": decoding.temperature,
+            "top_p": decoding.top_p,
+            "max_tokens": decoding.max_new_tokens,
+        }
+        create, ids = self._endpoint.client.completions.with_raw_response.create, loading.encode_prompt(self._tokenizer, text)
+        reply = await create(model=self._served, prompt=ids, **how, seed=seed, extra_body=extra)
         return reply.content
 
     async def _complete(self, r: Request, decoding: Decoding) -> Completion:

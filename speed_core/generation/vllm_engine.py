@@ -31,7 +31,7 @@ KEPT_MEMORY = {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": str(2**34)}
 
 @dataclass(frozen=True)
 class LoadWeights:
-    """To the child: read these weights. The first message starts the engine; the answer is `Ready`."""
+    """To the child: read these weights. The first message starts the engine; the answer is None."""
 
     folder: str
     dtype: str
@@ -52,11 +52,6 @@ class Rest:
     """To the child: end yourself when no message comes for so many seconds."""
 
     seconds: float
-
-
-@dataclass(frozen=True)
-class Ready:
-    """From the child: the weights are there."""
 
 
 class WorkerDied(Exception):
@@ -84,7 +79,7 @@ class Worker:
             self._pipe.send(message)
 
     def receive(self) -> Any:
-        """Its next message, a `Ready` or a `Completion`. Raises WorkerDied."""
+        """Its next message: a `Completion`, or None once it has read weights. Raises WorkerDied."""
         try:
             return self._pipe.recv()
         except (EOFError, OSError):

@@ -15,18 +15,14 @@ from multiprocessing.connection import Connection
 from typing import Any
 
 from speed_core import machine
-from speed_core.files import UserError
 from speed_core.generation.engines import Completion
-from speed_core.generation.vllm_engine import Job, LoadWeights, Ready, Rest
+from speed_core.generation.vllm_engine import Job, LoadWeights, Rest
 
 
 def cpu_requests() -> int:
     """How many texts are written at a time on a CPU. Each step reads all weights, so 128 are faster than 64; they also take more
-    memory (6.7 GB of this process at `tiny`). $SPEED_CPU_REQUESTS sets another number."""
-    given = os.environ.get("SPEED_CPU_REQUESTS", "")
-    if given and not (given.isdecimal() and int(given)):
-        raise UserError(f"SPEED_CPU_REQUESTS {given!r}: not a number of texts; write a whole one from 1 on, or unset it")
-    return int(given or (128 if machine.memory_gb() >= 12 else 64))
+    memory (6.7 GB of this process at `tiny`)."""
+    return 128 if machine.memory_gb() >= 12 else 64
 
 
 def cache_gigabytes(config: Any, max_length: int, requests: int, dtype: str = "bfloat16") -> int:
@@ -146,7 +142,7 @@ def main() -> None:
             engine.collective_rpc("reload_weights", kwargs={"weights_path": message.folder})
             if not engine.reset_prefix_cache():  # keys and values of the weights before
                 raise RuntimeError("the prefix cache could not be emptied")
-        pipe.send(Ready())
+        pipe.send(None)
 
 
 if __name__ == "__main__":

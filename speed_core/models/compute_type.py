@@ -41,9 +41,9 @@ def choose(asked: str = "auto", *, training: bool = False, folder: str = "") -> 
     if asked not in TYPES:
         raise UserError(f"dtype {asked!r}: unknown; use one of {', '.join(TYPES)}")
     cuda = machine.device().type == "cuda"
-    native = cuda and _native_bfloat16()
+    gpu, native = _gpu() if cuda else ("", False)
     if asked == "bfloat16" and cuda and not native:
-        raise UserError(f"dtype 'bfloat16': {_gpu_name()} does not compute in it; use float16, float32 or auto")
+        raise UserError(f"dtype 'bfloat16': {gpu} does not compute in it; use float16, float32 or auto")
     if asked == "float16" and training and not cuda:
         raise UserError("dtype 'float16': training in it needs an NVIDIA GPU; use float32, bfloat16 or auto")
     if asked != "auto":
@@ -77,16 +77,11 @@ def facts(name: str) -> dict[str, str]:
     return {"compute_type": name, "instructions": "AMX" if amx else machine.instructions()}
 
 
-def _native_bfloat16() -> bool:
+def _gpu() -> tuple[str, bool]:
+    """(name of the GPU, whether it computes in bfloat16)."""
     import torch
 
-    return torch.cuda.get_device_capability()[0] >= 8
-
-
-def _gpu_name() -> str:
-    import torch
-
-    return torch.cuda.get_device_name()
+    return torch.cuda.get_device_name(), torch.cuda.get_device_capability()[0] >= 8
 
 
 def _for_processor() -> tuple[str, str]:

@@ -63,9 +63,8 @@ class Architecture:
         gated = any("gate" in name for name, _, _ in self.linear)
         norms, mlp = self.norms * h * (4 if self.rms else e), e * i * (3 if gated else 1)
         out = norms + e * (2 * self.query + 2 * key + padded * length) + mlp
-        if lora is None or (
-            e == 4 and not lora.dropout
-        ):  # layers with one input keep it once; attention's output is kept already
+        # Layers with one input keep it once; attention's output is kept already.
+        if lora is None or (e == 4 and not lora.dropout):
             return out + e * (h * (1 + gated) + i)
         return out + sum(w * (e + noise * (lora.dropout > 0)) + e * lora.rank for _, w, _ in self.adapted(lora))
 

@@ -131,9 +131,8 @@ def _run(count: int, config: Path, job: Path) -> int:
 
 def _why(folder: Path, count: int, code: int) -> str:
     """One line from what the processes left: the message for the user, else the last line of an error and where the rest is."""
-    errors = [
-        json.loads(p.read_text(encoding="utf-8")) for p in sorted(folder.glob("error-*.json"), key=lambda p: p.stat().st_mtime)
-    ]
+    written = sorted(folder.glob("error-*.json"), key=lambda p: p.stat().st_mtime)
+    errors = [json.loads(p.read_text(encoding="utf-8")) for p in written]
     for error in errors:
         if error["for_user"]:
             return str(error["message"])

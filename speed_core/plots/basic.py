@@ -26,18 +26,10 @@ LINES = ("-", "--", ":", "-.", (0, (1, 1)))
 HATCHES = ("", "//", "..")
 WIDTH, SMALL = 7.0, 9  # inches of a page; points of the smallest text
 STYLE: Any = {
-    "figure.dpi": 110,
-    "figure.titlesize": 11,
-    "font.size": 10,
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "axes.titlesize": 10,
-    "axes.titlelocation": "left",
-    "legend.fontsize": SMALL,
-    "legend.frameon": False,
-    "svg.hashsalt": "speed-step-by-step",
-    "svg.fonttype": "none",
-}
+    "figure.dpi": 110, "figure.titlesize": 11, "font.size": 10, "legend.fontsize": SMALL, "legend.frameon": False,
+    "axes.spines.top": False, "axes.spines.right": False, "axes.titlesize": 10, "axes.titlelocation": "left",
+    "svg.hashsalt": "speed-step-by-step", "svg.fonttype": "none",
+}  # fmt: skip
 NAMED: Any = {  # a name beside its mark, `xytext` points away
     "textcoords": "offset points", "va": "center", "fontsize": SMALL, "bbox": {"fc": "white", "ec": "none", "pad": 0.5},
 }  # fmt: skip

@@ -33,21 +33,22 @@ from speed_core.plots.basic import (
     plain_numbers,
     row_axis,
 )  # fmt: skip
-from speed_core.plots.provenance import save, show
+from speed_core.plots.provenance import save
 from speed_core.store.artifacts import Artifact
 from speed_core.store.run_context import Run
 from speed_core.study import paper_values
-from speed_core.study.claims import EQUIVALENCE_MARGIN, EXPECTED, Verdict
+from speed_core.study.claims import SHARES
+from speed_core.study.verdicts import EQUIVALENCE_MARGIN, EXPECTED, Verdict
 
-COLOURS = {
-    Verdict.REPRODUCED: THIRD,
-    Verdict.SMALLER: THIRD,
-    Verdict.EQUIVALENT: SECOND,
-    Verdict.UNRESOLVED: GREY,
-    Verdict.INACTIVE: GREY,
-    Verdict.CONTRADICTED: WARNING,
-    Verdict.IMPOSSIBLE: "#CCCCCC",
-    Verdict.UNTESTED: "#CCCCCC",
+LOOKS = {  # of a verdict: colour, marker, and how the heading says it
+    Verdict.REPRODUCED: (THIRD, "o", "reproduces"),
+    Verdict.SMALLER: (THIRD, "o", "finds the same direction at a smaller scale for"),
+    Verdict.EQUIVALENT: (SECOND, "D", "finds no difference for"),
+    Verdict.UNRESOLVED: (GREY, "s", ""),
+    Verdict.INACTIVE: (GREY, "x", ""),
+    Verdict.CONTRADICTED: (WARNING, "X", "contradicts"),
+    Verdict.IMPOSSIBLE: ("#CCCCCC", "", ""),
+    Verdict.UNTESTED: ("#CCCCCC", "", ""),
 }
 
 
@@ -113,31 +114,6 @@ def mask_matrix(run: Run, name: str, view: Any, inputs: Sequence[Artifact], titl
     save(run, name, figure, rows, inputs)
 
 
-def mask_before_and_after(similarity: Any, removed: Any, topics: Sequence[str]) -> None:
-    """Show a small batch twice, as the guide sees it and as the mask leaves it; nothing is written.
-
-    `similarity` and `removed` (B, B): query i against positive j, the guide's cosine and whether j is taken out; `topics` (B,) name
-    the pairs.
-    """
-    similarity, removed = np.asarray(similarity), np.asarray(removed, bool)
-    figure, axes = canvas(3.3, 2)
-    for ax, gone, title in zip(axes, (np.zeros_like(removed), removed), ("before the mask", "after the mask"), strict=True):
-        ax.imshow(np.where(gone, np.nan, similarity), cmap="Blues", vmin=-0.2, vmax=1.2, aspect="auto")
-        for i, j in np.ndindex(*similarity.shape):
-            said = "x" if gone[i, j] else f"{similarity[i, j]:.2f}"
-            ink = WARNING if gone[i, j] else "white" if similarity[i, j] > 0.6 else "black"
-            style = {"weight": "bold"} if gone[i, j] or i == j else {}
-            ax.text(j, i, said, ha="center", va="center", fontsize=9, color=ink, **style)
-        labels = [f"{k} {topic}" for k, topic in enumerate(topics)]
-        ax.set_xticks(range(len(labels)), labels, rotation=30, ha="right", fontsize=SMALL)
-        ax.set_yticks(range(len(labels)), labels if ax is axes[0] else [], fontsize=SMALL)
-        ax.set(title=title, xlabel="positive", ylabel="query" if ax is axes[0] else "")
-        ax.spines[:].set_visible(False)
-        ax.tick_params(length=0)
-    where = ", ".join(f"query {i} and positive {j}" for i, j in zip(*np.nonzero(removed), strict=True))
-    show(figure, f"A batch of {len(topics)} pairs before and after the mask; removed: {where or 'nothing'}.")
-
-
 def packed_mask(run: Run, name: str, batch: Mapping[str, Any], inputs: Sequence[Artifact], title: str) -> None:
     """Who may look at whom in the first row of a packed DPO batch (`prompt_sharing.collate`), and the position of each token."""
     from matplotlib.colors import ListedColormap
@@ -180,9 +156,8 @@ def mask_quality(run: Run, name: str, rows: Sequence[Mapping[str, Any]], inputs:
     point is margin 0; the dashed line is the precision of removing at random.
     """
     panels, guides = (distinct([r[k] for r in rows]) for k in ("labels", "guide"))
-    times = [
-        r["precision"] / r["base_rate"] for r in rows if r["guide"] == guides[0] and r["margin"] == 0 and r.get("removed", 1)
-    ]
+    zero = [r for r in rows if r["guide"] == guides[0] and r["margin"] == 0 and r.get("removed", 1)]
+    times = [r["precision"] / r["base_rate"] for r in zero]
     said = f"At margin 0 {guides[0]} removes with {' and '.join(f'{t:.1f}' for t in times)} times the precision of chance."
     figure, axes = canvas(3.4, len(panels), title=f"{said}\n{title}" if times else title)
     for ax, panel in zip(np.atleast_1d(axes), panels, strict=True):
@@ -316,14 +291,10 @@ def sweeps(run: Run, name: str, rows: Sequence[Mapping[str, Any]], inputs: Seque
 
 def cost(run: Run, name: str, per_record: Mapping[str, tuple[float, float]], inputs: Sequence[Artifact]) -> None:
     """Table 5 for each training record: {who: (teacher calls, teacher tokens)} on logarithmic axes, the paper's in black and white."""
-    ours, paper = (
-        next((v for w, v in per_record.items() if w.startswith("paper") is printed), (0, 0)) for printed in (False, True)
-    )
-    times = [
-        f"{mine / its:.2g} times the {unit}"
-        for mine, its, unit in zip(ours, paper, ("calls", "tokens"), strict=True)
-        if mine and its
-    ]
+    of_paper = {w: w.startswith("paper") for w in per_record}
+    ours, paper = (next((v for w, v in per_record.items() if of_paper[w] is printed), (0, 0)) for printed in (False, True))
+    each = zip(ours, paper, ("calls", "tokens"), strict=True)
+    times = [f"{mine / its:.2g} times the {unit}" for mine, its, unit in each if mine and its]
     title = f"A record of ours takes {' and '.join(times)} of SPEED's" if times else "What a record takes of the teacher"
     figure, axes = canvas(0.9 + 0.42 * len(per_record), 2, title=title)
     who = list(per_record)
@@ -344,31 +315,20 @@ def cost(run: Run, name: str, per_record: Mapping[str, tuple[float, float]], inp
 
 
 QUESTIONS = {"S": "SPEED: who writes the data", "E": "E5-mistral: how the model is trained", "G": "GISTEmbed: the guide"}
-MARKERS = {
-    Verdict.REPRODUCED: "o", Verdict.SMALLER: "o", Verdict.EQUIVALENT: "D", Verdict.CONTRADICTED: "X", Verdict.UNRESOLVED: "s",
-    Verdict.INACTIVE: "x",
-}  # fmt: skip
-NO_DIFFERENCE = ("S3", "S22")  # their numbers are shares of calls and of records
 IN_HUNDREDTHS = {"G6": 100}  # the number of this claim is a share, the others' are points
-
-
-DECIDED = {
-    Verdict.REPRODUCED: "reproduces", Verdict.SMALLER: "finds the same direction at a smaller scale for",
-    Verdict.EQUIVALENT: "finds no difference for", Verdict.CONTRADICTED: "contradicts",
-}  # fmt: skip
 
 
 def _heading(rows: Sequence[Mapping[str, Any]]) -> str:
     """The claims on which a verdict says something, and how many are left."""
-    found = {v: [r["id"] for r in rows if r["verdict"] == v] for v in DECIDED}
-    said = [f"{DECIDED[v]} {len(ids)} ({', '.join(ids)})" for v, ids in found.items() if ids]
+    found = {words: [r["id"] for r in rows if r["verdict"] == v] for v, (_, _, words) in LOOKS.items() if words}
+    said = [f"{words} {len(ids)} ({', '.join(ids)})" for words, ids in found.items() if ids]
     return f"Of {len(rows)} claims this run {', '.join([*said, f'leaves {len(rows) - sum(map(len, found.values()))} open'])}"
 
 
 def claim_map(run: Run, name: str, rows: Sequence[Mapping[str, Any]], inputs: Sequence[Artifact]) -> None:
     """Forest plot of all claims with an effect: the estimate with its interval, the paper's effect as a diamond where it prints one, a
     band for what is too small to matter, the verdict in words, colour and shape. The claims without one stand in the last line."""
-    bare = [r for r in rows if r["effect"] == "" and (r["low"] == "" or r["id"] in NO_DIFFERENCE)]
+    bare = [r for r in rows if r["effect"] == "" and (r["low"] == "" or r["id"] in SHARES)]
     lines: list[tuple[str, Mapping[str, Any] | None]] = []
     for letter, question in QUESTIONS.items():
         lines.append((question, None))
@@ -385,16 +345,15 @@ def claim_map(run: Run, name: str, rows: Sequence[Mapping[str, Any]], inputs: Se
         if r is None:
             continue
         found = Verdict(r["verdict"])
-        ink = "#555555" if COLOURS[found] in (GREY, "#CCCCCC") else COLOURS[found]
+        colour, marker, _ = LOOKS[found]
+        ink = "#555555" if colour in (GREY, "#CCCCCC") else colour
         ax.text(1.02, i, found, ha="left", color=ink, **side)
         if r["effect"] != "":
             ax.plot(r["effect"], i, "D", markersize=7, markerfacecolor="none", markeredgecolor=PAPER, zorder=4)
-        if r["low"] != "" and r["id"] not in NO_DIFFERENCE:
+        if r["low"] != "" and r["id"] not in SHARES:
             value, low, high = (IN_HUNDREDTHS.get(r["id"], 1) * float(r[k]) for k in ("ours", "low", "high"))
-            ax.plot([low, high], [i, i], color=COLOURS[found], linewidth=1.8, zorder=2)
-            ax.plot(
-                value, i, MARKERS[found], color=COLOURS[found], markersize=7 if found is Verdict.CONTRADICTED else 5, zorder=3
-            )
+            ax.plot([low, high], [i, i], color=colour, linewidth=1.8, zorder=2)
+            ax.plot(value, i, marker, color=colour, markersize=7 if found is Verdict.CONTRADICTED else 5, zorder=3)
     ax.text(
         0, 0.5, "too small to matter", ha="center", va="center", fontsize=SMALL, bbox={"fc": "#EEEEEE", "ec": "none", "pad": 1}
     )

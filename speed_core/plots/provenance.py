@@ -52,6 +52,9 @@ def save(
     now = Now(run.store.roots)
     keys = {now.key(a): a for a in inputs}
     upstream = {k: d for key in keys for k, d in now.upstream(key)}
+    manifests = [
+        found[0] for key in (*keys, *upstream) if (found := now.read(key))
+    ]  # data sets of an endpoint have no compute type
     new = {
         "figure": name,
         "profile": run.profile.name,
@@ -63,7 +66,7 @@ def save(
         "data_sha256": file_digest(data),
         "svg_sha256": file_digest(svg),
         "device": device_name(),
-        "compute_types": sorted({t for key in keys for t in now.compute_types(key)}),
+        "compute_types": sorted({m["compute_type"] for m in manifests if "compute_type" in m}),
         "code": code_digest(),
         "files": {f.resolve().relative_to(ROOT).as_posix(): file_digest(f) for f in files},
     }
@@ -128,7 +131,7 @@ class Now:
     def read(self, name: str) -> tuple[dict[str, Any], str] | None:
         """(manifest, digest) of an artifact, or None where the run does not have it."""
         if name not in self._known:
-            point, own = self._point(name)
+            point, _, own = name.rpartition("/")  # "variants/POINT" or ""
             roots = [self.roots[-1].parent / point / "artifacts"] if point and self.roots else self.roots
             path = next((r / own for r in roots if (r / own / MANIFEST).is_file()), None)
             self._known[name] = None if path is None else self._read(name, path)
@@ -141,12 +144,6 @@ class Now:
         key = f"variants/{root.parent.name}/{artifact.name}" if point else artifact.name
         self._known[key] = (artifact.manifest, artifact.digest)
         return key
-
-    @staticmethod
-    def _point(key: str) -> tuple[str, str]:
-        """("variants/POINT" or "", name) of a key."""
-        point, _, name = key.rpartition("/")
-        return point, name
 
     def _read(self, key: str, path: Path) -> tuple[dict[str, Any], str]:
         manifest = read_manifest((path / MANIFEST).read_bytes(), f"artifact {path.name!r}")
@@ -161,7 +158,7 @@ class Now:
 
     def parents(self, name: str) -> Iterator[tuple[str, str, str]]:
         """(parent, its digest when `name` was made from it, its digest now)."""
-        found, (point, _) = self.read(name), self._point(name)
+        found, point = self.read(name), name.rpartition("/")[0]
         for parent, then in (found[0]["parents"] if found else {}).items():
             own = f"{point}/{parent}"
             key = own if point and self.read(own) else parent  # what a point does not have it took from its base
@@ -180,12 +177,6 @@ class Now:
         if found and "seed" in found[0]["parameters"]:
             return {found[0]["parameters"]["seed"]}
         return {s for parent, _, _ in self.parents(name) for s in self.seeds(parent)}
-
-    def compute_types(self, name: str) -> set[str]:
-        """The compute type of an artifact and of everything that it was made from; data sets of an endpoint have none."""
-        found = self.read(name)
-        own = {found[0]["compute_type"]} if found and "compute_type" in found[0] else set()
-        return own.union(*(self.compute_types(parent) for parent, _, _ in self.parents(name)))
 
     def cause(self, name: str, then: Mapping[str, str]) -> list[str]:
         """Names from the first artifact upstream that has another digest than `then` down to the parent of `name`."""
@@ -294,8 +285,3 @@ def _stale(said: Mapping[str, Any], now: Now) -> str:
         return ""
     first, *others = moved
     return moved[first] + (f"; also {', '.join(others)}" if others else "")
-
-
-def check(folder: Path, runs: Path | None = None, deep: bool = False) -> list[str]:
-    """Problems of the figures in a folder; see `inspect`. Without `runs` the inputs are not looked at."""
-    return inspect(folder, runs, deep)[0]

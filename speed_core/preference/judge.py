@@ -149,27 +149,26 @@ class LlmJudge:
     Every answer is in `log`: a second run pays for nothing that was answered.
     """
 
-    def __init__(self, teacher: Any, log: Path, temperature: float = 0.0, twice: bool = True):
-        self.teacher, self.log, self.temperature, self.twice = teacher, log, temperature, twice
+    def __init__(self, teacher: Any, log: Path, temperature: float = 0.0):
+        self.teacher, self.log, self.temperature = teacher, log, temperature
         self.label = f"llm judge ({teacher.label})"
         self._answers: dict[str, dict[str, Any]] = {}  # of one question, by its text
         counted = ("judged", "unanswered", "unreadable", "agree", "contradict", "first_place_best")
         self.audit: dict[str, float] = dict.fromkeys(counted, 0) | {"first_place_expected": 0.0}
 
     def questions(self, items: Sequence[tuple[Prompt, Sequence[str]]]) -> list[Prompt]:
-        """What is asked about prompts and their candidates: each once in either order (`twice`), else once."""
+        """What is asked about prompts and their candidates: each once in either order."""
         return [
             dataclasses.replace(prompt, id=f"{prompt.id}/judge{k}", text=prompts.judge(prompt.text, order))
             for prompt, candidates in items
-            for k, order in enumerate([list(candidates), list(reversed(candidates))][: 1 + self.twice])
+            for k, order in enumerate([list(candidates), list(reversed(candidates))])
         ]
 
     def ask(self, items: Sequence[tuple[Prompt, Sequence[str]]]) -> str:
         """Ask about many prompts at once, every answer logged as it comes; returns why some are missing, or nothing."""
         questions = self.questions(items)
-        entries = asking.ask(
-            self.teacher, questions, purpose="judge", log=self.log, parse=parse_verdict, temperature=self.temperature
-        )
+        how: dict[str, Any] = {"purpose": "judge", "log": self.log, "parse": parse_verdict, "temperature": self.temperature}
+        entries = asking.ask(self.teacher, questions, **how)
         self._answers |= {q.text: e for q, e in zip(questions, entries, strict=True)}
         return asking.unanswered(entries)
 
@@ -196,16 +195,15 @@ class LlmJudge:
         # Over both orders each candidate stands first as often as last, so a fair judge names place 0 in 1 of n.
         audit["first_place_best"] += sum(c is not None and c[0] == 0 for c in choices)
         audit["first_place_expected"] += sum(c is not None for c in choices) / n
-        first, again = choices[0], choices[-1]
+        first, again = choices
         if first is None or again is None:
             audit["unreadable"] += 1
             return self._undecided(n, "the judge's answer could not be read")
         best, worst, reason = first
-        if self.twice:
-            same = (n - 1 - again[0], n - 1 - again[1]) == (best, worst)
-            audit["agree" if same else "contradict"] += 1
-            if not same:
-                return self._undecided(n, "the judge contradicts itself when the order is reversed")
+        same = (n - 1 - again[0], n - 1 - again[1]) == (best, worst)
+        audit["agree" if same else "contradict"] += 1
+        if not same:
+            return self._undecided(n, "the judge contradicts itself when the order is reversed")
         return Judgement(best, worst, tuple(1.0 if i == best else -1.0 if i == worst else 0.0 for i in range(n)), reason)
 
     @staticmethod

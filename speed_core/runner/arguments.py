@@ -60,7 +60,6 @@ def yaml_values(text: str, option: str) -> dict[str, Any]:
         found = None
     if isinstance(found, dict):
         return _finite(found, option)
-
     try:
         found = yaml.load(text, _Loader)
     except Exception as error:  # yaml's constructors raise many types

@@ -71,6 +71,5 @@ def table(reports: Sequence[Report], wanted: Sequence[str], figures: Path) -> No
     t.add_row("all", "", f"{sum(r.seconds for r in reports) / 60:.1f} min", "")
     console = Console(width=110)
     console.print(t)
-    console.print(
-        f"figures in {os.path.relpath(figures)}: " + ", ".join(sorted(p.name for p in figures.glob("*.svg"))), soft_wrap=True
-    )
+    drawn = ", ".join(sorted(p.name for p in figures.glob("*.svg")))
+    console.print(f"figures in {os.path.relpath(figures)}: {drawn}", soft_wrap=True)

@@ -227,8 +227,7 @@ def execute(
         return Report(source.stem, Status.FAILED, seconds, problem, bad_input)
     done = nbformat.read(work, as_version=4)
     done.cells = [c for c in done.cells if "sentinel" not in c.metadata.get("tags", [])]
-    _without_widgets(done)
-    _folded(done)
+    _tidy(done)
     _relinked(done, source.parent.resolve(), target.parent.resolve())
     done.metadata["speed_check"] = digest(done.cells)
     try:
@@ -284,11 +283,13 @@ def _cells_may_raise() -> Iterator[None]:
         module.raise_for_execution_errors = own
 
 
-def _without_widgets(nb: Any) -> None:
-    """Take out the libraries' progress bars: in a kernel they are widgets, which an exported page would wait for."""
-    for cell in nb.cells:
-        if cell.cell_type == "code":
-            cell.outputs = [o for o in cell.outputs if "application/vnd.jupyter.widget-view+json" not in o.get("data", {})]
+def _tidy(nb: Any) -> None:
+    """Take out the libraries' progress bars, which are widgets in a kernel: an exported page would wait for them. Fold the progress of
+    cells that make many things, so that their results stay in sight."""
+    for cell in (c for c in nb.cells if c.cell_type == "code"):
+        cell.outputs = [o for o in cell.outputs if "application/vnd.jupyter.widget-view+json" not in o.get("data", {})]
+        for output in (o for o in cell.outputs if o.output_type == "stream"):
+            output["text"] = fold(output["text"])
     nb.metadata.pop("widgets", None)
 
 
@@ -317,12 +318,6 @@ def fold(text: str) -> str:
             lines = [*lines[:4], f"    ({len(lines) - 8} more lines of progress)\n", *lines[-4:]]
         out += lines
     return "".join(out)
-
-
-def _folded(nb: Any) -> None:
-    """Fold the progress of cells that make many things, so that their results stay in sight."""
-    for output in (o for c in nb.cells if c.cell_type == "code" for o in c.outputs if o.output_type == "stream"):
-        output["text"] = fold(output["text"])
 
 
 def _keep(work: Path, target: Path) -> None:

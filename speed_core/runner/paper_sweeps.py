@@ -1,7 +1,7 @@
 """The sweeps of SPEED's Fig. 3 and Table 3: reruns of the same notebooks with one value changed, and what they say.
 
 Each point is a run of its own over the profile's run (`sweep`): it makes again only what its value decides. The score of a
-point is that of the embedding models trained on the data set that the value decides (`arm`, see `embedding_stages.ARMS`).
+point is that of the embedding models trained on the data set that the value decides (`arm`, see `ablation_stages.ARMS`).
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from speed_core.runner import replicates
 from speed_core.runner.sweep import Point, folder_name, run_points
 from speed_core.store.artifacts import Artifact
 from speed_core.store.run_context import Run
-from speed_core.study import embedding_stages, paper_values, planning, stage
+from speed_core.study import ablation_stages, embedding_stages, paper_values, planning, score_stages, stage
 from speed_core.study.paper_values import SWEPT
 from speed_core.study.runs import open_run
 
@@ -37,7 +37,6 @@ class Sweep:
     parameter: str
     arm: str
     notebooks: tuple[str, ...]
-    paper: str
     values: tuple[Any, ...] = ()
     shares: tuple[float, ...] = ()
     kind: Literal["hump", "fall", "flat"] = "hump"
@@ -56,67 +55,34 @@ class Sweep:
         return sorted({type(own)(round(v) if isinstance(own, int) else v) for v in (*found, own)})
 
 
+BRAINSTORMED = ("01", "02", "10")  # notebooks: of more than three tasks the brainstorm prompts ask for more
 SWEEPS = (
-    Sweep("3a", "S12", "temperature", "generation.temperature", "jr", ("10",), SWEPT["temperature"], (0.3, 0.7, 1.0, 1.3)),
+    Sweep("3a", "S12", "temperature", "generation.temperature", "jr", ("10",), (0.3, 0.7, 1.0, 1.3)),
+    Sweep("3b", "S13", "seed examples", "junior.examples", "jr", ("03", "10"), shares=(0.125, 0.25, 0.5, 1)),
+    Sweep("3c", "S14", "beta of DPO", "senior.beta", "sr", ("04", "10"), (0.02, 0.1, 0.5)),
+    Sweep("3d", "S15", "preference pairs", "senior.examples", "sr", ("04", "10"), shares=(0.25, 0.5, 1)),
+    Sweep("3e", "S16", "revisions", "revisor.examples", "jr_re", ("05", "10"), shares=(0.25, 0.5, 1)),
     Sweep(
-        "3b", "S13", "seed examples", "junior.examples", "jr", ("03", "10"), SWEPT["seed examples"], shares=(0.125, 0.25, 0.5, 1)
-    ),
-    Sweep("3c", "S14", "beta of DPO", "senior.beta", "sr", ("04", "10"), SWEPT["beta of DPO"], (0.02, 0.1, 0.5)),
-    Sweep(
-        "3d", "S15", "preference pairs", "senior.examples", "sr", ("04", "10"), SWEPT["preference pairs"], shares=(0.25, 0.5, 1)
-    ),
-    Sweep("3e", "S16", "revisions", "revisor.examples", "jr_re", ("05", "10"), SWEPT["revisions"], shares=(0.25, 0.5, 1)),
-    Sweep(
-        "T3",
-        "S9",
-        "tasks per topic",
-        "topics.tasks_per_topic",
-        "jr",
-        ("01", "02", "10"),  # of more than three tasks the brainstorm prompts ask for more
-        SWEPT["tasks per topic"],
-        (1, 3, 5),
-        kind="fall",
-        printed=paper_values.TASKS_PER_TOPIC,
+        "T3", "S9", "tasks per topic", "topics.tasks_per_topic", "jr", BRAINSTORMED, (1, 3, 5),
+        kind="fall", printed=paper_values.TASKS_PER_TOPIC,
     ),
     Sweep(
-        "T3",
-        "S10",
-        "topics truncated",
-        "topics.truncate",
-        "jr",
-        ("01", "02", "10"),
-        SWEPT["topics truncated"],
-        kind="fall",
-        printed=((False, paper_values.TOPICS_NOT_TRUNCATED),),
+        "T3", "S10", "topics truncated", "topics.truncate", "jr", BRAINSTORMED,
+        kind="fall", printed=((False, paper_values.TOPICS_NOT_TRUNCATED),),
         note="13 of the 60 data topics are deeper than four levels; the junior learned from truncated ones at both values",
     ),
-    # Table 4. The packages carry one base model, so the weaker one is that model without its last layers.
+    # Table 4 (Qwen-2.5-7B, LLaMA-2-7B, Gemma-7B against LLaMA-3-8B). The packages carry one base model, so the weaker one is that model
+    # without its last layers.
     Sweep(
-        "T4",
-        "S11",
-        "base model",
-        "models.generator",
-        "jr",
-        ("03", "10"),
-        SWEPT["base model"],  # Qwen-2.5-7B, LLaMA-2-7B, Gemma-7B against LLaMA-3-8B
-        ("{own}[:12]",),
-        kind="flat",
-        printed=tuple(("{own}[:12]", points) for points in paper_values.OTHER_BASE_MODELS),
+        "T4", "S11", "base model", "models.generator", "jr", ("03", "10"), ("{own}[:12]",),
+        kind="flat", printed=tuple(("{own}[:12]", points) for points in paper_values.OTHER_BASE_MODELS),
     ),
-    Sweep("E4", "E4", "LoRA rank", "embedding.lora.rank", "sr_re", ("10",), SWEPT["LoRA rank"], (4, 16, 64), kind="flat"),
+    Sweep("E4", "E4", "LoRA rank", "embedding.lora.rank", "sr_re", ("10",), (4, 16, 64), kind="flat"),
     Sweep(
-        "E4",
-        "E4",
-        "pooling",
-        "embedding.pooling",
-        "sr_re",
-        ("10",),
-        SWEPT["pooling"],
-        ("mean",),
-        kind="flat",
-        printed=(("mean", paper_values.MEAN_POOLING),),
+        "E4", "E4", "pooling", "embedding.pooling", "sr_re", ("10",), ("mean",),
+        kind="flat", printed=(("mean", paper_values.MEAN_POOLING),),
     ),
-)
+)  # fmt: skip
 
 
 def named(keys: Sequence[str]) -> list[Sweep]:
@@ -174,7 +140,7 @@ def collect(run: Run, sweep: Sweep) -> tuple[dict[Any, list[dict[str, Any]]], li
                 continue
             if planning.stale(at, [f"scores-{sweep.arm}-{s}" for s in embedding_stages.training_seeds(at)]):
                 continue
-        scores = embedding_stages.scored(at, sweep.arm)[:count]
+        scores = score_stages.scored(at, sweep.arm)[:count]
         if len(scores) == count:
             found[value] = [a.json("scores.json") for a in scores]
             inputs += scores
@@ -190,7 +156,7 @@ def rows(run: Run, sweep: Sweep, found: Mapping[Any, Sequence[Any]]) -> list[dic
         e = uncertainty.difference(results, found[own])
         shown = [points for v, points in printed if v == value]
         out.append(
-            {"panel": f"{sweep.key}: {sweep.label}", "x": named_value(value), "own": value == own, "paper": sweep.paper}
+            {"panel": f"{sweep.key}: {sweep.label}", "x": named_value(value), "own": value == own, "paper": SWEPT[sweep.label]}
             | {"paper_value": shown[0] if len(shown) == 1 else shown or ""}
             | {"records": records(run, sweep, value)}
             | e.row("")
@@ -204,7 +170,7 @@ def compare(run: Run) -> tuple[list[dict[str, Any]], list[Artifact], dict[Sweep,
     panels: list[dict[str, Any]] = []
     inputs: list[Artifact] = []
     found = {}
-    for sweep in SWEEPS if embedding_stages.compares_all(run) else ():
+    for sweep in SWEEPS if ablation_stages.compares_all(run) else ():
         points, used = collect(run, sweep)
         if len(points) > 1:
             panels += rows(run, sweep, points)
@@ -224,11 +190,8 @@ def estimate(sweep: Sweep, found: Mapping[Any, Sequence[Any]], run: Run | None =
     level, chosen = 0.95, ""
     if sweep.kind == "hump":
         e, best, end, level = _inside(found)
-        high, low, chosen = (
-            [best],
-            [end],
-            f", the closer end{f' ({level:.1%}, as {best:g} was chosen)' * (level > 0.95)}",
-        )
+        high, low = [best], [end]
+        chosen = f", the closer end{f' ({level:.1%}, as {best:g} was chosen)' * (level > 0.95)}"
     else:
         high, low = (values[:1], values[1:]) if sweep.kind == "fall" else (values[-1:], values[:1])
         e = _minus(found, high, low)
@@ -299,17 +262,13 @@ class _Used(Artifact):
         return self.key
 
 
-def write(run: Run, facts: Mapping[str, Any], given: Sequence[Artifact], name: str = "study") -> Artifact:
+def keep(run: Run, facts: Mapping[str, Any], given: Sequence[Artifact], name: str = "study") -> Artifact | None:
     """Artifact `study` (or `name`): the estimates of the sweeps, made from the scores of all their points (`given`, of `collect`), so
-    that what rests on it is stale when one of them moves."""
+    that what rests on it is stale when one of them moves. A run without estimates replaces those that it made before, begins none."""
+    if not facts and (run.point or not run.store.made(name)):
+        return None
     now = provenance.Now([run.store.root])
     return stage.note(run, name, facts, [_Used(a.path, a.manifest, a.shipped, now.key(a)) for a in given])
-
-
-def keep(run: Run, facts: Mapping[str, Any], given: Sequence[Artifact], name: str = "study") -> None:
-    """`write` where there is something to write: a run without estimates replaces those that it made before and begins none."""
-    if facts or (not run.point and run.store.made(name)):
-        write(run, facts, given, name)
 
 
 def _away(e: Mapping[str, Any]) -> tuple[float, float]:

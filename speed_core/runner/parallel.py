@@ -53,10 +53,8 @@ def make(run: Run, notebook: str) -> int:
     bar = console.progress(total, f"notebook {notebook}", "stage")
     try:
         with parallel_config("loky", n_jobs=count, inner_max_num_threads=max(1, _cores() // count)):
-            jobs = [
-                delayed(_make)(chain, parent=os.getpid(), log=logs / f"{notebook}-{k}.log", **told)
-                for k, chain in enumerate(work)
-            ]
+            named = ((chain, logs / f"{notebook}-{k}.log") for k, chain in enumerate(work))
+            jobs = [delayed(_make)(chain, parent=os.getpid(), log=log, **told) for chain, log in named]
             for made in Parallel(return_as="generator_unordered", pre_dispatch=count, batch_size=1)(jobs):
                 bar.update(made)
     except process_executor.TerminatedWorkerError:

@@ -26,7 +26,7 @@ from speed_core.files import ASSETS, NAME, TarInput, UserError, disk_errors, fil
 from speed_core.profile import dotted
 from speed_core.store.artifacts import MANIFEST, notebook_number
 from speed_core.store.run_context import Run
-from speed_core.study import generation_stages  # noqa: F401 - it declares the stages
+from speed_core.study import synthesis_stages  # noqa: F401 - it declares the stages of notebooks 01 to 06
 from speed_core.study.stage import rebuilt, trained_generators
 
 CONTENTS = "replay.json"
@@ -48,14 +48,13 @@ def export_logs(run: Run, target: Path) -> str:
     for name in trained_generators():
         if trained := run.store.made(name):
             contents |= {f"artifacts/{name}/{f}": trained.file(f).read_bytes() for f in ("training.json", MANIFEST)}
-    manifest = {
-        "profile": run.profile.name,
-        "values": dotted(run.profile),
-        "artifacts": made,
-        "figures": figures(run),
-        "files": {name: hashlib.sha256(data).hexdigest() for name, data in contents.items()},
-    }
-    return pack(manifest, contents, target)
+    return pack_run(run, contents, target, artifacts=made, figures=figures(run))
+
+
+def pack_run(run: Run, contents: Mapping[str, bytes], target: Path, **more: Any) -> str:
+    """Write files of a run as an archive, with its profile and `more` in the manifest; returns its SHA-256."""
+    files = {name: hashlib.sha256(data).hexdigest() for name, data in contents.items()}
+    return pack({"profile": run.profile.name, "values": dotted(run.profile), **more, "files": files}, contents, target)
 
 
 def _packed(raw: IO[bytes], target: Path) -> Any:
@@ -85,7 +84,7 @@ def pack(manifest: dict[str, Any], contents: Mapping[str, bytes], target: Path) 
     return file_digest(target)
 
 
-def _members(source: Path) -> Iterator[tuple[str, IO[bytes]]]:
+def members(source: Path) -> Iterator[tuple[str, IO[bytes]]]:
     """(name, stream) of each file of an archive, one after the other, so that memory does not grow with them. Raises UserError for a
     name that is none, and where an archive is far larger unpacked than packed."""
     room = max(LEAST_ROOM, MOST_RATIO * source.stat().st_size)
@@ -131,7 +130,7 @@ def check_archive(source: Path) -> dict[str, Any]:
     have: dict[str, str] = {}
     manifest: Any = None
     try:
-        for name, stream in _members(source):
+        for name, stream in members(source):
             if name == CONTENTS:
                 manifest = json.loads(stream.read(MOST_CONTENTS))
             else:
@@ -139,9 +138,8 @@ def check_archive(source: Path) -> dict[str, Any]:
         files = manifest["files"]
         if not all(isinstance(v, str) for v in [manifest["profile"], *files.values()]):
             raise TypeError
-        if not re.fullmatch(NAME, manifest["profile"]) or manifest["profile"].endswith(
-            ".json"
-        ):  # a profile's file is no name of one
+        name_of = manifest["profile"]
+        if not re.fullmatch(NAME, name_of) or name_of.endswith(".json"):  # a profile's file is no name of one
             raise ValueError
         known = [manifest[k] for k in ("artifacts", "figures")] if not manifest.get("whole") else []
         if not all(inside(name) and isinstance(digest, str) for part in known for name, digest in part.items()):
@@ -159,12 +157,6 @@ def check_archive(source: Path) -> dict[str, Any]:
     if extra := sorted(set(have) - set(files)):
         raise UserError(f"{source.name}: holds {extra[0]}, which its manifest does not name; fetch or export it again")
     return dict(manifest)
-
-
-def read_archive(source: Path) -> tuple[dict[str, Any], dict[str, bytes]]:
-    """(manifest, {name: bytes}) of an export that was checked; for a small one, since all of it is in memory."""
-    manifest = check_archive(source)
-    return manifest, {name: stream.read() for name, stream in _members(source) if name != CONTENTS}
 
 
 def figures(run: Run) -> dict[str, str]:
@@ -208,7 +200,7 @@ def put(run: Run, source: Path, files: Mapping[str, str]) -> None:
         path = run.folder / name
         if path.is_dir() or any(p.is_file() for p in path.parents) or (path.is_file() and file_digest(path) != wanted):
             raise UserError(f"{name}: another one is there already; set SPEED_RUNS to an empty folder and import again")
-    for name, stream in _members(source):
+    for name, stream in members(source):
         if name == CONTENTS or (run.folder / name).is_file():
             continue
         path = run.folder / name

@@ -19,15 +19,15 @@ from speed_core.profile import dotted
 from speed_core.runner.sweep import Point, folder_name
 from speed_core.store.artifacts import Artifact
 from speed_core.store.run_context import Run
-from speed_core.study import claims, embedding_stages, paper_values, planning
-from speed_core.study.embedding_stages import Arm
+from speed_core.study import ablation_stages, claims, embedding_stages, paper_values, planning, student_stages
+from speed_core.study.ablation_stages import Arm
 from speed_core.study.runs import open_run
+from speed_core.study.score_stages import scored
+from speed_core.study.verdicts import NEEDS_GENERATOR_REPLICATES
 
 KEY = "generators"  # of `study --only`
 NOTEBOOKS = ("03", "04", "05", "10")
-SEEDS = (
-    2  # embedding models per arm and repetition: further trainings of the generators are worth more than further ones of these
-)
+SEEDS = 2  # embedding models per arm and repetition: further trainings of the generators are worth more than more of these
 UNSEEN = 12  # texts of the notebooks' own comparisons on unseen prompts, which no claim takes from a repetition
 Scores = Mapping[str, Sequence[Any]]  # arm -> what `evaluate.evaluate` returned, one a training seed
 
@@ -72,7 +72,7 @@ class Repeats:
 
     def behind(self, run: Run, arms: Iterable[str]) -> list[Artifact]:
         """The artifacts of all these scores: of the profile's own run those of `arms`, and of the repetitions all."""
-        return [a for arm in arms for a in embedding_stages.scored(run, arm)] + list(self.inputs)
+        return [a for arm in arms for a in scored(run, arm)] + list(self.inputs)
 
     def means(self, own: Scores, arm: str) -> list[list[float]]:
         """Mean scores of an arm: for each training of the generators those of its embedding models."""
@@ -114,8 +114,8 @@ class Repeats:
         if not own:
             return {}, []
         scores = {arm: [a.json("scores.json") for a in made] for arm, made in own.items()}
-        both, groups = self.joined(scores, embedding_stages.MIXED)
-        ours, theirs = (both[arm] for arm in embedding_stages.MIXED)
+        both, groups = self.joined(scores, student_stages.MIXED)
+        ours, theirs = (both[arm] for arm in student_stages.MIXED)
         e = uncertainty.difference(ours, theirs, draws=draws, groups=groups)
         what = (
             f"labelled pairs and {records} records of Sr+Re minus labelled pairs and {records} of the teacher, smallest student"
@@ -131,7 +131,7 @@ class Repeats:
         out: dict[str, dict[str, Any]] = {}
         for key in claims.COMPARED:
             arms = claims.arms_of(key)
-            if key not in claims.NEEDS_GENERATOR_REPLICATES or not all(own.get(arm) for arm in arms):
+            if key not in NEEDS_GENERATOR_REPLICATES or not all(own.get(arm) for arm in arms):
                 continue
             scores, groups = self.joined(own, arms)
             e = claims.compared(key, scores, groups, draws=draws) if len(groups) > 1 else None
@@ -169,19 +169,19 @@ def collect(run: Run) -> Repeats:
         at = open_run(run.profile.name, one.overrides, one.seed, variant=one.name)
         if not (at.folder / "times.jsonl").is_file():
             continue
-        arms = embedding_stages.ablation_arms(at)
-        students = [(s.arm, f"scores-{s.name}") for s in embedding_stages.mixed_students(at)]
+        arms = ablation_stages.ablation_arms(at)
+        students = [(s.arm, f"scores-{s.name}") for s in student_stages.mixed_students(at)]
         names = [f"scores-{arm}-{s}" for arm in arms for s in embedding_stages.training_seeds(at)] + [n for _, n in students]
         if wrong := _otherwise(run, at, one) or planning.stale(at, names):
             print(f"{one.name} is left out: {wrong[0]}{f', and {len(wrong) - 1} more' if len(wrong) > 1 else ''}")
             continue
-        made = {arm: embedding_stages.scored(at, arm) for arm in arms}
+        made = {arm: scored(at, arm) for arm in arms}
         for arm, name in students:
             made.setdefault(arm, []).append(at.store.need(name))
         runs.append(at)
         scores.append({arm: [a.json("scores.json") for a in of] for arm, of in made.items()})
         inputs += [a for of in made.values() for a in of]
-        mixed += [a for arm in embedding_stages.MIXED for a in made.get(arm, ())]
+        mixed += [a for arm in student_stages.MIXED for a in made.get(arm, ())]
     return Repeats(tuple(runs), tuple(scores), tuple(inputs), tuple(mixed))
 
 

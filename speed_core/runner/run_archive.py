@@ -14,8 +14,7 @@ from collections.abc import Set as AbstractSet
 from pathlib import Path
 
 from speed_core.files import UserError, digest
-from speed_core.profile import dotted
-from speed_core.runner.replay import HISTORY, pack
+from speed_core.runner.replay import HISTORY, pack_run
 from speed_core.store.artifacts import MANIFEST, Artifact, Store, read_manifest
 from speed_core.store.run_context import Run
 from speed_core.study import embedding_stages, planning
@@ -48,13 +47,7 @@ def export(run: Run, target: Path, *, weights: bool = True) -> str:
         contents |= {str(Path(part.relative_to(run.folder), name)): data for name, data in _files(part, kept, wanted)}
     if not contents:
         raise UserError(f"export: {run.folder.name} has neither logs nor artifacts; run notebook 01 first")
-    manifest = {
-        "profile": run.profile.name,
-        "values": dotted(run.profile),
-        "whole": True,
-        "files": {name: hashlib.sha256(data).hexdigest() for name, data in contents.items()},
-    }
-    return pack(manifest, contents, target)
+    return pack_run(run, contents, target, whole=True)
 
 
 def _files(folder: Path, kept: AbstractSet[str], wanted: AbstractSet[str]) -> Iterator[tuple[str, bytes]]:

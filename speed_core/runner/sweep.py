@@ -120,11 +120,6 @@ def _in_processes(work: Sequence[tuple[list[str], str, str]], jobs: int) -> list
             raise
 
 
-def _passed_on() -> dict[str, str]:
-    """The environment that a point needs elsewhere: this project's settings, the hub's, the teacher's key."""
-    return {k: v for k, v in os.environ.items() if k.startswith(("SPEED_", "HF_")) or k == "OPENAI_API_KEY"}
-
-
 def run_points(
     profile: str,
     todo: Sequence[Point],
@@ -161,10 +156,12 @@ def _with_ray(work: Sequence[tuple[list[str], str, str]], jobs: int) -> list[int
     from speed_core.generation.ray_engine import connect
 
     owned = connect()
+    # What a point needs elsewhere: this project's settings, the hub's, the teacher's key.
+    passed_on = {k: v for k, v in os.environ.items() if k.startswith(("SPEED_", "HF_")) or k == "OPENAI_API_KEY"}
     try:
         cores = max(1, int(ray.cluster_resources().get("CPU", 1)) // jobs)
         remote: Any = ray.remote(num_cpus=cores, max_retries=2)(run_point)  # a machine that goes away: the point runs elsewhere
-        return ray.get([remote.remote(*w, _passed_on()) for w in work])
+        return ray.get([remote.remote(*w, passed_on) for w in work])
     finally:
         if owned:
             ray.shutdown()

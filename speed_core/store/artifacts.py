@@ -14,7 +14,7 @@ import shutil
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -22,7 +22,6 @@ from typing import Any
 from speed_core import machine
 from speed_core.files import (
     PACKAGE,
-    AppendLog,
     Lazy,
     MissingArtifact,
     OtherPrompts,
@@ -33,16 +32,11 @@ from speed_core.files import (
     file_digest,
     file_lock,
     inside,
+    known_digest,
     read_jsonl,
     stored_jsonl,
     write_json,
-    write_jsonl,
 )
-
-__all__ = [
-    "AppendLog", "Artifact", "Draft", "Store", "UserError", "canonical", "code_digest", "device_name", "differences", "digest",
-    "disk_errors", "file_digest", "read_jsonl", "write_json", "write_jsonl",
-]  # fmt: skip
 
 MANIFEST = "manifest.json"
 
@@ -55,20 +49,11 @@ def code_digest() -> str:
 
 def device_name() -> str:
     """The accelerator's name, or the processor's architecture and core count."""
-    try:
-        import torch
+    import torch
 
-        if torch.cuda.is_available():
-            return f"{torch.cuda.get_device_name()} x{torch.cuda.device_count()}"
-    except ImportError:
-        pass
+    if torch.cuda.is_available():
+        return f"{torch.cuda.get_device_name()} x{torch.cuda.device_count()}"
     return f"cpu {platform.machine()} x{os.cpu_count()}"
-
-
-@lru_cache(maxsize=4096)
-def _digest_of(path: Path, when: int, size: int) -> str:
-    """Digest of a file as it was at the time `when` (nanoseconds)."""
-    return file_digest(path)
 
 
 @dataclass
@@ -98,21 +83,20 @@ class Artifact:
         once in a process."""
         path, wanted = self.path / name, self.manifest["files"].get(name)
         if wanted and path.is_file():
-            there = path.stat()
-            found, said = f"{there.st_size:,} bytes", f"{wanted['bytes']:,} bytes"
+            found, said = f"{path.stat().st_size:,} bytes", f"{wanted['bytes']:,} bytes"
             if found == said:
-                digests = _digest_of(path, there.st_mtime_ns, there.st_size), wanted["sha256"]
-                found, said = (f"digest {d[:12]}" for d in digests)
+                found, said = (f"digest {d[:12]}" for d in (known_digest(path), wanted["sha256"]))
             if found != said:
-                kind, out = ("shipped artifact", "unpack the bundle again") if self.shipped else ("artifact", self._remedy())
+                kind, out = "shipped artifact", "unpack the bundle again"
+                if not self.shipped:
+                    kind, out = "artifact", "it changed after it was written: import it again, or remove "
+                    out += f"{self._place}/{self.name} and run again"
                 raise UserError(f"{kind} {self.name!r}: {name} has {found}, its manifest says {said}; {out}")
         return path
 
-    def _remedy(self) -> str:
-        return (
-            f"it changed after it was written: import it again, or remove {self.path.parent.parent.name}/{self.path.parent.name}/"
-            f"{self.name} and run again"
-        )
+    @property
+    def _place(self) -> Path:
+        return Path(*self.path.parts[-3:-1])
 
     def lost(self) -> list[str]:
         """The files that the manifest names and that are not here."""
@@ -127,7 +111,7 @@ class Artifact:
         if lost := self.lost():
             raise UserError(
                 f"artifact {self.name!r} came without its weights ({lost[0]}), which are to be read now; remove its folder in "
-                f"{self.path.parent.parent.name}/{self.path.parent.name} and run again: it is trained anew, and what was made "
+                f"{self._place} and run again: it is trained anew, and what was made "
                 "from it stays if the digest is the same"
             )
         for name in self.manifest["files"]:
@@ -234,6 +218,7 @@ class Catalog:
     differences: Callable[[Artifact], Sequence[Difference]] = lambda artifact: ()
 
 
+@dataclass(eq=False)
 class Store:
     """Artifacts of one run: `FOLDER/NAME/` with a manifest each, looked for in the run's own folder, then in that of the `base` run
     (of a sweep, whose points so share what they have in common), then in `shipped`. Only the first is written to.
@@ -247,26 +232,21 @@ class Store:
     a shipped artifact of its name is there; one of an earlier notebook does, when it is exactly what this run would make.
     """
 
-    def __init__(
-        self,
-        root: Path,
-        shipped: Path | None = None,
-        accept_partial: bool = False,
-        replay: bool = False,
-        base: Path | None = None,
-        catalog: Catalog | None = None,
-    ):
-        self.root = root
-        self.roots = list(dict.fromkeys([root, base or root]))
-        self.shipped = shipped
-        self.accept_partial = accept_partial
-        self.replay = replay
-        self.catalog = catalog or Catalog()
+    root: Path
+    shipped: Path | None = None
+    accept_partial: bool = False
+    replay: bool = False
+    base: Path | None = None
+    catalog: Catalog = Catalog()
+    quiet: bool = False  # for somebody who only looks: nothing is printed
+
+    def __post_init__(self) -> None:
+        self.roots = list(dict.fromkeys([self.root, self.base or self.root]))
         self._checked: dict[str, Sequence[Difference]] = {}  # shipped artifacts that were checked and said
 
     def silent(self) -> Store:
         """The same artifacts for somebody who only looks: nothing is printed, and nothing refused for what it was made with."""
-        return _Silent(self.root, self.shipped, True, self.replay, self.roots[-1], Catalog(self.catalog.notebook))
+        return replace(self, accept_partial=True, catalog=Catalog(self.catalog.notebook), quiet=True)
 
     def made(self, name: str) -> Artifact | None:
         """The artifact `name` that this run or its base made, or None. One that lacks a file does not count."""
@@ -302,7 +282,7 @@ class Store:
                 f"shipped artifact {name!r} answers other prompts than this run's; run the notebook that writes it: "
                 f"{self._way_out(name)}, or leave topics, seeds and synthesis as the profile has them"
             )
-        if first:
+        if first and not self.quiet:
             self._say(artifact, self._checked[name])
         return artifact
 
@@ -419,11 +399,6 @@ class Store:
             target = self.root / old.name[1:-4]
             if not target.exists():
                 os.replace(old, target)
-
-
-class _Silent(Store):
-    def _say(self, artifact: Artifact, found: Sequence[Difference]) -> None:
-        """Nothing is used yet."""
 
 
 def open_notebook() -> str:

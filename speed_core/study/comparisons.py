@@ -5,7 +5,7 @@ The functions join scores and names into rows that figures draw; the stages that
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -15,22 +15,14 @@ from speed_core.evaluation import evaluate, uncertainty
 from speed_core.store.artifacts import Artifact
 from speed_core.store.run_context import Run
 from speed_core.study import claims, embedding_stages, gates, generation_stages, paper_values
-from speed_core.study.claims import Verdict
-from speed_core.study.embedding_stages import Arm
+from speed_core.study.ablation_stages import ARMS, Arm
+from speed_core.study.score_stages import already_scored, scored
+from speed_core.study.synthesis_stages import teacher_use
 
-DATA_SETS = {
-    Arm.JR_RE: "Jr + Re",
-    Arm.SR: "Sr",
-    Arm.SR_RE: "Sr + Re",
-    Arm.BASE: "base model",
-    Arm.TEACHER: "teacher",
-}  # but Jr, which the others are compared with
-TABLE1 = {
-    "base": "base model's records",
-    "teacher": "teacher's examples",
-    "sr_re": "Sr + Re",
-    "guided": "all synthetic data",
-}
+DATA_SETS = {  # but Jr, which the others are compared with
+    Arm.JR_RE: "Jr + Re", Arm.SR: "Sr", Arm.SR_RE: "Sr + Re", Arm.BASE: "base model", Arm.TEACHER: "teacher",
+}  # fmt: skip
+TABLE1 = {"base": "base model's records", "teacher": "teacher's examples", "sr_re": "Sr + Re", "guided": "all synthetic data"}
 UNTRAINED = "untrained"
 Results = Mapping[str, Sequence[Any]]  # arm -> what `evaluate.evaluate` returned, one a training seed
 
@@ -73,7 +65,7 @@ def published(names: Mapping[str, str]) -> dict[str, float]:
 def category_rows(run: Run) -> tuple[list[dict[str, Any]], list[Artifact]]:
     """(rows {category, model, paper, value, low, high, ...}, artifacts) of the figure of Table 1: the mean score of each category for
     the untrained model and for `TABLE1`. No rows without the untrained model's scores."""
-    made, before = embedding_stages.already_scored(run, list(TABLE1)), run.store.made("scores-untrained")
+    made, before = already_scored(run, list(TABLE1)), run.store.made("scores-untrained")
     models = {UNTRAINED: [before] if before else []} | {TABLE1[arm]: of for arm, of in made.items()}
     rows: list[dict[str, Any]] = []
     for model, of in models.items() if before else ():
@@ -83,34 +75,6 @@ def category_rows(run: Run) -> tuple[list[dict[str, Any]], list[Artifact]]:
             e = uncertainty.average(scores, (kind,) if kind else None).row(f"{word}, {model}")
             rows.append({"category": word, "model": model, "paper": paper_values.SPEED_SCORES.get(word, "")} | e)
     return rows, [a for of in models.values() for a in of]
-
-
-def resolved(rows: Sequence[Mapping[str, Any]]) -> list[str]:
-    """Labels of the rows {label, low, high} whose interval leaves zero out, on either side."""
-    return [r["label"] for r in rows if uncertainty.leaves_zero_out(r["low"], r["high"])]
-
-
-def row_lines(rows: Sequence[Mapping[str, Any]], needs: Mapping[str, str] | None = None) -> list[str]:
-    """A line for each difference {label, value, low, high}; `needs`: {label: what would resolve the paper's effect}."""
-    more = {label: f"   to see the paper's effect: {words}" for label, words in (needs or {}).items()}
-    width = max((len(r["label"]) for r in rows), default=0)
-    return [f"{r['label']:{width}} {_interval(r)}{more.get(r['label'], '')}" for r in rows]
-
-
-def items_for(low: float, high: float, items: int, effect: float) -> float:
-    """How many items give a half-width of `effect`, where `items` give the interval [low, high]."""
-    return items * ((high - low) / 2 / effect) ** 2
-
-
-def fact_lines(facts: Mapping[str, Mapping[str, Any]]) -> list[str]:
-    """A line for each claim of {claim: evidence}; one that says so where there is none."""
-    if not facts:
-        return ["no claim is estimated here"]
-    return [f"{claim} {f['what']}: {_interval(f)}" for claim, f in facts.items()]
-
-
-def _interval(r: Mapping[str, Any]) -> str:
-    return f"{r['value']:+.2f} [{r['low']:+.2f}, {r['high']:+.2f}]"
 
 
 # --- 10: hard negatives (S18) ---------------------------------------------------------------------
@@ -156,16 +120,6 @@ def sound_negatives_gain(found: Mapping[str, Negatives], *, draws: int = 2000) -
 
 
 # --- 11: score against size -------------------------------------------------------------------------
-
-
-def per_doubling(small: float, score_small: float, large: float, score_large: float) -> float:
-    """Points per doubling between two sizes of the training set."""
-    return float((score_large - score_small) / np.log2(large / small))
-
-
-def records_for(records: float, slope: float, gain: float) -> float:
-    """How many records score `gain` points more than `records` do, at `slope` points per doubling."""
-    return float(records * 2 ** (gain / slope))
 
 
 @dataclass(frozen=True)
@@ -252,10 +206,8 @@ class Cost:
     def lines(self) -> list[str]:
         """A line for each purpose, with SPEED's total beside it, and one for the sum."""
         paper = {k: f"{calls // 1000}K calls, {tokens // 1_000_000}M" for k, (calls, tokens) in paper_values.SPEED_CALLS.items()}
-        out = [
-            f"{k:11} {n:5} calls, {self.tokens[k]:8,} tokens (SPEED: {paper.get(k, 'not counted')})"
-            for k, n in self.calls.items()
-        ]
+        each = [(k, n, self.tokens[k], paper.get(k, "not counted")) for k, n in self.calls.items()]
+        out = [f"{k:11} {n:5} calls, {tokens:8,} tokens (SPEED: {theirs})" for k, n, tokens, theirs in each]
         return [*out, f"without brainstorming {self.counted} calls, {self.read:,} tokens for {self.records} records"]
 
     @property
@@ -269,8 +221,8 @@ class Cost:
 
 
 def cost(run: Run) -> Cost:
-    """Table 5 of a run (`generation_stages.teacher_use`)."""
-    use = generation_stages.teacher_use(run)
+    """Table 5 of a run (`synthesis_stages.teacher_use`)."""
+    use = teacher_use(run)
     tokens = {purpose: n["input"] + n["output"] for purpose, n in use.items()}
     return Cost({purpose: n["calls"] for purpose, n in use.items()}, tokens, run.store.need("synthetic").manifest["kept"])
 
@@ -296,8 +248,8 @@ class Evidence:
 
 def evidence(run: Run, spent: Cost) -> Evidence:
     """Everything that a run knows about the claims: scores of all arms, what notebooks noted down (`NOTED`), and its cost."""
-    arms = ["guided", "plain", "bare", *embedding_stages.ARMS]
-    found = {arm: embedding_stages.scored(run, arm) for arm in arms}
+    arms = ["guided", "plain", "bare", *ARMS]
+    found = {arm: scored(run, arm) for arm in arms}
     found[UNTRAINED] = [run.store.need("scores-untrained")]
     data, noted = run.store.need("synthetic"), {n: a for n in NOTED if (a := run.store.get(n))}
     digests = {arm: " ".join(f"{a.name}@{a.digest[:8]}" for a in made) for arm, made in found.items()}
@@ -314,33 +266,3 @@ def evidence(run: Run, spent: Cost) -> Evidence:
     facts["gates"] = gates.gates(run)
     inputs = [a for made in found.values() for a in made] + [data, *noted.values()]
     return Evidence(scores, facts, digests, embedding_stages.records(run, arms), inputs)
-
-
-SHARES = ("S3", "S22")  # the numbers of these claims are shares of calls and of records, not differences
-WORDS = {Verdict.SMALLER: "holds", Verdict.CONTRADICTED: "fails", Verdict.UNRESOLVED: "open"}
-
-
-def in_a_word(low: float, high: float, expected: int = 1) -> str:
-    """The rule of `claims.verdict`: "holds", "fails" or "open"."""
-    return WORDS[claims.verdict(low, high, expected)]
-
-
-def held_back(rows: Iterable[Mapping[str, Any]], rule: Callable[[float, float, int], str] = in_a_word) -> list[str]:
-    """A line for each claim that its interval alone would decide and the map does not."""
-    out = []
-    for r in _differences(rows):
-        word = rule(r["low"], r["high"], claims.EXPECTED.get(r["id"], 1))
-        if word != "open" and r["verdict"] in (Verdict.UNRESOLVED, Verdict.EQUIVALENT, Verdict.INACTIVE):
-            out.append(f"{r['id']:4} [{r['low']:+}, {r['high']:+}] alone {word}: {r['claim']}")
-    return out or ["none"]
-
-
-def decided(rows: Iterable[Mapping[str, Any]]) -> list[tuple[float, float, int, str]]:
-    """(low, high, expected sign, claim) of the claims that are differences and have a verdict in the map."""
-    open_ = (Verdict.UNRESOLVED, Verdict.EQUIVALENT, Verdict.INACTIVE, Verdict.IMPOSSIBLE, Verdict.UNTESTED)
-    found = [r for r in _differences(rows) if r["verdict"] not in open_]
-    return [(r["low"], r["high"], claims.EXPECTED.get(r["id"], 1), r["id"]) for r in found]
-
-
-def _differences(rows: Iterable[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
-    return [r for r in rows if r["low"] != "" and r["id"] not in SHARES]

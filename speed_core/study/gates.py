@@ -3,7 +3,7 @@
 The senior has to win at least 0.55 of the unseen prompts, with an interval above one half, by a blind reader (an AI writing assistant)
 where one has read the answers. The revisor has to change at least half of the records and to raise their rubric. Every student has to gain
 at least ten points by its training. (The gates were set after an audit of the recorded run at `overnight`.) The claims behind a gate that
-stays closed (`claims.GATED`) end as *treatment inactive*, whatever their interval says.
+stays closed (`verdicts.GATED`) end as *treatment inactive*, whatever their interval says.
 """
 
 from __future__ import annotations
@@ -19,8 +19,8 @@ from speed_core.evaluation import uncertainty
 from speed_core.generation import generate
 from speed_core.preference import pairs
 from speed_core.store.run_context import Run
-from speed_core.study import claims, generation_stages
-from speed_core.study.embedding_stages import Student, StudentArm
+from speed_core.study import generation_stages, synthesis_stages, verdicts
+from speed_core.study.student_stages import Student, StudentArm
 
 LEAST_WINS, LEAST_CHANGED, LEAST_GAIN = 0.55, 0.5, 10.0  # shares of prompts and of records; points
 
@@ -37,7 +37,7 @@ class Gate(NamedTuple):
 
 def gates(run: Run) -> dict[str, Gate]:
     """{treatment: gate} of those that this run can measure."""
-    found = {claims.SENIOR: _senior(run), claims.REVISOR: _revisor(run), claims.STUDENTS: _students(run)}
+    found = {verdicts.SENIOR: _senior(run), verdicts.REVISOR: _revisor(run), verdicts.STUDENTS: _students(run)}
     return {name: gate for name, gate in found.items() if gate}
 
 
@@ -79,7 +79,7 @@ def _revisor(run: Run) -> Gate | None:
     raw, revised = run.store.get("raw"), run.store.get("revised")
     if not (raw and revised):
         return None
-    planned = generation_stages.synthesis_prompts(run)
+    planned = synthesis_stages.synthesis_prompts(run)
     valid = [e for e in raw.rows() if e["status"] == "ok"]
     after = {e["record"]: e for e in revised.rows() if e["status"] == "ok"}
     # A revision that is no record is not used, so the record stays as it was.

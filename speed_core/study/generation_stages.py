@@ -1,4 +1,4 @@
-"""Notebooks 01 to 06: the teacher's data, the three generators, the synthesis.
+"""Notebooks 01 to 05: the teacher's data and the three generators.
 
 Each stage is declared once (`stage.stage`) with everything that decides its result; the store makes it again only when one of
 these things changed, and says which.
@@ -7,26 +7,25 @@ these things changed, and says which.
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 import json
 from array import array
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 from speed_core import console
 from speed_core.data import asking, curate, prompts, records, tasks, teacher
 from speed_core.data.prompts import Prompt
 from speed_core.data.topics import RECORDS_PER_TOPIC, load_topics
-from speed_core.files import Lazy, UserError, spooled, write_json, write_jsonl
+from speed_core.files import Lazy, UserError, write_json, write_jsonl
 from speed_core.generation import generate, sft
-from speed_core.models import compute_type, launch, loading, training
+from speed_core.models import compute_type, launch, loading
 from speed_core.preference import judge
 from speed_core.preference import pairs as preference_pairs
-from speed_core.profile import Profile, Training, dotted
+from speed_core.profile import Profile, Training
 from speed_core.store.artifacts import Artifact, Draft, OtherPrompts
 from speed_core.store.run_context import Run
-from speed_core.study.stage import Instances, Kind, Stage, each, stage
+from speed_core.study.generator_answers import Ask, generated
+from speed_core.study.stage import Instances, Kind, each, stage
 
 RECORDED_PLANS = ((60, 322), (240, 2060))  # (topics, seed prompts) that recorded answers were written for
 RUBRIC_GUIDE = "package:all-MiniLM-L6-v2"  # of the recorded runs; with another one the pairs are others
@@ -118,18 +117,10 @@ def task_table(artifact: Artifact) -> dict[tuple[str, str], list[str]]:
 
 def plan(run: Run, purpose: str, count: int, *, held_out: bool = False) -> Lazy[Prompt]:
     """Synthesis prompts for a purpose, from the data topics (or the held-out ones)."""
-    p, t = run.profile.prompts, run.profile.topics
-    return tasks.plan_synthesis(
-        purpose,
-        count,
-        names(run, topics(run)[1 if held_out else 0]),
-        task_table(run.store.need("tasks")),
-        tasks_per_topic=t.tasks_per_topic,
-        attributes=p.attributes,
-        data_seed=run.profile.data_seed,
-        style=p.style,
-        clone=p.clone,
-    )
+    p = run.profile
+    how = p.prompts.model_dump() | {"tasks_per_topic": p.topics.tasks_per_topic, "data_seed": p.data_seed}
+    about, table = names(run, topics(run)[1 if held_out else 0]), task_table(run.store.need("tasks"))
+    return tasks.plan_synthesis(purpose, count, about, table, **how)
 
 
 def seed_plan(run: Run) -> Lazy[Prompt]:
@@ -156,134 +147,11 @@ def seed_data(run: Run, draft: Draft, tasks: Artifact) -> None:
     _ask_teacher(run, draft, "seeds", "seed", seed_plan(run))
 
 
-# --- what a generator is asked --------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Ask:
-    """Prompts for a generator: `candidates` answers to each, with ids "RECORD#k" and a seed each where there are several.
-
-    constrained: whether a grammar holds the answers to the form; the profile says it where this is None.
-    """
-
-    planned: Sequence[Prompt]
-    candidates: int = 1
-    constrained: bool | None = None
-
-    def requests(self, run: Run) -> Lazy[generate.Request]:
-        def request(n: int) -> generate.Request:
-            q, k = self.planned[n // self.candidates], n % self.candidates
-            rid = f"{q.id}#{k}" if self.candidates > 1 else q.id
-            seed = int(prompts.text_digest(f"{rid}|{run.profile.seed}")[:8], 16) & 0x7FFFFFFF
-            return generate.Request(rid, training.prompt_text(q.text), q.kind, seed)
-
-        return Lazy(request, range(len(self.planned) * self.candidates))
-
-    def decoding(self, run: Run) -> generate.Decoding:
-        g = run.profile.generation
-        constrained = g.constrained if self.constrained is None else self.constrained
-        return generate.Decoding(g.temperature, g.top_p, g.max_new_tokens, constrained)
-
-    def parameters(self, run: Run, generator: str) -> dict[str, Any]:
-        g, asked = run.profile.generation, hashlib.sha256()
-        for r in self.requests(run):
-            asked.update((r.id + r.text).encode())
-        return {
-            "prompts": asked.hexdigest(),
-            "decoding": dataclasses.asdict(self.decoding(run)),
-            "generator": generator,
-            "seed": run.profile.seed,
-            "dtype": _dtype(run),
-        } | ({"attempts": g.attempts} if g.attempts > 1 else {})
-
-    def write(self, run: Run, draft: Draft, name: str, generator: str) -> None:
-        """Fill a draft with one outcome a request; the log and the artifact have one name."""
-        g, requests, decoding = run.profile.generation, self.requests(run), self.decoding(run)
-        if run.replay:
-            entries: Sequence[dict[str, Any]] = generate.replay(requests, run.log(name), decoding, g.attempts, _dtype(run))
-        else:
-            entries = _generate(run, requests, generator, decoding, name)
-            if g.engine != "server" and g.executor == "process":  # others know best what they compute in
-                folder = loading.resolve(run.profile.models.generator)
-                draft.info |= compute_type.facts(compute_type.choose(_dtype(run), folder=folder).name)
-        write_jsonl(draft.file("data.jsonl"), entries)
-        draft.info |= {"outcomes": generate.counts(entries), "new_tokens": sum(e["new_tokens"] for e in entries)}
-
-
-def _dtype(run: Run) -> str:
-    g = run.profile.generation
-    return "auto" if g.engine == "server" else g.dtype  # a server computes in its own
-
-
-def generated(
-    name: str,
-    made: str | Callable[[Run], Instances],
-    generator: str,
-    *,
-    inputs: Sequence[str] = (),
-    work: Callable[..., float],
-) -> Callable[[Callable[..., Ask]], Stage]:
-    """Declare a stage of answers of `generator` ("base", "junior", "senior", "revisor", or a key in braces); the decorated function
-    says what is asked: (run, *inputs, **keys) -> Ask."""
-
-    def declare(ask: Callable[..., Ask]) -> Stage:
-        def parameters(run: Run, *read: Artifact, **keys: Any) -> dict[str, Any]:
-            return ask(run, *read, **keys).parameters(run, generator.format(**keys))
-
-        def write(run: Run, draft: Draft, *read: Artifact, **keys: Any) -> None:
-            ask(run, *read, **keys).write(run, draft, name.format(**keys), generator.format(**keys))
-
-        def uses(run: Run, **keys: Any) -> list[str]:
-            return [g for g in [generator.format(**keys)] if g != "base"]
-
-        return stage(name, Kind.GENERATED, made, parameters=parameters, inputs=inputs, uses=uses, work=work)(write)
-
-    return declare
-
-
-def sample(run: Run, name: str, planned: Sequence[Prompt], generator: str, **how: Any) -> Artifact:
-    """Artifact `name`, which no notebook has: outcomes of `generator` on prompts. `how` as in `Ask`."""
-    ask, used = Ask(planned, **how), [a for a in [run.store.get(generator)] if a]
-    with run.store.stage(name, ask.parameters(run, generator), used) as draft:
-        if draft:
-            ask.write(run, draft, name, generator)
-    return run.store.need(name)
-
-
-def _generate(
-    run: Run, requests: Sequence[generate.Request], generator: str, decoding: generate.Decoding, name: str
-) -> Sequence[dict[str, Any]]:
-    """Answer requests with the engine of the profile; the log is the artifact's name."""
-    g, base = run.profile.generation, run.profile.models.generator
-    common: dict[str, Any] = {"log": run.log(name), "decoding": decoding, "label": name, "attempts": g.attempts}
-    if g.engine == "server":
-        from speed_core.generation.server_engine import ServerEngine
-
-        # The server holds the weights; an adapter that was made here is named by its digest all the same.
-        made = run.store.get(generator) if generator != "base" else None
-        model_id = f"server:{base}{loading.settings_id(base)}+{loading.weights_id(made.weights()) if made else generator}"
-        served = ServerEngine(g.base_url, base if generator == "base" else generator, base, concurrency=g.concurrency)
-        try:
-            return generate.generate_all(requests, model=base, model_id=model_id, engine=served, **common)
-        finally:
-            served.close()
-    base, adapter = generator_weights(run, generator)
-    workers = g.workers if g.executor == "ray" else 0
-    options = generate.EngineOptions(g.engine, g.dtype, g.max_length, g.batch_size, workers, g.ray_address)
-    return generate.generate_all(requests, model=base, adapter=adapter, engine=options, **common)
-
-
-def generator_weights(run: Run, generator: str) -> tuple[str, Any]:
-    """(base name or folder, adapter folder or None) of one of the four generators."""
-    base = run.profile.models.generator
-    if generator == "base":
-        return base, None
-    adapter = run.store.need(generator).weights()
-    if generator == "senior":
-        from speed_core.preference import dpo
-
-        return dpo.reference_model_path(base, run.store.need("junior").weights()), adapter
-    return base, adapter
+def teacher_records(run: Run) -> list[dict[str, Any]]:
+    """The teacher's examples as records, in the order of their ids, which mixes the kinds."""
+    by_id = {q.id: q for q in seed_plan(run)}
+    found = [(e, generate.outcome_of(e).record) for e in run.store.need("seeds").rows()]
+    return [curate.make_record(by_id[e["record"]], r, source="teacher", parent=None, seed=0) for e, r in found if r]
 
 
 def guide(run: Run) -> Any:
@@ -327,15 +195,18 @@ def _trained(run: Run, settings: Training) -> dict[str, Any]:
     }
 
 
-def _computed(run: Run, settings: Training) -> dict[str, str]:
-    folder = loading.resolve(run.profile.models.generator)
-    return compute_type.facts(compute_type.choose(settings.dtype, training=True, folder=folder).name)
-
-
 def train(run: Run, function: Callable[..., Any], name: str, **arguments: Any) -> None:
     """Call a training function with the run's seed, in as many processes as `training` says (`launch.train`)."""
     given = {"seed": run.profile.seed, "cache": run.folder / "checkpoints"} | arguments
     launch.train(function, run.profile.training, run.folder / "workers" / name, **given)
+
+
+def _train_generator(run: Run, draft: Draft, function: Callable[..., Any], name: str, **arguments: Any) -> None:
+    """Fill a draft with a LoRA adapter of the base model, trained as the profile's section `name` says."""
+    base, settings = run.profile.models.generator, getattr(run.profile, name)
+    kind = compute_type.choose(settings.dtype, training=True, folder=loading.resolve(base))
+    draft.info |= compute_type.facts(kind.name)
+    train(run, function, name, base=base, settings=settings, output=draft.path, **arguments)
 
 
 def _steps(p: Profile, name: str) -> float:
@@ -354,20 +225,9 @@ def _steps(p: Profile, name: str) -> float:
 )
 def junior(run: Run, draft: Draft, seeds: Artifact) -> None:
     """LoRA adapter of the base, trained on the seeds (Eq. 1)."""
-    settings = run.profile.junior
-    draft.info |= _computed(run, settings)
     text = {q.id: q.text for q in seed_plan(run)}
     pairs = [(text[e["record"]], generate.text_of(e)) for e in seeds.rows() if e["status"] == "ok" and e["record"] in text]
-    train(
-        run,
-        sft.train,
-        "junior",
-        base=run.profile.models.generator,
-        pairs=pairs,
-        settings=settings,
-        output=draft.path,
-        label="junior",
-    )
+    _train_generator(run, draft, sft.train, "junior", pairs=pairs, label="junior")
 
 
 def root_prompts(run: Run) -> Lazy[Prompt]:
@@ -422,11 +282,8 @@ def senior(run: Run, draft: Draft, junior: Artifact, pairs: Artifact) -> None:
     """DPO from the junior (Eq. 2)."""
     from speed_core.preference import dpo
 
-    settings = run.profile.senior
-    draft.info |= _computed(run, settings)
-    base, cache = run.profile.models.generator, run.folder / "dpo"
     read = {"junior": junior.weights(), "pairs": pairs.rows()}
-    train(run, dpo.train, "senior", base=base, **read, settings=settings, output=draft.path, cache=cache)
+    _train_generator(run, draft, dpo.train, "senior", **read, cache=run.folder / "dpo")
 
 
 def _weak_samples(run: Run) -> dict[str, tuple[Prompt, str]]:
@@ -453,10 +310,8 @@ def _with_endpoint(run: Run) -> Instances:
 )
 def revisions(run: Run, draft: Draft, root: Artifact) -> None:
     """The first valid candidate of each root prompt, revised by the teacher (SPEED section 3.2.4)."""
-    items = [
-        dataclasses.replace(q, id=f"{rid}/revise", text=prompts.revise(q.text, text))
-        for rid, (q, text) in _weak_samples(run).items()
-    ]
+    weak = _weak_samples(run).items()
+    items = [dataclasses.replace(q, id=f"{rid}/revise", text=prompts.revise(q.text, text)) for rid, (q, text) in weak]
     _ask_teacher(run, draft, "revisions", "revise", items)
 
 
@@ -496,9 +351,7 @@ def _revision_pairs(run: Run) -> list[tuple[str, str]]:
 )
 def revisor(run: Run, draft: Draft, *revisions: Artifact) -> None:
     """SFT from the unaligned base on (prompt, weak sample) -> revision (Eq. 3)."""
-    base, settings = run.profile.models.generator, run.profile.revisor
-    draft.info |= _computed(run, settings)
-    train(run, sft.train, "revisor", base=base, pairs=_revision_pairs(run), settings=settings, output=draft.path, label="revisor")
+    _train_generator(run, draft, sft.train, "revisor", pairs=_revision_pairs(run), label="revisor")
 
 
 def revision_of(raw: Artifact, planned: Sequence[Prompt]) -> Ask:
@@ -524,26 +377,6 @@ def revised_twice(run: Run, raw: Artifact) -> Ask:
     return revision_of(raw, unseen(run))
 
 
-# --- 06: synthesis --------------------------------------------------------------------------------
-
-
-def synthesis_prompts(run: Run) -> Lazy[Prompt]:
-    """Prompts of the large-scale synthesis."""
-    return plan(run, "synthesis", run.profile.synthesis.count)
-
-
-@generated("raw", "06", "senior", work=lambda p: p.synthesis.count)
-def raw(run: Run) -> Ask:
-    """One sample of the senior for each synthesis prompt."""
-    return Ask(synthesis_prompts(run))
-
-
-@generated("revised", "06", "revisor", inputs=["raw"], work=lambda p: p.synthesis.count)
-def revised(run: Run, raw: Artifact) -> Ask:
-    """One revision of each valid sample."""
-    return revision_of(raw, synthesis_prompts(run))
-
-
 def with_prompts(entries: Sequence[dict[str, Any]], planned: Sequence[Prompt]) -> Lazy[tuple[dict[str, Any], Prompt]]:
     """Each outcome with the prompt that it answers. Raises OtherPrompts where this run has no such prompt."""
     place = {q.id: i for i, q in enumerate(planned)}
@@ -554,87 +387,3 @@ def with_prompts(entries: Sequence[dict[str, Any]], planned: Sequence[Prompt]) -
             f"record {error}: answers a prompt that this run does not have; run the notebooks before again"
         ) from None
     return Lazy(lambda i: (entries[i], planned[at[i]]), range(len(at)))
-
-
-def to_records(run: Run, entries: Sequence[dict[str, Any]], planned: Sequence[Prompt], source: str) -> Lazy[dict[str, Any]]:
-    """Records of the valid outcomes."""
-    return spooled(
-        curate.make_record(q, found, source=source, parent=e["id"] if source == "revised" else None, seed=e["seed"])
-        for e, q in with_prompts(entries, planned)
-        if (found := generate.outcome_of(e).record)
-    )
-
-
-def revised_records(run: Run, raw: Artifact, revised: Artifact, planned: Sequence[Prompt], source: str) -> Lazy[dict[str, Any]]:
-    """Revised records; where the revision is no valid record the raw one stays, so nothing is lost to revision."""
-    better = to_records(run, revised.stored(), planned, "revised")
-    place = {r["id"]: i for i, r in enumerate(better)}
-    return spooled(better[place[r["id"]]] if r["id"] in place else r for r in to_records(run, raw.stored(), planned, source))
-
-
-def teacher_records(run: Run) -> list[dict[str, Any]]:
-    """The teacher's examples as records, in the order of their ids, which mixes the kinds."""
-    by_id = {q.id: q for q in seed_plan(run)}
-    found = [(e, generate.outcome_of(e).record) for e in run.store.need("seeds").rows()]
-    return [curate.make_record(by_id[e["record"]], r, source="teacher", parent=None, seed=0) for e, r in found if r]
-
-
-def curated(run: Run, *read: Artifact, **keys: Any) -> dict[str, Any]:
-    """Parameters of a data set."""
-    return {"curate": dotted(run.profile.curate), "size": run.profile.evaluation.size}
-
-
-def write_dataset(run: Run, draft: Draft, name: str, rows: Sequence[dict[str, Any]], how: str) -> None:
-    """Fill a draft with curated records as a folder that `datasets.load_dataset` opens, plus what was dropped."""
-    from speed_core.evaluation.offline_tasks import offline_texts
-
-    texts = offline_texts(run.profile.evaluation.size) if "offline" in run.profile.evaluation.tasks else {}
-    kept, dropped = curate.curate(rows, run.profile.curate, texts)
-    curate.write_dataset(draft.path, kept, title=f"Synthetic embedding data, {name} ({run.profile.name})", how=how)
-    write_jsonl(draft.file("dropped.jsonl"), dropped)
-    draft.info |= {"kept": len(kept), "dropped": len(dropped)}
-
-
-@stage("synthetic", Kind.DATA, "06", inputs=["raw", "revised"], parameters=curated)
-def synthetic(run: Run, draft: Draft, raw: Artifact, revised: Artifact) -> None:
-    """The data set of the paper's recipe: samples of the senior, revised, curated."""
-    how = "Written by the senior generator and revised once, as in SPEED; see notebook 06."
-    write_dataset(run, draft, "synthetic", revised_records(run, raw, revised, synthesis_prompts(run), "senior"), how)
-
-
-# --- Table 5 -----------------------------------------------------------------------------------------
-
-
-def teacher_use(run: Run) -> dict[str, dict[str, int]]:
-    """Table 5 of this run: {brainstorm, seed, preference, revision: {calls, input, output}}, the last two in tokens.
-
-    An endpoint's own counts. Recorded answers have none: theirs are those of the generator's tokenizer. A rubric asks nobody.
-    """
-    asked = {"brainstorm": "tasks", "seed": "seeds", "preference": "pairs", "revision": "revisions"}
-    if run.profile.teacher.kind != "recorded":
-        out = {}
-        for purpose, name in asked.items():
-            a = run.store.get(name)
-            if a and name == "pairs" and run.profile.teacher.judge == "llm" and "ledger.json" not in a.manifest["files"]:
-                raise UserError(
-                    "pairs: made before its calls were counted; remove its folder and run notebook 04 again (from its log)"
-                )
-            rows = a.json("ledger.json").values() if a and "ledger.json" in a.manifest["files"] else ()
-            counted = (("calls", "calls"), ("input", "input_tokens"), ("output", "output_tokens"))
-            out[purpose] = {k: sum(int(r[key]) for r in rows) for k, key in counted}
-        return out
-    texts: dict[str, list[tuple[str, str]]] = {"preference": []}
-    for purpose, planned in (("brainstorm", brainstorm_prompts(run)), ("seed", seed_plan(run))):
-        text = {q.id: q.text for q in planned}
-        rows = [e for e in run.store.need(asked[purpose]).rows() if e["status"] != "error" and e["record"] in text]
-        texts[purpose] = [(text[e["record"]], e["raw"]) for e in rows]
-    texts["revision"] = [(prompts.revise(r["prompt"], r["weak"]), r["answer"]) for r in revision_rows(run)]
-    tokenizer = loading.load_tokenizer(run.profile.models.generator)
-
-    def tokens(column: Sequence[str]) -> int:
-        return sum(map(len, tokenizer(list(column), add_special_tokens=False)["input_ids"])) if column else 0
-
-    return {
-        p: {"calls": len(texts[p])} | {k: tokens([pair[i] for pair in texts[p]]) for i, k in enumerate(("input", "output"))}
-        for p in asked
-    }

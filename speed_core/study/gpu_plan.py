@@ -14,7 +14,7 @@ from typing import Any
 from speed_core.models.gpu_memory import architecture, step_bytes
 from speed_core.profile import Embedding
 from speed_core.store.run_context import ROOT, Run
-from speed_core.study import embedding_stages, paper_values
+from speed_core.study import paper_values, student_stages
 from speed_core.study.stage import Kind, Planned, planned
 
 GB = 2**30
@@ -58,7 +58,7 @@ def training(run: Run, one: Planned, gpus: int, usable: float) -> Need:
         prefix, a = "embedding", architecture(models.embedder)
     else:
         layers = 0 if one.keys["layers"] == "whole" else one.keys["layers"]
-        s, prefix = embedding_stages.student_training(run, one.keys["arm"]), "study.student"
+        s, prefix = student_stages.student_training(run, one.keys["arm"]), "study.student"
         a = architecture(models.guide, layers=layers)
     e, trained, contrastive = 4 if s.dtype == "float32" else 2, a.trained(s.lora), isinstance(s, Embedding)
 

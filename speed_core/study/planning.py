@@ -20,7 +20,7 @@ from speed_core.files import UserError, write_json
 from speed_core.models import compute_type, loading
 from speed_core.store.artifacts import Artifact, Difference, MissingArtifact, OtherPrompts, notebook_number, read_manifest
 from speed_core.store.run_context import Run
-from speed_core.study import embedding_stages, forecast, generation_stages  # noqa: F401 - they declare the stages
+from speed_core.study import forecast, score_stages  # noqa: F401 - score_stages and what it imports declare all stages
 from speed_core.study.stage import Planned, planned
 
 

@@ -8,7 +8,7 @@ from typing import Any
 from speed_core import profile as profiles
 from speed_core.settings import Settings, prepare_hub
 from speed_core.store import run_context
-from speed_core.store.artifacts import Artifact, Catalog, Difference, Store
+from speed_core.store.artifacts import Catalog, Store
 from speed_core.store.run_context import Run
 from speed_core.study import planning, stage
 
@@ -45,13 +45,8 @@ def _opened(p: profiles.Profile, variant: str, alone: bool = True) -> Run:
     official = p.name == run_context.OFFICIAL and not Settings().runs and not variant
     figures = run_context.ROOT / "figures" if official else folder / "figures"
 
-    def notebook(name: str) -> str:
-        return stage.notebook_of(run, name)
-
-    def differences(artifact: Artifact) -> list[Difference]:
-        return planning.differences(run, artifact)
-
-    catalog = Catalog(notebook, differences)
+    # They are asked once the run is there.
+    catalog = Catalog(lambda name: stage.notebook_of(run, name), lambda artifact: planning.differences(run, artifact))
     store = Store(folder / "artifacts", shipped, p.teacher.accept_partial, replay, base, catalog)
     store.root.mkdir(parents=True, exist_ok=True)
     if alone:  # else another process may be between the two renames that this would undo

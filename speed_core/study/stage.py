@@ -169,14 +169,6 @@ def trained_generators() -> list[str]:
     return [one.name for one in STAGES if one.kind is Kind.GENERATOR]
 
 
-def models_read_later(run: Run) -> list[str]:
-    """The trained models that a later notebook reads: who starts there needs their weights."""
-    every = planned(run)
-    read = {(name, p.notebook) for p in every for name in p.reads(run)}
-    trained = [p for p in every if p.kind in (Kind.GENERATOR, Kind.EMBEDDER, Kind.STUDENT)]
-    return [p.name for p in trained if any(name == p.name and notebook > p.notebook for name, notebook in read)]
-
-
 def rebuilt(run: Run) -> list[str]:
     """The artifacts that a replay rebuilds from the request logs alone."""
     return [p.name for p in planned(run) if p.kind in REBUILT]

@@ -13,8 +13,8 @@ from speed_core.evaluation import uncertainty
 from speed_core.evaluation.uncertainty import Result, Term
 from speed_core.store.artifacts import Artifact
 from speed_core.store.run_context import Run
-from speed_core.study import claims, embedding_stages, mask_quality, paper_values
-from speed_core.study.embedding_stages import WHOLE, StudentArm
+from speed_core.study import claims, mask_quality, paper_values, score_stages, student_stages
+from speed_core.study.student_stages import WHOLE, StudentArm
 
 Scores = Mapping[tuple[int, str], Sequence[Result]]  # (layers, arm) -> results, in the order of the seeds
 
@@ -38,26 +38,23 @@ def gain(
     is subtracted, so that `gain(small) + gain(large, sign=-1)` is a difference of two gains.
     """
     weight = sign / len(layers)
-    return [
-        term
-        for k in layers
-        for term in ((weight, scores[k, one], tasks), (-weight, scores[k, other], tasks))
-    ]  # fmt: skip
+    signed = ((weight, one), (-weight, other))
+    return [(w, scores[k, arm], tasks) for k in layers for w, arm in signed]
 
 
 def made(run: Run) -> Scores:
     """The scores of all students, trained and scored where they are not current."""
     out: dict[tuple[int, str], list[Result]] = {}
-    for one in embedding_stages.students(run):
-        embedding_stages.student(run, **one.keys)
-        result = embedding_stages.student_scores(run, **one.keys).json("scores.json")
+    for one in student_stages.students(run):
+        student_stages.student(run, **one.keys)
+        result = score_stages.student_scores(run, **one.keys).json("scores.json")
         out.setdefault((one.layers, one.arm), []).append(result)
     return out
 
 
 def inputs(run: Run) -> list[Artifact]:
     """The artifacts that hold these scores, and those of the guide before it learned further."""
-    names = [one.name for one in embedding_stages.students(run)] + ["guide-topic"]
+    names = [one.name for one in student_stages.students(run)] + ["guide-topic"]
     return [run.store.need(f"scores-{name}") for name in names]
 
 
@@ -77,27 +74,16 @@ def of_the_mask(scores: Scores, layers: Sequence[int], points: Sequence[Mapping[
     small, large, every = min(layers), max(layers), list(layers)
     removed = [mask_quality.at_margin_zero(points, g)["removed"] for g in (mask_quality.WHOLE, mask_quality.SHALLOW)]
     gone = f"{removed[0]:,} and {removed[1]:,} of {pairs * (pairs - 1):,}"
+    sizes = f"gain of the smallest student ({small} of 6 layers) minus that of the largest ({large})"
+    guides = f"guide of 6 layers against guide of 2, smallest student (they mask {gone} newsgroup candidates)"
+    margins = "margin 0.05 against margin 0, smallest student"
     return [
         # Stored as G1, as recorded runs have it; `claims.present_ids` reads it as G1b.
         Question("G1", gain(scores, every), "guided against plain, all students and tasks"),
-        Question(
-            "G2",
-            gain(scores, [small]) + gain(scores, [large], sign=-1),
-            f"gain of the smallest student ({small} of 6 layers) minus that of the largest ({large})",
-        ),
+        Question("G2", gain(scores, [small]) + gain(scores, [large], sign=-1), sizes),
         Question("G3", gain(scores, every, ("STS",)) + gain(scores, every, sign=-1), "gain on STS minus gain on all tasks"),
-        Question(
-            "G7",
-            gain(scores, [small], other=StudentArm.WEAK),
-            f"guide of 6 layers against guide of 2, smallest student (they mask {gone} newsgroup candidates)",
-            "stronger guide",
-        ),
-        Question(
-            "G9",
-            gain(scores, [small], one=StudentArm.MARGIN, other=StudentArm.GUIDED),
-            "margin 0.05 against margin 0, smallest student",
-            "margin 0.05",
-        ),
+        Question("G7", gain(scores, [small], other=StudentArm.WEAK), guides, "stronger guide"),
+        Question("G9", gain(scores, [small], one=StudentArm.MARGIN, other=StudentArm.GUIDED), margins, "margin 0.05"),
     ]
 
 
@@ -121,32 +107,19 @@ def of_a_topic_left_out(run: Run, scores: Scores, before: Result) -> list[Questi
     """G4 and G5: what leaving the topic out costs the whole guide (`before` it learned further), and what putting it back gives the
     smallest student, on the questions about it; the words hold the same on the other questions."""
 
-    def by_topic(results: Sequence[Result]) -> list[Result]:
-        return [embedding_stages.by_topic(run, dict(r)) for r in results]
-
-    small, uncovered, covered = min(run.profile.study.student.layers), StudentArm.UNCOVERED, StudentArm.COVERED
-    out = []
-    for claim, one, other, what, label in (
-        (
-            "G4",
-            scores[WHOLE, uncovered],
-            [before],
-            "whole guide after training without computing minus before, questions on computing",
-            "whole guide, topic left out",
-        ),
-        (
-            "G5",
-            scores[small, covered],
-            scores[small, uncovered],
-            "small student with examples on computing minus with equally many others, questions on it",
-            "topic covered",
-        ),
-    ):
-        a, b = by_topic(one), by_topic(other)
+    def asked(claim: str, one: Sequence[Result], other: Sequence[Result], what: str, label: str) -> Question:
+        a, b = ([student_stages.by_topic(run, dict(r)) for r in results] for results in (one, other))
         elsewhere = uncertainty.difference(a, b, ("off",))
-        terms: list[Term] = [(1, a, ("on",)), (-1, b, ("on",))]
-        out.append(Question(claim, terms, f"{what} (on the others {elsewhere})", label))
-    return out
+        return Question(claim, [(1, a, ("on",)), (-1, b, ("on",))], f"{what} (on the others {elsewhere})", label)
+
+    small = min(run.profile.study.student.layers)
+    without, with_it = (scores[small, arm] for arm in (StudentArm.UNCOVERED, StudentArm.COVERED))
+    lost = "whole guide after training without computing minus before, questions on computing"
+    given = "small student with examples on computing minus with equally many others, questions on it"
+    return [
+        asked("G4", scores[WHOLE, StudentArm.UNCOVERED], [before], lost, "whole guide, topic left out"),
+        asked("G5", with_it, without, given, "topic covered"),
+    ]
 
 
 def answered(questions: Sequence[Question]) -> dict[str, dict[str, Any]]:

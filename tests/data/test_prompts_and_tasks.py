@@ -47,8 +47,9 @@ def test_the_parts_add_up_and_follow_the_ratio(count):
     assert sum(parts.values()) == count and abs(parts["sts"] - count * 7 / 23) <= 1
 
 
-def test_more_tasks_a_topic_mean_fewer_topics_at_the_same_size():
-    plans = {k: tasks.plan_synthesis("t", 60, TOPICS, TABLE, tasks_per_topic=k, ratio={"retrieval": 1}) for k in (1, 3)}
+def test_more_tasks_a_topic_mean_fewer_topics_at_the_same_size(monkeypatch):
+    monkeypatch.setattr(tasks, "RATIO", dict.fromkeys(records.KINDS, 0.0) | {"retrieval": 1.0})
+    plans = {k: tasks.plan_synthesis("t", 60, TOPICS, TABLE, tasks_per_topic=k) for k in (1, 3)}
     assert {len(p) for p in plans.values()} == {60}
     assert len({q.topic for q in plans[1]}) == 60 and len({q.topic for q in plans[3]}) == 20
     assert len({(q.topic, q.task) for q in plans[3]}) > 40

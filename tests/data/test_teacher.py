@@ -12,7 +12,7 @@ from speed_core.files import UserError, write_jsonl
 from speed_core.generation import generate
 from speed_core.models import loading
 from speed_core.profile import Teacher
-from speed_core.study import generation_stages
+from speed_core.study import generation_stages, synthesis_stages
 from speed_core.study.runs import open_run
 
 GOOD = '{"S1":"a b","S2":"a c","S3":"a d"}'
@@ -646,13 +646,13 @@ def test_table_5_counts_what_an_endpoint_was_asked_the_judge_included(endpoint, 
     generation_stages.preferences(run)
     nothing = {"calls": 0, "input": 0, "output": 0}
     each = {"calls": 4, "input": 40, "output": 20}  # two prompts in both orders, at the endpoint's 10 and 5 tokens
-    assert generation_stages.teacher_use(run) == {"brainstorm": nothing, "seed": nothing, "preference": each, "revision": nothing}
+    assert synthesis_stages.teacher_use(run) == {"brainstorm": nothing, "seed": nothing, "preference": each, "revision": nothing}
 
 
 def test_table_5_counts_recorded_answers_with_the_tokenizer_of_the_generator(tmp_path, monkeypatch):
     monkeypatch.setenv("SPEED_RUNS", str(tmp_path))
     run = open_run("smoke")
-    tasks, seeds, use = generation_stages.brainstorm(run), generation_stages.seed_data(run), generation_stages.teacher_use(run)
+    tasks, seeds, use = generation_stages.brainstorm(run), generation_stages.seed_data(run), synthesis_stages.teacher_use(run)
     asked = {p: n["calls"] for p, n in use.items()}
     assert asked == {
         "brainstorm": len(tasks.rows()),

@@ -18,6 +18,17 @@ from speed_core.runner import cards
 TOOLS = ("spade", "rake", "hoe", "saw", "drill", "clamp", "brush", "ladder", "bucket", "wrench", "pliers", "chisel")
 
 
+def with_data(folder, function, *given):
+    """Call a function with $SPEED_DATA set."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("SPEED_DATA", str(folder))
+        return function(*given)
+
+
+def resolve(names, folder):
+    return with_data(folder, evaluate.resolve_tasks, names)
+
+
 def write_sts(folder: Path, rows):
     """As mteb/stsbenchmark-sts lies on the hub: one gzipped JSONL file a split."""
     folder.mkdir(parents=True, exist_ok=True)
@@ -162,7 +173,7 @@ def test_another_snapshot_of_the_same_name_gives_its_own_rows_and_no_kept_score(
     for flip, place in ((False, "a"), (True, "b")):
         write_sts(tmp_path / place / "mteb" / "stsbenchmark-sts", some_pairs(flip))
         some_retrieval(tmp_path / place / "mteb" / "NanoSciFactRetrieval", "train")
-        tasks = evaluate.resolve_tasks(["STSBenchmark"], data=tmp_path / place)
+        tasks = resolve(["STSBenchmark"], tmp_path / place)
         scores.append(evaluate.evaluate(guide, tasks, tmp_path / "kept")["tasks"]["STSBenchmark"]["items"])
     golds = [[g for g, _ in items] for items in scores]
     assert golds[0] == [s for *_, s in some_pairs()] and golds[1] == [s for *_, s in some_pairs(True)]
@@ -179,16 +190,16 @@ def test_without_hub_and_folder_one_line_names_task_data_set_and_both_ways(tmp_p
     assert "'NanoArguAnaRetrieval'" in line and "mteb/NanoArguAnaRetrieval is not here (and 12 more" in line
     assert "SPEED_ONLINE=1" in line and "SPEED_DATA" in line and "\n" not in line
     with pytest.raises(UserError, match="no such folder"):
-        evaluate.resolve_tasks(["STSBenchmark"], data=tmp_path / "none")
+        resolve(["STSBenchmark"], tmp_path / "none")
 
 
 def test_a_snapshot_that_is_broken_or_empty_is_named(tmp_path):
     folder = tmp_path / "mteb" / "stsbenchmark-sts"
     folder.mkdir(parents=True)
     with pytest.raises(UserError, match="no files in it"):
-        evaluate.resolve_tasks(["STSBenchmark"], data=tmp_path)
+        resolve(["STSBenchmark"], tmp_path)
     (folder / "test.jsonl.gz").write_bytes(b"no gzip")
-    (task,) = evaluate.resolve_tasks(["STSBenchmark"], data=tmp_path)
+    (task,) = resolve(["STSBenchmark"], tmp_path)
     with pytest.raises(UserError, match="task 'STSBenchmark': its snapshot .* could not be read"):
         task.load_data()
 
@@ -208,12 +219,12 @@ def test_an_aggregate_is_read_from_the_folder_part_by_part(guide, tmp_path):
     (plain,) = [t for t in mteb.get_benchmark("MTEB(eng, v1)").tasks if t.is_aggregate]
     for part in plain.tasks:
         some_retrieval(tmp_path / part.metadata.dataset["path"], "test")
-    tasks = evaluate.resolve_tasks([plain.metadata.name], data=tmp_path)
+    tasks = resolve([plain.metadata.name], tmp_path)
     entry = evaluate.evaluate(guide, tasks, tmp_path / "kept")["tasks"][plain.metadata.name]
     assert [len(items) for items in entry["parts"]] == [11] * len(plain.tasks) == [11] * 12
     assert np.mean(entry["parts"]) == pytest.approx(entry["score"], abs=1e-4)
     # Notebook 09 reads the texts of an aggregate for its contamination table, too.
-    tasks = evaluate.resolve_tasks([plain.metadata.name], data=tmp_path)
+    tasks = resolve([plain.metadata.name], tmp_path)
     assert len(offline_tasks.distinct_texts(tasks)[plain.metadata.name]) == 24
 
 
@@ -233,7 +244,7 @@ def each_type(guide, tmp_path_factory):
     folder = tmp_path_factory.mktemp("types")
     tasks, shallow = one_of_each_type(folder), str(loading.shallow_encoder("package:all-MiniLM-L6-v2", 2))
     small = load_encoder(shallow, "small", instructed=False, dtype="float32")
-    return [evaluate.evaluate(m, evaluate.resolve_tasks(tasks, data=folder), folder / "kept") for m in (guide, small)]
+    return [evaluate.evaluate(m, resolve(tasks, folder), folder / "kept") for m in (guide, small)]
 
 
 def test_every_type_of_the_papers_benchmark_has_values_whose_statistic_is_mtebs_score(each_type):
@@ -288,12 +299,12 @@ def test_only_what_a_task_asks_for_is_scored_when_more_is_kept(guide, tmp_path):
         files = "".join(f"  - split: {s}\n    path: {language}/{s}.jsonl\n" for s in ("train", "validation", "test"))
         card += f"- config_name: {language}\n  data_files:\n{files}"
     (tmp_path / "mteb" / "AmazonReviewsClassification" / "README.md").write_text(card + "---\n", encoding="utf-8")
-    (every,) = evaluate.resolve_tasks(["AmazonReviewsClassification"], data=tmp_path)
+    (every,) = resolve(["AmazonReviewsClassification"], tmp_path)
     first = evaluate.evaluate(guide, [every], tmp_path / "kept")["tasks"]["AmazonReviewsClassification"]
     assert len(first["parts"]) == 12 and statistic_of(first) == pytest.approx(first["score"], abs=1e-6)
     english = mteb.get_task(
         "AmazonReviewsClassification", languages=["eng"], eval_splits=["test"]
     )  # as MTEB(eng, v1) asks for it
-    (task,) = local_data.prepare([english], tmp_path)
+    (task,) = with_data(tmp_path, local_data.prepare, [english])
     second = evaluate.evaluate(guide, [task], tmp_path / "kept")["tasks"]["AmazonReviewsClassification"]
     assert len(second["items"]) == 36 and second["score"] == pytest.approx(np.mean(second["items"])) != first["score"]

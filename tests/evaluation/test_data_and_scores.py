@@ -289,22 +289,22 @@ def test_labelled_pairs_share_a_newsgroup_and_no_text_with_a_task():
 
 
 def test_a_left_out_topic_is_replaced_by_equally_many_other_examples_and_questions_are_split_by_it(tmp_path, monkeypatch):
-    from speed_core.study import embedding_stages, generation_stages
+    from speed_core.study import generation_stages, student_stages
 
     monkeypatch.setenv("SPEED_RUNS", str(tmp_path))
     run = open_run("smoke", {"seeds": 120})
     generation_stages.brainstorm(run)
     generation_stages.seed_data(run)
-    without, with_ = (embedding_stages.topic_records(run, covered=c) for c in (False, True))
+    without, with_ = (student_stages.topic_records(run, covered=c) for c in (False, True))
     on = {r["id"] for r in with_} - {r["id"] for r in without}
     assert len(without) == len(with_) == len({r["id"] for r in with_}) and len(on) >= 5
-    assert all(r["topic"].startswith(embedding_stages.TOPIC) == (r["id"] in on) for r in with_ + without)
+    assert all(r["topic"].startswith(student_stages.TOPIC) == (r["id"] in on) for r in with_ + without)
     category = {q: c for c, q, _ in text_sources.chatterbot_pairs()}
     (task,) = offline_tasks.offline_tasks("smoke", [offline_tasks.QUESTIONS])
     task.load_data()
     asked = task.dataset["default"]["test"]["queries"]["text"]
     items = [float(category[q] in offline_tasks.COMPUTING) for q in asked]
-    parts = embedding_stages.by_topic(run, {"tasks": {offline_tasks.QUESTIONS: {"items": items}}})["tasks"]
+    parts = student_stages.by_topic(run, {"tasks": {offline_tasks.QUESTIONS: {"items": items}}})["tasks"]
     assert (parts["on"]["score"], parts["off"]["score"]) == (1.0, 0.0)
     assert len(parts["on"]["items"]) + len(parts["off"]["items"]) == len(asked)
 

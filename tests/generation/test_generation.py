@@ -126,16 +126,9 @@ def test_the_cache_of_vllm_on_a_cpu_holds_all_requests_of_full_length():
 
 
 def test_fewer_texts_are_written_at_a_time_where_memory_is_short(monkeypatch):
-    monkeypatch.delenv("SPEED_CPU_REQUESTS", raising=False)
     for free, wanted in ((8, 64), (24, 128)):
         monkeypatch.setattr(vllm_worker.machine, "memory_gb", lambda free=free: free)
         assert vllm_worker.cpu_requests() == wanted
-    monkeypatch.setenv("SPEED_CPU_REQUESTS", "8")
-    assert vllm_worker.cpu_requests() == 8
-    for wrong in ("x", "0", "-3", "\u00b2"):
-        monkeypatch.setenv("SPEED_CPU_REQUESTS", wrong)
-        with pytest.raises(UserError, match="not a number of texts; write a whole one"):
-            vllm_worker.cpu_requests()
 
 
 def test_transformers_holds_each_request_to_its_own_grammar_and_free_text_to_none(tmp_path):

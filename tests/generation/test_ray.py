@@ -8,6 +8,7 @@ from functools import partial
 
 import pytest
 import ray
+from sampled import sample
 
 from speed_core import profile
 from speed_core.data import prompts
@@ -15,7 +16,6 @@ from speed_core.files import UserError, read_jsonl
 from speed_core.generation import engines, generate, ray_engine
 from speed_core.generation.engines import EngineOptions
 from speed_core.generation.ray_engine import RayEngine
-from speed_core.study import generation_stages
 from speed_core.study.runs import open_run
 
 pytestmark = pytest.mark.slow
@@ -82,7 +82,7 @@ def test_two_workers_of_which_one_is_killed_make_the_artifact_of_one_process(tmp
     for name, chosen in (("process", values), ("ray", over)):
         monkeypatch.setenv("SPEED_RUNS", str(tmp_path / name))
         run = open_run("smoke", chosen)
-        made.append(generation_stages.sample(run, "raw", planned, "base"))
+        made.append(sample(run, "raw", planned, "base"))
     assert made[0].rows() == made[1].rows() and made[0].digest == made[1].digest
     assert len({e["raw"] for e in made[1].rows()}) == 16, "sampled texts differ from each other, so equality says something"
     assert Counter(e["record"] for e in read_jsonl(run.log("raw"))) == Counter(q.id for q in planned)
@@ -93,7 +93,7 @@ def test_two_workers_of_which_one_is_killed_make_the_artifact_of_one_process(tmp
     assert len({pid for pid, *_ in chunks}) >= 2, "both workers wrote, or a fresh one after the kill"
 
     monkeypatch.setenv("SPEED_RUNS", str(tmp_path / "process"))
-    found = generation_stages.sample(open_run("smoke", over), "raw", planned, "base")
+    found = sample(open_run("smoke", over), "raw", planned, "base")
     assert found.manifest == made[0].manifest, "an artifact that is there is not made again for another executor"
 
 

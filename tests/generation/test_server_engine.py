@@ -6,7 +6,6 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
 
-from speed_core.data import records
 from speed_core.files import UserError
 from speed_core.generation import generate
 from speed_core.generation.server_engine import ServerEngine
@@ -14,7 +13,8 @@ from speed_core.generation.server_engine import ServerEngine
 
 @pytest.mark.parametrize("after", [0, 3])
 def test_a_server_that_refuses_every_request_stops_the_stage_and_a_rerun_goes_on(tmp_path, after):
-    answer = {"id": "1", "object": "text_completion", "created": 0, "model": "tiny", "choices": [{"index": 0, "text": "x", "finish_reason": "stop"}]}  # fmt: skip
+    text = '{"S1": "a b", "S2": "c d", "S3": "e f"}'
+    answer = {"id": "1", "object": "text_completion", "created": 0, "model": "tiny", "choices": [{"index": 0, "text": text, "finish_reason": "stop"}]}  # fmt: skip
     seen, works = [], False
 
     class Server(BaseHTTPRequestHandler):
@@ -40,12 +40,14 @@ def test_a_server_that_refuses_every_request_stops_the_stage_and_a_rerun_goes_on
 
     http = ThreadingHTTPServer(("127.0.0.1", 0), Server)
     threading.Thread(target=http.serve_forever, daemon=True).start()
-    items = [generate.Request(f"r{i}", f"text {i}", "", i) for i in range(20)]
+    items = [generate.Request(f"r{i}", f"text {i}", "sts", i) for i in range(20)]
 
     def ask():
         engine = ServerEngine(f"http://127.0.0.1:{http.server_address[1]}/v1", "tiny", "package:gemma-3-270m", concurrency=1)
         try:
-            return generate.generate_all(items, model="m", model_id="m", engine=engine, log=tmp_path / "l", decoding=generate.Decoding(), parse=lambda *_: records.Outcome("ok"))  # fmt: skip
+            return generate.generate_all(
+                items, model="m", model_id="m", engine=engine, log=tmp_path / "l", decoding=generate.Decoding()
+            )
         finally:
             engine.close()
 

@@ -37,8 +37,7 @@ def gpu(monkeypatch):
 
     def pretend(native: bool):
         monkeypatch.setattr(machine, "device", lambda: torch.device("cuda"))
-        monkeypatch.setattr(compute_type, "_native_bfloat16", lambda: native)
-        monkeypatch.setattr(compute_type, "_gpu_name", lambda: "Tesla T4")
+        monkeypatch.setattr(compute_type, "_gpu", lambda: ("Tesla T4", native))
 
     return pretend
 

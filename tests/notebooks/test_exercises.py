@@ -19,8 +19,8 @@ from speed_core.files import UserError
 from speed_core.runner import notebook
 from speed_core.store.artifacts import notebook_number
 from speed_core.store.run_context import ROOT
-from speed_core.study import claims, comparisons, student_questions
-from workbook import exercises
+from speed_core.study import student_questions, verdicts
+from workbook import exercises, findings
 
 NOTEBOOKS = notebook.notebooks(ROOT / "notebooks")
 
@@ -77,8 +77,8 @@ def names(number):
         "07": {"points": POINTS, "reference": reference},
         "00": {"profiles": profiles, "run": SimpleNamespace(profile=profiles.load("tiny"))},
         "08": {"reference": reference},
-        "10": {"claims": claims},
-        "12": {"claims": claims},
+        "10": {"verdicts": verdicts},
+        "12": {"verdicts": verdicts},
     }
     return {"np": np, "torch": torch} | known.get(number, {})
 
@@ -131,7 +131,7 @@ CHANGES = (
     "11.1",
     "12.2",
 )  # the reference code, changed by the reader
-CHANGED = ("reference.", "prompts.", "claims.", "uncertainty.", "student_questions.")  # where that code is
+CHANGED = ("reference.", "prompts.", "verdicts.", "uncertainty.", "student_questions.")  # where that code is
 
 
 def test_who_changes_the_reference_code_sees_the_effect_solved_or_not():
@@ -166,7 +166,7 @@ EFFECTS = {
     | {"toy_scores": {(k, arm): toy_results(50.0 + k, 51.0) for k in (1, 4) for arm in ("guided", "plain")}},
     "10": {},
     "11": {"uncertainty": uncertainty, "results": {n: toy_results(20.0 + n) for n in (2, 4)}, "sizes": [2, 4], "y": [22.0, 24.0]},
-    "12": {"comparisons": comparisons, "rows": [{"id": "S4", "low": 0.2, "high": 1.4, "verdict": claims.Verdict.SMALLER}]},
+    "12": {"findings": findings, "rows": [{"id": "S4", "low": 0.2, "high": 1.4, "verdict": verdicts.Verdict.SMALLER}]},
 }  # fmt: skip
 
 
@@ -225,7 +225,7 @@ def own_texts(q, p, n, t, label=0):
 
 def instead(low, high, expected, where):
     """What the rule says, but "fails" for "open" where `where` holds."""
-    word = comparisons.in_a_word(low, high, expected)
+    word = findings.in_a_word(low, high, expected)
     return "fails" if where and word == "open" else word
 
 
@@ -235,7 +235,7 @@ def flip(word):
 
 def widened(low, high, expected, by):
     middle, half = (low + high) / 2, (high - low) / 2 * by
-    return claims.verdict(middle - half, middle + half, expected)
+    return verdicts.verdict(middle - half, middle + half, expected)
 
 
 def copied(texts):
@@ -382,12 +382,12 @@ MISTAKES = [
     ("09.2", lambda a, b: np.quantile(a - b, [0.025, 0.975]), "single items"),
     ("09.2", lambda a, b: np.quantile(draws(a - b, 0), [0.975, 0.025]), "above the high end"),
     ("09.2", lambda a, b: np.quantile(draws(a - b, 0), [0.25, 0.75]), "narrower"),
-    ("10.1", lambda a, b, m: claims.verdict(a, b), "the reference still"),
-    ("10.1", lambda a, b, m: claims.verdict(a + m, b + m), "the wrong way"),
-    ("10.1", lambda a, b, m: claims.verdict(a - m, a - m), "decides nothing"),
-    ("10.1", lambda a, b, m: claims.verdict(a - m, b) if a > m or b < 0 else claims.verdict(-1, 1), "contradicts the claim"),
-    ("10.1", lambda a, b, m: claims.verdict(b - m, b - m), "not its upper end alone"),
-    ("10.1", lambda a, b, m: comparisons.in_a_word(a - m, b - m), "24 of 24 cases differ"),
+    ("10.1", lambda a, b, m: verdicts.verdict(a, b), "the reference still"),
+    ("10.1", lambda a, b, m: verdicts.verdict(a + m, b + m), "the wrong way"),
+    ("10.1", lambda a, b, m: verdicts.verdict(a - m, a - m), "decides nothing"),
+    ("10.1", lambda a, b, m: verdicts.verdict(a - m, b) if a > m or b < 0 else verdicts.verdict(-1, 1), "contradicts the claim"),
+    ("10.1", lambda a, b, m: verdicts.verdict(b - m, b - m), "not its upper end alone"),
+    ("10.1", lambda a, b, m: findings.in_a_word(a - m, b - m), "24 of 24 cases differ"),
     ("10.2", lambda a, b, n, e: n * (b - a) / 2 / e, "square root"),
     ("10.2", lambda a, b, n, e: n * ((b - a) / e) ** 2, "whole width"),
     ("10.2", lambda a, b, n, e: ((b - a) / 2 / e) ** 2, "how many times more"),
@@ -399,14 +399,14 @@ MISTAKES = [
     ("11.2", lambda n, s, g: n * (1 + g / s), "straight line"),
     ("11.2", lambda n, s, g: g / s, "how many doublings"),
     ("11.2", lambda n, s, g: 2 ** (g / s), "multiply by the records"),
-    ("12.1", lambda a, b, e: comparisons.in_a_word(a, b, abs(e)), "a claimed fall"),
-    ("12.1", lambda a, b, e: comparisons.in_a_word(a, b, e or 1), "a claim of no difference"),
-    ("12.1", lambda a, b, e: "holds" if a == 0 else comparisons.in_a_word(a, b, e), "still inside it"),
+    ("12.1", lambda a, b, e: findings.in_a_word(a, b, abs(e)), "a claimed fall"),
+    ("12.1", lambda a, b, e: findings.in_a_word(a, b, e or 1), "a claim of no difference"),
+    ("12.1", lambda a, b, e: "holds" if a == 0 else findings.in_a_word(a, b, e), "still inside it"),
     ("12.1", lambda a, b, e: instead(a, b, e, not e), "across the one-point margin"),
     ("12.1", lambda a, b, e: instead(a, b, e, e), "does not contradict"),
-    ("12.1", lambda a, b, e: claims.verdict(a, b, e), "12 of 12 cases differ"),
-    ("12.1", lambda a, b, e: flip(comparisons.in_a_word(a, b, e)), "changed places"),
-    ("12.2", lambda a, b, e, n: claims.verdict(a, b, e), "nothing became wider"),
+    ("12.1", lambda a, b, e: verdicts.verdict(a, b, e), "12 of 12 cases differ"),
+    ("12.1", lambda a, b, e: flip(findings.in_a_word(a, b, e)), "changed places"),
+    ("12.2", lambda a, b, e, n: verdicts.verdict(a, b, e), "nothing became wider"),
     ("12.2", lambda a, b, e, n: widened(a, b, e, norm.ppf(1 - 0.05 / n) / norm.ppf(0.975)), "two sides"),
     ("12.2", lambda a, b, e, n: widened(a, b, e, n), "multiplied by the number"),
     ("12.2", lambda a, b, e, n: widened(a, b, e, norm.ppf(0.975) / norm.ppf(1 - 0.025 / n)), "became narrower"),

@@ -33,7 +33,7 @@ def senior(tiny_model, tmp_path, monkeypatch):
         if "lora_B" in name:
             torch.nn.init.normal_(p, std=0.2)
     adapters.save_adapter(model, tmp_path, base)
-    monkeypatch.setattr(measure.generation_stages, "generator_weights", lambda run, name: (base, tmp_path))
+    monkeypatch.setattr(measure.generator_answers, "generator_weights", lambda run, name: (base, tmp_path))
     return base, tmp_path
 
 

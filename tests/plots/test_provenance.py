@@ -17,6 +17,10 @@ ROOT = Path(__file__).resolve().parents[2]
 ROWS = [{"label": "Sr", "value": 0.5, "low": 0.1, "high": 0.9}, {"label": "Sr + Re", "value": 0.7, "low": 0.2, "high": 1.1}]
 
 
+def problems(*given, **how):
+    return provenance.inspect(*given, **how)[0]
+
+
 def make(run, name, value, parents=(), **parameters):
     """A real artifact `name` whose contents are `value`; made again when they differ."""
     above = [run.store.need(p) for p in parents]
@@ -72,20 +76,20 @@ def test_drawing_the_same_numbers_again_changes_no_byte_not_even_the_date(drawn)
 def test_an_input_that_moved_is_named_with_what_made_it_move(drawn):
     run, folder, runs = drawn
     chain(run, embedder=2)
-    (line,) = provenance.check(folder, runs)
+    (line,) = problems(folder, runs)
     assert line.startswith("10_table2: stale, input scores-jr moved (") and line.endswith("because embedder-jr moved")
     chain(run, seeds=2)
-    (line,) = provenance.check(folder, runs)
+    (line,) = problems(folder, runs)
     assert line.endswith("because seeds -> embedder-jr moved")
     draw(run)
-    assert provenance.check(folder, runs) == []
+    assert problems(folder, runs) == []
 
 
 def test_an_input_remade_with_the_same_contents_has_not_moved(drawn):
     run, folder, runs = drawn
     with run.store.stage("scores-jr", {"other": "settings"}, [run.store.need("embedder-jr")]) as draft:
         write_json(draft.file("data.json"), [1, 1, 1])
-    assert provenance.check(folder, runs) == []
+    assert problems(folder, runs) == []
 
 
 def test_a_figure_of_a_benchmark_is_stale_when_its_file_was_written_again(drawn, monkeypatch):
@@ -95,31 +99,31 @@ def test_a_figure_of_a_benchmark_is_stale_when_its_file_was_written_again(drawn,
     write_json(file, {"rows": [row, row | {"method": "gist"}], "machine": {"cpu": "a CPU"}, "written": "2026-01-01"})
     monkeypatch.setattr(provenance, "ROOT", runs)
     figures.loss_cost(run, "07_loss_cost", file)
-    assert provenance.check(folder) == []
+    assert problems(folder) == []
     write_json(
         file, {"rows": [row | {"seconds": 0.2}, row | {"method": "gist"}], "machine": {"cpu": "a CPU"}, "written": "2026-01-02"}
     )
-    assert provenance.check(folder) == ["07_loss_cost: stale, results/loss.json moved since it was drawn; run its notebook again"]
+    assert problems(folder) == ["07_loss_cost: stale, results/loss.json moved since it was drawn; run its notebook again"]
 
 
 def test_something_upstream_made_again_makes_a_figure_stale_though_its_input_is_the_same(drawn):
     run, folder, runs = drawn
     make(run, "seeds", 2)
-    (line,) = provenance.check(folder, runs)
+    (line,) = problems(folder, runs)
     assert "stale, input scores-jr is of an earlier seeds by way of embedder-jr: seeds moved (" in line
     make(run, "embedder-jr", [2, 1], ["seeds"], seed=7)
-    (line,) = provenance.check(folder, runs)
+    (line,) = problems(folder, runs)
     assert "input scores-jr is of an earlier embedder-jr: embedder-jr moved" in line
 
 
 def test_bytes_changed_behind_a_manifest_are_found_by_a_deep_check(drawn):
     run, folder, runs = drawn
     (run.store.root / "embedder-jr" / "data.json").write_text("[0]")
-    assert provenance.check(folder, runs) == []
-    (line,) = provenance.check(folder, runs, deep=True)
+    assert problems(folder, runs) == []
+    (line,) = problems(folder, runs, deep=True)
     assert "input scores-jr is of an earlier embedder-jr" in line
     (run.store.root / "scores-jr" / "data.json").write_text("[0]")
-    (line,) = provenance.check(folder, runs, deep=True)
+    (line,) = problems(folder, runs, deep=True)
     assert line.endswith("because its data.json was changed by hand")
 
 
@@ -137,7 +141,7 @@ def test_bytes_changed_behind_a_manifest_are_found_by_a_deep_check(drawn):
 def test_an_edited_or_missing_file_is_named(drawn, touch, says):
     _, folder, runs = drawn
     touch(folder)
-    (line,) = provenance.check(folder, runs)
+    (line,) = problems(folder, runs)
     assert line.startswith(says)
 
 
@@ -157,11 +161,11 @@ def test_a_point_of_a_sweep_is_checked_against_its_own_artifacts_and_those_of_it
     point = open_run("smoke")
     make(point, "scores-jr", "of the point", ["embedder-jr"])
     folder = draw(point)
-    assert folder == runs / "smoke" / "variants" / "lr=2" / "figures" and provenance.check(folder, runs) == []
+    assert folder == runs / "smoke" / "variants" / "lr=2" / "figures" and problems(folder, runs) == []
     make(run, "scores-jr", "the base has another", ["embedder-jr"])
-    assert provenance.check(folder, runs) == []
+    assert problems(folder, runs) == []
     make(run, "embedder-jr", "moved", ["seeds"])
-    assert "input scores-jr is of an earlier embedder-jr" in provenance.check(folder, runs)[0]
+    assert "input scores-jr is of an earlier embedder-jr" in problems(folder, runs)[0]
 
 
 def test_a_figure_over_several_points_keeps_their_inputs_apart(drawn, monkeypatch):
@@ -176,14 +180,12 @@ def test_a_figure_over_several_points_keeps_their_inputs_apart(drawn, monkeypatc
     basic.estimates(run, "10_sweeps", ROWS, inputs, "Sweep", "points")
     said = json.loads((run.figures / "10_sweeps.json").read_text())
     assert list(said["inputs"]) == ["scores-jr", "variants/lr=1/scores-jr", "variants/lr=2/scores-jr"]
-    assert (
-        said["seeds"] == [1, 2, 7] and provenance.check(run.figures, runs) == provenance.check(run.figures, runs, deep=True) == []
-    )
+    assert said["seeds"] == [1, 2, 7] and problems(run.figures, runs) == problems(run.figures, runs, deep=True) == []
     make(points[1], "embedder-jr", 3, ["seeds"], seed=2)
-    (line,) = provenance.check(run.figures, runs)
+    (line,) = problems(run.figures, runs)
     assert "input variants/lr=2/scores-jr is of an earlier variants/lr=2/embedder-jr: " in line
     make(points[1], "scores-jr", 3, ["embedder-jr"])
-    (line,) = provenance.check(run.figures, runs)
+    (line,) = problems(run.figures, runs)
     assert "input variants/lr=2/scores-jr moved (" in line and line.endswith("because variants/lr=2/embedder-jr moved")
 
 
@@ -194,16 +196,16 @@ def test_a_verdict_on_a_sweep_is_stale_when_a_point_of_the_sweep_moves(drawn, mo
     for point in points:
         make(point, "scores-jr", point.folder.name, ["embedder-jr"])
     used = [run.store.need("scores-jr"), *(p.store.need("scores-jr") for p in points)]
-    made = paper_sweeps.write(run, {"S12": {"value": 1.0}}, used)
+    made = paper_sweeps.keep(run, {"S12": {"value": 1.0}}, used)
     assert list(made.manifest["parents"]) == ["scores-jr", *(f"variants/{p.folder.name}/scores-jr" for p in points)]
-    assert paper_sweeps.write(run, {"S12": {"value": 1.0}}, used).manifest["written"] == made.manifest["written"]
+    assert paper_sweeps.keep(run, {"S12": {"value": 1.0}}, used).manifest["written"] == made.manifest["written"]
     paper_sweeps.keep(run, {"S12": {"value": 1.0}}, used)
     paper_sweeps.keep(run, {}, [], "generators")
     assert run.store.made("study").manifest["written"] == made.manifest["written"] and not run.store.made("generators")
     basic.estimates(run, "12_map", ROWS, [made], "Verdicts", "points")
-    assert provenance.check(run.figures, runs) == []
+    assert problems(run.figures, runs) == []
     make(points[1], "scores-jr", "moved", ["embedder-jr"])
-    (line,) = provenance.check(run.figures, runs)
+    (line,) = problems(run.figures, runs)
     assert line.startswith(f"12_map: stale, input study is of an earlier variants/{points[1].folder.name}/scores-jr: ")
 
 
@@ -211,14 +213,14 @@ def test_a_table_of_claims_that_is_not_the_plotted_one_is_found(drawn):
     run, folder, runs = drawn
     rows = claims.build({}, {}, {})
     figures.claim_map(run, "12_claims", rows, [])
-    assert provenance.check(folder) == ["claims.csv: not beside 12_claims.csv; run notebook 12 again"]
+    assert problems(folder) == ["claims.csv: not beside 12_claims.csv; run notebook 12 again"]
     claims.write(folder / "claims.csv", rows)
-    assert provenance.check(folder) == []
+    assert problems(folder) == []
     text = (folder / "claims.csv").read_text()
     (folder / "claims.csv").write_text(text.replace("S3,", "S3,all of it, ", 1))
-    assert provenance.check(folder) == ["claims.csv: S3 not as in 12_claims.csv; run notebook 12 again"]
+    assert problems(folder) == ["claims.csv: S3 not as in 12_claims.csv; run notebook 12 again"]
     (folder / "claims.csv").write_text("\n".join(text.splitlines()[:-1]) + "\n")
-    assert provenance.check(folder) == ["claims.csv: G9 not as in 12_claims.csv; run notebook 12 again"]
+    assert problems(folder) == ["claims.csv: G9 not as in 12_claims.csv; run notebook 12 again"]
 
 
 def test_the_command_ends_with_one_on_a_problem_and_two_on_a_folder_that_is_none(drawn):

@@ -16,7 +16,7 @@ from speed_core.files import UserError, write_json, write_jsonl
 from speed_core.plots import figures
 from speed_core.runner import paper_sweeps
 from speed_core.store.artifacts import notebook_number
-from speed_core.study import claims, embedding_stages, generation_stages
+from speed_core.study import ablation_stages, claims, generation_stages, score_stages, student_stages, verdicts
 from speed_core.study.runs import open_run
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -82,24 +82,24 @@ def test_the_recorded_teacher_answers_for_whole_topic_paths_and_the_seed_example
 
 
 def test_a_data_set_beside_table_2_takes_part_from_half_of_the_compared_records_on(run):
-    assert embedding_stages.ablation_arms(run) == list(embedding_stages.ARMS), "what is not made yet is planned"
+    assert ablation_stages.ablation_arms(run) == list(ablation_stages.ARMS), "what is not made yet is planned"
     for arm, kept in {"jr": 40, "jr_re": 40, "sr": 32, "sr_re": 32, "base": 16, "teacher": 15}.items():
         with run.store.stage(f"synthetic-{arm}", {}) as draft:
             draft.file("train.jsonl").write_text(arm)
             draft.info["kept"] = kept
-    assert embedding_stages.ablation_size(run) == 32 and embedding_stages.ablation_arms(run) == [*embedding_stages.TABLE2, "base"]
+    assert ablation_stages.ablation_size(run) == 32 and ablation_stages.ablation_arms(run) == [*ablation_stages.TABLE2, "base"]
     large = open_run("tiny", {"embedding.batch": 32, "embedding.micro_batch": 32})
-    assert embedding_stages.ablation_arms(large) == list(embedding_stages.TABLE2), "a training needs a batch"
+    assert ablation_stages.ablation_arms(large) == list(ablation_stages.TABLE2), "a training needs a batch"
 
 
 def test_students_of_two_mixtures_learn_equally_many_synthetic_records(run):
-    assert {s.arm for s in embedding_stages.mixed_students(run)} == set(embedding_stages.MIXED)
-    assert embedding_stages.mixed_students(open_run("tiny", {"study.arms": ["sr_re"]})) == [], "a point of a sweep makes one arm"
+    assert {s.arm for s in student_stages.mixed_students(run)} == set(student_stages.MIXED)
+    assert student_stages.mixed_students(open_run("tiny", {"study.arms": ["sr_re"]})) == [], "a point of a sweep makes one arm"
     for arm, kept in {"jr": 60, "jr_re": 60, "sr": 48, "sr_re": 48, "teacher": 23}.items():
         with run.store.stage(f"synthetic-{arm}", {}) as draft:
             draft.file("train.jsonl").write_text(arm)
             draft.info["kept"] = kept
-    assert embedding_stages.mixed_size(run) == 23
+    assert student_stages.mixed_size(run) == 23
 
 
 def test_with_labelled_data_the_teachers_records_are_claimed_to_win_by_a_tenth_of_a_point():
@@ -111,7 +111,7 @@ def test_with_labelled_data_the_teachers_records_are_claimed_to_win_by_a_tenth_o
     assert "the paper's -0.1 would need" in said(-0.5, 1.0)["why"]
     for value in (-3.0, 3.0):
         assert (
-            said(value, 1.0)["verdict"] == claims.Verdict.UNRESOLVED
+            said(value, 1.0)["verdict"] == verdicts.Verdict.UNRESOLVED
             and "generators trained three times at least" in said(value, 1.0)["why"]
         )
 
@@ -151,9 +151,9 @@ def test_an_optimum_inside_has_to_be_above_the_end_that_is_less_clearly_below():
 
 def test_a_best_value_at_an_end_contradicts_no_optimum():
     falls = uncertainty.difference(scores(0.5), scores(0.6))
-    for key in claims.INTERIOR_OPTIMUM:
-        row = claims.judged(key, falls, "x", "a@1")
-        assert falls.high < 0 and row["verdict"] == claims.Verdict.UNRESOLVED and "outside of this range" in row["why"]
+    for key in verdicts.INTERIOR_OPTIMUM:
+        row = verdicts.judged(key, falls, "x", "a@1")
+        assert falls.high < 0 and row["verdict"] == verdicts.Verdict.UNRESOLVED and "outside of this range" in row["why"]
 
 
 def test_what_falls_is_the_first_value_against_all_others():
@@ -170,9 +170,9 @@ def test_of_two_sweeps_for_one_claim_the_larger_effect_speaks():
 
 
 def test_a_claim_of_no_difference_holds_only_when_the_whole_interval_is_small():
-    assert claims.verdict(-0.4, 0.6, 0) == "smaller scale, same direction"
-    assert claims.verdict(-2.0, 0.6, 0) == claims.Verdict.UNRESOLVED
-    assert claims.verdict(1.2, 2.0, 0) == claims.verdict(-2.0, -1.2, 0) == "contradicted"
+    assert verdicts.verdict(-0.4, 0.6, 0) == "smaller scale, same direction"
+    assert verdicts.verdict(-2.0, 0.6, 0) == verdicts.Verdict.UNRESOLVED
+    assert verdicts.verdict(1.2, 2.0, 0) == verdicts.verdict(-2.0, -1.2, 0) == "contradicted"
 
 
 def test_an_estimate_over_unequally_many_records_says_so(run, monkeypatch):
@@ -185,71 +185,73 @@ def test_an_estimate_over_unequally_many_records_says_so(run, monkeypatch):
 
 def test_a_verdict_does_not_say_more_than_what_was_repeated():
     better, same = uncertainty.difference(scores(0.6), scores(0.5)), uncertainty.difference(scores(0.5), scores(0.5))
-    once = claims.judged("S8", better, "Sr against Jr", "scores@1")
+    once = verdicts.judged("S8", better, "Sr against Jr", "scores@1")
     assert (
         better.resolved
-        and once["verdict"] == claims.Verdict.UNRESOLVED
+        and once["verdict"] == verdicts.Verdict.UNRESOLVED
         and "rests on one training of each generator" in once["why"]
     )
-    assert claims.judged("E3", better, "with against without", "scores@1")["verdict"] == "smaller scale, same direction"
-    void = claims.judged("S19", uncertainty.Estimate(0.0, 0.0, 0.0, 1, 0.0, 0.0), "second pass", "x@1", trained=False, expected=0)
-    assert (
-        void["verdict"] == claims.Verdict.UNRESOLVED and "nothing changed anywhere" in void["why"] and "seed" not in void["why"]
+    assert verdicts.judged("E3", better, "with against without", "scores@1")["verdict"] == "smaller scale, same direction"
+    void = verdicts.judged(
+        "S19", uncertainty.Estimate(0.0, 0.0, 0.0, 1, 0.0, 0.0), "second pass", "x@1", trained=False, expected=0
     )
-    fell = claims.judged("G4", better, "guided against plain", "x@1", expected=-1)
-    assert same.low <= 0 <= same.high and fell["verdict"] == claims.Verdict.UNRESOLVED
+    assert (
+        void["verdict"] == verdicts.Verdict.UNRESOLVED and "nothing changed anywhere" in void["why"] and "seed" not in void["why"]
+    )
+    fell = verdicts.judged("G4", better, "guided against plain", "x@1", expected=-1)
+    assert same.low <= 0 <= same.high and fell["verdict"] == verdicts.Verdict.UNRESOLVED
 
 
 def test_what_is_not_resolved_says_what_would_resolve_the_papers_effect_or_else_one_of_a_point():
     wide = uncertainty.Estimate(0.5, -1.0, 2.0, 5, 0.3, 0.6)
-    whys = {key: claims.judged(key, wide, "x", "a@1")["why"] for key in ("S9", "G9", "S8")}
+    whys = {key: verdicts.judged(key, wide, "x", "a@1")["why"] for key in ("S9", "G9", "S8")}
     assert "the paper's +1.35 would need about" in whys["S9"] and "an effect of 1 would need about" in whys["G9"]
     assert whys["S8"].endswith("and generators trained three times at least"), (
         "more seeds of the embedding model do not resolve it"
     )
-    little = claims.judged("S11", wide, "x", "a@1", expected=0)["why"]
+    little = verdicts.judged("S11", wide, "x", "a@1", expected=0)["why"]
     assert "an interval within 1 of zero would need about" in little
     outside = uncertainty.Estimate(1.2, -0.1, 2.5, 5, 0.3, 0.6)
-    beyond = claims.judged("S11", outside, "x", "a@1", expected=0)["why"]
+    beyond = verdicts.judged("S11", outside, "x", "a@1", expected=0)["why"]
     assert "one wholly beyond 1 would need about" in beyond, "no size moves the middle inside"
-    texts = claims.judged("S18", uncertainty.Estimate(0.8, -0.2, 1.8, 1, 0.5, 0.0), "x", "a@1", trained=False)["why"]
+    texts = verdicts.judged("S18", uncertainty.Estimate(0.8, -0.2, 1.8, 1, 0.5, 0.0), "x", "a@1", trained=False)["why"]
     assert "would need about 2 times as many texts, and generators" in texts
 
 
 def test_an_interval_without_the_papers_effect_says_so_and_no_line_says_that_it_would_have_been_resolved():
     narrow = uncertainty.Estimate(0.06, -0.07, 0.19, 5, 0.03, 0.03)
-    assert claims.judged("G1b", narrow, "x", "a@1")["why"].endswith(
+    assert verdicts.judged("G1b", narrow, "x", "a@1")["why"].endswith(
         "smaller than the paper's effect: the interval leaves +0.27 out"
     )
     fell = uncertainty.Estimate(-1.04, -4.67, 2.59, 5, 1.0, 1.0)
-    assert claims.judged("G4", fell, "x", "a@1", expected=-1)["why"].endswith("the interval leaves -7 out")
-    margin = claims.judged("G9", uncertainty.Estimate(0.10, -0.04, 0.25, 5, 0.03, 0.03), "x", "a@1")["why"]
+    assert verdicts.judged("G4", fell, "x", "a@1", expected=-1)["why"].endswith("the interval leaves -7 out")
+    margin = verdicts.judged("G9", uncertainty.Estimate(0.10, -0.04, 0.25, 5, 0.03, 0.03), "x", "a@1")["why"]
     assert "an effect of 1 is outside of the interval, the +0.10 seen would need about" in margin
-    inside = claims.judged("G1b", uncertainty.Estimate(0.1, -0.01, 0.30, 5, 0.03, 0.03), "x", "a@1")["why"]
+    inside = verdicts.judged("G1b", uncertainty.Estimate(0.1, -0.01, 0.30, 5, 0.03, 0.03), "x", "a@1")["why"]
     assert "leaves" not in inside and "would need" in inside
-    once = claims.judged("S5", uncertainty.Estimate(0.1, -0.1, 0.3, 5, 0.1, 0.0), "x", "a@1")["why"]
+    once = verdicts.judged("S5", uncertainty.Estimate(0.1, -0.1, 0.3, 5, 0.1, 0.0), "x", "a@1")["why"]
     assert "leaves" not in once, "an interval over embedding seeds cannot exclude an effect of generators"
 
 
 def test_as_many_seeds_as_were_used_are_called_the_same_seeds():
     news = uncertainty.Estimate(1.6, -0.76, 3.96, 5, 1.19, 0.2)
-    assert re.search(r"about \d+ times as many texts and the same seeds$", claims.judged("G8", news, "x", "a@1")["why"])
+    assert re.search(r"about \d+ times as many texts and the same seeds$", verdicts.judged("G8", news, "x", "a@1")["why"])
 
 
 def test_data_sets_that_were_written_once_resolve_nothing():
     better, wide = uncertainty.difference(scores(0.6), scores(0.5)), uncertainty.Estimate(0.5, -1.0, 2.0, 3, 0.3, 0.6)
     for key in ("S9", "S10", "S12"):
-        row = claims.judged(key, better, "x", "a@1")
-        assert row["verdict"] == claims.Verdict.UNRESOLVED and "rests on one writing of each data set" in row["why"]
-        assert claims.judged(key, wide, "x", "a@1")["why"].endswith("and data sets written three times at least")
+        row = verdicts.judged(key, better, "x", "a@1")
+        assert row["verdict"] == verdicts.Verdict.UNRESOLVED and "rests on one writing of each data set" in row["why"]
+        assert verdicts.judged(key, wide, "x", "a@1")["why"].endswith("and data sets written three times at least")
 
 
 def test_an_interval_that_leaves_out_the_texts_resolves_nothing():
     seeds_only = uncertainty.Estimate(5.0, 4.0, 6.0, 3, math.nan, 0.3)
-    row = claims.judged("E1", seeds_only, "x", "a@1")
-    assert row["verdict"] == claims.Verdict.UNRESOLVED and "over 3 embedding seeds; it leaves out the texts" in row["why"]
-    once = claims.judged("E1", uncertainty.Estimate(5.0, math.nan, math.nan, 1, math.nan, 0.0), "x", "a@1")
-    assert once["verdict"] == claims.Verdict.UNRESOLVED and once["low"] == once["high"] == "" and once["ours"] == 5.0
+    row = verdicts.judged("E1", seeds_only, "x", "a@1")
+    assert row["verdict"] == verdicts.Verdict.UNRESOLVED and "over 3 embedding seeds; it leaves out the texts" in row["why"]
+    once = verdicts.judged("E1", uncertainty.Estimate(5.0, math.nan, math.nan, 1, math.nan, 0.0), "x", "a@1")
+    assert once["verdict"] == verdicts.Verdict.UNRESOLVED and once["low"] == once["high"] == "" and once["ours"] == 5.0
 
 
 def test_a_claim_of_two_halves_needs_both():
@@ -263,9 +265,9 @@ def test_a_claim_of_two_halves_needs_both():
 
     bends = [uncertainty.Estimate(v, v - 2, v + 2, 5, 0.5, 0.5).row("bend") for v in (-5.0, -1.0, 5.0)]
     down, open_, up = (said(bend=b) for b in bends)
-    assert [r["verdict"] for r in (down, open_, up)] == [claims.Verdict.SMALLER, claims.Verdict.UNRESOLVED, "contradicted"]
+    assert [r["verdict"] for r in (down, open_, up)] == [verdicts.Verdict.SMALLER, verdicts.Verdict.UNRESOLVED, "contradicted"]
     assert "bend -1.00 [-3.00, +1.00] is not resolved; the -1.0 seen would need about" in open_["why"]
-    assert said()["verdict"] == claims.Verdict.UNRESOLVED and "it takes three sizes" in said()["why"]
+    assert said()["verdict"] == verdicts.Verdict.UNRESOLVED and "it takes three sizes" in said()["why"]
 
 
 def test_what_few_records_cannot_show_says_how_many_could():
@@ -341,7 +343,7 @@ def whole(rows: list[dict[str, str]]) -> bool:
     """Does a claim map hold every claim once, each with a known verdict, a reason, and artifacts where something was measured?"""
     ids = [*(f"S{k}" for k in range(1, 23)), *(f"E{k}" for k in range(1, 6)), "G1a", "G1b", *(f"G{k}" for k in range(2, 10))]
     digest = re.compile(r"[\w-]+@[0-9a-f]{8}( [\w-]+@[0-9a-f]{8})*")
-    known = all(r["verdict"] in set(claims.Verdict) and len(r["why"]) > 20 for r in rows)
+    known = all(r["verdict"] in set(verdicts.Verdict) and len(r["why"]) > 20 for r in rows)
     return (
         [r["id"] for r in rows] == ids and known and all(bool(r["ours"]) == bool(digest.fullmatch(r["artifact"])) for r in rows)
     )
@@ -350,7 +352,7 @@ def whole(rows: list[dict[str, str]]) -> bool:
 def test_the_committed_claim_map_has_every_claim_with_a_verdict_a_reason_and_its_artifacts():
     with (ROOT / "figures" / "claims.csv").open(encoding="utf-8") as f:
         rows = list(csv.DictReader(f))
-    assert whole(rows) and len(set(claims.Verdict)) == 8
+    assert whole(rows) and len(set(verdicts.Verdict)) == 8
     for key, value in {"id": "S99", "verdict": "probably", "why": "", "artifact": ""}.items():
         assert not whole([rows[0] | {key: value}, *rows[1:]]), key
     assert not whole(rows[1:])
@@ -377,14 +379,14 @@ def test_a_claim_with_two_printed_differences_is_their_mean_and_at_the_papers_si
     found, digests = {k: scores(v) for k, v in arms.items()}, dict.fromkeys(arms, "a@1")
     by = {r["id"]: r for r in claims.build(found, {}, digests)}
     assert by["S7"]["ours"] == pytest.approx((2.0 + 5.0) / 2) and by["S8"]["ours"] == pytest.approx((1.0 + 4.0) / 2)
-    assert by["E3"]["verdict"] == claims.Verdict.SMALLER and by["S4"]["verdict"] == "not yet tested"
+    assert by["E3"]["verdict"] == verdicts.Verdict.SMALLER and by["S4"]["verdict"] == "not yet tested"
     assert by["S4"]["why"].startswith("no scores of base;")
     sizes = dict.fromkeys(arms, 48) | {"sr": 40, "guided": claims.PAPER_RECORDS}
     rows = claims.build(found, {}, digests, sizes)
     large, why = ({r["id"]: r[k] for r in rows} for k in ("verdict", "why"))
     assert "on unequally many (jr_re 48, jr 48, sr_re 48, sr 40)" in why["S7"] and "unequally" not in why["E3"]
-    assert large["E3"] == claims.Verdict.REPRODUCED and large["S7"] == claims.Verdict.UNRESOLVED
-    assert large["E1"] == claims.Verdict.SMALLER, "that it beats the untrained model is not the paper's claim"
+    assert large["E3"] == verdicts.Verdict.REPRODUCED and large["S7"] == verdicts.Verdict.UNRESOLVED
+    assert large["E1"] == verdicts.Verdict.SMALLER, "that it beats the untrained model is not the paper's claim"
 
 
 def test_each_claim_that_can_be_measured_names_a_code_cell_of_its_notebook():
@@ -450,5 +452,5 @@ def test_only_models_that_this_run_scored_with_every_seed_count_as_scored(run):
         for s in seeds:
             with run.store.stage(f"scores-{arm}-{s}", {}) as draft:
                 write_json(draft.file("scores.json"), {})
-    found = embedding_stages.already_scored(run, ["base", "sr_re", "teacher"])
+    found = score_stages.already_scored(run, ["base", "sr_re", "teacher"])
     assert {arm: [a.name for a in made] for arm, made in found.items()} == {"sr_re": [f"scores-sr_re-{s}" for s in range(3)]}

@@ -22,7 +22,7 @@ STAGES = ("eval-junior", "raw")
 
 
 def generate(run, name, rows, **parameters):
-    """A stage of `rows` as `generation_stages.sample` leaves it: a log, and an artifact whose manifest names the generator."""
+    """A stage of `rows` as `sampled.sample` leaves it: a log, and an artifact whose manifest names the generator."""
     with AppendLog(run.log(name)) as log:
         for r in rows:
             log.append({"id": f"{r['model']} {r['record']}", **r})

@@ -10,9 +10,10 @@ import tarfile
 import tracemalloc
 
 import pytest
-from archives import write_tar
+from archives import read_archive, write_tar
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from sampled import sample
 
 from speed_core.files import AppendLog, UserError
 from speed_core.generation import generate
@@ -83,7 +84,7 @@ def test_one_changed_or_missing_byte_is_always_noticed(tmp_path_factory, data):
         write_log(run.log("raw"))
         whole = folder / "whole.tar.gz"
         replay.export_logs(run, whole)
-    good = replay.read_archive(whole)
+    good = read_archive(whole)
     content = bytearray(whole.read_bytes())
     at = data.draw(st.integers(0, len(content) - 1))
     if data.draw(st.booleans()):
@@ -93,7 +94,7 @@ def test_one_changed_or_missing_byte_is_always_noticed(tmp_path_factory, data):
     damaged = folder / "damaged.tar.gz"
     damaged.write_bytes(content)
     try:
-        assert replay.read_archive(damaged) == good  # a byte of gzip's own header may change and mean nothing
+        assert read_archive(damaged) == good  # a byte of gzip's own header may change and mean nothing
     except UserError as error:
         assert "again" in str(error) and "\n" not in str(error)
 
@@ -107,13 +108,12 @@ def test_a_manifest_that_lies_is_refused(run, tmp_path):
     )
     (tmp_path / "b.tar.gz").write_bytes(gzip.compress(data))
     with pytest.raises(UserError, match="log/raw.jsonl has digest"):
-        replay.read_archive(tmp_path / "b.tar.gz")
+        read_archive(tmp_path / "b.tar.gz")
 
 
 def test_a_replaying_run_samples_from_the_log(run, monkeypatch):
     from speed_core.data import prompts
     from speed_core.models import training
-    from speed_core.study import generation_stages
 
     planned = [prompts.synthesis("sts", f"Topic {i}", "") for i in range(3)]
     g = run.profile.generation
@@ -132,14 +132,14 @@ def test_a_replaying_run_samples_from_the_log(run, monkeypatch):
             }
             log.append(entry | {"status": "ok", "reason": "", "finish_reason": "stop", "new_tokens": 3})
     monkeypatch.setenv("SPEED_REPLAY", "1")
-    artifact = generation_stages.sample(open_run("smoke"), "made", planned, "senior")  # there is no senior, and none is needed
+    artifact = sample(open_run("smoke"), "made", planned, "senior")  # there is no senior, and none is needed
     assert [e["record"] for e in artifact.rows()] == [q.id for q in planned]
 
 
 def test_the_recorded_run_that_ships_is_the_one_behind_the_committed_figures():
     from speed_core.store.run_context import OFFICIAL, ROOT
 
-    manifest, files = replay.read_archive(replay.RECORDED)
+    manifest, files = read_archive(replay.RECORDED)
     assert set(rebuilt(open_run(OFFICIAL))) == set(manifest["artifacts"]) and manifest["profile"] == OFFICIAL
     assert len(manifest["figures"]) >= 9
     for name, digest in manifest["figures"].items():
@@ -157,12 +157,12 @@ def test_an_archive_may_be_packed_with_xz_and_a_cut_one_is_refused_as_well(tmp_p
     }
     for name in ("run.tar.gz", "run.tar.xz"):
         replay.pack(dict(manifest), contents, tmp_path / name)
-        assert replay.read_archive(tmp_path / name) == (manifest, contents)
+        assert read_archive(tmp_path / name) == (manifest, contents)
     whole = (tmp_path / "run.tar.xz").read_bytes()
     assert whole.startswith(replay.XZ)
     (tmp_path / "run.tar.xz").write_bytes(whole[:-20])
     with pytest.raises(UserError, match="not a whole export"):
-        replay.read_archive(tmp_path / "run.tar.xz")
+        read_archive(tmp_path / "run.tar.xz")
 
 
 def archive(path, entries, manifest):

@@ -11,7 +11,7 @@ from scipy import stats
 from speed_core.evaluation import uncertainty
 from speed_core.files import UserError, write_json
 from speed_core.runner import paper_sweeps, replicates
-from speed_core.study import claims, embedding_stages, planning
+from speed_core.study import ablation_stages, claims, embedding_stages, planning, score_stages, student_stages, verdicts
 from speed_core.study.runs import open_run
 
 
@@ -94,16 +94,17 @@ def test_what_would_resolve_an_effect_is_told_in_trainings_of_the_generators():
 
 def claim(value: float, half: float, generators: int) -> dict:
     e = uncertainty.Estimate(value, value - half, value + half, 9, 0.2, half / 5, generators=generators)
-    return claims.judged("S8", e, "Sr against Jr", "generators@1")
+    return verdicts.judged("S8", e, "Sr against Jr", "generators@1")
 
 
 def test_an_interval_over_three_trainings_of_the_generators_may_decide_and_one_over_two_may_not():
     assert (
-        claim(3.0, 1.0, 3)["verdict"] == claims.Verdict.SMALLER and claim(-3.0, 1.0, 3)["verdict"] == claims.Verdict.CONTRADICTED
+        claim(3.0, 1.0, 3)["verdict"] == verdicts.Verdict.SMALLER
+        and claim(-3.0, 1.0, 3)["verdict"] == verdicts.Verdict.CONTRADICTED
     )
     assert "over 3 trainings of the generators (9 embedding models per arm) and the texts" in claim(3.0, 1.0, 3)["why"]
     twice = claim(3.0, 1.0, 2)
-    assert twice["verdict"] == claims.Verdict.UNRESOLVED
+    assert twice["verdict"] == verdicts.Verdict.UNRESOLVED
     assert twice["why"].endswith("rests on two trainings of each generator: it takes generators trained three times at least")
     wide = claim(0.5, 3.0, 3)["why"]
     assert "the paper's +0.35 would need about" in wide and "three times at least" not in wide
@@ -136,7 +137,7 @@ def test_a_repetition_is_a_point_at_another_seed_and_never_the_run_itself(run):
     one = open_run("tiny", replicates.points(run)[0].overrides, 10, variant="seed=10")
     assert embedding_stages.training_seeds(one) == [10, 11] and one.profile.synthesis.evaluation_prompts <= replicates.UNSEEN
     assert not set(one.profile.study.student.seeds) & set(run.profile.study.student.seeds), "S2's teacher students differ too"
-    assert one.point and not run.point and not embedding_stages.compares_all(one) and embedding_stages.compares_all(run)
+    assert one.point and not run.point and not ablation_stages.compares_all(one) and ablation_stages.compares_all(run)
     kept = {"topics", "seeds", "junior", "senior", "revisor", "generation", "embedding", "evaluation"}
     assert all(getattr(one.profile, name) == getattr(run.profile, name) for name in kept), "nothing else is changed"
     with pytest.raises(UserError, match="generator_seeds .* give each once"):
@@ -176,14 +177,14 @@ def test_repetitions_that_are_there_and_current_are_read_and_joined_by_arm(run, 
         (at.folder / "times.jsonl").write_text("")
     stale = {"seed=20"}
     monkeypatch.setattr(planning, "stale", lambda at, names: names[:1] if at.folder.name in stale else [])
-    monkeypatch.setattr(embedding_stages, "mixed_students", lambda at: [])
+    monkeypatch.setattr(student_stages, "mixed_students", lambda at: [])
     capsys.readouterr()
     assert [r.folder.name for r in replicates.collect(run).runs] == ["seed=10"]
     assert capsys.readouterr().out == "seed=20 is left out: scores-jr-20\n"
     stale.clear()
     again = replicates.collect(run)
     assert [r.folder.name for r in again.runs] == ["seed=10", "seed=20"]
-    own = {arm: [a.json("scores.json") for a in embedding_stages.scored(run, arm)] for arm in arms}
+    own = {arm: [a.json("scores.json") for a in score_stages.scored(run, arm)] for arm in arms}
     both, groups = again.joined(own, ("sr", "jr"))
     assert groups == (3, 2, 2) and len(both["sr"]) == 7
     assert again.joined(own, ("sr_re", "teacher"))[1] == (3, 2), "the first repetition has no teacher's models"
@@ -194,7 +195,7 @@ def test_repetitions_that_are_there_and_current_are_read_and_joined_by_arm(run, 
     assert facts["S8"]["what"].endswith(", on 40 records each time")
     counts[2] = counts[2] | {"teacher": 30}
     assert again.estimates(own, counts)["S1"]["what"].endswith(", on 40, then 40 (teacher 30) records"), "it has both arms"
-    made = paper_sweeps.write(run, facts, again.inputs, "generators")
+    made = paper_sweeps.keep(run, facts, again.inputs, "generators")
     assert json.loads(made.file("generators.json").read_text()) == facts
     assert {k.rpartition("/")[0] for k in made.manifest["parents"]} == {"variants/seed=10", "variants/seed=20"}
     rows = claims.build(own, {"estimates": facts}, dict.fromkeys(arms, "a@1") | {"generators": "generators@1"})

@@ -181,7 +181,8 @@ def test_differences_are_named_by_path():
 FULL = """
 import resource, signal, sys
 from pathlib import Path
-from speed_core.store.artifacts import AppendLog, Store, UserError
+from speed_core.files import AppendLog, UserError
+from speed_core.store.artifacts import Store
 signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
 folder, kind = Path(sys.argv[1]), sys.argv[2]
 resource.setrlimit(resource.RLIMIT_FSIZE, (5000, 5000))

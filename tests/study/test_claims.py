@@ -13,8 +13,8 @@ from speed_core.data.prompts import parse_prompt_attributes, text_digest
 from speed_core.evaluation import uncertainty
 from speed_core.evaluation.uncertainty import Estimate
 from speed_core.study import claims, gates
-from speed_core.study.claims import Verdict
 from speed_core.study.runs import open_run
+from speed_core.study.verdicts import Verdict
 
 
 def estimate(value: float, error: float, free: float = math.inf, seeds: int = 5) -> Estimate:

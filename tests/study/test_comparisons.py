@@ -5,7 +5,8 @@ import pytest
 
 from speed_core.evaluation import uncertainty
 from speed_core.study import claims, comparisons
-from speed_core.study.claims import Verdict
+from speed_core.study.verdicts import Verdict
+from workbook import findings
 
 
 class Data:
@@ -47,16 +48,15 @@ def test_a_data_set_with_fewer_records_says_how_many_of_each_training():
 
 def test_lines_say_value_interval_and_what_it_would_take():
     rows = [{"label": "Sr", "value": 0.5, "low": -1.0, "high": 2.0}, {"label": "base", "value": -9.0, "low": -12.0, "high": -6.0}]
-    first, second = comparisons.row_lines(rows, {"Sr": "about 12 seeds"})
+    first, second = findings.row_lines(rows, {"Sr": "about 12 seeds"})
     assert first == "Sr   +0.50 [-1.00, +2.00]   to see the paper's effect: about 12 seeds" and second.endswith("-6.00]")
-    assert comparisons.resolved(rows) == ["base"]
-    assert comparisons.fact_lines({"S8": rows[0] | {"what": "Sr minus Jr"}}) == ["S8 Sr minus Jr: +0.50 [-1.00, +2.00]"]
-    assert comparisons.fact_lines({}) == ["no claim is estimated here"]
+    assert findings.fact_lines({"S8": rows[0] | {"what": "Sr minus Jr"}}) == ["S8 Sr minus Jr: +0.50 [-1.00, +2.00]"]
+    assert findings.fact_lines({}) == ["no claim is estimated here"]
 
 
 def test_what_it_takes_is_counted_in_items_and_in_records():
-    assert comparisons.items_for(-1.0, 1.0, 100, 0.5) == 400
-    assert comparisons.records_for(128, 0.5, 1.0) == 512
+    assert findings.items_for(-1.0, 1.0, 100, 0.5) == 400
+    assert findings.records_for(128, 0.5, 1.0) == 512
 
 
 def test_the_line_its_residuals_and_its_slope_are_those_of_least_squares():
@@ -70,7 +70,7 @@ def test_the_line_its_residuals_and_its_slope_are_those_of_least_squares():
     assert all(r["fit_low"] < r["fit"] < r["fit_high"] for r in fit.rows) and [len(side) for side in fit.band] == [50, 50]
     assert fit.band[0][0] == pytest.approx(fit.rows[0]["fit_low"]) and (fit.band[0] < fit.band[1]).all()
     assert comparisons.line(dict(list(results.items())[:2])).missed == [], "a line through two points misses neither"
-    assert comparisons.per_doubling(230, 63.2, 920, 63.4) == pytest.approx(0.1)
+    assert findings.per_doubling(230, 63.2, 920, 63.4) == pytest.approx(0.1)
 
 
 def test_sound_negatives_are_compared_between_senior_and_base_alone():
@@ -97,11 +97,11 @@ def test_what_the_map_holds_back_is_told_from_what_it_decides():
         {"id": "S22", "claim": "f", "low": 0.9, "high": 1.0, "verdict": Verdict.UNRESOLVED},
         {"id": "S21", "claim": "g", "low": "", "high": "", "verdict": Verdict.IMPOSSIBLE},
     ]
-    assert comparisons.held_back(rows) == ["S13  [+0.2, +1.0] alone holds: c"]
-    assert comparisons.held_back(rows[1:]) == ["none"]
-    assert comparisons.decided(rows) == [(0.2, 1.0, 1, "S4"), (1.2, 2.0, 0, "E4")]
-    for low, high, expected, claim in comparisons.decided(rows):
-        assert comparisons.in_a_word(low, high, expected) == {"S4": "holds", "E4": "fails"}[claim]
+    assert findings.held_back(rows) == ["S13  [+0.2, +1.0] alone holds: c"]
+    assert findings.held_back(rows[1:]) == ["none"]
+    assert findings.decided(rows) == [(0.2, 1.0, 1, "S4"), (1.2, 2.0, 0, "E4")]
+    for low, high, expected, claim in findings.decided(rows):
+        assert findings.in_a_word(low, high, expected) == {"S4": "holds", "E4": "fails"}[claim]
 
 
 def test_the_evidence_of_a_run_is_read_under_the_present_ids():

@@ -9,7 +9,7 @@ from speed_core.data import curate, records, tasks
 from speed_core.files import stored_jsonl, write_jsonl
 from speed_core.generation import generate
 from speed_core.profile import Curate
-from speed_core.study import generation_stages
+from speed_core.study import generator_answers
 
 COUNT = 4000
 RUN = SimpleNamespace(profile=SimpleNamespace(seed=0))
@@ -44,7 +44,7 @@ def peak_of(call):
 def test_a_request_that_is_planned_logged_and_resumed_takes_less_memory_than_its_prompt(tmp_path):
     def answer(engine):
         planned = tasks.plan_synthesis("synthesis", COUNT, TOPICS, TABLE)
-        requests = generation_stages.Ask(planned).requests(RUN)
+        requests = generator_answers.Ask(planned).requests(RUN)
         how = {"model": "m", "model_id": "m", "log": tmp_path / "log.jsonl", "decoding": generate.Decoding()}
         return write_jsonl(tmp_path / "data.jsonl", generate.generate_all(requests, engine=engine, **how))
 

@@ -11,7 +11,7 @@ from scipy.stats import norm
 
 from speed_core import profile as profiles
 from speed_core.files import UserError
-from speed_core.study.claims import Verdict, verdict
+from speed_core.study.verdicts import Verdict, verdict
 from workbook.exercises import Hint, call, compare, exercise, number
 
 
@@ -122,7 +122,7 @@ def at_least(answer: Any) -> None:
                 lambda a, b, m: b > m, lambda a, b, m: b < m
             ),
         },
-        "a verdict, as `claims.verdict` returns it",
+        "a verdict, as `verdicts.verdict` returns it",
     )
 
 
@@ -277,5 +277,5 @@ def many_claims(answer: Any) -> None:
                 widened(lambda count: norm.ppf(0.975) / norm.ppf(1 - 0.025 / count))
             ),
         },
-        "a verdict, as `claims.verdict` returns it",
+        "a verdict, as `verdicts.verdict` returns it",
     )

@@ -3,7 +3,8 @@
 import pytest
 
 from speed_core.evaluation import uncertainty
-from speed_core.plots import basic, rows
+from speed_core.plots import basic
+from workbook import rows
 
 
 def test_depths_are_counted_before_and_after_over_the_same_levels():
