@@ -18,6 +18,12 @@ def row_lines(rows: Sequence[Mapping[str, Any]], needs: Mapping[str, str] | None
     return [f"{r['label']:{width}} {_interval(r)}{more.get(r['label'], '')}" for r in rows]
 
 
+def verdict_lines(rows: Iterable[Mapping[str, Any]], at_least: Callable[[float, float, float], str]) -> list[str]:
+    """A line for each difference {label, low, high}: the verdict that it is positive, and by `at_least(low, high, 1)` a point at least."""
+    words = ((r["label"], verdict(r["low"], r["high"]), at_least(r["low"], r["high"], 1)) for r in rows)
+    return [f"{label}: {positive}; {a_point}" for label, positive, a_point in words]
+
+
 def items_for(low: float, high: float, items: int, effect: float) -> float:
     """How many items give a half-width of `effect`, where `items` give the interval [low, high]."""
     return items * ((high - low) / 2 / effect) ** 2

@@ -1,4 +1,5 @@
-"""Measurements of notebooks 04 to 06 that take more lines than a cell has: log-probabilities of a text, score gains, a slow count."""
+"""Measurements of notebooks 04 to 06 and 09 that take more lines than a cell has: log-probabilities of a text, score gains, a slow count,
+the difference of two arms."""
 
 from __future__ import annotations
 
@@ -122,3 +123,23 @@ def duplicates_one_by_one(records: Sequence[Mapping[str, Any]], settings: Curate
         if not any(score >= settings.threshold for score in alike):
             kept.append(i)
     return {r["id"] for r in records} - {records[i]["id"] for i in kept}
+
+
+def compare(
+    run: Run, results: Mapping[str, Sequence[Any]], one: str, other: str, figure: str, title: str,
+    published: Mapping[str, float] | None = None,
+) -> dict[str, dict[str, Any]]:  # fmt: skip
+    """Draw and print arm `one` minus arm `other` of `results`, over all tasks and by type of task: {label: row {value, low, high, ...}}.
+
+    `published`: {label: the paper's difference}. Both arms' scores are in the run (`scores-ARM-SEED` or `scores-ARM`).
+    """
+    from speed_core.plots import basic
+    from speed_core.study import score_stages  # with mteb, which takes seconds
+    from workbook import score_tables
+
+    rows = score_tables.differences(results[one], results[other], run.profile.evaluation.bootstrap)
+    arms = [score_stages.scored(run, a) or [run.store.need(f"scores-{a}")] for a in (one, other)]
+    basic.estimates(run, figure, rows, sum(arms, []), title, "points", paper=published, line=0)
+    for r in rows:
+        print(f"{r['label']:16} {r['value']:+6.2f} [{r['low']:+.2f}, {r['high']:+.2f}]")
+    return {r["label"]: r for r in rows}

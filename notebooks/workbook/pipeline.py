@@ -27,22 +27,23 @@ BOXES = (
     ("07", "mask", "of the guide", 3, 2),
     ("07b", "students", "from examples", 2, 2),
     ("08", "embedder", "from records", 4, 2),
-    ("09", "scores", "", 5, 2),
+    ("09", "scores", "on tasks", 5, 2),
     ("10", "claims", "compared", 5, 1),
 )
-# (from, to, the paper's count, the artifact whose manifest has ours and where in it, the profile's value until there is one)
+# (from, to, the paper's count, the artifact whose manifest has ours and where in it, the profile's value until there is one).
+# An artifact may be a pattern; FILE:KEY is in a file of it, and of a mapping the entries count.
 ARROWS = (
     ("", "01", "", "", "", "topics.count"),
     ("01", "02", "", "tasks", "outcomes.ok", ""),
     ("02", "03", "25K", "seeds", "outcomes.ok", "seeds"),
     ("03", "04", "10K", "pairs", "counts.pairs", "senior.examples"),
     ("03", "05", "10K", "revisor", "parameters.training.examples", "revisor.examples"),
-    ("04", "06", "", "raw", "outcomes.ok", "synthesis.count"),
+    ("04", "06", "1.15M", "raw", "outcomes.ok", "synthesis.count"),
     ("05", "06", "", "revised", "outcomes.ok", ""),
     ("06", "08", "920K", "synthetic", "kept", "embedding.examples"),
     ("07", "08", "", "", "", ""),
     ("07", "07b", "", "", "", "study.student.examples"),
-    ("08", "09", "", "", "", ""),
+    ("08", "09", "56", "scores-guided-*", "scores.json:tasks", ""),
     ("09", "10", "", "", "", ""),
 )  # fmt: skip
 
@@ -93,12 +94,13 @@ def show(here: str, profile: str = "tiny", overrides: dict[str, Any] | None = No
 
 
 def _count(roots: Sequence[Path], artifact: str, key: str) -> int | None:
-    """The number at the dotted `key` of an artifact's manifest; None where the run has not made it."""
-    manifest = next((m for r in roots if artifact and (m := r / artifact / MANIFEST).is_file()), None)
-    found: Any = json.loads(manifest.read_bytes()) if manifest else {}
+    """The number at the dotted `key` of an artifact's manifest (see `ARROWS`); None where the run has not made it."""
+    file, _, key = key.rpartition(":")
+    path = next((p for r in roots if artifact for p in sorted(r.glob(f"{artifact}/{file or MANIFEST}"))), None)
+    found: Any = json.loads(path.read_bytes()) if path else {}
     for part in key.split("."):
         found = found.get(part, {})
-    return found if isinstance(found, int) else None
+    return len(found) or None if isinstance(found, dict) else found if isinstance(found, int) else None
 
 
 def _text(x: float, y: float, said: str, anchor: str, ink: str, size: int) -> str:

@@ -53,6 +53,16 @@ def share(label: str, values: Sequence[bool | float]) -> Row:
     return {"label": label, "value": float(np.mean([bool(v) for v in values])), "low": low, "high": high}
 
 
+def valid_shares(outcomes: Mapping[str, Sequence[Mapping[str, Any]]]) -> list[Row]:
+    """The share of valid records among the outcomes {status} of each label."""
+    return [share(label, [e["status"] == "ok" for e in some]) for label, some in outcomes.items()]
+
+
+def lines(rows: Sequence[Row]) -> list[str]:
+    """A line for each row: its label, value and interval."""
+    return ["{label}: {value:.2f} [{low:.2f}, {high:.2f}]".format(**r) for r in rows]
+
+
 def mean(label: str, values: Sequence[float], scale: float = 1.0) -> Row:
     """`scale` times the mean of `values`, with its bootstrap interval; zero without width where there are no values."""
     low, high = uncertainty.bootstrap_interval(values, "mean") if len(values) else (0.0, 0.0)

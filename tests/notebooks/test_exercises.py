@@ -166,7 +166,10 @@ EFFECTS = {
     | {"toy_scores": {(k, arm): toy_results(50.0 + k, 51.0) for k in (1, 4) for arm in ("guided", "plain")}},
     "10": {},
     "11": {"uncertainty": uncertainty, "results": {n: toy_results(20.0 + n) for n in (2, 4)}, "sizes": [2, 4], "y": [22.0, 24.0]},
-    "12": {"findings": findings, "rows": [{"id": "S4", "low": 0.2, "high": 1.4, "verdict": verdicts.Verdict.SMALLER}]},
+    "12": {
+        "findings": findings, "rule": findings.in_a_word,
+        "rows": [{"id": "S4", "low": 0.2, "high": 1.4, "verdict": verdicts.Verdict.SMALLER}],
+    },
 }  # fmt: skip
 
 

@@ -35,6 +35,9 @@ def test_an_arrow_has_the_papers_count_and_the_profiles_until_the_run_has_one(tm
         write_json(tmp_path / "tiny" / "artifacts" / name / "manifest.json", manifest)
     said = texts("02", "tiny", {"seeds": 99})
     assert said.index("25K") + 1 == said.index("97") and said.index("920K") + 1 == said.index("41") and "(99)" not in said
+    write_json(tmp_path / "tiny" / "artifacts" / "scores-guided-3" / "scores.json", {"tasks": {"a": {}, "b": {}}})
+    said = texts("02", "tiny")
+    assert said.index("56") + 1 == said.index("2"), "MTEB's tasks and the run's"
     monkeypatch.setenv("SPEED_VARIANT", "seeds=7")
     write_json(tmp_path / "tiny" / "variants" / "seeds=7" / "artifacts" / "seeds" / "manifest.json", {"outcomes": {"ok": 7}})
     assert {"7", "41"} <= set(texts("02", "tiny"))

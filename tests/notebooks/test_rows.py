@@ -24,6 +24,12 @@ def test_a_share_of_zero_keeps_its_width():
     assert rows.share("none", [False] * 8) == {"label": "none", "value": 0.0, "low": low, "high": high} and high > 0.2
 
 
+def test_valid_records_are_counted_by_label_and_a_row_is_told_in_a_line():
+    found = rows.valid_shares({"none": [{"status": "invalid"}] * 2, "half": [{"status": "ok"}, {"status": "truncated"}]})
+    assert found == [rows.share("none", [False] * 2), rows.share("half", [True, False])]
+    assert rows.lines([{"label": "a", "value": 0.5, "low": 0.251, "high": 1}]) == ["a: 0.50 [0.25, 1.00]"]
+
+
 def test_a_mean_is_scaled_with_its_interval_and_no_values_are_zero():
     values = [0.1, 0.4, -0.2]
     low, high = uncertainty.bootstrap_interval(values, "mean")

@@ -195,6 +195,7 @@ def test_the_workflow_publishes_the_folder_that_make_book_writes():
 
 # --- the pages --------------------------------------------------------------------------------------
 
+DRAWN = "() => document.querySelectorAll('.cell_output img').length"
 COUNT = "() => [...document.images].filter(i => !i.complete || !i.naturalWidth).map(i => i.src.slice(0, 200))"
 EQUATIONS = (
     "() => [...document.querySelectorAll('math')].map(m => !m.querySelector('merror') && m.getBoundingClientRect().width > 3)"
@@ -206,25 +207,33 @@ g = torch.Generator().manual_seed(0)
 widgets.margin([torch.nn.functional.normalize(torch.randn(8, 6, generator=g), dim=1) for _ in range(3)])"""
 
 
-@pytest.fixture
-def site(run, tmp_path):
-    """Folder of a site, built without a network. Two code cells of notebook 07 are really executed: the drawing and the slider."""
-    if not PYTHON.is_file():
-        pytest.skip("no .venv-book; `bash scripts/book.sh` makes it (as `make test-rest` does)")
+def with_a_slider(run, tmp_path):
+    """Execute two code cells in notebook 07 of a run: the drawing and the slider."""
     seven = run / "notebooks" / "07_guided_contrastive_loss.ipynb"
     nb = nbformat.read(seven, 4)
     code = ["import torch", 'from workbook import pipeline\npipeline.show("07", "smoke")', SLIDER]
     cells = [c for c in nb.cells if c.cell_type == "markdown"] + [nbformat.v4.new_code_cell(c) for c in code]
     nbformat.write(nbformat.v4.new_notebook(cells=cells, metadata=nb.metadata), tmp_path / seven.name)
     assert notebook.execute(tmp_path / seven.name, seven, {}, cwd=ROOT / "notebooks", show=False).ok
+
+
+@pytest.fixture(params=["committed", "shipped"])
+def site(request, run, tmp_path):
+    """Folder of a site, built without a network: of the notebooks as they are committed, with a slider, or of the executed ones
+    that ship, as in a fresh clone."""
+    if not PYTHON.is_file():
+        pytest.skip("no .venv-book; `bash scripts/book.sh` makes it (as `make test-rest` does)")
+    profile, runs = (book.SHIPPED, tmp_path / "no runs") if request.param == "shipped" else (run.name, run.parent)
+    if profile == run.name:
+        with_a_slider(run, tmp_path)
     (tmp_path / "sitecustomize.py").write_text(NO_NETWORK)
     path = os.pathsep.join(map(str, (tmp_path, ROOT, ROOT / "notebooks")))
     done = subprocess.run(
-        [PYTHON, ROOT / "scripts" / "book.py", "--profile", "smoke", tmp_path / "site"], cwd=tmp_path, capture_output=True, text=True,
-        env=os.environ | {"SPEED_RUNS": str(run.parent), "PYTHONPATH": path},
+        [PYTHON, ROOT / "scripts" / "book.py", "--profile", profile, tmp_path / request.param], cwd=tmp_path, capture_output=True, text=True,
+        env=os.environ | {"SPEED_RUNS": str(runs), "PYTHONPATH": path}, timeout=120,
     )  # fmt: skip
     assert (done.returncode, done.stderr) == (0, ""), done.stdout + done.stderr
-    return tmp_path / "site"
+    return tmp_path / request.param
 
 
 @pytest.mark.slow
@@ -248,18 +257,20 @@ def test_the_site_is_built_and_read_without_a_network_and_nothing_on_it_is_missi
         page.on("pageerror", lambda error: wrong.append((page.url, str(error))))
         page.on("requestfailed", lambda request: wrong.append((page.url, request.url[:200])))
         page.on("request", lambda request: asked.append(request.url))
-        equations = 0
+        equations = pictures = 0
         for file in files:
             page.goto(file.as_uri(), wait_until="load")
             assert page.evaluate(COUNT) == [], file
+            pictures += page.evaluate(DRAWN)
             drawn = page.evaluate(EQUATIONS)
             assert all(drawn), file
             equations += len(drawn)
             width = page.evaluate("document.documentElement.scrollWidth")
             assert width <= 1200, f"{file.name} is {width} pixels wide"
-        assert equations > 10
+        assert equations > 10 and (pictures > 20) == (site.name == "shipped"), f"{pictures} figures of a run"
         page.goto((site / "notebooks" / "07_guided_contrastive_loss.html").as_uri())
-        slider, said = page.get_by_role("slider", name="margin m"), page.locator("output")
+        slider = page.get_by_role("slider", name="margin m").first
+        said = page.locator("output").first
         before = said.inner_text()
         slider.press("End")
         counts = [int(re.search(r": (\d+) removed", text)[1]) for text in (before, said.inner_text())]

@@ -52,6 +52,8 @@ def test_lines_say_value_interval_and_what_it_would_take():
     assert first == "Sr   +0.50 [-1.00, +2.00]   to see the paper's effect: about 12 seeds" and second.endswith("-6.00]")
     assert findings.fact_lines({"S8": rows[0] | {"what": "Sr minus Jr"}}) == ["S8 Sr minus Jr: +0.50 [-1.00, +2.00]"]
     assert findings.fact_lines({}) == ["no claim is estimated here"]
+    named = findings.verdict_lines(rows, lambda low, high, least: f"at least {least}")
+    assert named == ["Sr: not resolved at this size; at least 1", "base: contradicted; at least 1"]
 
 
 def test_what_it_takes_is_counted_in_items_and_in_records():
