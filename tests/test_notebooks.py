@@ -222,7 +222,7 @@ def test_an_unsolved_copy_runs_to_its_end_and_says_what_is_missing(smoke, tmp_pa
 
 
 @on_alone
-@pytest.mark.parametrize("number", ["01", "07"])
+@pytest.mark.parametrize("number", ["01", "02", "07", "08", "11", "12"])
 def test_every_cell_can_run_twice_in_a_row(smoke, number, tmp_path, monkeypatch):
     runs, _ = smoke
     monkeypatch.setenv("SPEED_RUNS", str(runs))
