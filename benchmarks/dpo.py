@@ -1,4 +1,4 @@
-"""One epoch of DPO: TRL's default, TRL without gradient checkpointing and with a precomputed reference too, ours.
+"""One epoch of DPO: TRL's default, TRL without gradient checkpointing, with a precomputed reference or Liger's kernels too, ours.
 
     python benchmarks/dpo.py [--device cpu|cuda] [--quick] [--losses]
 
@@ -7,6 +7,8 @@ pairs, prompts and completions of given lengths: 2:1 (the root data of the recor
 tokens, 2.4:1), and a longer and a shorter prompt beside it. With `--device cuda` it has not run yet. `epoch_s` holds
 everything that an epoch needs, the reference too; `step_s` is one optimizer step without it. `cells_per_useful` counts tokens that the model is asked to read, padding included
 (what checkpointing reads again is not counted), for each completion token, policy and reference together.
+`trl_liger` is TRL with `use_liger_kernel` (it has a fused language-model head of its own; Liger adds kernels of the layers). These are
+Triton kernels: the row needs `--device cuda` and `pip install liger-kernel`, and says in one line where it is skipped.
 """
 
 from __future__ import annotations
@@ -18,7 +20,8 @@ from typing import Any
 import common
 
 BATCH = 2
-METHODS = ("trl_default", "trl", "trl_precomputed", "ours")  # the middle two without gradient checkpointing, as ours
+# All but the first without gradient checkpointing, as ours.
+METHODS = ("trl_default", "trl", "trl_precomputed", "trl_liger", "ours")
 WORDS = (
     "time day year way man thing woman life child world school state family student group country problem hand part place".split()
 )
@@ -66,6 +69,17 @@ def build(device: str, dtype: str, attention: str) -> tuple[Any, Any]:
         model = LlamaForCausalLM(config)
     torch.set_default_dtype(torch.float32)
     return tokenizer, model
+
+
+def no_liger(device: str) -> str:
+    """Why TRL's `use_liger_kernel` cannot run here; empty where it can."""
+    from trl import import_utils
+
+    if device != "cuda":
+        return f"Liger's Triton kernels need a GPU (--device cuda), this is {device}"
+    if not import_utils.is_liger_kernel_available():
+        return f"needs liger-kernel {import_utils.LIGER_KERNEL_MIN_VERSION} or later: pip install liger-kernel"
+    return ""
 
 
 def measure(
@@ -126,6 +140,7 @@ def measure(
                 max_length=None,
                 gradient_checkpointing=method == "trl_default",
                 precompute_ref_log_probs=method == "trl_precomputed",
+                use_liger_kernel=method == "trl_liger",
                 **shared,
             )
             before, start = common.reset_peak(device), time.perf_counter()
@@ -182,7 +197,10 @@ def main() -> None:
     for prompt, completion in shapes:
         for method in METHODS:
             steps = 2 if args.quick else 4
-            found = common.in_process(measure, method, prompt, completion, steps, args.device, limit_s=280)
+            why = no_liger(args.device) if method == "trl_liger" else ""
+            found: dict[str, Any] = {"status": "skipped", "why": why}
+            if not why:
+                found = common.in_process(measure, method, prompt, completion, steps, args.device, limit_s=280)
             rows.append({"method": method, "prompt": prompt, "completion": completion, "steps": steps} | found)
             print(rows[-1], flush=True)
     ratios: dict[str, dict[str, float]] = {}
@@ -205,7 +223,7 @@ def main() -> None:
         if ours and "trl" in by:
             both = zip(ours["losses"], by["trl"]["losses"], strict=True)
             note("largest_loss_difference", key, max(abs(a - b) for a, b in both))
-    common.finish("dpo", args, rows, ratios, ("trl", "transformers", "peft"))
+    common.finish("dpo", args, rows, ratios, ("trl", "transformers", "peft", "liger-kernel"))
 
 
 if __name__ == "__main__":

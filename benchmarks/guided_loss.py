@@ -1,10 +1,12 @@
-"""The guided contrastive loss: ours, a plain matrix product, sentence-transformers' two losses, the unguided floor.
+"""The guided contrastive loss: ours, a plain matrix product, sentence-transformers' two losses, the unguided floor, bare products.
 
     python benchmarks/guided_loss.py [--device cpu|cuda] [--quick]
 
 Embeddings of dimension 384 (student and guide), triplets, forward and backward, float32. The encoders are left out:
 `GISTEmbedLoss` and `CachedGISTEmbedLoss` get modules that hand them the embeddings (the cached one: its loss part
-only, mini-batch 32). The second part times whole training steps, encoders included.
+only, mini-batch 32). "sgemm" is the matrix products that every such loss needs and nothing else: its GFLOP/s are what
+this machine can give at these shapes. "shares" says where the time of a small batch goes. The last part times whole
+training steps, encoders included.
 """
 
 from __future__ import annotations
@@ -18,7 +20,8 @@ import torch
 import torch.nn.functional as F
 
 DIMENSION, TAU = 384, 0.01
-METHODS = ("ours", "matmul", "gist", "cached_gist", "unguided")
+METHODS = ("ours", "matmul", "gist", "cached_gist", "unguided", "sgemm")
+SLAB = 1 << 26  # entries of one product in "sgemm": 256 MB
 
 
 def embeddings(batch: int, device: str) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
@@ -50,11 +53,38 @@ def matmul_loss(student: list[torch.Tensor], guide: list[torch.Tensor]) -> torch
     return F.cross_entropy(torch.cat(blocks, 1), torch.arange(len(a), device=a.device))
 
 
+def work(batch: int) -> int:
+    """Floating-point operations of the products: four blocks; student, guide, two gradients."""
+    return 4 * 4 * 2 * batch * batch * DIMENSION
+
+
+def products(student: list[torch.Tensor], guide: list[torch.Tensor]) -> Any:
+    """A call that runs the loss's matrix products alone, in its shapes and in slabs of rows."""
+    ours, theirs = [t.detach() for t in student], guide
+    batch = len(theirs[0])
+    rows = min(batch, max(1, SLAB // batch))
+    out, of_left = theirs[0].new_empty(rows, batch), theirs[0].new_empty(rows, DIMENSION)
+    of_right = torch.zeros_like(theirs[0])
+
+    def run() -> None:
+        for left, right in ((0, 1), (0, 2), (0, 0), (1, 1)):
+            for start in range(0, batch, rows):  # batches are powers of two: every slab is whole
+                part = slice(start, start + rows)
+                torch.mm(theirs[left][part], theirs[right].T, out=out)
+                torch.mm(ours[left][part], ours[right].T, out=out)
+                torch.mm(out, ours[right], out=of_left)
+                of_right.addmm_(out.T, ours[left][part])
+
+    return run
+
+
 def method(name: str, batch: int, device: str) -> Any:
     """A call that runs one forward and backward."""
     from speed_core.contrastive.guided_loss import LossSettings, guided_contrastive_loss, unguided_contrastive_loss
 
     student, guide = embeddings(batch, device)
+    if name == "sgemm":
+        return products(student, guide)
     if name in ("gist", "cached_gist"):
         from sentence_transformers.sentence_transformer.losses import CachedGISTEmbedLoss, GISTEmbedLoss
 
@@ -111,7 +141,30 @@ def measure(name: str, batch: int, device: str) -> dict[str, Any]:
         run()
         common.synchronize(device)
         times.append(time.perf_counter() - start)
-    return {"seconds": statistics.median(times or [first]), "peak_mb": max(0.0, common.peak_mb(device) - before), "loss": value}
+    found = {"seconds": statistics.median(times or [first]), "peak_mb": max(0.0, common.peak_mb(device) - before)}
+    if name != "unguided":  # which has three of the four products
+        found["gflops"] = work(batch) / found["seconds"] / 1e9
+    return found if value is None else found | {"loss": value}
+
+
+def shares(batch: int, device: str) -> dict[str, Any]:
+    """Seconds of ours and of the plain product, and in both the part of the products and of making rows of length one."""
+    from speed_core.contrastive.loss_inputs import normalize_columns
+
+    student, guide = embeddings(batch, device)
+
+    def unit(rows: Any) -> Any:
+        def run() -> None:
+            with torch.no_grad():
+                rows(guide)
+            columns = rows(student)
+            torch.autograd.grad(columns, student, columns)
+
+        return run
+
+    calls = {name: method(name, batch, device) for name in ("ours", "matmul", "sgemm")}
+    calls |= {"unit_ours": unit(normalize_columns), "unit_matmul": unit(lambda given: [F.normalize(t, dim=-1) for t in given])}
+    return common.interleaved(calls, device, rounds=40)
 
 
 def losses(args: Any) -> tuple[list[dict[str, Any]], dict[str, Any]]:
@@ -122,6 +175,7 @@ def losses(args: Any) -> tuple[list[dict[str, Any]], dict[str, Any]]:
         batches = batches[:3]
     limit = 60 if args.quick else 100
     rows: list[dict[str, Any]] = []
+    ratios: dict[str, Any]
     for name in METHODS:
         for batch in batches:
             row = {"method": name, "batch": batch} | common.in_process(measure, name, batch, args.device, limit_s=limit)
@@ -130,7 +184,7 @@ def losses(args: Any) -> tuple[list[dict[str, Any]], dict[str, Any]]:
             if row["status"] != "ok":
                 break
     done = {(r["method"], r["batch"]): r for r in rows if r["status"] == "ok"}
-    values = {b: [r["loss"] for (m, b2), r in done.items() if b2 == b and m != "unguided"] for b in batches}
+    values = {b: [r["loss"] for (m, b2), r in done.items() if b2 == b and "loss" in r and m != "unguided"] for b in batches}
     worst = max((max(v) - min(v)) / max(v) for v in values.values() if len(v) > 1)
 
     def against(peer: str) -> dict[str, float]:
@@ -150,11 +204,27 @@ def losses(args: Any) -> tuple[list[dict[str, Any]], dict[str, Any]]:
     # A ratio near 1 needs pairs from one process.
     paired = [b for b in batches if ("matmul", b) in done and ("ours", b) in done]
     both = {
-        b: common.interleaved({m: method(m, b, args.device) for m in ("ours", "matmul")}, args.device)
+        b: common.interleaved({m: method(m, b, args.device) for m in ("ours", "matmul", "sgemm")}, args.device)
         for b in paired
         if b <= 8192
     }
     ratios["vs_matmul"] = {str(b): round(t["matmul"] / t["ours"], 2) for b, t in both.items()}
+    ratios["sgemm_gflops"] = {str(b): round(work(b) / t["sgemm"] / 1e9) for b, t in both.items()}
+    ratios["share_of_sgemm"] = {str(b): round(t["sgemm"] / t["ours"], 2) for b, t in both.items()}
+    ratios["share_of_sgemm_matmul"] = {str(b): round(t["sgemm"] / t["matmul"], 2) for b, t in both.items()}
+    for batch in (16, 32, 64):
+        found = common.in_process(shares, batch, args.device, limit_s=limit)
+        rows.append({"method": "shares", "batch": batch} | found)
+        print(rows[-1], flush=True)
+        if found["status"] == "ok":
+            ratios.setdefault("small_batch", {})[str(batch)] = {
+                "vs_matmul": round(found["matmul"] / found["ours"], 2),
+                **{
+                    f"{part}_in_{m}": round(found[of] / found[m], 2)
+                    for m in ("ours", "matmul")
+                    for part, of in (("products", "sgemm"), ("unit_rows", f"unit_{m}"))
+                },
+            }
     if args.device == "cuda":
         ratios["share_of_matmul_rate"] = matmul_rate(largest["ours"])
     return rows, ratios

@@ -10,7 +10,7 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from speed_core.contrastive import guided_loss
@@ -23,10 +23,11 @@ from speed_core.files import UserError
 WORDS = "a b c d e f g h red blue green cat dog bird runs sleeps eats who what where is the on under tree house".split()
 
 
-def oracle(a, p, n, ga, gp, gn, tau, margin=0.0, strategy="absolute", aa=True, pp=True, ids=None, rows=None):
+def oracle(a, p, n, ga, gp, gn, tau, margin=0.0, strategy="absolute", aa=True, pp=True, ids=None, rows=None, slack=1e-6):
     """GISTEmbed's loss written as loops; no guide (ga None) removes diagonals and equal texts only.
 
-    `ids` are lists of integers of anchors, positives and negatives; `rows` as in `guided_contrastive_loss`.
+    `ids` are lists of integers of anchors, positives and negatives; `rows` as in `guided_contrastive_loss`. `slack`: how much
+    above the threshold is a tie, which rounding decides.
     """
     unit = lambda t: None if t is None else F.normalize(t.reshape(-1, t.shape[-1]), dim=-1)  # noqa: E731
     a, p, n, ga, gp, gn = (unit(t) for t in (a, p, n, ga, gp, gn))
@@ -39,7 +40,7 @@ def oracle(a, p, n, ga, gp, gn, tau, margin=0.0, strategy="absolute", aa=True, p
         def kept(x, y, column, j, i=i, t=t):
             if ids is not None and ids[column][j] in (ids[0][i], ids[1][i]):
                 return False
-            return t is None or x @ y[j] <= t + 1e-6
+            return t is None or x @ y[j] <= t + slack
 
         g = lambda side, k: None if side is None else side[k]  # noqa: E731
         logits = [a[i] @ p[i]]
@@ -81,6 +82,7 @@ def two_rows_at_a_time(patch):
     st.booleans(),
     st.booleans(),
 )
+@example(436, 3, 1, 2, 0, -0.3, "absolute", True, False, True, False)  # a candidate 0.0000003 above the threshold
 @settings(max_examples=100, deadline=None)
 def test_value_and_gradient_equal_the_loops(seed, b, before, after, k, margin, strategy, aa, pp, guided, with_ids):
     a, p, n, ga, gp, gn = draw(seed, before + b + after, 5, k)  # rows of other processes before and after ours
@@ -91,7 +93,7 @@ def test_value_and_gradient_equal_the_loops(seed, b, before, after, k, margin, s
     inputs = [t.requires_grad_() for t in (a, p, n) if t is not None]
     how = {"temperature": 0.2, "contrast_anchors": aa, "contrast_positives": pp}
     more = {"rows": rows, "text_ids": ids if ids is None or k else ids[:2]}
-    loops = {"aa": aa, "pp": pp, "rows": rows, "ids": ids and [t.flatten().tolist() for t in ids]}
+    loops = {"slack": 1e-12, "aa": aa, "pp": pp, "rows": rows, "ids": ids and [t.flatten().tolist() for t in ids]}
     with pytest.MonkeyPatch.context() as patch:
         two_rows_at_a_time(patch)
         if guided:
@@ -182,6 +184,19 @@ def test_ordinary_rows_keep_their_values_to_the_last_bit():
     x = torch.randn(64, 384, generator=torch.Generator().manual_seed(0))
     x[3] = 0
     assert torch.equal(unit_rows(x, "x", torch.float32), F.normalize(x, dim=1))
+
+
+@pytest.mark.parametrize("dtype", (torch.float32, torch.float64, torch.bfloat16))
+@pytest.mark.parametrize("size", (1e-3, 1.0, 1e3))
+def test_rows_beside_an_extreme_one_have_the_bits_they_have_alone(dtype, size):
+    x, up = torch.randn(2, 16, 24, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    wide = torch.float64 if dtype == torch.float64 else torch.float32
+    alone = (size * x).to(dtype).requires_grad_()
+    beside = torch.cat([alone.detach(), torch.zeros(1, 24, dtype=dtype), torch.full((1, 24), 1e30, dtype=dtype)]).requires_grad_()
+    of_alone, of_beside = (unit_rows(t, "x", wide) for t in (alone, beside))
+    of_alone.backward(up.to(wide))
+    of_beside.backward(torch.cat([up, up[:2]]).to(wide))
+    assert torch.equal(of_alone, of_beside[:16]) and torch.equal(alone.grad, beside.grad[:16])
 
 
 def test_a_gradient_that_float16_cannot_hold_is_infinite_and_neither_nan_nor_cut():
