@@ -10,7 +10,6 @@ from collections.abc import Callable, Hashable, Mapping, Sequence
 from html import escape
 from typing import Any
 
-import numpy as np
 from IPython.display import display
 from pygments import highlight
 from pygments.formatters import HtmlFormatter
@@ -144,6 +143,8 @@ def mask_before_and_after(similarity: Any, removed: Any, topics: Sequence[str]) 
     `similarity` and `removed` (B, B): query i against positive j, the guide's cosine and whether j is taken out; `topics` (B,) name
     the pairs.
     """
+    import numpy as np
+
     similarity, removed = np.asarray(similarity), np.asarray(removed, bool)
     figure, axes = canvas(3.3, 2)
     for ax, gone, title in zip(axes, (np.zeros_like(removed), removed), ("before the mask", "after the mask"), strict=True):

@@ -178,7 +178,7 @@ def _work(path: Path) -> None:
         write_json(path.parent / f"error-{rank}.json", {"rank": rank, "for_user": for_user, "message": message})
         os._exit(1)  # others may wait for this one, and the interpreter for them
     if torch.distributed.is_initialized():
-        torch.distributed.destroy_process_group()  # left open, gloo's threads may outlive the interpreter and abort
+        torch.distributed.destroy_process_group()
 
 
 def _arguments(function: Callable[..., Any], given: dict[str, Any]) -> dict[str, Any]:
@@ -201,3 +201,6 @@ def _end_with_parent() -> None:
 
 if __name__ == "__main__":
     _work(Path(sys.argv[1]))
+    for stream in (sys.stdout, sys.stderr):
+        stream.flush()
+    os._exit(0)  # gloo's threads may outlive the interpreter and abort it, also with their group destroyed

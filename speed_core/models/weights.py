@@ -59,7 +59,8 @@ def settings_id(name: str) -> str:
         return ""
     try:
         listed = json.loads((path / "modules.json").read_text(encoding="utf-8")) if (path / "modules.json").is_file() else []
-        folders = [path, *(path / m["path"] for m in listed if m["path"])]
+        # A module without settings has an empty folder, which neither packages nor git keep.
+        folders = [path, *(path / m["path"] for m in listed if m["path"] and (path / m["path"]).is_dir())]
         files = [p for folder in folders for p in sorted(folder.iterdir()) if p.is_file() and _decides(p, path)]
         return "-" + digest({str(p.relative_to(path)): digest_of(p) for p in files})[:8]
     except (OSError, ValueError, KeyError, TypeError) as error:

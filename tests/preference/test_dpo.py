@@ -274,7 +274,7 @@ def in_two_processes(folder, body):
         f"import sys; sys.path[:0] = {[str(Path(__file__).parent), str(Path(__file__).parents[2])]!r}\n"
         "import os, torch, test_dpo\nfrom pathlib import Path\nrank = int(os.environ['RANK'])\n"
         f"{body}\n"
-        "torch.distributed.destroy_process_group()\n"  # left open, gloo's threads may outlive the interpreter and abort
+        "sys.stdout.flush()\nos._exit(0)\n"  # gloo's threads may outlive the interpreter and abort
     )
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", str(script)]
     done = subprocess.run(command, capture_output=True, text=True, timeout=300)
