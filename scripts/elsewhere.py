@@ -207,11 +207,15 @@ def kept(r: Recorded) -> float | None:
 # name -> (what decides it, how it is read, whether it is computed in float32 whatever the run's compute type)
 NUMBERS: dict[str, tuple[tuple[str, ...], Callable[[Recorded], float | None], bool]] = {
     "base valid": (UNSEEN, valid("eval-base"), False),
+    "junior loss, last step": (JUNIOR, last("junior", "loss"), False),
     "junior valid": (JUNIOR, valid("eval-junior"), False),
     "senior valid": (SENIOR, valid("eval-senior"), False),
     "root valid": (CANDIDATES, valid("root"), False),
     "DPO margin, last step": (SENIOR, last("senior", "margin"), False),
     "senior wins": (SENIOR, senior_wins, False),
+    "judge above one half": (("models.guide",), noted("judge-check", "S20"), True),
+    "revisor loss, last step": (REVISOR, last("revisor", "loss"), False),
+    "revised answers valid": (REVISOR, valid("revised-eval"), False),
     "first revision, hundredths": (REVISOR, first_revision, False),
     "second revision, hundredths": (REVISOR, noted("second-pass", "S19"), False),
     "synthesis valid": (DATA, valid("raw"), False),
@@ -225,13 +229,16 @@ NUMBERS: dict[str, tuple[tuple[str, ...], Callable[[Recorded], float | None], bo
         for claim in ("G2", "G3", "G4", "G5", "G7", "G8", "G9", "E2")
     },
     "guided loss, last step": (EMBEDDERS, last("embedder-guided-{}", "loss"), False),
+    "plain loss, last step": (EMBEDDERS, last("embedder-plain-{}", "loss"), False),
     "untrained": (SCORES, mean("untrained"), False),
     "plain": (EMBEDDERS, mean("plain"), False),
     "guided": (EMBEDDERS, mean("guided"), False),
     "bare": (EMBEDDERS, mean("bare"), False),
     "guided minus untrained": (EMBEDDERS, minus("guided", "untrained"), False),
-    "Retrieval, guided minus untrained": (EMBEDDERS, of_type("guided", "untrained", "Retrieval"), False),
-    "STS, guided minus untrained": (EMBEDDERS, of_type("guided", "untrained", "STS"), False),
+    **{
+        f"{kind}, guided minus untrained": (EMBEDDERS, of_type("guided", "untrained", kind), False)
+        for kind in ("Retrieval", "Reranking", "Classification", "Clustering", "STS")
+    },
     "guided minus plain": (EMBEDDERS, minus("guided", "plain"), False),
     "with minus without instructions": (EMBEDDERS, minus("guided", "bare"), False),
     "Jr + Re minus Jr": (ABLATION, minus("jr_re", "jr"), False),
