@@ -122,12 +122,13 @@ def minus(a: str, b: str) -> Callable[[Recorded], float | None]:
     return difference
 
 
-def noted(artifact: str, claim: str, part: str = "") -> Callable[[Recorded], float | None]:
-    """What a notebook noted down for a claim; None where an earlier one asked something else under its name."""
+def noted(artifact: str, claim: str, part: str = "", ignore: str = r"\(.*\)|[\d,/]+") -> Callable[[Recorded], float | None]:
+    """What a notebook noted down for a claim; None where an earlier one asked something else under its name: where the words beside
+    the value differ by more than `ignore` matches."""
 
     def value(r: Recorded) -> float | None:
         asked = [(where.json(artifact) or {}).get(claim, {}) for where in (r, Recorded(ASSETS / "shipped" / PROFILE, {}, {}))]
-        found, today = (re.sub(r"\(.*\)|[\d,/]+", "", a.get("what", "")) for a in asked)
+        found, today = (re.sub(ignore, "", a.get("what", "")) for a in asked)
         entry = asked[0].get(part, {}) if part else asked[0]
         return entry.get("value") if found == today else None
 
@@ -213,7 +214,7 @@ NUMBERS: dict[str, tuple[tuple[str, ...], Callable[[Recorded], float | None], bo
     "root valid": (CANDIDATES, valid("root"), False),
     "DPO margin, last step": (SENIOR, last("senior", "margin"), False),
     "senior wins": (SENIOR, senior_wins, False),
-    "judge above one half": (("models.guide",), noted("judge-check", "S20"), True),
+    "judge above one half": (("models.guide",), noted("judge-check", "S20", ignore="$^"), True),
     "revisor loss, last step": (REVISOR, last("revisor", "loss"), False),
     "revised answers valid": (REVISOR, valid("revised-eval"), False),
     "first revision, hundredths": (REVISOR, first_revision, False),
