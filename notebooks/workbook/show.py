@@ -15,9 +15,6 @@ from pygments import highlight
 from pygments.formatters import HtmlFormatter
 from pygments.lexers import PythonLexer
 
-from speed_core.plots import provenance
-from speed_core.plots.basic import SMALL, WARNING, canvas
-
 MONO = "font-family: monospace; font-size: 90%; white-space: pre; overflow-x: auto"
 PROSE = "white-space: pre-wrap; line-height: 1.6"
 
@@ -143,7 +140,10 @@ def mask_before_and_after(similarity: Any, removed: Any, topics: Sequence[str]) 
     `similarity` and `removed` (B, B): query i against positive j, the guide's cosine and whether j is taken out; `topics` (B,) name
     the pairs.
     """
-    import numpy as np
+    import numpy as np  # with the rest, which the environment of the site does not have
+
+    from speed_core.plots import provenance
+    from speed_core.plots.basic import SMALL, WARNING, canvas
 
     similarity, removed = np.asarray(similarity), np.asarray(removed, bool)
     figure, axes = canvas(3.3, 2)
