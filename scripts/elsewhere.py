@@ -56,8 +56,8 @@ TEXTS = ("models.generator", "topics", "prompts", "seeds", "seed", "data_seed", 
 UNSEEN = (*TEXTS, "generation.max_new_tokens", "synthesis.evaluation_prompts")
 JUNIOR = (*UNSEEN, "junior.examples", "junior.epochs", "junior.lr", "junior.batch", "junior.lora")
 TRAINING = ("examples", "epochs", "lr", "batch", "lora", "beta", "warmup_ratio")
-SENIOR = (*JUNIOR, "senior.candidates", "senior.prompts", *(f"senior.{k}" for k in TRAINING))
 CANDIDATES = (*JUNIOR, "senior.candidates", "senior.prompts")
+SENIOR = (*CANDIDATES, *(f"senior.{k}" for k in TRAINING))
 REVISOR = (*JUNIOR, *(f"revisor.{k}" for k in TRAINING))
 DATA = (*SENIOR, *REVISOR, "synthesis.count", "curate")
 SCORES = ("models.embedder", "evaluation.size", "evaluation.tasks", "evaluation.max_length")
@@ -113,11 +113,11 @@ def valid(artifact: str) -> Callable[[Recorded], float | None]:
     return share
 
 
-def minus(a: str, b: str) -> Callable[[Recorded], float | None]:
+def minus(a: str, b: str, types: Sequence[str] | None = None) -> Callable[[Recorded], float | None]:
     def difference(r: Recorded) -> float | None:
         before = r.json("scores-untrained", "scores.json")
         ours, theirs = r.scores(a), [before] * bool(before) if b == "untrained" else r.scores(b)
-        return uncertainty.difference(ours, theirs).value if ours and theirs else None
+        return uncertainty.difference(ours, theirs, types).value if ours and theirs else None
 
     return difference
 
@@ -145,21 +145,6 @@ def last(training: str, key: str) -> Callable[[Recorded], float | None]:
         return float(np.mean([s[key] for s in steps])) if all(steps) else None
 
     return value
-
-
-def of_type(arm: str, base: str, kind: str) -> Callable[[Recorded], float | None]:
-    """Points of `arm` minus those of `base`, over the tasks of one type."""
-
-    def difference(r: Recorded) -> float | None:
-        before = r.json(f"scores-{base}", "scores.json")
-        ours, theirs = ([_only(s, kind) for s in found] for found in (r.scores(arm), [before] * bool(before)))
-        return uncertainty.difference(ours, theirs).value if ours and theirs else None
-
-    return difference
-
-
-def _only(scores: Mapping[str, Any], kind: str) -> dict[str, Any]:
-    return {**scores, "tasks": {name: t for name, t in scores["tasks"].items() if t["type"] == kind}}
 
 
 def mean(arm: str) -> Callable[[Recorded], float | None]:
@@ -237,7 +222,7 @@ NUMBERS: dict[str, tuple[tuple[str, ...], Callable[[Recorded], float | None], bo
     "bare": (EMBEDDERS, mean("bare"), False),
     "guided minus untrained": (EMBEDDERS, minus("guided", "untrained"), False),
     **{
-        f"{kind}, guided minus untrained": (EMBEDDERS, of_type("guided", "untrained", kind), False)
+        f"{kind}, guided minus untrained": (EMBEDDERS, minus("guided", "untrained", [kind]), False)
         for kind in ("Retrieval", "Reranking", "Classification", "Clustering", "STS")
     },
     "guided minus plain": (EMBEDDERS, minus("guided", "plain"), False),

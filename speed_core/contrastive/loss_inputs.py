@@ -131,9 +131,10 @@ def flatten_negatives(columns: Columns) -> Columns:
 def unit_rows(t: Tensor, name: str, dtype: torch.dtype) -> Tensor:
     """Rows of length one (a zero row stays zero, with a zero gradient)."""
     t = t.to(torch.promote_types(t.dtype, dtype))
-    length = torch.linalg.vector_norm(narrow := t.to(dtype), dim=-1, keepdim=True)
-    if bool(((length > 1e-6) & (length < 1e6)).all()):  # nearly always; the same bits as below, with fewer operations
-        return narrow / length
+    if t.device.type == "cpu":  # a GPU would have to wait for the answer
+        length = torch.linalg.vector_norm(narrow := t.to(dtype), dim=-1, keepdim=True)
+        if bool(((length > 1e-6) & (length < 1e6)).all()):  # nearly always; the same bits as below, with fewer operations
+            return narrow / length
     # Squares leave float32's range from 1e19 up and 1e-23 down. A power of two is exact: it moves no ordinary value.
     with torch.no_grad():
         top = torch.linalg.vector_norm(t, math.inf, dim=-1, keepdim=True)

@@ -37,14 +37,18 @@ RUN_AGAIN = "finished requests are logged, run again to go on"
 
 
 def _ray() -> Any:
-    """The ray module."""
+    """The ray module. Raises UserError where it is not installed."""
     # Children of a killed actor (vLLM's process) must give the GPU back; read when a Ray starts here.
     os.environ.setdefault("RAY_process_group_cleanup_enabled", "1")
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")  # else a notice at every start without GPU
-    import ray
-    import ray.data
-
+    try:
+        import ray
+        import ray.data
+    except ImportError:
+        raise UserError(
+            "generation.executor 'ray': not installed; run make setup (or pip install ray), or use generation.executor=process"
+        ) from None
     return ray
 
 

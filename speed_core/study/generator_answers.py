@@ -105,7 +105,7 @@ def _generate(
     if g.engine == "server":
         from speed_core.generation.server_engine import ServerEngine
 
-        # The server holds the weights; an adapter that was made here is named by its digest all the same.
+        # The server holds the weights; an adapter that was made here is still named by its digest.
         made = run.store.get(generator) if generator != "base" else None
         model_id = f"server:{base}{loading.settings_id(base)}+{loading.weights_id(made.weights()) if made else generator}"
         served = ServerEngine(g.base_url, base if generator == "base" else generator, base, concurrency=g.concurrency)
